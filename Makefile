@@ -1,0 +1,44 @@
+# Two commands do all set-up: `make run` trains, `make test` tests. Both install first if needed.
+# CPU machine: make install PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-slow run lint types clean-venv
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=python3.12 (3.11 to 3.13), PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
+
+install: $(STAMP) ## make .venv and install zofed in it, editable, with the development tools
+	@echo "zofed is installed in $(VENV); next: make run, or . $(VENV)/bin/activate"
+
+# The stamp is younger than these files only after an installation that ended well.
+$(STAMP): pyproject.toml requirements.txt requirements-dev.txt
+	@command -v $(PYTHON) >/dev/null || { echo "zofed: no '$(PYTHON)' found; install Python 3.11, 3.12 or 3.13, or name one: make install PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit("zofed: Python %d.%d is not supported, only 3.11 to 3.13; name another one: make install PYTHON=python3.12" % v)' || exit 2
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -e '.[dev]'
+	@touch $(STAMP)
+
+test: $(STAMP) ## run the fast tests
+	$(VENV)/bin/pytest
+
+test-slow: $(STAMP) ## run the slow tests: Flower with Ray, processes killed, real data
+	$(VENV)/bin/pytest -m slow
+
+run: $(STAMP) ## train through `flwr run`: 4 clients, the text that ships with the project
+	$(VENV)/bin/zofed quickstart
+
+lint: $(STAMP) ## check style and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP) ## check the types
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+clean-venv: ## remove .venv, so that the next command installs anew
+	rm -rf $(VENV)

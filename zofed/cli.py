@@ -1,0 +1,303 @@
+"""The command line: `zofed --help` lists the commands."""
+
+import inspect
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from zofed import __version__, config
+from zofed.config import SETTINGS, Settings
+from zofed.errors import UserError
+from zofed.runs import Row, RunFolder, timestamp
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
+journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
+app.add_typer(journal_app, name="journal")
+
+# Progress and results are for people: they go to the terminal as plain words, without colour codes in a pipe.
+console = Console(highlight=False, soft_wrap=True)
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each setting, made from the one schema; the typed ones arrive as `options`."""
+
+    def run(**given: Any) -> None:
+        typed = {name: given.pop(name) for name in list(given) if name in Settings.model_fields}
+        command(**given, options={name.replace("_", "-"): value for name, value in typed.items() if value is not None})
+
+    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "options"]
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                str | None,
+                typer.Option(
+                    f"--{key}",
+                    metavar="TRUE|FALSE" if field.annotation is bool else "VALUE",
+                    help=f"{field.description} [{str(field.default).lower() if isinstance(field.default, bool) else field.default}]",
+                ),
+            ],
+        )
+        for (key, field), name in zip(SETTINGS.items(), Settings.model_fields, strict=True)
+    ]
+    run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
+    return run
+
+
+def settings_from(file: Path | None, options: dict[str, str]) -> Settings:
+    """Defaults, overridden by a TOML file, overridden by what was typed."""
+    return config.resolve({**(config.read_toml(file) if file else {}), **options})
+
+
+class Reporter:
+    """Shows rows of a run's metrics: a bar on a terminal, else one plain line for every evaluation."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what = total, what
+        self.held_out = ""
+        self.progress: Progress | None = None
+
+    def __enter__(self) -> "Reporter":
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=console)
+            self.progress.start()
+            self.bar = self.progress.add_task(self.what, total=self.total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def __call__(self, row: Row) -> None:
+        evaluated = row.get("eval_loss") is not None
+        if evaluated:
+            self.held_out = f"held-out {row['eval_loss']:.4f}"
+        loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
+        if self.progress:
+            self.progress.update(self.bar, completed=row["step"], description=f"{loss} {self.held_out}".strip())
+        elif evaluated:
+            print(f"{self.what} {row['step']}/{self.total}  {loss}  {self.held_out}  {row['seconds']:.1f} s", flush=True)
+
+
+@app.command()
+@with_settings
+def train(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="continue the run in this folder instead")] = None,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Train on this machine alone: zeroth order (forward passes only) or first order (backpropagation)."""
+    from zofed import central  # torch and transformers take seconds to load; --help need not wait for them
+
+    if resume is not None:
+        if file or options:
+            raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
+        settings = RunFolder.open(resume).settings()
+        with Reporter(settings.steps, "step") as reporter:
+            summary = central.resume(resume, reporter)
+        tell_end(RunFolder.open(resume), summary)
+        return
+    settings = settings_from(file, options)
+    settings = with_out(settings, settings.mode)
+    out = Path(settings.out)
+    console.print(f"run folder: {out}")
+    with Reporter(settings.steps, "step") as reporter:
+        summary = central.train(settings, out, reporter)
+    tell_end(RunFolder.open(out), summary)
+
+
+@app.command()
+@with_settings
+def simulate(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Run a federation in this one process, without Ray or a SuperLink: the same apps, the same results."""
+    from zofed import client, server
+    from zofed.grid import LocalGrid
+
+    settings = settings_from(file, options)
+    settings = with_out(settings, "simulated")
+    grid = LocalGrid(client.app, settings.clients or 2, settings.model_dump(by_alias=True))
+    summary = server.run(grid, settings, "")
+    tell_end(RunFolder.open(Path(settings.out)), summary)
+
+
+def with_out(settings: Settings, name: str) -> Settings:
+    """The settings with an absolute output folder: the one asked for, or a new one under ./runs."""
+    out = Path(settings.out or f"runs/{name}-{timestamp().replace(':', '')}").expanduser().absolute()
+    return settings.model_copy(update={"out": str(out)})
+
+
+def tell_end(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """The numbers that matter, where the results lie, and what to do next."""
+    table = Table("", "held-out loss (nats)", box=None, pad_edge=False)
+    end = summary["eval_loss_end"]
+    table.add_row("start", f"{summary['eval_loss_start']:.4f}")
+    table.add_row("end", f"{end:.4f}")
+    for name, loss in summary["baselines"].items():
+        if not name.endswith("accuracy"):
+            table.add_row(f"baseline {name}", f"{loss:.4f}  {'passed' if end < loss else 'not passed'}")
+    for name, loss in summary["controls"].items():
+        table.add_row(f"control {name.replace('_', ' ')}", f"{loss:.4f}")
+    console.print(table)
+    if "accuracy" in summary:
+        majority = summary["baselines"]["majority_accuracy"]
+        console.print(f"accuracy {summary['accuracy']:.4f} (always the most frequent label: {majority:.4f})")
+    console.print(f"weights SHA-256 {summary['digest']}")
+    if summary["replay_digest"]:
+        equal = "equal" if summary["replay_digest"] == summary["digest"] else "DIFFERENT"
+        console.print(f"replay of the journal: {equal}")
+    console.print(f"results in {folder.path}:")
+    for name, what in CONTENTS.items():
+        if (folder.path / name).exists():
+            console.print(f"  {name:15}{what}")
+    console.print(f"next: zofed journal replay {folder.path}")
+
+
+CONTENTS = {
+    "summary.json": "losses, baselines, cost, digests, versions",
+    "metrics.csv": "one line a step",
+    "rounds.csv": "one line a round: replies, bytes, where the time went",
+    "clients.csv": "one line a reply",
+    "loss.png": "the losses as a picture",
+    "journal.zofed": "every step as seeds and integers; base weights + journal = final weights",
+    "model": "the trained model: AutoModelForCausalLM.from_pretrained loads it",
+    "checkpoints": "the newest states, to resume from",
+    "settings.toml": "all settings: zofed train settings.toml runs it again",
+}
+
+
+@journal_app.command("show")
+def journal_show(
+    folder: Annotated[Path, typer.Argument(help="folder of a run")],
+    last: Annotated[int, typer.Option(help="show only this many of the newest records; 0: all")] = 20,
+) -> None:
+    """A table of the records: round, kind, rate, clients, queries, size of the slopes."""
+    from zofed import journal
+    from zofed.records import Dense, Seeded
+
+    contents = journal.read(RunFolder.open(folder).journal)
+    table = Table("round", "kind", "rate", "clients", "queries", "slope rms", "bytes", "chain", box=None)
+    for entry in contents.entries[-last:] if last else contents.entries:
+        record, end = entry.record, (str(len(entry.raw)), entry.chain.hex()[:12])
+        if isinstance(record, Seeded):
+            scale = 2.0**record.exponent
+            rms = (sum((c * scale) ** 2 for c in record.coefficients) / len(record.coefficients)) ** 0.5
+            clients = str(len(record.clients))
+            table.add_row(
+                str(record.round), "seeded", f"{record.rate:g}", clients, str(record.queries), f"{rms:.4g}", *end
+            )
+        else:
+            kind, rate = ("dense", f"{record.rate:g}") if isinstance(record, Dense) else ("skipped", "")
+            table.add_row(str(record.round), kind, rate, "", "", "", *end)
+    console.print(table)
+    console.print(f"{len(contents.entries)} records, {contents.end} bytes, head {contents.head.hex()}")
+
+
+@journal_app.command("verify")
+def journal_verify(folder: Annotated[Path, typer.Argument(help="folder of a run")]) -> None:
+    """Check every checksum, the chain, and that the journal is the one the run's summary names."""
+    from zofed import journal
+
+    run = RunFolder.open(folder)
+    contents = journal.read(run.journal)
+    if contents.torn:
+        last = contents.entries[-1].record.round if contents.entries else 0
+        raise UserError(
+            f"journal {run.journal} ends in {contents.torn} torn bytes after round {last}: "
+            f"zofed train --resume {run.path} cuts them off and goes on"
+        )
+    head = run.summary().get("journal_head")
+    if head and head != contents.head.hex():
+        raise UserError(
+            f"journal {run.journal} is whole, but its head {contents.head.hex()} is not the one of the finished run, "
+            f"{head}: it was cut or exchanged; restore it from a copy"
+        )
+    told = "as in summary.json" if head else "the run has no summary yet to compare it with"
+    console.print(f"{len(contents.entries)} records whole, chain unbroken, head {contents.head.hex()}: {told}")
+
+
+@journal_app.command("replay")
+def journal_replay(
+    folder: Annotated[Path, typer.Argument(help="folder of a run")],
+    base: Annotated[str, typer.Option(help="where the saved model the run began with lies now")] = "",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; the weights do not depend on them")] = 1,
+) -> None:
+    """Rebuild the weights from the base and the journal alone, and compare them with the run's."""
+    import torch
+
+    from zofed.finish import replay_run
+
+    torch.set_num_threads(threads)
+    run = RunFolder.open(folder)
+    worker, start = replay_run(run, base)
+    if start:
+        console.print(
+            f"rounds 1 to {start} are first-order steps, which a journal cannot rebuild: started from their checkpoint"
+        )
+    digest, expected = worker.digest(), run.summary().get("digest")
+    console.print(f"rounds {start + 1} to {worker.round} replayed" if worker.round > start else "no rounds to replay")
+    console.print(f"weights SHA-256 {digest}")
+    if expected is None:
+        console.print("the run has not ended: no digest to compare with")
+    elif digest == expected:
+        console.print("equal to the run's weights")
+    else:
+        raise UserError(f"the run's weights are {expected}: the journal and summary.json belong to different runs")
+
+
+@app.command("compare")
+def compare_runs(
+    folders: Annotated[list[Path], typer.Argument(help="folders of runs")],
+    axis: Annotated[str, typer.Option(help="step, forward-equivalents, seconds or bytes")] = "forward-equivalents",
+    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("compare.png"),
+) -> None:
+    """Draw the losses of several runs in one picture."""
+    from zofed import plots
+
+    if axis not in plots.AXES:
+        raise UserError(config.unknown(axis, list(plots.AXES), "axis"))
+    console.print(f"wrote {plots.compare([RunFolder.open(folder) for folder in folders], axis, out.absolute())}")
+
+
+@app.command("make-data")
+def make_data(out: Annotated[Path, typer.Argument(help="folder that gets tokenizer/ and datasets_subset/")]) -> None:
+    """Generate the tokenizer and the data that ship with zofed, the same bytes every time."""
+    from zofed.generate import make_shipped_files
+
+    for path in make_shipped_files(out):
+        console.print(str(path))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(__version__)
+
+
+def main() -> None:
+    """Run a command: status 2 and one line for a mistake, 130 after an interruption, never a traceback for either."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"zofed: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("zofed: interrupted; continue with zofed train --resume FOLDER", file=sys.stderr)
+        sys.exit(130)

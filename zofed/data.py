@@ -1,0 +1,211 @@
+"""From documents to the integer tensors a model trains on, and which of them each step sees."""
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zofed.documents import (
+    SHIPPED,
+    Document,
+    documents_digest,
+    load_documents,
+    random_order,
+    shard,
+    split_held_out,
+)
+from zofed.errors import UserError
+from zofed.tokenizers import load_tokenizer, tokenizer_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "SHIPPED",
+    "Document",
+    "Examples",
+    "batch",
+    "classification_examples",
+    "default_cache",
+    "documents_digest",
+    "language_model_examples",
+    "load_documents",
+    "load_tokenizer",
+    "shard",
+    "split_held_out",
+    "tokenizer_digest",
+    "unigram_loss",
+]
+
+# Tensors of one leading dimension n: 'input_ids' int64 (n, block); 'labels' int64, (n, block) for language models and
+# (n,) for classification, which adds 'attention_mask' int64 (n, block).
+Examples = dict[str, Tensor]
+
+_DOCUMENTS_AT_ONCE = 1000  # Python lists of token ids take ten times the room of the array they end in
+_IGNORED_LABEL = -100  # what Hugging Face losses leave out
+
+
+def language_model_examples(
+    documents: Sequence[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    block_size: int,
+    cache: Path | None = None,
+) -> Examples:
+    """Blocks of `block_size` tokens cut from all documents, each ended by the end-of-sequence token.
+
+    Returns 'input_ids' int64 (n, block_size) and 'labels', the same tensor: the model shifts. The tokens after the last
+    whole block are dropped. With `cache`, a folder, the blocks are kept there in a file named by everything they depend
+    on; a damaged file is made anew. Raises UserError when the documents hold less than one block.
+    """
+    if block_size < 2:
+        raise UserError(f"block size {block_size} leaves no token to predict: use at least 2")
+    file = None
+    if cache is not None:
+        parts = ("blocks 1", documents_digest(documents), tokenizer_digest(tokenizer), str(block_size))
+        file = cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()}.safetensors"
+    blocks = None if file is None else _read_blocks(file, block_size)
+    if blocks is None:
+        tokens = _joined_tokens(documents, tokenizer)
+        count = len(tokens) // block_size
+        if count == 0:
+            raise UserError(
+                f"{len(documents)} document(s) give {len(tokens)} tokens, less than one block of {block_size}: "
+                "use a smaller block size or a larger data set"
+            )
+        blocks = torch.from_numpy(tokens[: count * block_size].reshape(count, block_size))
+        if file is not None:
+            _write_blocks(file, blocks)
+    return {"input_ids": blocks, "labels": blocks}
+
+
+def classification_examples(
+    documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase", block_size: int
+) -> Examples:
+    """One example a document, cut or padded on the right to `block_size` tokens.
+
+    Returns 'input_ids' and 'attention_mask' int64 (n, block_size) and 'labels' int64 (n,). Raises UserError where a
+    document has no label or there is no document.
+    """
+    if not documents:
+        raise UserError("0 documents give no examples: use a data set of at least 1 document")
+    labels = []
+    for position, document in enumerate(documents):
+        if document.label is None:
+            raise UserError(
+                f"document {position + 1} of {len(documents)} (data set {document.source!r}) has no label: "
+                "use a data set with labels for classification"
+            )
+        labels.append(document.label)
+    encoded = tokenizer(
+        [document.text for document in documents],
+        truncation=True,
+        max_length=block_size,
+        padding="max_length",
+        padding_side="right",  # classifiers on causal models read the last token that is not padding
+        return_token_type_ids=False,
+        return_tensors="pt",
+    )
+    return {
+        "input_ids": encoded["input_ids"],
+        "attention_mask": encoded["attention_mask"],
+        "labels": torch.tensor(labels, dtype=torch.int64),
+    }
+
+
+def batch(examples: Examples, *, seed: int, client: int, step: int, batch_size: int) -> Examples:
+    """The examples of one step, a pure function of (seed, client, step): nothing needs keeping to resume.
+
+    Steps walk through one permutation an epoch, each drawn from (seed, client, epoch), so every epoch visits each
+    example once; a batch may cross the end of an epoch, or of several when it is larger than the data.
+    Tensors keep their dtypes and get the leading dimension `batch_size`. Raises UserError for a size below 1.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch size {batch_size} is below 1: use at least 1")
+    count = len(examples["input_ids"])
+    if count == 0:
+        raise UserError("0 examples cannot fill a batch: use a data set of at least 1 example")
+    positions = range(step * batch_size, (step + 1) * batch_size)
+    chosen = [int(random_order(count, "batch", seed, client, at // count)[at % count]) for at in positions]
+    index = torch.tensor(chosen)
+    return {name: tensor[index] for name, tensor in examples.items()}
+
+
+def default_cache() -> Path:
+    """The folder for token caches: $ZOFED_CACHE, else $XDG_CACHE_HOME/zofed, else ~/.cache/zofed."""
+    if chosen := os.environ.get("ZOFED_CACHE"):
+        return Path(chosen)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "zofed"
+    return Path.home() / ".cache" / "zofed"
+
+
+def unigram_loss(train: Examples, held_out: Examples, vocabulary: int) -> float:
+    """Nats per predicted token of `held_out` under the add-one smoothed token frequencies of `train`.
+
+    Predicted are the labels from the second of each block on, as the model does; -100 is left out. It is the loss of
+    the best model that sees no context: training that does not pass it has learnt frequencies only.
+    """
+    counts = torch.bincount(_predicted(train), minlength=vocabulary).to(torch.float64) + 1
+    return float((counts.sum().log() - counts.log())[_predicted(held_out)].mean())
+
+
+def _predicted(examples: Examples) -> Tensor:
+    labels = examples["labels"][:, 1:]
+    return labels[labels != _IGNORED_LABEL]
+
+
+def _joined_tokens(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+    """All token ids, int64, each document followed by the end-of-sequence token (its separator where it has none)."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if not isinstance(end, int):
+        raise UserError("the tokenizer has no end-of-sequence token to put between documents: add one to its config")
+    parts = []
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+        # Not verbose: a text longer than the model's context is no concern here, since blocks are cut below.
+        for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            parts.append(np.array([*tokens, end], dtype=np.int64))
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _read_blocks(file: Path, block_size: int) -> Tensor | None:
+    """The cached blocks, or None where there is no file, or one that is not what was written."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        return None
+    try:
+        with safe_open(file, framework="pt") as opened:
+            blocks, metadata = opened.get_tensor("input_ids"), opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    return blocks if metadata.get("sha256") == _blocks_digest(blocks) else None
+
+
+def _write_blocks(file: Path, blocks: Tensor) -> None:
+    """Write beside the target, then rename, so that no reader and no crash ever meets half a file."""
+    from safetensors.torch import save
+
+    data = save({"input_ids": blocks}, metadata={"sha256": _blocks_digest(blocks)})
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as opened:
+            temporary = opened.name
+            opened.write(data)
+        os.replace(temporary, file)
+    except OSError as error:  # a cache only saves time
+        warnings.warn(f"token cache {str(file.parent)!r} cannot be written ({error}): set ZOFED_CACHE", stacklevel=3)
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _blocks_digest(blocks: Tensor) -> str:
+    return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()

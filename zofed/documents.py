@@ -1,0 +1,217 @@
+"""From a data set's name or a local file to documents, and from documents to disjoint parts of them."""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zofed.errors import UserError
+from zofed.rows import PUBMEDQA_COLUMNS, TEXT_COLUMNS, Row, one_line, rows_of_file, rows_of_folder
+
+# Found by __file__, since Flower runs an installed copy of the app from somebody else's working folder.
+SHIPPED = Path(__file__).resolve().parent.parent / "datasets_subset"
+
+_SHIPPED_FILES = {
+    "sample-dclm": ("dclm/train.jsonl",),
+    "sample-pubmedqa": ("pubmedqa/train.jsonl",),
+    "sample-sst2": ("sst2/train.jsonl", "sst2/validation.jsonl"),
+}
+_KNOWN_NAMES = (*_SHIPPED_FILES, "pydoc")
+_DECISIONS = {"yes": 0, "no": 1, "maybe": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text, the name of the data set it came from, and its class where the data set has classes."""
+
+    text: str
+    source: str
+    label: int | None = None
+
+
+def load_documents(dataset: str) -> list[Document]:
+    """Read every document of a data set, in a fixed order.
+
+    `dataset` is a shipped sample ('sample-dclm', 'sample-pubmedqa', 'sample-sst2': train rows, then validation rows),
+    'pydoc' (Python's own reference prose, one document a topic, sorted by topic name), or a path:
+
+    - .txt: paragraphs, which blank lines separate, are grouped into documents of about 2,000 characters; a longer
+      paragraph stays whole;
+    - .tsv: tabs separate, quotes mean nothing; the header may be missing when there are one or two columns (the text,
+      and an integer label on either side of it);
+    - .csv: with a header;
+    - .json: an array of rows, or an object of rows keyed by id;
+    - .jsonl: one row a line;
+    - .parquet;
+    - a folder written by the library datasets' `save_to_disk`: of several splits, train and then validation.
+
+    The text is the first of the columns text, sentence, content; a PubMedQA row (either spelling) gives its question,
+    contexts and long answer as one text, and the label 0, 1 or 2 for yes, no or maybe. The column label, if there, is
+    an integer; -1 marks a hidden label and counts as none. Rows whose text is blank are left out.
+
+    Raises UserError where the name is unknown, nothing is found, or a row cannot be read.
+    """
+    if dataset == "pydoc":
+        from pydoc_data.topics import topics
+
+        return [Document(topics[name], dataset) for name in sorted(topics)]
+    if dataset not in _SHIPPED_FILES and not os.path.exists(dataset):
+        close = difflib.get_close_matches(dataset.lower(), _KNOWN_NAMES, n=1)
+        hint = f"did you mean '{close[0]}'? " if close else ""
+        raise UserError(
+            f"data set {dataset!r} is neither a known name nor an existing path: {hint}"
+            f"use one of {', '.join(_KNOWN_NAMES)}, or the path of a local file or folder"
+        )
+    try:
+        if dataset in _SHIPPED_FILES:
+            rows = (row for name in _SHIPPED_FILES[dataset] for row in rows_of_file(SHIPPED / name))
+        else:
+            rows = rows_of_folder(Path(dataset)) if os.path.isdir(dataset) else rows_of_file(Path(dataset))
+        return _documents(rows, dataset)
+    except OSError as error:
+        raise UserError(
+            f"data set {dataset!r} cannot be read ({one_line(error)}): check that the file is whole and readable"
+        ) from error
+
+
+def documents_digest(documents: Sequence[Document]) -> str:
+    """SHA-256 (hexadecimal) over texts and labels in order; lengths come first, so no two sequences share a framing."""
+    digest = hashlib.sha256(len(documents).to_bytes(8, "little"))
+    for document in documents:
+        text = document.text.encode()
+        label = b"none" if document.label is None else b"label %d" % document.label
+        digest.update(b"%d %d " % (len(text), len(label)) + text + label)
+    return digest.hexdigest()
+
+
+def split_held_out(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """Split into (train, held out) by document, each side in the given order.
+
+    Held out are the round(share * n) documents, at least one and at most n - 1, whose hash of (seed, position) is
+    smallest. Raises UserError unless 0 < share < 1 and there are at least two documents.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"held-out share {share} is not between 0 and 1: use a fraction such as 0.1")
+    if len(documents) < 2:
+        raise UserError(
+            f"{len(documents)} document(s) cannot be split into training and held-out documents, which takes 2: "
+            "use a larger data set, or separate the paragraphs of a .txt file by blank lines"
+        )
+    count = min(max(round(share * len(documents)), 1), len(documents) - 1)
+    held_out = set(random_order(len(documents), "held out", seed)[:count].tolist())
+    train = [document for position, document in enumerate(documents) if position not in held_out]
+    return train, [documents[position] for position in sorted(held_out)]
+
+
+def shard(documents: Sequence[Document], client: int, clients: int, seed: int) -> list[Document]:
+    """The documents of client 0 <= client < clients.
+
+    Over all clients the shards are disjoint, cover everything and differ in size by at most one; a permutation drawn
+    from `seed` decides. Raises UserError when there are more clients than documents or `client` is out of range.
+    """
+    if clients > len(documents):
+        raise UserError(
+            f"{clients} clients are more clients than documents ({len(documents)}): "
+            "use fewer clients or a data set of more documents"
+        )
+    if not 0 <= client < clients:
+        raise UserError(f"client {client} is not one of {clients} clients: use 0 to {clients - 1}")
+    return [documents[position] for position in random_order(len(documents), "shard", seed)[client::clients]]
+
+
+@lru_cache(maxsize=64)
+def random_order(count: int, purpose: str, *numbers: int) -> np.ndarray:
+    """A permutation of range(count), int64 (count,) and read-only: a pure function of the arguments.
+
+    Positions are sorted by the raw words of a Philox stream, which numpy keeps stable between versions; it makes no
+    such promise for `Generator.permutation`.
+    """
+    words = " ".join([purpose, *map(str, numbers)]).encode()
+    key = int.from_bytes(hashlib.blake2b(words, digest_size=16).digest(), "little")
+    order = np.random.Philox(key=key).random_raw(count).argsort(kind="stable")
+    order.flags.writeable = False  # the cache hands the same array to every caller
+    return order
+
+
+def _documents(rows: Iterable[Row], source: str) -> list[Document]:
+    documents = []
+    for place, row in rows:
+        text, label = _text_and_label(place, row)
+        if text.strip():
+            documents.append(Document(text, source, label))
+    if not documents:
+        raise UserError(f"data set {source!r} is empty: 0 rows hold text, at least 1 is needed; use another data set")
+    return documents
+
+
+def _text_and_label(place: str, row: dict[str, Any]) -> tuple[str, int | None]:
+    for first, columns in PUBMEDQA_COLUMNS.items():
+        if first in row and columns[1] in row:
+            return _pubmedqa_text(place, row, columns), _decision(place, row.get("final_decision"))
+    column = next((column for column in TEXT_COLUMNS if column in row), None)
+    if column is None:
+        raise UserError(
+            f"{place} has no text column: it has {_listed(row)}; name one of them {', '.join(TEXT_COLUMNS[:-1])} "
+            f"or {TEXT_COLUMNS[-1]}"
+        )
+    return _checked_text(place, column, row[column]), _label(place, row.get("label"))
+
+
+def _pubmedqa_text(place: str, row: dict[str, Any], columns: tuple[str, ...]) -> str:
+    question, context, long_answer = (row.get(column) for column in columns)
+    contexts = context.get("contexts") if isinstance(context, dict) else context
+    if not isinstance(contexts, list):
+        raise UserError(
+            f"{place} has a {columns[1]} without a list of contexts: "
+            'use PubMedQA\'s own schema, {"contexts": ["...", "..."]} or a list'
+        )
+    parts = [(columns[0], question), *((columns[1], part) for part in contexts), (columns[2], long_answer)]
+    texts = [_checked_text(place, column, part) for column, part in parts]
+    return "\n".join(text for text in texts if text.strip())
+
+
+def _checked_text(place: str, column: str, value: object) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{place} has a {column} of type {type(value).__name__}: it must be a string; quote the value")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no encoder accepts
+        raise UserError(
+            f"{place} has an unpaired surrogate at character {error.start + 1} of its {column}: remove it"
+        ) from error
+    return value
+
+
+def _label(place: str, value: object) -> int | None:
+    """Parquet turns integers with gaps into floats and text files hold strings: both count when they are whole."""
+    if value is None or value == "" or value != value:
+        return None
+    try:
+        label = int(value) if isinstance(value, bool) else int(str(value).removesuffix(".0"))
+    except ValueError:
+        label = -2
+    if label < -1:
+        raise UserError(f"{place} has the label {value!r}: a label must be an integer from 0 (or -1 if hidden)")
+    return None if label == -1 else label
+
+
+def _decision(place: str, value: object) -> int | None:
+    if value is None or value == "":
+        return None
+    if value not in _DECISIONS:
+        raise UserError(f"{place} has the final_decision {value!r}: it must be {', '.join(_DECISIONS)} or left out")
+    return _DECISIONS[str(value)]
+
+
+def _listed(row: dict[str, Any]) -> str:
+    """The column names, shortened, since a file without a header has its first texts there."""
+    names = [repr(name if len(str(name)) <= 30 else f"{name[:30]}...") for name in row]
+    return ("columns " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")) if names else "no columns"

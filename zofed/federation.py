@@ -1,0 +1,180 @@
+"""A federated round as plain functions: plan, answer, check, merge, catch up. Nothing here knows Flower.
+
+The server plans a round and sends the plan with the journal entries a client lacks; the client catches up by replaying
+them, measures slopes along its own seeded directions and answers with integers; the server checks every answer against
+a closed list of reasons and merges the good ones into one record. Central training is the same with one client.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from zofed import data, directions, journal, metrics, records
+from zofed.config import Settings
+from zofed.data import Examples
+from zofed.journal import Entry
+from zofed.records import Seeded
+from zofed.worker import Worker
+
+# Why a reply was not used. `late` and `error` are told by the server's loop, the others by `check`.
+Reason = Literal[
+    "error", "late", "malformed", "wrong_genesis", "wrong_round", "stale_attempt", "wrong_client", "duplicate",
+    "wrong_length", "not_finite", "out_of_range", "behind", "desync",
+]  # fmt: skip
+
+LARGEST_LOSS = 1e6  # a mean cross-entropy beyond this is a fault, not a measurement
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the server asks of one client in one round.
+
+    genesis, after, head: 16-byte chains; `entries` are the raw journal entries that lead from `after` to `head`.
+    Seeds derive from (run seed in the genesis, round, client's index, local step 0, query); `attempt` only marks late
+    replies and enters no seed, so a round asked again asks the same.
+    """
+
+    genesis: bytes
+    round: int
+    attempt: int
+    after: bytes
+    head: bytes
+    entries: bytes
+    client: int
+    queries: int
+    epsilon: float
+    batch_size: int
+    threads: int
+    copies_per_pass: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a client sends: integer slopes with one exponent, and what tells whether to believe them.
+
+    `head` and `probe` are those of the replica the slopes were measured on. A client that could not catch up sends
+    no coefficients and its own `head`, so that the server can send what it lacks.
+    """
+
+    genesis: bytes
+    round: int
+    attempt: int
+    client: int
+    head: bytes
+    probe: bytes
+    coefficients: tuple[int, ...]
+    exponent: int
+    loss: float
+    examples: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Slopes of one client in one step, as integers, with the mean loss and the forward passes spent."""
+
+    coefficients: tuple[int, ...]
+    exponent: int
+    loss: float
+    forward_passes: int
+
+
+def measure(worker: Worker, examples: Examples, plan: Plan) -> Measured:
+    """Ask the worker about one batch along one client's directions of a round.
+
+    Batch and seeds are functions of (run seed, round, client) alone. Raises ValueError when a loss is not finite.
+    """
+    seed = worker.genesis["seed"]
+    batch = data.batch(examples, seed=seed, client=plan.client, step=plan.round, batch_size=plan.batch_size)
+    seeds = directions.direction_seeds(seed, plan.round, plan.client, plan.queries)
+    estimate = worker.ask(
+        lambda: metrics.loss_of(worker.model, batch), seeds, plan.epsilon, plan.copies_per_pass
+    )
+    coefficients, exponent = records.to_integers(estimate.slopes)
+    return Measured(coefficients, exponent, estimate.loss, estimate.forward_passes)
+
+
+def merge(round_: int, rate: float, queries: int, measured: Mapping[int, Measured | Answer]) -> Seeded:
+    """One record from the slopes of all clients, by client index: the mean over all their directions.
+
+    The exponent is the coarsest one sent; sums stay exact whatever the order of arrival.
+    """
+    clients = tuple(sorted(measured))
+    exponent = max(measured[client].exponent for client in clients)
+    coefficients = tuple(
+        value
+        for client in clients
+        for value in records.to_exponent(measured[client].coefficients, measured[client].exponent, exponent)
+    )
+    return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor=len(coefficients))
+
+
+def plan_for(settings: Settings, entries: Sequence[Entry], start: int, client: int, attempt: int, genesis: bytes) -> Plan:
+    """The plan of the round after `entries`, for a client that holds the first `start` of them."""
+    return Plan(
+        genesis=genesis,
+        round=(entries[-1].record.round if entries else 0) + 1,
+        attempt=attempt,
+        after=entries[start - 1].chain if start else genesis,
+        head=entries[-1].chain if entries else genesis,
+        entries=b"".join(entry.raw for entry in entries[start:]),
+        client=client,
+        queries=settings.queries,
+        epsilon=settings.epsilon,
+        batch_size=settings.batch_size,
+        threads=settings.threads,
+        copies_per_pass=settings.copies_per_pass,
+    )
+
+
+def position(entries: Sequence[Entry], genesis: bytes, head: bytes) -> int | None:
+    """How many of the entries a replica with this head holds; None when it follows another history."""
+    if head == genesis:
+        return 0
+    return next((index + 1 for index, entry in enumerate(entries) if entry.chain == head), None)
+
+
+def catch_up(worker: Worker, after: bytes, head: bytes, raw: bytes) -> bool:
+    """Replay the entries that lead the worker to `head`; False when they do not reach it from where it is.
+
+    The worker may stand anywhere between `after` and `head`. Nothing is applied unless the way is whole.
+    """
+    if worker.head == head:
+        return True
+    try:
+        entries = list(journal.parse_entries(raw, after))
+    except ValueError:
+        return False
+    start = position(entries, after, worker.head)
+    if start is None or not entries or entries[-1].chain != head:
+        return False
+    for entry in entries[start:]:
+        worker.apply(entry)
+    return True
+
+
+def check(answer: Answer, plan: Plan, probe: bytes) -> Reason | None:
+    """Why this answer cannot be used, or None. Types are sound already: `messages` refuses others as malformed."""
+    if answer.genesis != plan.genesis:
+        return "wrong_genesis"
+    if answer.round != plan.round:
+        return "wrong_round"
+    if answer.attempt != plan.attempt:
+        return "stale_attempt"
+    if answer.client != plan.client:
+        return "wrong_client"
+    if answer.head != plan.head:
+        return "behind"
+    if answer.probe != probe:
+        return "desync"
+    if not answer.coefficients and math.isnan(answer.loss):
+        return "not_finite"  # the client's own word: it met a loss that is not finite
+    if len(answer.coefficients) != plan.queries:
+        return "wrong_length"
+    if not math.isfinite(answer.loss):
+        return "not_finite"
+    in_range = all(abs(value) < 2**records.COEFFICIENT_BITS for value in answer.coefficients)
+    if not in_range or abs(answer.loss) > LARGEST_LOSS or not -1000 <= answer.exponent <= 100 or answer.examples < 1:
+        return "out_of_range"
+    return None

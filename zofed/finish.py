@@ -1,0 +1,100 @@
+"""The end of a run: score it, prove it by an independent replay, save and draw it, sum it up."""
+
+import shutil
+from typing import Any
+
+from zofed import models
+from zofed.config import Settings
+from zofed.errors import UserError
+from zofed.journal import Journal, read
+from zofed.runs import RunFolder, peak_memory_bytes, read_table, versions
+from zofed.task import Task, device
+from zofed.trainer import Totals, replay, restore, with_random_slopes
+from zofed.worker import Worker
+
+
+def finish(
+    task: Task, worker: Worker, journal: Journal, folder: RunFolder, totals: Totals, extra: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write model, picture and summary into the folder of a run that reached its end; returns the summary.
+
+    extra: what only the way of running knows (bytes by client and round, the clients' digests). Raises UserError when
+    the replay from the files gives other weights than the run holds.
+    """
+    from zofed.plots import plot_loss  # pictures need pandas and matplotlib, which clients never load
+
+    score, digest = task.evaluate(worker.model), worker.digest()
+    cost = totals.columns()
+    replayed = None if task.settings.mode == "fo" else replay_run(folder)[0].digest()
+    baselines = task.baselines()
+    summary: dict[str, Any] = {
+        "status": "completed",
+        "eval_loss_start": float(read_table(folder.path / "metrics.csv")[0]["eval_loss"]),
+        "eval_loss_end": score.loss,
+        **({"accuracy": score.accuracy} if score.accuracy is not None else {}),
+        "baselines": baselines,
+        "controls": _controls(task, journal) if task.settings.controls and task.settings.mode == "zo" else {},
+        "digest": digest,
+        "replay_digest": replayed,
+        "journal_head": journal.head.hex(),
+        "bytes_up_per_client_round": 0.0,
+        "bytes_down_per_client_round": 0.0,
+        **cost,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "parameters": {"total": models.true_count(worker.model), "trainable": _count(worker)},
+        "data": task.digests(),
+        "versions": versions(),
+        **(extra or {}),
+    }
+    save_model(task, worker, folder)
+    plot_loss(folder, baselines)
+    if replayed not in (None, digest):
+        folder.write_summary(summary | {"status": "failed", "error": "replay gives other weights"})
+        raise UserError(f"the replay of {folder.journal} gives {replayed}, the run holds {digest}: report this as a bug")
+    folder.write_summary(summary)
+    return summary
+
+
+def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
+    """A fresh replica at the base weights of a run's journal, from the run's files alone."""
+    settings = folder.settings()
+    genesis = read(folder.journal).genesis
+    model = models.rebuild(genesis["model"], genesis["seed"], settings.dtype, base)
+    return Worker(model.to(device(settings)), genesis), settings
+
+
+def replay_run(folder: RunFolder, base: str = "") -> tuple[Worker, int]:
+    """Rebuild a run's weights from its files: base and journal, or the newest checkpoint where records are dense.
+
+    Returns the worker and the round of the checkpoint it had to start from (0: none was needed). Raises UserError
+    where first-order steps lie behind the last checkpoint.
+    """
+    worker, settings = base_worker(folder, base)
+    entries = read(folder.journal).entries
+    if settings.mode == "fo":
+        restore(worker, entries, folder)
+    start = worker.round
+    replay(worker, [entry.record for entry in entries if entry.record.round > start])
+    return worker, start
+
+
+def _controls(task: Task, journal: Journal) -> dict[str, float]:
+    """Held-out losses of what did not learn: the base weights, and steps of the same size with random slopes."""
+    control = task.worker()
+    frozen = task.evaluate(control.model).loss
+    replay(control, with_random_slopes([entry.record for entry in journal.entries], task.settings.seed))
+    return {"frozen": frozen, "random_slopes": task.evaluate(control.model).loss}
+
+
+def _count(worker: Worker) -> int:
+    return sum(parameter.numel() for parameter in worker.parameters.values())
+
+
+def save_model(task: Task, worker: Worker, folder: RunFolder) -> None:
+    """A Hugging Face folder (safetensors and tokenizer) that AutoModel loads, replaced as a whole."""
+    temporary = folder.path / ".model.new"
+    shutil.rmtree(temporary, ignore_errors=True)
+    worker.model.save_pretrained(temporary)
+    task.tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder.model, ignore_errors=True)
+    temporary.rename(folder.model)

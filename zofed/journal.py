@@ -1,0 +1,229 @@
+"""What was asked and answered; enough to rebuild the weights.
+
+A journal is an append-only file:
+
+    header   "ZOFEDJNL" | u16 format | u32 length of genesis | genesis, canonical JSON | u32 CRC-32 of all before
+    entry    u32 length of body | u32 CRC-32 of length and body | body | 16-byte chain
+
+all little endian. The genesis pins everything a replay depends on. The chain of the header is the BLAKE2b-128 of the
+genesis, that of an entry the BLAKE2b-128 of the chain before it and the body: two journals with the same head hold
+the same history. An entry counts once `fdatasync` has returned, and only then may anybody act on it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from zofed import records
+from zofed.errors import UserError
+from zofed.records import Record
+
+FORMAT = 1
+MAGIC = b"ZOFEDJNL"
+_START = struct.Struct("<8sHI")  # magic, format, length of the genesis
+_ENTRY = struct.Struct("<II")  # length of the body, CRC-32 of that length and the body
+_CRC = struct.Struct("<I")
+CHAIN_BYTES = 16
+LARGEST_BODY = 64 * 2**20  # a longer length field can only be damage
+
+_sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
+Genesis = dict[str, Any]
+
+
+class JournalError(UserError):
+    """The journal's bytes are not what was written: the message names the file, the offset and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One record with the chain after it (16 bytes) and its own bytes as they stand in the file."""
+
+    record: Record
+    chain: bytes
+    raw: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """All a journal file holds. `end` is the offset after the last whole entry, `torn` the bytes behind it."""
+
+    genesis: Genesis
+    entries: tuple[Entry, ...]
+    end: int
+    torn: int
+
+    @property
+    def head(self) -> bytes:
+        return self.entries[-1].chain if self.entries else genesis_chain(self.genesis)
+
+
+def canonical(genesis: Genesis) -> bytes:
+    """The one JSON spelling of a genesis: sorted keys, no spaces, ASCII."""
+    return json.dumps(genesis, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def genesis_chain(genesis: Genesis) -> bytes:
+    """Chain before the first entry: what names a history from its start (16 bytes)."""
+    return hashlib.blake2b(canonical(genesis), digest_size=CHAIN_BYTES).digest()
+
+
+def link(chain: bytes, record: Record) -> Entry:
+    """The entry that follows `chain` with this record."""
+    body = records.encode(record)
+    length = _CRC.pack(len(body))
+    after = hashlib.blake2b(chain + body, digest_size=CHAIN_BYTES).digest()
+    return Entry(record, after, length + _CRC.pack(zlib.crc32(length + body)) + body + after)
+
+
+def _entry_size(raw: bytes, offset: int) -> int | None:
+    """Whole size of the entry at `offset`, or None where no undamaged entry stands there."""
+    if offset + _ENTRY.size > len(raw):
+        return None
+    length, crc = _ENTRY.unpack_from(raw, offset)
+    size = _ENTRY.size + length + CHAIN_BYTES
+    if not 0 < length <= LARGEST_BODY or offset + size > len(raw):
+        return None
+    body = raw[offset + _ENTRY.size : offset + _ENTRY.size + length]
+    return size if zlib.crc32(raw[offset : offset + 4] + body) == crc else None
+
+
+def parse_entries(raw: bytes, chain: bytes, offset: int = 0) -> Iterator[Entry]:
+    """Entries that stand whole and unbroken in `raw` from `offset` on, each continuing `chain`.
+
+    Stops before the first entry that is cut or whose checksum fails. Raises ValueError where the checksum holds but
+    the chain or the record does not: such bytes were not damaged but written by someone else.
+    """
+    while (size := _entry_size(raw, offset)) is not None:
+        body = raw[offset + _ENTRY.size : offset + size - CHAIN_BYTES]
+        entry = link(chain, records.decode(body))
+        if entry.raw != raw[offset : offset + size]:
+            raise ValueError(f"the entry at byte {offset} does not continue the history before it")
+        yield entry
+        chain, offset = entry.chain, offset + size
+
+
+def read(path: Path) -> Contents:
+    """All entries of the journal at `path`; a torn tail is counted, never repaired here.
+
+    Raises JournalError for a missing file, another format, a damaged header, an edited entry, or damage with whole
+    entries behind it.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise JournalError(f"cannot read journal {path}: {error.strerror}; give the folder of a run") from error
+    genesis, start = _read_header(path, raw)
+    entries: list[Entry] = []
+    end = start
+    try:
+        for entry in parse_entries(raw, genesis_chain(genesis), start):
+            entries.append(entry)
+            end += len(entry.raw)
+    except ValueError as error:
+        raise JournalError(f"journal {path} was edited: {error}; restore it from a copy") from error
+    if end < len(raw) and any(_entry_size(raw, offset) for offset in range(end + 1, len(raw))):
+        last = entries[-1].record.round if entries else 0
+        raise JournalError(
+            f"journal {path} is damaged at byte {end}, after round {last}, with whole entries behind the damage; "
+            "restore it from a copy"
+        )
+    return Contents(genesis, tuple(entries), end, len(raw) - end)
+
+
+def _read_header(path: Path, raw: bytes) -> tuple[Genesis, int]:
+    if len(raw) < _START.size or not raw.startswith(MAGIC):
+        raise JournalError(f"{path} is not a zofed journal: its first bytes are {raw[:8]!r}, not {MAGIC!r}")
+    _, version, length = _START.unpack_from(raw)
+    if version != FORMAT:
+        raise JournalError(f"journal {path} has format {version}; this version reads format {FORMAT}: use its zofed")
+    end = _START.size + length
+    if len(raw) < end + 4 or _CRC.unpack_from(raw, end)[0] != zlib.crc32(raw[:end]):
+        raise JournalError(f"journal {path} has a damaged header; restore it from a copy or start the run again")
+    return json.loads(raw[_START.size : end]), end + 4
+
+
+class Journal:
+    """An open journal, locked against a second writer, positioned after its last whole entry."""
+
+    def __init__(self, file: int, contents: Contents) -> None:
+        self._file = file
+        self.genesis = contents.genesis
+        self.entries = list(contents.entries)
+        self.head = contents.head
+        self.torn = contents.torn
+
+    @classmethod
+    def create(cls, path: Path, genesis: Genesis) -> Self:
+        """A new journal at `path`, whole on disk before it is visible. Raises UserError when one exists."""
+        if path.exists():
+            raise UserError(f"{path} exists: choose another folder with --out, or continue it with --resume")
+        body = canonical(genesis)
+        header = _START.pack(MAGIC, FORMAT, len(body)) + body
+        temporary = path.with_suffix(".new")
+        with open(temporary, "wb") as file:
+            file.write(header + _CRC.pack(zlib.crc32(header)))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        sync_folder(path.parent)
+        return cls.open(path)
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The journal at `path` for appending; a torn last entry is cut off and counted in `torn`.
+
+        Raises JournalError as `read` does, UserError when another process holds the journal.
+        """
+        read(path)  # tells what is wrong before anything is opened for writing
+        file = os.open(path, os.O_RDWR)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(file)
+            raise UserError(f"{path} is being written by another process: wait for it or stop it") from error
+        contents = read(path)  # again: it may have grown before the lock was ours
+        if contents.torn:
+            os.ftruncate(file, contents.end)
+            os.fsync(file)
+        os.lseek(file, 0, os.SEEK_END)
+        return cls(file, contents)
+
+    def append(self, record: Record) -> Entry:
+        """Write one record; when this returns, it survives a crash of the process and of the machine."""
+        entry = link(self.head, record)
+        try:
+            written = os.write(self._file, entry.raw)
+            _sync_data(self._file)
+        except OSError as error:
+            raise UserError(f"cannot write the journal: {error.strerror}; mend the disk, then --resume the run") from error
+        if written != len(entry.raw):
+            raise UserError(f"the disk is full: {written} of {len(entry.raw)} bytes written; free some, then --resume")
+        self.head = entry.chain
+        self.entries.append(entry)
+        return entry
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,247 @@
+"""Build or load a model, choose what trains."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from zofed import directions
+from zofed.config import Settings, unknown
+from zofed.errors import UserError
+from zofed.worker import named_parameters
+
+INITIAL_STD = 0.02  # Radford et al., "Language models are unsupervised multitask learners", 2019
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """A GPT-2 shape: layers, heads, width, positions, and the tokenizer it is meant for."""
+
+    layers: int
+    heads: int
+    width: int
+    positions: int
+    tokenizer: str
+
+
+# The names are those of the original project; `true_count` of a built model is what counts.
+SIZES = {
+    "tiny": Size(layers=2, heads=2, width=64, positions=128, tokenizer="shipped"),
+    "20M": Size(layers=6, heads=4, width=256, positions=1024, tokenizer="gpt2"),
+    "200M": Size(layers=12, heads=12, width=768, positions=1024, tokenizer="gpt2"),
+    "500M": Size(layers=24, heads=16, width=1024, positions=1024, tokenizer="gpt2"),
+    "1B": Size(layers=36, heads=20, width=1280, positions=1024, tokenizer="gpt2"),
+}
+
+
+def tokenizer_name(settings: Settings) -> str:
+    """Which tokenizer a run uses: the one named, else the one that fits the model."""
+    if settings.tokenizer:
+        return settings.tokenizer
+    return SIZES[settings.model].tokenizer if settings.model in SIZES else settings.model
+
+
+def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0) -> PreTrainedModel:
+    """The model of a run on the CPU, in evaluation mode (no dropout), in the run's dtype.
+
+    A named size is built fresh: each tensor drawn from (run seed, its name), so that it is equal on all machines.
+    Anything else is a folder with a Hugging Face model in safetensors. labels: number of classes of a classifier.
+    Raises UserError for an unknown model, a pickle, a vocabulary or block the model cannot hold.
+    """
+    classes = {"num_labels": labels} if labels else {}
+    if settings.model in SIZES:
+        size = SIZES[settings.model]
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_layer=size.layers,
+            n_head=size.heads,
+            n_embd=size.width,
+            n_positions=size.positions,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **classes,
+        )
+        model = _fresh(GPT2ForSequenceClassification if labels else GPT2LMHeadModel, config, settings.seed)
+    else:
+        if labels:
+            classes["pad_token_id"] = tokenizer.pad_token_id
+        kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+        model = _load(settings.model, kind, classes, settings.seed)
+    _check_fits(model, tokenizer, settings)
+    return _ready(model, settings.dtype)
+
+
+def describe(name: str, model: PreTrainedModel) -> dict[str, Any]:
+    """What `rebuild` needs to make the same model again, for the journal's genesis."""
+    config = model.config.to_diff_dict()
+    for changing in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
+        config.pop(changing, None)
+    return {"name": name, "architecture": type(model).__name__, "config": config}
+
+
+def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str = "") -> PreTrainedModel:
+    """The model that `describe` described, before any training, from the seed or from its folder.
+
+    folder: where a saved model lies now, if not where the description says. Raises UserError as `create_model` does.
+    """
+    if description["name"] in SIZES:
+        kind = {kind.__name__: kind for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)}
+        config = GPT2Config(**{key: value for key, value in description["config"].items() if key != "model_type"})
+        return _ready(_fresh(kind[description["architecture"]], config, seed), dtype)
+    classifier = "SequenceClassification" in description["architecture"]
+    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    keys = ("num_labels", "id2label", "label2id", "pad_token_id") if classifier else ()
+    extra = {key: description["config"][key] for key in keys if key in description["config"]}
+    return _ready(_load(folder or description["name"], kind, extra, seed), dtype)
+
+
+def _ready(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    model.config.use_cache = False  # keys and values of generation are of no use to a loss
+    return model.to(dtype=getattr(torch, dtype)).eval()
+
+
+def _fresh(kind: type[PreTrainedModel], config: GPT2Config, seed: int) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):  # the library's own initialisation must not move the global state
+        model = kind(config)
+    _draw(model, seed, None)
+    return model
+
+
+def _load(name: str, kind: Any, overrides: dict[str, Any], seed: int) -> PreTrainedModel:
+    """The saved model; tensors its folder does not hold (a new classification head) are drawn from the seed."""
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{unknown(name, list(SIZES), 'model')}; or give the folder of a saved model")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model folder {folder} has no config.json: give a folder written by save_pretrained")
+    if not list(folder.glob("*.safetensors")):
+        pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
+        found = f"only the pickle {pickles[0]}, which can run code when read" if pickles else "no weights"
+        raise UserError(f"model folder {folder} holds {found}: save it as safetensors with save_pretrained")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **overrides)
+        with torch.random.fork_rng(devices=[]):
+            model, report = kind.from_pretrained(
+                folder,
+                config=config,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+    except Exception as error:  # the library raises many types; each means that this folder cannot be used
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model folder {folder} cannot be loaded: {reason}") from error
+    _draw(model, seed, set(report["missing_keys"]))
+    return model
+
+
+def _check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
+    vocabulary = getattr(model.config, "vocab_size", None)
+    if vocabulary is not None and len(tokenizer) > vocabulary:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} entries but model {settings.model} only {vocabulary}: "
+            "set tokenizer to the folder of the model's own"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and settings.block_size > positions:
+        raise UserError(
+            f"block-size = {settings.block_size} is longer than the {positions} positions of model "
+            f"{settings.model}: set block-size to {positions} or less"
+        )
+
+
+def _draw(model: PreTrainedModel, seed: int, fresh: set[str] | None) -> None:
+    """Draw the tensors in `fresh` (None: all) from (seed, name) in GPT-2's manner."""
+    residual = INITIAL_STD / (2 * getattr(model.config, "num_hidden_layers", 1)) ** 0.5
+    key = directions.derive_seed("zofed-initial", seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if fresh is not None and name not in fresh:
+                continue
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                std = residual if name.endswith("c_proj.weight") else INITIAL_STD
+                parameter.copy_(directions.normal(key, name, parameter.shape) * std)
+
+
+def trainable_names(model: nn.Module, scope: str) -> list[str]:
+    """Canonical names of the parameters that train, in the model's order.
+
+    scope: full; reduced (the last block's MLP and the layer norm before it, plus an untied head); norms; biases; head;
+    last-K (the last K blocks and what follows them); or a regular expression searched in the names. A tied tensor goes
+    by its first name. Raises UserError when nothing is left to train.
+    """
+    everything = named_parameters(model)
+    directions.check_distinct(everything)
+    blocks = _block_numbers(everything)
+    last = max((number for number in blocks.values() if number is not None), default=None)
+    top = _after_blocks(everything, blocks)
+    head = [name for name in top if re.search(r"(^|\.)(lm_head|score|classifier)\.", name)]
+    if scope == "full":
+        chosen = list(everything)
+    elif scope == "reduced":
+        mlp = [name for name, number in blocks.items() if number == last and re.search(r"\.(mlp|ln_2|post_att)", name)]
+        chosen = mlp + head
+    elif scope == "norms":
+        chosen = [name for name in everything if re.search(r"(ln_|norm)", name, re.IGNORECASE)]
+    elif scope == "biases":
+        chosen = [name for name in everything if name.endswith("bias")]
+    elif scope == "head":
+        chosen = head
+    elif match := re.fullmatch(r"last-(\d+)", scope):
+        first = (last if last is not None else -1) + 1 - int(match[1])
+        chosen = [name for name, number in blocks.items() if number is not None and number >= first] + top
+    else:
+        chosen = _matching(everything, scope)
+    if not chosen:
+        raise UserError(
+            f"scope = {scope!r} leaves nothing to train: the parameters are {', '.join(list(everything)[:4])}, ..."
+        )
+    keep = set(chosen)
+    return [name for name in everything if name in keep]
+
+
+def _matching(names: Mapping[str, Tensor], pattern: str) -> list[str]:
+    try:
+        return [name for name in names if re.search(pattern, name)]
+    except re.error as error:
+        raise UserError(f"scope = {pattern!r} is neither a known scope nor a regular expression: {error}") from error
+
+
+def _block_numbers(names: Mapping[str, Tensor]) -> dict[str, int | None]:
+    """Number of the transformer block each parameter belongs to: the first number in its name, None outside."""
+    found = {name: re.search(r"\.(\d+)\.", name) for name in names}
+    return {name: int(match[1]) if match else None for name, match in found.items()}
+
+
+def _after_blocks(names: Mapping[str, Tensor], blocks: Mapping[str, int | None]) -> list[str]:
+    """Parameters that stand behind the last block in the model's order: final norm and head."""
+    order = list(names)
+    end = max((index for index, name in enumerate(order) if blocks[name] is not None), default=-1)
+    return order[end + 1 :]
+
+
+def true_count(model: nn.Module) -> int:
+    """Parameters of the model, a tied tensor counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+

@@ -1,0 +1,136 @@
+"""What a step decided: the log line, the checkpoint's increment and the message, in one."""
+
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from zofed import directions
+
+COEFFICIENT_BITS = 30  # |coefficient| < 2^30: with fewer than 2^21 directions every exact sum stays below 2^53
+
+
+@dataclass(frozen=True, slots=True)
+class Seeded:
+    """One zeroth-order step: gradient estimate = 2^exponent / divisor * sum of coefficient * direction.
+
+    The directions' seeds are not stored but derived from (run seed, round, client, local step, query), in that order,
+    for every client listed. `coefficients` holds clients x local_steps x queries integers below 2^30 in size.
+    """
+
+    kind: ClassVar[int] = 1
+    round: int
+    rate: float  # learning rate of this step, float64
+    clients: tuple[int, ...]
+    queries: int
+    coefficients: tuple[int, ...]
+    exponent: int
+    divisor: int
+    local_steps: int = 1
+    privacy_spent: float = math.nan  # reserved: epsilon spent so far, NaN where no privacy is promised
+
+    def seeds(self, run_seed: int) -> list[int]:
+        """64-bit seed of each coefficient's direction."""
+        return [
+            seed
+            for client in self.clients
+            for seed in directions.direction_seeds(run_seed, self.round, client, self.queries, self.local_steps)
+        ]
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """One first-order step: its update is no function of seeds. `update` is the SHA-256 of the file that keeps it
+    beside the journal, or 32 zero bytes where none is kept."""
+
+    kind: ClassVar[int] = 2
+    round: int
+    rate: float
+    update: bytes = bytes(32)
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A round that moved nothing: too few usable replies."""
+
+    kind: ClassVar[int] = 3
+    round: int
+
+
+Record = Seeded | Dense | Skipped
+
+_HEAD = struct.Struct("<BQ")  # kind, round
+_SEEDED = struct.Struct("<ddHHIhI")  # rate, privacy, clients, local steps, queries, exponent, divisor
+_DENSE = struct.Struct("<d32s")
+
+
+def encode(record: Record) -> bytes:
+    """The record's bytes, little endian; `decode` gives the record back."""
+    head = _HEAD.pack(record.kind, record.round)
+    match record:
+        case Seeded():
+            fixed = _SEEDED.pack(
+                record.rate,
+                record.privacy_spent,
+                len(record.clients),
+                record.local_steps,
+                record.queries,
+                record.exponent,
+                record.divisor,
+            )
+            numbers = struct.pack(f"<{len(record.clients)}I", *record.clients)
+            return head + fixed + numbers + struct.pack(f"<{len(record.coefficients)}i", *record.coefficients)
+        case Dense():
+            return head + _DENSE.pack(record.rate, record.update)
+        case Skipped():
+            return head
+
+
+def decode(body: bytes) -> Record:
+    """The record whose `encode` is `body`. Raises ValueError for any other bytes."""
+    try:
+        kind, round_ = _HEAD.unpack_from(body)
+        rest = memoryview(body)[_HEAD.size :]
+        if kind == Seeded.kind:
+            record = _decode_seeded(round_, rest)
+        elif kind == Dense.kind:
+            record = Dense(round_, *_DENSE.unpack(rest))
+        elif kind == Skipped.kind and not rest:
+            record = Skipped(round_)
+        else:
+            raise ValueError(f"record kind {kind} of {len(body)} bytes is not known to this version")
+    except struct.error as error:
+        raise ValueError(f"record of {len(body)} bytes: {error}") from error
+    return record
+
+
+def _decode_seeded(round_: int, rest: memoryview) -> Seeded:
+    rate, privacy, count, local_steps, queries, exponent, divisor = _SEEDED.unpack_from(rest)
+    clients = struct.unpack_from(f"<{count}I", rest, _SEEDED.size)
+    coefficients = struct.unpack(f"<{count * local_steps * queries}i", rest[_SEEDED.size + 4 * count :])
+    return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor, local_steps, privacy)
+
+
+def to_integers(slopes: Sequence[float]) -> tuple[tuple[int, ...], int]:
+    """Slopes as integers with one shared power-of-two exponent: slope ~ integer * 2^exponent.
+
+    The largest slope fills 30 bits, so the rounding error is below 2^-30 of it. Raises ValueError when a slope is
+    not finite.
+    """
+    if not all(math.isfinite(slope) for slope in slopes):
+        raise ValueError(f"slopes must be finite, got {[slope for slope in slopes if not math.isfinite(slope)][:3]}")
+    largest = max((abs(slope) for slope in slopes), default=0.0)
+    if largest == 0.0:
+        return (0,) * len(slopes), 0
+    exponent = max(math.frexp(largest)[1] - COEFFICIENT_BITS, -1000)  # beyond 2^-1000 a scale would be subnormal
+    limit = 2**COEFFICIENT_BITS - 1
+    return tuple(max(-limit, min(limit, round(math.ldexp(slope, -exponent)))) for slope in slopes), exponent
+
+
+def to_exponent(integers: Sequence[int], old: int, new: int) -> tuple[int, ...]:
+    """Integers at exponent `old` brought to the coarser exponent `new`, rounded to nearest, ties upwards."""
+    shift = new - old
+    if shift == 0:
+        return tuple(integers)
+    return tuple((value + (1 << (shift - 1))) >> shift for value in integers)

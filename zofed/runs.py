@@ -1,0 +1,185 @@
+"""A run's folder: settings, journal, metrics, checkpoints, summary, model; the same whichever way it ran."""
+
+import csv
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+
+from zofed import __version__, config
+from zofed.config import Settings
+from zofed.errors import UserError
+from zofed.journal import sync_folder
+
+METRICS = (
+    "timestamp", "epoch", "step", "mode", "scope", "q", "lr", "batch_size", "optimizer", "bp_interval", "loss",
+    "grad_norm", "eval_loss", "forward_passes", "backward_passes", "seconds", "bytes",
+)  # fmt: skip
+CHECKPOINTS_KEPT = 2
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run. `path` is absolute."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, settings: Settings) -> "RunFolder":
+        """A new folder for a run. Raises UserError when it cannot be written or holds something already."""
+        path = path.expanduser().absolute()
+        folder = cls(path)
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                remedy = f"continue it with --resume {path}, or choose" if folder.journal.exists() else "choose"
+                raise UserError(f"out = {str(path)!r} is not empty: {remedy} another folder with --out")
+            path.mkdir(parents=True, exist_ok=True)
+            folder.write_text("settings.toml", config.to_toml(settings))
+        except OSError as error:
+            raise UserError(f"out = {str(path)!r} cannot be written: {error.strerror}; choose another --out") from error
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The folder of an earlier run. Raises UserError when it is none."""
+        folder = cls(path.expanduser().absolute())
+        if not (folder.path / "settings.toml").is_file() or not folder.journal.is_file():
+            raise UserError(f"{folder.path} is not the folder of a run: it lacks settings.toml or journal.zofed")
+        return folder
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.zofed"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def settings(self) -> Settings:
+        return config.resolve(config.read_toml(self.path / "settings.toml"))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file so that a reader sees the old or the new one, never half of it."""
+        temporary = self.path / f".{name}.new"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.rename(self.path / name)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+
+    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Save tensors and facts whole or not at all; the oldest checkpoints go once the new one is on disk."""
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        temporary = folder / f".{name}.new"
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+            temporary,
+            {"facts": json.dumps(facts)},
+        )
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.rename(folder / f"{name}.safetensors")
+        sync_folder(folder)
+        for old in self.checkpoints()[:-CHECKPOINTS_KEPT]:
+            old.unlink()
+
+    def checkpoints(self) -> list[Path]:
+        """Files of all checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("*.safetensors"))
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts of a checkpoint file, or None where it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+        return load_file(path), facts
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+        return None
+
+
+class Table:
+    """A CSV file that grows by one flushed line at a time."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
+        self.columns = columns
+        is_new = not path.exists()
+        self._file = open(path, "a", newline="", encoding="utf-8")
+        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
+        if is_new:
+            self._writer.writeheader()
+            self._file.flush()
+
+    def write(self, row: Row) -> None:
+        self._writer.writerow({column: _cell(row.get(column)) for column in self.columns})
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _cell(value: Any) -> Any:
+    return f"{value:.9g}" if isinstance(value, float) else value
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file, whole lines only: a killed process may have left half of the last one."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    return list(csv.DictReader(whole.splitlines()))
+
+
+def cut_table(path: Path, column: str, last: int) -> list[dict[str, str]]:
+    """Keep the whole rows whose `column` is at most `last`, rewrite the file if needed, and return them."""
+    rows = read_table(path)
+    kept = [row for row in rows if int(row[column]) <= last]
+    if path.exists() and rows:
+        temporary = path.with_suffix(".new")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(kept)
+        temporary.rename(path)
+    return kept
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that a result may depend on."""
+    packages = ("torch", "transformers", "numpy", "flwr", "safetensors", "tokenizers")
+    return {"zofed": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory this process has held: on the GPU if it used one, else resident in RAM."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def timestamp() -> str:
+    """Now, in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,340 @@
+"""Rounds over a Flower grid: plan, send, check, merge, write down, move, announce."""
+
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from zofed import config, federation, messages
+from zofed.config import Settings
+from zofed.errors import UserError
+from zofed.federation import Answer, Plan
+from zofed.finish import finish
+from zofed.journal import Journal, canonical
+from zofed.messages import Final, Greeting, Introduction, Malformed
+from zofed.records import Record, Skipped
+from zofed.runs import Row, RunFolder, Table
+from zofed.task import Task
+from zofed.trainer import Step, Trainer
+from zofed.worker import Worker
+
+ROUNDS = (
+    "round", "loss", "eval_loss", "replies_used", "replies_rejected", "replies_late", "bytes_up", "bytes_down",
+    "seconds_compute", "seconds_waiting", "seconds_flower",
+)  # fmt: skip
+CLIENTS = (
+    "round", "attempt", "client", "result", "loss", "examples", "bytes_up", "bytes_down", "seconds_compute"
+)  # fmt: skip
+ATTEMPTS = 3  # times a round is asked before it is given up
+POLL_SECONDS = 0.05
+QUIET_SECONDS = 1.0  # "all nodes that are there": no new one came for so long
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run a federation from Flower's run configuration; the output folder is absolute and printed."""
+    try:
+        run(grid, config.resolve(dict(context.run_config)), f"flower-{context.run_id}")
+    except UserError as error:
+        print(f"zofed: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None  # Flower marks the run as failed
+
+
+def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
+    """One federated run over `grid`; returns its summary. name: of its folder, where settings.out is empty."""
+    if settings.mode != "zo":
+        raise UserError(f"mode = {settings.mode!r} does not run in a federation yet: use zofed train --mode fo")
+    out = Path(settings.out).expanduser() if settings.out else Path.home() / "zofed-runs" / name
+    if not out.is_absolute():
+        raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
+    torch.set_num_threads(settings.threads)
+    task = Task.load(settings)
+    worker = task.worker()
+    folder = RunFolder.create(out, settings.model_copy(update={"out": str(out)}))
+    print(f"run folder: {out}", flush=True)
+    folder.write_summary({"status": "running"})
+    try:
+        with Journal.create(folder.journal, worker.genesis) as book:
+            server = Server(grid, settings, task, worker, book, folder)
+            try:
+                return server.run()
+            finally:
+                server.close()
+    except UserError as error:
+        folder.write_summary({"status": "failed", "error": str(error)})
+        raise
+
+
+@dataclass
+class Traffic:
+    """What the present round cost and how its replies fared."""
+
+    up: int = 0
+    down: int = 0
+    results: Counter[str] = field(default_factory=Counter)
+    compute: float = 0.0
+    waiting: float = 0.0
+
+
+class Server:
+    """The server's side of one run; the law of the house is kept by the Trainer it drives."""
+
+    def __init__(
+        self, grid: Grid, settings: Settings, task: Task, worker: Worker, book: Journal, folder: RunFolder
+    ) -> None:
+        self.grid, self.settings, self.task, self.worker = grid, settings, task, worker
+        self.journal, self.folder = book, folder
+        self.genesis = worker.head
+        self.nodes: dict[int, int] = {}  # client index -> node id
+        self.held: dict[int, int] = {}  # client index -> entries its replica held when it last answered
+        self.traffic = Traffic()
+        self.bytes_up = self.bytes_down = self.plans = 0
+        self.rounds = Table(folder.path / "rounds.csv", ROUNDS)
+        self.clients = Table(folder.path / "clients.csv", CLIENTS)
+
+    def close(self) -> None:
+        self.rounds.close()
+        self.clients.close()
+
+    def run(self) -> dict[str, Any]:
+        self.nodes = self._meet()
+        self.held = dict.fromkeys(self.nodes, 0)
+        print(f"{len(self.nodes)} clients, {len(self.task.held_out)} documents held out", flush=True)
+        trainer = Trainer(self.worker, self.journal, self.folder, self.settings, self.task.evaluate, self._show)
+        totals = trainer.run(self.settings.rounds, self._round)
+        digests = self._final_digests()
+        summary = finish(
+            self.task,
+            self.worker,
+            self.journal,
+            self.folder,
+            totals,
+            {
+                "bytes_up_per_client_round": self.bytes_up / self.plans,
+                "bytes_down_per_client_round": self.bytes_down / self.plans,
+                "client_digests": {str(client): digest for client, digest in sorted(digests.items())},
+            },
+        )
+        if different := [client for client, digest in digests.items() if digest != summary["digest"]]:
+            error = f"clients {different} end with other weights than the server: see {self.folder.path}/summary.json"
+            self.folder.write_summary(summary | {"status": "failed", "error": error})
+            raise UserError(error)
+        return summary
+
+    def _meet(self) -> dict[int, int]:
+        """Wait for the nodes, ask each who it is; node ids by client index."""
+        wanted = self.settings.clients
+        node_ids = self._wait_for_nodes(wanted)
+        greeting = messages.pack(Greeting(canonical(self.worker.genesis)))
+        replies = self._exchange({node: greeting for node in node_ids}, "query.status", self.settings.round_timeout)
+        found: dict[int, int] = {}
+        for node in node_ids:
+            reply = replies.get(node)
+            if reply is None or reply.has_error():
+                reason = "no answer" if reply is None else reply.error.reason
+                raise UserError(f"node {node} could not be asked who it is ({reason}): see its log")
+            introduction = messages.unpack(Introduction, reply.content)
+            if introduction.problem:
+                raise UserError(introduction.problem)
+            if introduction.client in found:
+                raise UserError(f"two nodes say they are client {introduction.client}: give each its own partition-id")
+            found[introduction.client] = node
+        chosen = sorted(found)[: wanted or None]
+        return {client: found[client] for client in chosen}
+
+    def _wait_for_nodes(self, wanted: int) -> list[int]:
+        deadline = time.monotonic() + self.settings.node_timeout
+        seen: list[int] = []
+        since = time.monotonic()
+        while True:
+            now = sorted(self.grid.get_node_ids())
+            if now != seen:
+                seen, since = now, time.monotonic()
+            if seen and (len(seen) >= wanted if wanted else time.monotonic() - since >= QUIET_SECONDS):
+                return seen
+            if time.monotonic() > deadline:
+                need = wanted or 1
+                raise UserError(
+                    f"clients = {wanted}: the federation has {len(seen)} of {need} nodes after "
+                    f"{self.settings.node_timeout:g} s; start more, in simulation with "
+                    f"--federation-config 'num-supernodes={need}'"
+                )
+            time.sleep(POLL_SECONDS)
+
+    def _round(self, round_: int) -> Step:
+        """Ask all clients about one round, again until enough have answered, and merge what is usable."""
+        self.traffic = Traffic()
+        need = self.settings.quorum or len(self.nodes)
+        good: dict[int, Answer] = {}
+        for attempt in range(ATTEMPTS):
+            missing = [client for client in self.nodes if client not in good]
+            good |= self._ask(missing, attempt)
+            if len(good) >= min(need, len(self.nodes)):
+                break
+        self.bytes_up += self.traffic.up
+        self.bytes_down += self.traffic.down
+        self.plans += len(self.nodes)
+        if len(good) < need and self.settings.quorum == 0:
+            missing = sorted(set(self.nodes) - set(good))
+            raise UserError(
+                f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts "
+                f"({dict(self.traffic.results)}): see clients.csv in {self.folder.path}, or set quorum below the number "
+                "of clients"
+            )
+        record: Record = Skipped(round_)
+        if len(good) >= need:
+            record = federation.merge(round_, self.settings.learning_rate, self.settings.queries, good)
+        batch = self.settings.batch_size
+        return Step(
+            record=record,
+            loss=sum(answer.loss for answer in good.values()) / len(good) if good else math.nan,
+            epoch=round_ * batch * len(good) / max(1, sum(answer.examples for answer in good.values())),
+            batch_size=batch * len(good),
+            forward_passes=2 * self.settings.queries * len(good),
+            bytes=self.traffic.up + self.traffic.down,
+        )
+
+    def _ask(self, clients: Iterable[int], attempt: int) -> dict[int, Answer]:
+        """One attempt: send each client its plan and check what comes back; those behind are sent what they lack."""
+        probe = self.worker.probe()
+        good: dict[int, Answer] = {}
+        waiting_for = list(clients)
+        for _ in range(2):  # a second time for those whose replica was older than the server knew
+            plans = {client: self._plan(client, attempt) for client in waiting_for}
+            replies = self._send(plans, "train.zo")
+            behind = []
+            for client, plan in plans.items():
+                reply = replies.get(self.nodes[client])
+                answer, result = self._judge(reply, plan, probe)
+                self.traffic.results[result] += 1
+                self._note(client, plan, answer, result, reply)
+                if answer is not None and result == "used":
+                    good[client] = answer
+                    self.held[client] = len(self.journal.entries)
+                elif answer is not None and result == "behind":
+                    known = federation.position(self.journal.entries, self.genesis, answer.head)
+                    self.held[client] = known or 0
+                    behind.append(client)
+            waiting_for = behind
+            if not behind:
+                break
+        return good
+
+    def _plan(self, client: int, attempt: int) -> Plan:
+        return federation.plan_for(
+            self.settings, self.journal.entries, self.held[client], client, attempt, self.genesis
+        )
+
+    def _judge(self, reply: Message | None, plan: Plan, probe: bytes) -> tuple[Answer | None, str]:
+        if reply is None:
+            return None, "late"
+        if reply.has_error():
+            print(f"client {plan.client}: {reply.error.reason}", file=sys.stderr, flush=True)
+            return None, "error"
+        try:
+            answer = messages.unpack(Answer, reply.content)
+        except Malformed as error:
+            print(f"client {plan.client}: malformed reply: {error}", file=sys.stderr, flush=True)
+            return None, "malformed"
+        return answer, federation.check(answer, plan, probe) or "used"
+
+    def _note(self, client: int, plan: Plan, answer: Answer | None, result: str, reply: Message | None) -> None:
+        up = messages.size(reply.content) if reply is not None and reply.has_content() else 0
+        if answer is not None:
+            self.traffic.compute = max(self.traffic.compute, answer.seconds)
+        self.clients.write(
+            {
+                "round": plan.round,
+                "attempt": plan.attempt,
+                "client": client,
+                "result": result,
+                "loss": answer.loss if answer else None,
+                "examples": answer.examples if answer else None,
+                "bytes_up": up,
+                "bytes_down": messages.size(messages.pack(plan)),
+                "seconds_compute": answer.seconds if answer else None,
+            }
+        )
+
+    def _send(self, plans: dict[int, Plan], message_type: str) -> dict[int, Message]:
+        began = time.monotonic()
+        contents = {self.nodes[client]: messages.pack(plan) for client, plan in plans.items()}
+        replies = self._exchange(contents, message_type, self.settings.round_timeout)
+        self.traffic.waiting += time.monotonic() - began
+        self.traffic.down += sum(messages.size(content) for content in contents.values())
+        self.traffic.up += sum(messages.size(reply.content) for reply in replies.values() if reply.has_content())
+        return replies
+
+    def _exchange(self, contents: dict[int, RecordDict], message_type: str, seconds: float) -> dict[int, Message]:
+        """Send one message to each node and wait at most `seconds` for the replies; replies by node id."""
+        sent = [
+            Message(content=content, dst_node_id=node, message_type=message_type, ttl=seconds)
+            for node, content in contents.items()
+        ]
+        open_ids = dict(zip(self.grid.push_messages(sent), contents, strict=True))
+        replies: dict[int, Message] = {}
+        deadline = time.monotonic() + seconds
+        while open_ids and time.monotonic() < deadline:
+            for reply in self.grid.pull_messages(list(open_ids)):
+                # An error reply comes from the SuperLink, so it is known by what it answers, not by who sent it.
+                node = open_ids.pop(reply.metadata.reply_to_message_id, None)
+                if node is not None:
+                    replies[node] = reply
+            if open_ids:
+                time.sleep(POLL_SECONDS)
+        return replies
+
+    def _final_digests(self) -> dict[int, str]:
+        """SHA-256 of every client's weights at the end of the run, by client index."""
+        digests: dict[int, str] = {}
+        for _ in range(2):  # a replica older than known is sent everything the second time
+            open_clients = [client for client in self.nodes if not digests.get(client)]
+            if not open_clients:
+                break
+            replies = self._send({client: self._plan(client, 0) for client in open_clients}, "query.digest")
+            for client in open_clients:
+                reply = replies.get(self.nodes[client])
+                usable = reply is not None and reply.has_content()
+                digests[client] = messages.unpack(Final, reply.content).digest if reply and usable else ""
+                if not digests[client]:
+                    self.held[client] = 0
+        return digests
+
+    def _show(self, row: Row) -> None:
+        round_, traffic = row["step"], self.traffic
+        used = traffic.results["used"]
+        held_out = f"  held-out {row['eval_loss']:.4f}" if row.get("eval_loss") is not None else ""
+        if round_ == 0:
+            print(f"round 0{held_out}", flush=True)
+            return
+        rejected = sum(traffic.results.values()) - used - traffic.results["late"]
+        self.rounds.write(
+            {
+                "round": round_,
+                "loss": row["loss"],
+                "eval_loss": row.get("eval_loss"),
+                "replies_used": used,
+                "replies_rejected": rejected,
+                "replies_late": traffic.results["late"],
+                "bytes_up": traffic.up,
+                "bytes_down": traffic.down,
+                "seconds_compute": traffic.compute,
+                "seconds_waiting": traffic.waiting,
+                "seconds_flower": max(0.0, traffic.waiting - traffic.compute),
+            }
+        )
+        print(
+            f"round {round_}/{self.settings.rounds}  loss {row['loss']:.4f}{held_out}  up {traffic.up} B  "
+            f"down {traffic.down} B  {row['seconds']:.1f} s",
+            flush=True,
+        )

@@ -1,0 +1,108 @@
+"""What a run's settings mean: its tokenizer, its documents and examples, its model."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from zofed import data, metrics, models, worker
+from zofed.config import Settings
+from zofed.data import Document, Examples
+from zofed.errors import UserError
+from zofed.optimizers import Optimizer
+from zofed.worker import Worker
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run's data and model, the same for whoever builds it from the same settings.
+
+    train: documents any client may hold a shard of; held_out: documents nobody trains on.
+    """
+
+    settings: Settings
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Document]
+    held_out: list[Document]
+
+    @classmethod
+    def load(cls, settings: Settings) -> "Task":
+        """Read tokenizer and documents. Raises UserError for what is missing or unusable."""
+        tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
+        documents = data.load_documents(settings.dataset)
+        if settings.task == "classification" and any(document.label is None for document in documents):
+            raise UserError(
+                f"dataset = {settings.dataset!r} has documents without a label: "
+                "give one with a label column, or set task to language-model"
+            )
+        train, held_out = data.split_held_out(documents, settings.held_out, settings.seed)
+        return cls(settings, tokenizer, train, held_out)
+
+    @property
+    def labels(self) -> int:
+        """Number of classes of a classification task, 0 for a language model."""
+        if self.settings.task == "language-model":
+            return 0
+        return 1 + max(document.label or 0 for document in (*self.train, *self.held_out))
+
+    def examples(self, documents: list[Document]) -> Examples:
+        """Documents as the integer tensors the model reads."""
+        size = self.settings.block_size
+        if self.labels:
+            return data.classification_examples(documents, self.tokenizer, size)
+        return data.language_model_examples(documents, self.tokenizer, size, data.default_cache())
+
+    def shard(self, client: int, clients: int) -> Examples:
+        """The examples of one client out of `clients`; disjoint from every other client's."""
+        return self.examples(data.shard(self.train, client, clients, self.settings.seed))
+
+    @cached_property
+    def held_out_examples(self) -> Examples:
+        return self.examples(self.held_out)
+
+    def evaluate(self, model: PreTrainedModel) -> metrics.Score:
+        """Score on the held-out examples."""
+        return metrics.evaluate(model, self.held_out_examples, self.settings.eval_examples)
+
+    def baselines(self) -> dict[str, float]:
+        """Held-out losses (nats) of knowing nothing: uniform guesses, and the training set's frequencies."""
+        train, held_out = self.examples(self.train), self.held_out_examples
+        if self.labels:
+            return metrics.class_baselines(train["labels"], held_out["labels"], self.labels)
+        vocabulary = len(self.tokenizer)
+        return {"uniform": math.log(vocabulary), "unigram": data.unigram_loss(train, held_out, vocabulary)}
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the documents and of the tokenizer: what the run read."""
+        return {
+            "documents": data.documents_digest([*self.train, *self.held_out]),
+            "tokenizer": data.tokenizer_digest(self.tokenizer),
+        }
+
+    def worker(self) -> Worker:
+        """A new replica at the base weights, on the run's device, with the genesis that pins it."""
+        model = models.create_model(self.settings, self.tokenizer, self.labels)
+        genesis = worker.make_genesis(
+            model,
+            models.describe(self.settings.model, model),
+            models.trainable_names(model, self.settings.scope),
+            seed=self.settings.seed,
+            kind=self.settings.directions,
+            optimizer=Optimizer(self.settings.optimizer, self.settings.momentum, self.settings.weight_decay),
+        )
+        return Worker(model.to(device(self.settings)), genesis)
+
+
+def device(settings: Settings) -> torch.device:
+    """The device of a run. Raises UserError for a CUDA device this machine does not have."""
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = torch.device(settings.device)
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device = {settings.device!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            "set device to cpu or auto"
+        )
+    return chosen

