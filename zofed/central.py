@@ -15,7 +15,7 @@ from zofed.finish import finish
 from zofed.journal import Journal
 from zofed.records import Dense
 from zofed.runs import Row, RunFolder
-from zofed.task import Task
+from zofed.task import Task, prepare_process
 from zofed.trainer import Ask, Step, Trainer
 from zofed.worker import Worker
 
@@ -24,7 +24,7 @@ Show = Callable[[Row], None]
 
 def train(settings: Settings, out: Path, show: Show) -> dict[str, Any]:
     """A new central run in folder `out`; returns its summary. Raises UserError before anything is written."""
-    torch.set_num_threads(settings.threads)
+    prepare_process(settings)
     task = Task.load(settings)
     examples, worker = task.shard(0, 1), task.worker()
     folder = RunFolder.create(out, settings)
@@ -41,7 +41,7 @@ def resume(path: Path, show: Show) -> dict[str, Any]:
     settings = folder.settings()
     if (folder.path / "rounds.csv").exists():
         raise UserError(f"{folder.path} is a federated run, which zofed train cannot continue: start it again")
-    torch.set_num_threads(settings.threads)
+    prepare_process(settings)
     task = Task.load(settings)
     with Journal.open(folder.journal) as journal:
         worker = task.worker()

@@ -21,6 +21,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
 app.add_typer(journal_app, name="journal")
 
+QUICKSTART_ROUNDS = 120
+
 # Progress and results are for people: they go to the terminal as plain words, without colour codes in a pipe.
 console = Console(highlight=False, soft_wrap=True)
 
@@ -282,6 +284,27 @@ def make_data(out: Annotated[Path, typer.Argument(help="folder that gets tokeniz
 
     for path in make_shipped_files(out):
         console.print(str(path))
+
+
+@app.command("settings")
+def show_settings() -> None:
+    """Print every setting with its default: a TOML file to start from."""
+    print(config.documented_toml(), end="")
+
+
+@app.command()
+def quickstart(
+    out: Annotated[Path, typer.Option(help="folder of the run; an earlier one is moved aside")] = Path("runs/quickstart"),
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of training")] = QUICKSTART_ROUNDS,
+) -> None:
+    """Train with 4 simulated clients through `flwr run` on the text that ships with zofed, in minutes."""
+    from zofed import launch
+
+    status = launch.quickstart(rounds, out, {"clients": 4, "controls": True, "device": "cpu"})
+    if status == 0:
+        folder = RunFolder.open(out)
+        tell_end(folder, folder.summary())
+    raise typer.Exit(status)
 
 
 @app.command()

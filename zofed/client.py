@@ -22,7 +22,7 @@ from zofed.errors import UserError
 from zofed.federation import Answer, Plan
 from zofed.journal import genesis_chain
 from zofed.messages import Final, Greeting, Introduction
-from zofed.task import Task
+from zofed.task import Task, prepare_process
 from zofed.worker import Worker
 
 app = ClientApp()
@@ -32,7 +32,7 @@ class Replica:
     """This process's one copy of the model, and the shards of the clients it has served."""
 
     def __init__(self, settings: Settings) -> None:
-        torch.set_num_threads(settings.threads)
+        prepare_process(settings)
         self.task = Task.load(settings)
         self.worker = self.task.worker()
         self.genesis = genesis_chain(self.worker.genesis)

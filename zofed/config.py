@@ -115,3 +115,12 @@ def read_toml(path: Path) -> dict[str, Any]:
 def to_toml(settings: Settings) -> str:
     """The resolved settings as TOML that `read_toml` and `resolve` take back."""
     return tomli_w.dumps(settings.model_dump(by_alias=True))
+
+
+def documented_toml() -> str:
+    """Every setting with its default and, as a comment, what it is: a settings file to start from.
+
+    The same text is the block of run settings in pyproject.toml, where Flower wants every key declared.
+    """
+    lines = (f"{tomli_w.dumps({key: field.default}).strip()}  # {field.description}" for key, field in SETTINGS.items())
+    return "\n".join(lines) + "\n"

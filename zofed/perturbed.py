@@ -39,19 +39,25 @@ class Perturbation(TorchFunctionMode):
         if func is F.linear and self._is_matrix(args[1]):
             x, weight, *bias = args
             a, b = self._factors(weight)
-            output = F.linear(x, weight, self._replaced(bias[0] if bias else kwargs.get("bias")))
-            return output + ((x @ b) * self.scale).unsqueeze(-1) * a
+            return self._linear(x, weight, bias[0] if bias else kwargs.get("bias"), b, a)
         if func is torch.addmm and self._is_matrix(args[2]):  # GPT-2's Conv1D: weight (in, out)
             bias, x, weight = args
-            a, b = self._factors(weight)
-            return torch.addmm(self._replaced(bias), x, weight) + ((x @ a) * self.scale).unsqueeze(-1) * b
+            return self._linear(x, weight.T, bias, *self._factors(weight))
         if func is F.embedding and self._is_matrix(args[1]):
             a, b = self._factors(args[1])
-            return F.embedding(*args, **kwargs) + (a[args[0]] * self.scale).unsqueeze(-1) * b
+            return add_product(F.embedding(*args, **kwargs), (a[args[0]] * self.scale).unsqueeze(-1), b.unsqueeze(0))
         if func is F.scaled_dot_product_attention:
             return attention(*args, **kwargs)
         replaced = {key: self._replaced(value) for key, value in kwargs.items()}
         return func(*(self._replaced(value) for value in args), **replaced)
+
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor, out: Tensor) -> Tensor:
+        """W x + bias, and scale * (into . x) out for the matrix, scale * z for a perturbed bias, in one more product."""
+        left, right = [(x @ into) * self.scale], [out]
+        if id(bias) in self.factors and bias is not None:
+            left.append(torch.ones_like(left[0]) * self.scale)
+            right.append(self._factors(bias)[0])
+        return add_product(F.linear(x, weight, bias), torch.stack(left, -1), torch.stack(right))
 
     def _is_matrix(self, value: Any) -> bool:
         return len(self.factors.get(id(value), ())) == 2
@@ -71,36 +77,67 @@ class Perturbation(TorchFunctionMode):
         return value + (direction * self.scale).reshape(value.shape)
 
 
+def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """base (..., out) + left (..., k) @ right (k, out); under vmap one batched product straight into `base`.
+
+    The caller gives `base` away: it is overwritten when it holds one matrix for each copy.
+    """
+    return _AddProduct.apply(base, left, right)  # type: ignore[return-value]
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """scaled_dot_product_attention that knows how to run under vmap: torch's own falls back to a loop there."""
     return _Attention.apply(query, key, value, attn_mask, args, kwargs)  # type: ignore[return-value]
 
 
-class _Attention(torch.autograd.Function):
+class _ForwardOnly(torch.autograd.Function):
+    """A function with a rule for vmap of its own; losses of perturbed models are never differentiated."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+
+class _AddProduct(_ForwardOnly):
+    @staticmethod
+    def forward(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        return base + left @ right
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, base: Tensor, left: Tensor, right: Tensor):  # noqa: ANN205
+        copies = info.batch_size
+        left, right = _copies_first(left, in_dims[1], copies), _copies_first(right, in_dims[2], copies)
+        flat_left = left.reshape(copies, -1, left.shape[-1])
+        if in_dims[0] is None:
+            flat = base.reshape(1, -1, base.shape[-1]).expand(copies, -1, -1)
+            return torch.baddbmm(flat, flat_left, right).view(copies, *base.shape), 0
+        base = base.movedim(in_dims[0], 0)
+        flat = base.reshape(copies, -1, base.shape[-1])
+        return flat.baddbmm_(flat_left, right).view(base.shape), 0
+
+
+class _Attention(_ForwardOnly):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, args: Any, kwargs: Any) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is kept: losses of perturbed models are never differentiated."""
-
-    @staticmethod
     def vmap(info: Any, in_dims: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, args: Any, kwargs: Any):  # noqa: ANN205
         """Fold the copies into the batch dimension, attend once, unfold."""
         copies = info.batch_size
-
-        def folded(tensor: Tensor, dim: int | None) -> Tensor:
-            tensor = tensor.unsqueeze(0).expand(copies, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            return tensor.flatten(0, 1)
-
+        q, k, v = (
+            _copies_first(tensor, dim, copies).flatten(0, 1)
+            for tensor, dim in zip((query, key, value), in_dims[:3], strict=True)
+        )
         if mask is not None:
-            batch = query.shape[0 if in_dims[0] is None else 1 if in_dims[0] == 0 else 0]
-            mask = mask.expand(batch, *mask.shape[1:]) if in_dims[3] is None else mask
-            mask = folded(mask, in_dims[3])
-        q, k, v = (folded(tensor, dim) for tensor, dim in zip((query, key, value), in_dims[:3], strict=True))
+            mask = _copies_first(mask, in_dims[3], copies)
+            mask = mask.expand(copies, q.shape[0] // copies, *mask.shape[2:]).flatten(0, 1)
         output = F.scaled_dot_product_attention(q, k, v, mask, *args, **kwargs)
         return output.unflatten(0, (copies, -1)), 0
+
+
+def _copies_first(tensor: Tensor, dim: int | None, copies: int) -> Tensor:
+    return tensor.unsqueeze(0).expand(copies, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
@@ -22,7 +21,7 @@ from zofed.journal import Journal, canonical
 from zofed.messages import Final, Greeting, Introduction, Malformed
 from zofed.records import Record, Skipped
 from zofed.runs import Row, RunFolder, Table
-from zofed.task import Task
+from zofed.task import Task, prepare_process
 from zofed.trainer import Step, Trainer
 from zofed.worker import Worker
 
@@ -57,7 +56,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
     out = Path(settings.out).expanduser() if settings.out else Path.home() / "zofed-runs" / name
     if not out.is_absolute():
         raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
-    torch.set_num_threads(settings.threads)
+    prepare_process(settings)
     task = Task.load(settings)
     worker = task.worker()
     folder = RunFolder.create(out, settings.model_copy(update={"out": str(out)}))

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zofed import data, metrics, models, worker
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
+from zofed.memory import keep_freed_memory
 from zofed.optimizers import Optimizer
 from zofed.worker import Worker
 
@@ -93,6 +95,14 @@ class Task:
             optimizer=Optimizer(self.settings.optimizer, self.settings.momentum, self.settings.weight_decay),
         )
         return Worker(model.to(device(self.settings)), genesis)
+
+
+def prepare_process(settings: Settings) -> None:
+    """Set what belongs to the process and not to a model: CPU threads, memory, the library's chatter."""
+    torch.set_num_threads(settings.threads)
+    keep_freed_memory()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def device(settings: Settings) -> torch.device:
