@@ -81,7 +81,7 @@ def _zo(worker: Worker, examples: Examples, settings: Settings, journal: Journal
 
     def ask(round_: int) -> Step:
         try:
-            plan = federation.plan_for(settings, journal.entries, len(journal.entries), 0, 0, worker.head)
+            plan = federation.plan_for(settings, worker, journal.entries, len(journal.entries), client=0, attempt=0)
             measured = federation.measure(worker, examples, plan)
         except ValueError as error:
             raise _not_finite(round_, settings) from error

@@ -300,7 +300,7 @@ def quickstart(
     """Train with 4 simulated clients through `flwr run` on the text that ships with zofed, in minutes."""
     from zofed import launch
 
-    status = launch.quickstart(rounds, out, {"clients": 4, "controls": True, "device": "cpu"})
+    status = launch.quickstart(rounds, out, {"clients": 4, "controls": True, "device": "cpu", "learning-rate": 0.1})
     if status == 0:
         folder = RunFolder.open(out)
         tell_end(folder, folder.summary())

@@ -42,13 +42,20 @@ class Replica:
         return self._shards.setdefault((client, clients), self.task.shard(client, clients))
 
     def catch_up(self, plan: Plan) -> bool:
-        """Move to the plan's head; from the base, anew, when the plan brings the whole history."""
-        if federation.catch_up(self.worker, plan.after, plan.head, plan.entries):
+        """Move to the plan's head and weights; from the base, anew, when the plan brings the whole history.
+
+        False when this process cannot get there: the answer then tells the server, which sends everything.
+        """
+        if self._follow(plan):
             return True
         if plan.after != self.genesis:
             return False
         self.worker = self.task.worker()
-        return federation.catch_up(self.worker, plan.after, plan.head, plan.entries)
+        return self._follow(plan)
+
+    def _follow(self, plan: Plan) -> bool:
+        arrived = federation.catch_up(self.worker, plan.after, plan.head, plan.entries)
+        return arrived and self.worker.probe() == plan.probe
 
 
 @lru_cache(maxsize=1)

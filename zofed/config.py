@@ -41,7 +41,7 @@ class Settings(BaseModel):
     queries: int = Field(16, ge=1, le=16384, description="directions measured per step and client (zo)")
     epsilon: float = Field(3e-4, gt=0, le=1, description="step per coordinate of the finite difference (zo)")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="rule that turns a gradient estimate into a step")
-    learning_rate: float = Field(0.1, gt=0, description="step size of the optimizer")
+    learning_rate: float = Field(0.03, gt=0, description="step size of the optimizer")
     momentum: float = Field(0.0, ge=0, lt=1, description="heavy-ball momentum of sgd")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="decoupled weight decay")
     batch_size: int = Field(4, ge=1, description="examples per step and client")

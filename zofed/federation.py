@@ -30,7 +30,8 @@ LARGEST_LOSS = 1e6  # a mean cross-entropy beyond this is a fault, not a measure
 class Plan:
     """What the server asks of one client in one round.
 
-    genesis, after, head: 16-byte chains; `entries` are the raw journal entries that lead from `after` to `head`.
+    genesis, after, head: 16-byte chains; `entries` are the raw journal entries that lead from `after` to `head`, where
+    sound weights have `probe`.
     Seeds derive from (run seed in the genesis, round, client's index, local step 0, query); `attempt` only marks late
     replies and enters no seed, so a round asked again asks the same.
     """
@@ -41,6 +42,7 @@ class Plan:
     after: bytes
     head: bytes
     entries: bytes
+    probe: bytes
     client: int
     queries: int
     epsilon: float
@@ -110,8 +112,11 @@ def merge(round_: int, rate: float, queries: int, measured: Mapping[int, Measure
     return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor=len(coefficients))
 
 
-def plan_for(settings: Settings, entries: Sequence[Entry], start: int, client: int, attempt: int, genesis: bytes) -> Plan:
-    """The plan of the round after `entries`, for a client that holds the first `start` of them."""
+def plan_for(
+    settings: Settings, worker: Worker, entries: Sequence[Entry], start: int, client: int, attempt: int
+) -> Plan:
+    """The plan of the round after `entries`, all of which `worker` has applied, for a client that holds `start`."""
+    genesis = journal.genesis_chain(worker.genesis)
     return Plan(
         genesis=genesis,
         round=(entries[-1].record.round if entries else 0) + 1,
@@ -119,6 +124,7 @@ def plan_for(settings: Settings, entries: Sequence[Entry], start: int, client: i
         after=entries[start - 1].chain if start else genesis,
         head=entries[-1].chain if entries else genesis,
         entries=b"".join(entry.raw for entry in entries[start:]),
+        probe=worker.probe(),
         client=client,
         queries=settings.queries,
         epsilon=settings.epsilon,
@@ -154,7 +160,7 @@ def catch_up(worker: Worker, after: bytes, head: bytes, raw: bytes) -> bool:
     return True
 
 
-def check(answer: Answer, plan: Plan, probe: bytes) -> Reason | None:
+def check(answer: Answer, plan: Plan) -> Reason | None:
     """Why this answer cannot be used, or None. Types are sound already: `messages` refuses others as malformed."""
     if answer.genesis != plan.genesis:
         return "wrong_genesis"
@@ -166,7 +172,7 @@ def check(answer: Answer, plan: Plan, probe: bytes) -> Reason | None:
         return "wrong_client"
     if answer.head != plan.head:
         return "behind"
-    if answer.probe != probe:
+    if answer.probe != plan.probe:
         return "desync"
     if not answer.coefficients and math.isnan(answer.loss):
         return "not_finite"  # the client's own word: it met a loss that is not finite

@@ -140,7 +140,7 @@ class Table:
 
 
 def _cell(value: Any) -> Any:
-    return f"{value:.9g}" if isinstance(value, float) else value
+    return repr(value) if isinstance(value, float) else value  # every bit: a resumed run reads its start from here
 
 
 def read_table(path: Path) -> list[dict[str, str]]:

@@ -1,0 +1,49 @@
+"""What tests share: a tiny corpus on disk, quick settings, a cache of their own."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zofed import config, documents
+from zofed.config import Settings
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the user's cache."""
+    monkeypatch.setenv("ZOFED_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSON-lines file of 40 short documents from the shipped data."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    chosen = documents.load_documents("sample-dclm")[:40]
+    path.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in chosen), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def quick(corpus: Path) -> Callable[..., Settings]:
+    """Settings of a run that takes a second; keyword arguments (snake_case) override them."""
+
+    def make(**overrides: Any) -> Settings:
+        values = {
+            "dataset": str(corpus),
+            "block-size": 16,
+            "batch-size": 2,
+            "queries": 3,
+            "steps": 6,
+            "rounds": 6,
+            "learning-rate": 0.01,
+            "eval-interval": 3,
+            "eval-examples": 8,
+            "checkpoint-interval": 4,
+            "device": "cpu",
+        }
+        return config.resolve(values | {key.replace("_", "-"): value for key, value in overrides.items()})
+
+    return make

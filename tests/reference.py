@@ -1,0 +1,55 @@
+"""Plain twins of zofed's arithmetic, slow and written from the papers, for the tests to compare with."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+
+
+def philox4x32(counter: Sequence[int], key: Sequence[int]) -> tuple[int, int, int, int]:
+    """One block of Philox4x32-10 in Python integers (Salmon et al., SC 2011, section 3.3)."""
+    (x0, x1, x2, x3), (k0, k1) = counter, key
+    for round_ in range(10):
+        if round_:
+            k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+        high0, low0 = divmod(0xD2511F53 * x0, 2**32)
+        high1, low1 = divmod(0xCD9E8D57 * x2, 2**32)
+        x0, x1, x2, x3 = high1 ^ x1 ^ k0, low1, high0 ^ x3 ^ k1, low0
+    return x0, x1, x2, x3
+
+
+def sign_stream(seed: int, tensor: int, component: int, count: int) -> list[int]:
+    """Signs in the layout the journal's format fixes: block by block, word by word, lowest bit first, 1 is +1."""
+    entries: list[int] = []
+    block = 0
+    while len(entries) < count:
+        counter = (block, component, tensor % 2**32, tensor // 2**32)
+        for word in philox4x32(counter, (seed % 2**32, seed // 2**32)):
+            entries += [1 if word >> bit & 1 else -1 for bit in range(32)]
+        block += 1
+    return entries[:count]
+
+
+def sgd(weight: Array, gradients: Sequence[Array], rate: float, momentum: float, decay: float) -> list[Array]:
+    """Weights after each step of heavy-ball SGD (Polyak, 1964) with decoupled weight decay."""
+    velocity, path = np.zeros_like(weight), []
+    for gradient in gradients:
+        velocity = np.float32(momentum) * velocity + gradient
+        weight = np.float32(1 - rate * decay) * weight - np.float32(rate) * velocity
+        path.append(weight)
+    return path
+
+
+def adamw(weight: Array, gradients: Sequence[Array], rate: float, decay: float) -> list[Array]:
+    """Weights after each step of AdamW (Loshchilov and Hutter, ICLR 2019, algorithm 2)."""
+    beta1, beta2, epsilon = 0.9, 0.999, 1e-8
+    mean, square, path = np.zeros_like(weight), np.zeros_like(weight), []
+    for t, gradient in enumerate(gradients, start=1):
+        mean = np.float32(beta1) * mean + np.float32(1 - beta1) * gradient
+        square = np.float32(beta2) * square + np.float32(1 - beta2) * gradient**2
+        step = (mean / np.float32(1 - beta1**t)) / (np.sqrt(square / np.float32(1 - beta2**t)) + np.float32(epsilon))
+        weight = weight - np.float32(rate) * step - np.float32(rate * decay) * weight
+        path.append(weight)
+    return path

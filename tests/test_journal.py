@@ -1,0 +1,563 @@
+"""A journal must give back exactly what was acknowledged, or say by name why it cannot.
+
+To write the golden file anew (only together with a new journal format, beside the old file):
+ZOFED_WRITE_GOLDEN=1 python tests/test_journal.py
+"""
+
+import contextlib
+import errno
+import itertools
+import math
+import os
+import stat
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from zofed import directions, journal, records
+from zofed.errors import UserError
+from zofed.journal import Journal, JournalError
+from zofed.optimizers import Optimizer
+from zofed.records import Dense, Record, Seeded, Skipped
+from zofed.worker import Worker, make_genesis
+
+GENESIS = {"seed": 5, "words": ["b", "a"]}
+RECORDS: tuple[Record, ...] = (
+    Seeded(1, 0.5, (0, 3), 2, (1, -(2**30) + 1, 0, 4), -20, 4, 1, 0.25),
+    Skipped(2),
+    Dense(3, 0.1, bytes(range(32))),
+    Seeded(4, 1e-3, (7,), 1, (12345, -6), 3, 2, 2, 0.5),
+)
+
+
+def written(path: Path, contents: Sequence[Record] = RECORDS) -> bytes:
+    """The bytes of a new journal at `path` with these records."""
+    with Journal.create(path, GENESIS) as opened:
+        for record in contents:
+            opened.append(record)
+    return path.read_bytes()
+
+
+def ends(raw: bytes, entries: Sequence[journal.Entry]) -> list[int]:
+    """Offset behind the header and behind each entry."""
+    found = [len(raw) - sum(len(entry.raw) for entry in entries)]
+    for entry in entries:
+        found.append(found[-1] + len(entry.raw))
+    return found
+
+
+def found_in(path: Path, raw: bytes) -> journal.Contents:
+    path.write_bytes(raw)
+    return journal.read(path)
+
+
+def records_of(contents: journal.Contents) -> tuple[Record, ...]:
+    return tuple(entry.record for entry in contents.entries)
+
+
+# --- records ---
+
+ROUND = st.integers(0, 2**64 - 1)
+RATE = st.floats(allow_nan=False)
+
+
+@st.composite
+def seeded(draw: st.DrawFn) -> Seeded:
+    clients = draw(st.lists(st.integers(0, 2**32 - 1), max_size=4))
+    local_steps, queries = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    count = len(clients) * local_steps * queries
+    return Seeded(
+        draw(ROUND),
+        draw(RATE),
+        tuple(clients),
+        queries,
+        tuple(draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=count, max_size=count))),
+        draw(st.integers(-(2**15), 2**15 - 1)),
+        draw(st.integers(0, 2**32 - 1)),
+        local_steps,
+        draw(RATE),
+    )
+
+
+ANY_RECORD = seeded() | st.builds(Dense, ROUND, RATE, st.binary(min_size=32, max_size=32)) | st.builds(Skipped, ROUND)
+
+
+@given(ANY_RECORD)
+@settings(max_examples=200, deadline=None, database=None)
+def test_a_record_comes_back_from_its_bytes(record: Record) -> None:
+    assert records.decode(records.encode(record)) == record
+
+
+def test_a_privacy_budget_of_nan_comes_back() -> None:
+    record = Seeded(1, 0.5, (0,), 1, (3,), 0, 1)
+    again = records.decode(records.encode(record))
+    assert isinstance(again, Seeded)
+    assert math.isnan(again.privacy_spent)
+    assert records.encode(again) == records.encode(record)
+
+
+@given(
+    st.binary(max_size=80) | st.tuples(st.integers(0, 4), st.binary(max_size=80)).map(lambda p: bytes([p[0]]) + p[1])
+)
+@settings(max_examples=400, deadline=None, database=None)
+def test_arbitrary_bytes_are_a_record_or_a_value_error(body: bytes) -> None:
+    try:
+        record = records.decode(body)
+    except ValueError:
+        return
+    assert records.encode(record) == body
+
+
+@given(ANY_RECORD, st.data())
+@settings(max_examples=100, deadline=None, database=None)
+def test_a_record_with_bytes_missing_or_added_is_refused(record: Record, data: st.DataObject) -> None:
+    body = records.encode(record)
+    shorter = body[: data.draw(st.integers(0, len(body) - 1))]
+    for wrong in (shorter, body + data.draw(st.binary(min_size=1, max_size=9))):
+        with pytest.raises(ValueError, match="record"):
+            records.decode(wrong)
+
+
+def test_a_record_that_claims_more_coefficients_than_memory_holds_is_refused() -> None:
+    claims = records._SEEDED.pack(0.1, math.nan, 2**16 - 1, 2**16 - 1, 2**32 - 1, 0, 1)
+    for padding in (b"", bytes(4 * (2**16 - 1)), bytes(4 * 2**16)):
+        with pytest.raises(ValueError, match="record"):
+            records.decode(records._HEAD.pack(Seeded.kind, 1) + claims + padding)
+
+
+def test_a_record_that_could_not_be_read_back_is_not_written() -> None:
+    with pytest.raises(ValueError, match="coefficient"):
+        records.encode(Seeded(1, 0.5, (0, 1), 2, (1, 2, 3), 0, 4))
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=9))
+@settings(max_examples=300, deadline=None, database=None)
+def test_integers_lie_within_half_a_step_of_the_slopes(slopes: list[float]) -> None:
+    integers, exponent = records.to_integers(slopes)
+    largest = max((abs(Fraction(slope)) for slope in slopes), default=Fraction(0))
+    bound = max(largest / 2**30, Fraction(1, 2**1001))  # scales below 2^-1000 would be subnormal
+    assert len(integers) == len(slopes)
+    assert all(abs(integer) < 2**30 for integer in integers)
+    for integer, slope in zip(integers, slopes, strict=True):
+        assert abs(integer * Fraction(2) ** exponent - Fraction(slope)) <= bound
+    if largest > Fraction(1, 2**960):
+        assert max(abs(integer) for integer in integers) >= 2**29
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_slopes_that_are_not_finite_are_refused(bad: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        records.to_integers([1.0, bad, 2.0])
+
+
+def test_all_slopes_zero_are_all_integers_zero() -> None:
+    assert records.to_integers([0.0, -0.0]) == ((0, 0), 0)
+    assert records.to_integers([]) == ((), 0)
+
+
+@given(st.lists(st.integers(-(2**30) + 1, 2**30 - 1), max_size=9), st.integers(-1000, 100), st.integers(0, 1100))
+@settings(max_examples=200, deadline=None, database=None)
+def test_a_coarser_exponent_rounds_to_nearest_ties_upwards(integers: list[int], old: int, shift: int) -> None:
+    exact = [Fraction(integer, 2**shift) for integer in integers]
+    assert records.to_exponent(integers, old, old + shift) == tuple(math.floor(v + Fraction(1, 2)) for v in exact)
+
+
+# --- files ---
+
+
+def test_what_was_appended_is_read_and_the_head_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "journal.zofed"
+    with Journal.create(path, GENESIS) as opened:
+        assert opened.head == journal.genesis_chain(GENESIS)
+        entries = [opened.append(record) for record in RECORDS]
+        assert opened.head == entries[-1].chain
+    contents = journal.read(path)
+    assert contents == journal.Contents(GENESIS, tuple(entries), path.stat().st_size, 0)
+    assert contents.head == entries[-1].chain
+    assert records_of(contents) == RECORDS
+    with Journal.open(path) as again:
+        assert (again.genesis, again.entries, again.head, again.torn) == (GENESIS, entries, entries[-1].chain, 0)
+
+
+def test_a_journal_continued_is_the_journal_written_at_once(tmp_path: Path) -> None:
+    whole = written(tmp_path / "whole")
+    for count in range(len(RECORDS)):
+        path = tmp_path / f"split-{count}"
+        written(path, RECORDS[:count])
+        with Journal.open(path) as opened:
+            for record in RECORDS[count:]:
+                opened.append(record)
+        assert path.read_bytes() == whole
+
+
+def test_the_same_history_has_the_same_head_and_another_has_not(tmp_path: Path) -> None:
+    heads = {journal.read(path).head for path in (tmp_path / "a", tmp_path / "b") if written(path)}
+    assert len(heads) == 1
+    written(tmp_path / "c", (*RECORDS[:1], Skipped(9), *RECORDS[2:]))
+    assert journal.read(tmp_path / "c").head not in heads
+    assert journal.genesis_chain({"a": 1, "b": 2}) == journal.genesis_chain({"b": 2, "a": 1})
+    assert journal.genesis_chain({"a": 1}) != journal.genesis_chain({"a": 2})
+
+
+def test_an_existing_journal_is_never_overwritten(tmp_path: Path) -> None:
+    raw = written(tmp_path / "j")
+    with pytest.raises(UserError, match=r"exists.*--out.*--resume"):
+        Journal.create(tmp_path / "j", GENESIS)
+    assert (tmp_path / "j").read_bytes() == raw
+
+
+def test_a_new_journal_leaves_one_file(tmp_path: Path) -> None:
+    written(tmp_path / "journal.zofed")
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.zofed"]
+
+
+def test_every_cut_leaves_the_longest_whole_prefix(tmp_path: Path) -> None:
+    raw = written(tmp_path / "j")
+    entries = journal.read(tmp_path / "j").entries
+    whole = ends(raw, entries)
+    for cut in range(len(raw) + 1):
+        if cut < whole[0]:
+            with pytest.raises(JournalError, match=r"not a zofed journal|damaged header"):
+                found_in(tmp_path / "cut", raw[:cut])
+            continue
+        contents = found_in(tmp_path / "cut", raw[:cut])
+        kept = sum(end <= cut for end in whole) - 1
+        assert contents == journal.Contents(GENESIS, entries[:kept], whole[kept], cut - whole[kept])
+
+
+def test_every_flipped_bit_is_named_or_loses_the_last_record_only(tmp_path: Path) -> None:
+    raw = written(tmp_path / "j")
+    entries = journal.read(tmp_path / "j").entries
+    last = ends(raw, entries)[-2]
+    refused = torn = 0
+    for at in range(len(raw)):
+        for bit in range(8):
+            damaged = bytearray(raw)
+            damaged[at] ^= 1 << bit
+            try:
+                contents = found_in(tmp_path / "flipped", bytes(damaged))
+            except JournalError:
+                refused += 1
+                continue
+            assert at >= last
+            assert contents == journal.Contents(GENESIS, entries[:-1], last, len(raw) - last)
+            torn += 1
+    assert refused + torn == 8 * len(raw)
+    assert torn >= 8 * (len(entries[-1].raw) - journal.CHAIN_BYTES)
+
+
+def test_a_tail_of_zeros_after_a_power_loss_is_torn(tmp_path: Path) -> None:
+    """A file system may have grown the file before the bytes of an unacknowledged entry reached the disk."""
+    raw = written(tmp_path / "j")
+    entries = journal.read(tmp_path / "j").entries
+    last = ends(raw, entries)[-2]
+    for cut in range(last, len(raw)):
+        contents = found_in(tmp_path / "zeros", raw[:cut] + bytes(len(raw) - cut))
+        assert records_of(contents) == RECORDS[:-1]
+        assert (contents.end, contents.torn) == (last, len(raw) - last)
+
+
+def test_damage_before_whole_entries_is_refused_with_its_place(tmp_path: Path) -> None:
+    raw = written(tmp_path / "j")
+    whole = ends(raw, journal.read(tmp_path / "j").entries)
+    for round_, (start, end) in enumerate(itertools.pairwise(whole[:-1])):
+        for damaged in (raw[:start] + bytes(end - start) + raw[end:], raw[:start] + b"xyz" + raw[start:]):
+            with pytest.raises(JournalError, match=rf"damaged at byte {start}, after round {round_}, .*restore it"):
+                found_in(tmp_path / "damaged", damaged)
+
+
+def test_entries_left_out_or_swapped_are_refused(tmp_path: Path) -> None:
+    raw = written(tmp_path / "j")
+    parts = [entry.raw for entry in journal.read(tmp_path / "j").entries]
+    header = raw[: ends(raw, journal.read(tmp_path / "j").entries)[0]]
+    for order in ([1, 2, 3], [0, 2, 3], [1, 0, 2, 3], [0, 0, 1, 2, 3], [0, 1, 2, 3, 3]):
+        with pytest.raises(JournalError, match=r"edited.*restore it from a copy"):
+            found_in(tmp_path / "reordered", header + b"".join(parts[index] for index in order))
+
+
+@pytest.mark.parametrize("index", range(len(RECORDS)))
+def test_an_edited_entry_with_its_checksum_made_good_is_refused(tmp_path: Path, index: int) -> None:
+    raw = written(tmp_path / "j")
+    entries = journal.read(tmp_path / "j").entries
+    start = ends(raw, entries)[index]
+    forged = journal.link(entries[index].chain, Skipped(77)).raw  # a sound entry, but from another history
+    with pytest.raises(JournalError, match=rf"{tmp_path}.*edited.*byte {start}.*restore it from a copy"):
+        found_in(tmp_path / "edited", raw[:start] + forged + raw[start + len(entries[index].raw) :])
+
+
+def test_a_body_that_is_no_record_is_refused(tmp_path: Path) -> None:
+    raw = written(tmp_path / "j", ())
+    length = struct.pack("<I", 3)
+    entry = length + struct.pack("<I", zlib.crc32(length + b"abc")) + b"abc" + bytes(16)
+    with pytest.raises(JournalError, match="edited"):
+        found_in(tmp_path / "j", raw + entry)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda raw: b"", "not a zofed journal"),
+        (lambda raw: b"PK\x03\x04 something else entirely", "not a zofed journal"),
+        (lambda raw: raw[:8] + struct.pack("<H", 2) + raw[10:], r"format 2; this version reads format 1"),
+        (lambda raw: raw[:20] + b"X" + raw[21:], r"damaged header; restore it"),
+        (lambda raw: raw[:10] + b"\xff\xff\xff\xff" + raw[14:], r"damaged header"),
+    ],
+)
+def test_what_is_no_journal_of_this_format_is_refused_by_name(
+    tmp_path: Path, change: Callable[[bytes], bytes], complaint: str
+) -> None:
+    raw = written(tmp_path / "j")
+    with pytest.raises(JournalError, match=complaint):
+        found_in(tmp_path / "j", change(raw))
+    with pytest.raises(JournalError, match=complaint):
+        Journal.open(tmp_path / "j")
+    assert (tmp_path / "j").read_bytes() == change(raw)
+
+
+def test_a_header_whose_genesis_is_no_json_is_refused(tmp_path: Path) -> None:
+    header = struct.pack("<8sHI", b"ZOFEDJNL", 1, 3) + b"{x}"
+    with pytest.raises(JournalError):
+        found_in(tmp_path / "j", header + struct.pack("<I", zlib.crc32(header)))
+
+
+def test_a_missing_journal_is_a_users_error(tmp_path: Path) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        for call in (journal.read, Journal.open):
+            with pytest.raises(JournalError, match="cannot read journal"):
+                call(path)
+
+
+def test_a_second_writer_is_refused_until_the_first_closes(tmp_path: Path) -> None:
+    path = tmp_path / "j"
+    raw = written(path)
+    with Journal.open(path):
+        with pytest.raises(UserError, match="another process"):
+            Journal.open(path)
+        assert records_of(journal.read(path)) == RECORDS
+    Journal.open(path).close()
+    assert path.read_bytes() == raw
+
+
+def test_opening_cuts_a_torn_tail_off_and_goes_on(tmp_path: Path) -> None:
+    raw = written(tmp_path / "j")
+    last = ends(raw, journal.read(tmp_path / "j").entries)[-2]
+    for cut in (last + 1, last + 20, len(raw) - 1):
+        path = tmp_path / f"cut-{cut}"
+        path.write_bytes(raw[:cut])
+        with Journal.open(path) as opened:
+            assert opened.torn == cut - last
+            assert path.stat().st_size == last
+            opened.append(RECORDS[-1])
+        assert path.read_bytes() == raw
+
+
+def test_reading_repairs_nothing(tmp_path: Path) -> None:
+    raw = written(tmp_path / "j")
+    assert found_in(tmp_path / "j", raw[:-1]).torn > 0
+    assert (tmp_path / "j").read_bytes() == raw[:-1]
+
+
+# --- crashes ---
+
+Event = tuple[str, Any]
+
+
+def acknowledged_but_lost(start: bytes, events: Sequence[Event], path: Path) -> int:
+    """Acknowledgements that a power loss right after them would break: only what was synced is on the disk then."""
+    durable, pending, lost = start, b"", 0
+    for what, value in events:
+        if what == "write":
+            pending += value
+        elif what == "sync":
+            durable, pending = durable + pending, b""
+        elif value not in records_of(found_in(path, durable)):
+            lost += 1
+    return lost
+
+
+def test_append_returns_only_after_the_record_survives_a_power_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+    write, sync = os.write, journal._sync_data
+
+    def recorded_write(file: int, data: bytes) -> int:
+        count = write(file, data)
+        events.append(("write", bytes(data[:count])))
+        return count
+
+    def recorded_sync(file: int) -> None:
+        sync(file)
+        events.append(("sync", None))
+
+    start = written(tmp_path / "j", ())
+    with Journal.open(tmp_path / "j") as opened:
+        monkeypatch.setattr(os, "write", recorded_write)
+        monkeypatch.setattr(journal, "_sync_data", recorded_sync)
+        for record in RECORDS:
+            opened.append(record)
+            events.append(("acknowledge", record))
+        monkeypatch.undo()
+    assert [what for what, _ in events] == ["write", "sync", "acknowledge"] * len(RECORDS)
+    assert acknowledged_but_lost(start, events, tmp_path / "image") == 0
+    # The two classic mistakes, to prove that the check above can fail.
+    early = [events[3 * (i // 3) + (0, 2, 1)[i % 3]] for i in range(len(events))]
+    never = [event for event in events if event[0] != "sync"]
+    assert acknowledged_but_lost(start, early, tmp_path / "image") == len(RECORDS)
+    assert acknowledged_but_lost(start, never, tmp_path / "image") == len(RECORDS)
+
+
+def test_a_new_journal_is_on_disk_before_it_is_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def recorded_fsync(file: int) -> None:
+        fsync(file)
+        events.append("sync folder" if stat.S_ISDIR(os.fstat(file).st_mode) else "sync file")
+
+    def recorded_rename(source: Path, target: Path) -> None:
+        rename(source, target)
+        events.append("rename")
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "rename", recorded_rename)
+    Journal.create(tmp_path / "j", GENESIS).close()
+    assert events[:3] == ["sync file", "rename", "sync folder"]
+
+
+def no_space(file: int, data: bytes) -> int:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def half(file: int, data: bytes, write: Callable[[int, bytes], int] = os.write) -> int:
+    return write(file, data[: len(data) // 2])
+
+
+def no_sync(file: int) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+FAULTS = {
+    "disk full": (os, "write", no_space, "No space left on device.*resume"),
+    "short write": (os, "write", half, "disk is full.*resume"),
+    "sync fails": (journal, "_sync_data", no_sync, "Input/output error.*resume"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_failed_append_is_a_users_error_and_the_journal_reopens_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    owner, name, broken, complaint = FAULTS[fault]
+    raw = written(tmp_path / "j", RECORDS[:3])
+    with Journal.open(tmp_path / "j") as opened:
+        head = opened.head
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, broken)
+            with pytest.raises(UserError, match=complaint):
+                opened.append(RECORDS[3])
+        assert (opened.head, len(opened.entries)) == (head, 3)
+    with Journal.open(tmp_path / "j") as again:
+        held = tuple(entry.record for entry in again.entries)
+        assert held == (RECORDS if fault == "sync fails" else RECORDS[:3])  # what was written may have arrived
+        assert again.torn == (len(journal.link(head, RECORDS[3]).raw) // 2 if fault == "short write" else 0)
+    if fault != "sync fails":
+        assert (tmp_path / "j").read_bytes() == raw
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_appending_after_a_failure_cannot_ruin_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    owner, name, broken, _ = FAULTS[fault]
+    written(tmp_path / "j", RECORDS[:2])
+    with Journal.open(tmp_path / "j") as opened:
+        with monkeypatch.context() as patched, pytest.raises(UserError):
+            patched.setattr(owner, name, broken)
+            opened.append(RECORDS[2])
+        with contextlib.suppress(UserError):
+            opened.append(RECORDS[2])
+    assert records_of(journal.read(tmp_path / "j"))[:2] == RECORDS[:2]
+
+
+# --- the golden file: journals of format 1 stay readable ---
+
+GOLDEN = Path(__file__).parent / "golden" / "journal-format1.zofed"
+GOLDEN_RECORDS: tuple[Record, ...] = (
+    Seeded(1, 0.015625, (0, 5), 3, (2**30 - 1, -3, 70000, -123456789, 0, 1), -29, 6),
+    Skipped(2),
+    Dense(3, 0.01, bytes(range(32))),
+    Seeded(4, 0.3, (5,), 2, (-(2**30) + 1, 99, 1, -1), -25, 4, local_steps=2, privacy_spent=1.5),
+    Seeded(5, 0.01, (0, 1, 2), 1, (5, -6, 7), 0, 3),
+)
+GOLDEN_HEAD = "13fcaddee7faf3dac0be0322644f2c5b"
+GOLDEN_WEIGHTS = "a6609819bd7be9e70a3a0bf6c06a82a4e075573436c35bd24b8ee2b7fe70cf2e"
+GOLDEN_PROBE = "3ea66bbd2c105e95"
+
+
+def golden_model() -> nn.Module:
+    """A small model of plain layers whose weights are multiples of 1/64, whatever torch's initialisation does."""
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(7, 5), "conv": nn.Conv1d(5, 3, 2), "norm": nn.LayerNorm(3), "head": nn.Linear(3, 7)}
+    )
+    with torch.no_grad():
+        for index, parameter in enumerate(model.parameters()):
+            pattern = (torch.arange(parameter.numel()) * (7 + index)) % 61 - 30
+            parameter.copy_(pattern.reshape(parameter.shape) / 64)
+    return model
+
+
+def golden_update() -> dict[str, torch.Tensor]:
+    """The gradient that the golden journal's dense record stands for."""
+    return {name: torch.full_like(parameter, 0.375) for name, parameter in golden_model().named_parameters()}
+
+
+def write_golden(path: Path) -> None:
+    model = golden_model()
+    genesis = make_genesis(
+        model,
+        {"name": "golden"},
+        [name for name, _ in model.named_parameters() if name != "head.bias"],
+        seed=2**63 - 1,
+        kind="rank1",
+        optimizer=Optimizer("adamw", weight_decay=0.125),
+    )
+    with Journal.create(path, genesis) as opened:
+        for record in GOLDEN_RECORDS:
+            opened.append(record)
+
+
+def test_the_golden_journal_still_parses_to_its_records() -> None:
+    contents = journal.read(GOLDEN)
+    assert contents.torn == 0
+    assert contents.genesis["generator"] == directions.GENERATOR
+    assert contents.head.hex() == GOLDEN_HEAD
+    assert [records.encode(record) for record in records_of(contents)] == [records.encode(r) for r in GOLDEN_RECORDS]
+    assert [repr(record) for record in records_of(contents)] == [repr(record) for record in GOLDEN_RECORDS]
+
+
+def test_the_golden_journal_still_replays_to_its_weights() -> None:
+    contents = journal.read(GOLDEN)
+    worker = Worker(golden_model(), contents.genesis)
+    for entry in contents.entries:
+        worker.apply(entry, golden_update() if isinstance(entry.record, Dense) else None)
+    assert (worker.digest(), worker.probe().hex()) == (GOLDEN_WEIGHTS, GOLDEN_PROBE)
+
+
+def test_the_same_run_still_writes_the_golden_journal(tmp_path: Path) -> None:
+    write_golden(tmp_path / "j")
+    assert (tmp_path / "j").read_bytes() == GOLDEN.read_bytes()
+
+
+if __name__ == "__main__" and os.environ.get("ZOFED_WRITE_GOLDEN") == "1":
+    GOLDEN.parent.mkdir(exist_ok=True)
+    write_golden(GOLDEN)

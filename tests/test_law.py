@@ -1,0 +1,224 @@
+"""The law of the house: weights change only by `apply`, so every way to the same records gives the same bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from zofed import central, client, journal, server
+from zofed.config import Settings
+from zofed.errors import UserError
+from zofed.finish import replay_run
+from zofed.grid import LocalGrid
+from zofed.runs import Row, RunFolder, read_table
+from zofed.trainer import Trainer
+from zofed.worker import Worker, weights_digest
+
+Quick = Callable[..., Settings]
+
+
+def ignore(row: Row) -> None:
+    """A reporter that says nothing."""
+
+
+def federate(settings: Settings, out: Path, clients: int) -> dict[str, Any]:
+    """A federated run in this process."""
+    client.replica.cache_clear()
+    settings = settings.model_copy(update={"out": str(out), "clients": clients})
+    return server.run(LocalGrid(client.app, clients, settings.model_dump(by_alias=True)), settings, "")
+
+
+def records_of(out: Path) -> list[bytes]:
+    return [entry.raw for entry in journal.read(RunFolder(out).journal).entries]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"directions": "rademacher"},
+        {"momentum": 0.9, "weight_decay": 0.01},
+        {"optimizer": "adamw", "learning_rate": 1e-3},
+        {"dtype": "bfloat16", "epsilon": 1e-2},
+        {"scope": "last-1"},
+    ],
+    ids=lambda overrides: "-".join(map(str, overrides)) or "defaults",
+)
+def test_a_replay_from_the_files_gives_the_trained_weights(
+    quick: Quick, tmp_path: Path, overrides: dict[str, Any]
+) -> None:
+    summary = central.train(quick(**overrides), tmp_path / "run", ignore)
+    assert summary["digest"] == replay_run(RunFolder(tmp_path / "run"))[0].digest()
+    base = journal.read(RunFolder(tmp_path / "run").journal).genesis["weights"]
+    assert summary["digest"] != base, "training must have moved the weights"
+
+
+def test_the_saved_model_holds_the_trained_weights(quick: Quick, tmp_path: Path) -> None:
+    summary = central.train(quick(), tmp_path / "run", ignore)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert weights_digest(loaded) == summary["digest"]
+
+
+def test_a_saved_model_trains_on_and_replays(quick: Quick, tmp_path: Path) -> None:
+    central.train(quick(), tmp_path / "first", ignore)
+    second = quick(model=str(tmp_path / "first" / "model"))
+    summary = central.train(second, tmp_path / "second", ignore)
+    assert summary["replay_digest"] == summary["digest"]
+
+
+@pytest.mark.parametrize("mode", ["zo", "fo"])
+@pytest.mark.parametrize("stop_at", [1, 4, 5])
+@pytest.mark.parametrize("before_apply", [True, False])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, stop_at: int, before_apply: bool
+) -> None:
+    settings = quick(mode=mode, optimizer="adamw", learning_rate=1e-3)
+    whole = central.train(settings, tmp_path / "whole", ignore)
+    apply = Worker.apply
+
+    def cut(self: Worker, entry: journal.Entry, update: Any = None) -> float:
+        if entry.record.round == stop_at and before_apply:
+            raise KeyboardInterrupt
+        return apply(self, entry, update)
+
+    def cut_after(row: Row) -> None:
+        if row["step"] == stop_at and not before_apply:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "apply", cut)
+        with pytest.raises(KeyboardInterrupt):
+            central.train(settings, tmp_path / "cut", cut_after)
+    resumed = central.resume(tmp_path / "cut", ignore)
+    assert resumed["digest"] == whole["digest"]
+    assert records_of(tmp_path / "cut") == records_of(tmp_path / "whole")
+    for name in ("forward_passes", "backward_passes", "eval_loss_start", "eval_loss_end"):
+        assert resumed[name] == whole[name]
+    steps = [row["step"] for row in read_table(tmp_path / "cut" / "metrics.csv")]
+    assert steps == [str(step) for step in range(7)]
+
+
+def test_resuming_a_finished_run_changes_nothing(quick: Quick, tmp_path: Path) -> None:
+    first = central.train(quick(), tmp_path / "run", ignore)
+    before = (tmp_path / "run" / "journal.zofed").read_bytes()
+    assert central.resume(tmp_path / "run", ignore)["digest"] == first["digest"]
+    assert (tmp_path / "run" / "journal.zofed").read_bytes() == before
+
+
+def test_a_federation_of_one_is_central_training(quick: Quick, tmp_path: Path) -> None:
+    alone = central.train(quick(), tmp_path / "alone", ignore)
+    federated = federate(quick(), tmp_path / "federated", clients=1)
+    assert federated["digest"] == alone["digest"]
+    assert records_of(tmp_path / "federated") == records_of(tmp_path / "alone")
+    assert federated["eval_loss_end"] == alone["eval_loss_end"]
+
+
+def test_two_clients_three_rounds_end_with_the_servers_weights(quick: Quick, tmp_path: Path) -> None:
+    summary = federate(quick(rounds=3), tmp_path / "run", clients=2)
+    assert summary["client_digests"] == {"0": summary["digest"], "1": summary["digest"]}
+    assert summary["replay_digest"] == summary["digest"]
+    rounds = read_table(tmp_path / "run" / "rounds.csv")
+    assert [row["replies_used"] for row in rounds] == ["2", "2", "2"]
+    replies = read_table(tmp_path / "run" / "clients.csv")
+    assert len(replies) == 6
+    assert sum(int(row["bytes_up"]) for row in replies) == sum(int(row["bytes_up"]) for row in rounds)
+    assert summary["bytes_up_per_client_round"] * 6 == sum(int(row["bytes_up"]) for row in replies)
+    first, second = journal.read(RunFolder(tmp_path / "run").journal).entries[0].record.clients
+    assert (first, second) == (0, 1)
+
+
+def test_clients_hold_disjoint_documents(quick: Quick) -> None:
+    from zofed import data
+    from zofed.task import Task
+
+    task = Task.load(quick())
+    shards = [{document.text for document in data.shard(task.train, index, 4, 0)} for index in range(4)]
+    held_out = {document.text for document in task.held_out}
+    assert sum(map(len, shards)) == len(set.union(*shards)) == len(task.train)
+    assert not held_out & set.union(*shards)
+
+
+def test_a_replica_that_lost_its_state_catches_up_to_the_same_weights(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = federate(quick(), tmp_path / "whole", clients=2)
+    measure = client.federation.measure
+
+    def forgetful(worker: Worker, examples: Any, plan: Any) -> Any:
+        measured = measure(worker, examples, plan)
+        if plan.client == 1 and plan.round == 3:
+            client.replica.cache_clear()  # as if the next message met a new process
+        return measured
+
+    monkeypatch.setattr(client.federation, "measure", forgetful)
+    disturbed = federate(quick(), tmp_path / "disturbed", clients=2)
+    assert disturbed["digest"] == whole["digest"]
+    assert "behind" in [row["result"] for row in read_table(tmp_path / "disturbed" / "clients.csv")]
+
+
+def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = federate(quick(), tmp_path / "whole", clients=2)
+    apply = Worker.apply
+
+    def faulty(self: Worker, entry: journal.Entry, update: Any = None) -> float:
+        norm = apply(self, entry, update)
+        here = client.replica.cache_info().currsize and client.replica(settings).worker
+        if entry.record.round == 2 and self is here and not done:
+            done.append(True)
+            with torch.no_grad():
+                next(iter(self.parameters.values())).mul_(1.001)
+        return norm
+
+    done: list[bool] = []
+    settings = quick(out=str(tmp_path / "disturbed"), clients=2)
+    monkeypatch.setattr(Worker, "apply", faulty)
+    disturbed = federate(settings, tmp_path / "disturbed", clients=2)
+    assert done
+    results = [(row["round"], row["result"]) for row in read_table(tmp_path / "disturbed" / "clients.csv")]
+    assert ("3", "desync") in results
+    assert disturbed["digest"] == whole["digest"]
+
+
+def test_a_client_that_keeps_failing_ends_the_run_with_its_name(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(worker: Worker, examples: Any, plan: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(client.federation, "measure", broken)
+    with pytest.raises(UserError, match=r"round 1: clients \[0, 1\] gave no usable reply in 3 attempts"):
+        federate(quick(), tmp_path / "run", clients=2)
+    assert RunFolder(tmp_path / "run").summary()["status"] == "failed"
+
+
+def test_with_a_quorum_a_failing_client_is_left_out_and_its_absence_is_recorded(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = client.federation.measure
+
+    def failing(worker: Worker, examples: Any, plan: Any) -> Any:
+        if plan.client == 1 and plan.round == 2:
+            raise RuntimeError("out of memory")
+        return measure(worker, examples, plan)
+
+    monkeypatch.setattr(client.federation, "measure", failing)
+    summary = federate(quick(quorum=1, rounds=3), tmp_path / "run", clients=2)
+    clients = [entry.record.clients for entry in journal.read(RunFolder(tmp_path / "run").journal).entries]
+    assert clients == [(0, 1), (0,), (0, 1)]
+    assert summary["client_digests"] == {"0": summary["digest"], "1": summary["digest"]}
+
+
+def test_random_slopes_of_the_same_size_do_not_learn(quick: Quick, tmp_path: Path) -> None:
+    summary = central.train(quick(controls=True, steps=12, queries=16, learning_rate=0.03), tmp_path / "run", ignore)
+    assert summary["controls"]["frozen"] == summary["eval_loss_start"]
+    assert summary["eval_loss_end"] < summary["eval_loss_start"] - 0.02
+    assert summary["controls"]["random_slopes"] > summary["eval_loss_start"] - 0.02
+
+
+def test_the_loop_of_every_way_to_run_is_one(quick: Quick) -> None:
+    assert central.Trainer is server.Trainer is Trainer

@@ -1,0 +1,138 @@
+"""Whole processes: killed and resumed, replayed as if on other machines, and run through Flower with Ray."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import zofed
+from zofed import config
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(zofed.__file__).parent.parent
+ZOFED = [str(Path(sys.executable).parent / "zofed")]
+QUICK = ["--block-size", "16", "--batch-size", "2", "--eval-examples", "8", "--device", "cpu"]
+
+
+def run(*arguments: str, **environment: str) -> str:
+    """Output of a zofed command that must end well."""
+    done = subprocess.run(
+        [*ZOFED, *arguments], capture_output=True, text=True, timeout=240, env=os.environ | environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def summary_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("mode", ["zo", "fo"])
+def test_a_run_killed_again_and_again_resumes_to_the_same_weights(corpus: Path, tmp_path: Path, mode: str) -> None:
+    steps = {"zo": "150", "fo": "400"}[mode]
+    common = ["--mode", mode, "--dataset", str(corpus), "--steps", steps, "--queries", "4", *QUICK]
+    common += ["--checkpoint-interval", "20", "--optimizer", "adamw", "--learning-rate", "1e-3"]
+    run("train", *common, "--out", str(tmp_path / "whole"))
+    folder = tmp_path / "killed"
+    command = ["train", *common, "--out", str(folder)]
+    kills = 0
+    for wait in (0.05, 0.6, 1.1):
+        process = subprocess.Popen([*ZOFED, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        wait_for_steps(folder / "metrics.csv", process)
+        time.sleep(wait)
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+        assert process.stdout
+        process.stdout.close()
+        command = ["train", "--resume", str(folder)]
+    assert kills == 3, "the run ended before it could be killed: give it more steps"
+    run(*command)
+    assert summary_of(folder)["digest"] == summary_of(tmp_path / "whole")["digest"]
+    with open(folder / "metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == [str(step) for step in range(int(steps) + 1)]
+
+
+def wait_for_steps(metrics: Path, process: subprocess.Popen[str]) -> None:
+    """Until the process has written another line of metrics."""
+    before = metrics.stat().st_size if metrics.exists() else 0
+    deadline = time.monotonic() + 60
+    while not metrics.exists() or metrics.stat().st_size <= before + 100:
+        assert process.poll() is None and time.monotonic() < deadline, "the run did not get going"
+        time.sleep(0.02)
+
+
+# What stands in for other machines: other vector units, another code path in the BLAS; and other thread counts.
+MACHINES = [{"ATEN_CPU_CAPABILITY": units} for units in ("default", "avx2", "avx512")] + [{"MKL_CBWR": "COMPATIBLE"}]
+
+REPLAY = """
+import sys, torch
+from pathlib import Path
+from zofed.finish import replay_run
+from zofed.runs import RunFolder
+for folder in sys.argv[1:]:
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        worker, start = replay_run(RunFolder(Path(folder)))
+        print(Path(folder).name, start, worker.round, worker.digest())
+"""
+
+
+def test_fifty_steps_replay_to_one_digest_on_every_kind_of_machine(corpus: Path, tmp_path: Path) -> None:
+    common = ["--dataset", str(corpus), "--steps", "50", "--queries", "3", "--weight-decay", "0.01", *QUICK]
+    runs = {
+        f"{directions}-{rule[0]}": ["--directions", directions, "--optimizer", *rule]
+        for directions in ("rank1", "rademacher")
+        for rule in (("sgd", "--momentum", "0.9"), ("adamw", "--learning-rate", "1e-3"))
+    }
+    for name, options in runs.items():
+        run("train", *common, *options, "--out", str(tmp_path / name))
+    expected = [f"{name} 0 50 {summary_of(tmp_path / name)['digest']}" for name in runs for _ in (1, 2)]
+    assert len(set(expected)) == len(runs), "the four runs must differ from each other"
+    for machine in MACHINES:
+        command = [sys.executable, "-c", REPLAY, *(str(tmp_path / name) for name in runs)]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | machine)
+        assert told.stdout.splitlines() == expected, f"{machine}: {told.stdout}{told.stderr}"
+
+
+def test_flwr_run_with_ray_equals_the_same_federation_in_one_process(tmp_path: Path) -> None:
+    from zofed import launch
+
+    settings = {"clients": 2, "rounds": 3, "queries": 3, "eval-interval": 3, "eval-examples": 8, "device": "cpu"}
+    out = tmp_path / "ray run"
+    status = launch.flower_run(ROOT, {**settings, "out": str(out)}, nodes=2, cpus_per_node=1)
+    assert status == launch.COMPLETED
+    ray = summary_of(out)
+    options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    run("simulate", *options, "--out", str(tmp_path / "local"))
+    local = summary_of(tmp_path / "local")
+    assert ray["digest"] == local["digest"] == ray["replay_digest"]
+    assert ray["client_digests"] == {"0": ray["digest"], "1": ray["digest"]}
+    assert (ray["bytes_up_per_client_round"], ray["eval_loss_end"]) == (
+        local["bytes_up_per_client_round"],
+        local["eval_loss_end"],
+    )
+    expected = {"settings.toml", "metrics.csv", "rounds.csv", "clients.csv", "journal.zofed", "loss.png", "model"}
+    assert expected | {"summary.json"} <= {path.name for path in out.iterdir()}
+
+
+def test_a_failing_app_is_told_as_failed(tmp_path: Path) -> None:
+    from zofed import launch
+
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "someone's").write_text("work")
+    config_ = {"out": str(tmp_path / "full"), "rounds": 1, "device": "cpu"}
+    assert launch.flower_run(ROOT, config_, nodes=2, cpus_per_node=1) == "finished:failed"
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["someone's"]
+
+
+def test_flower_has_the_settings_of_the_schema() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    block = text.split("[tool.flwr.app.config]\n")[1].split("# --- end of run settings")[0]
+    assert block == config.documented_toml(), "paste the output of `zofed settings` between the two marks"
