@@ -86,10 +86,11 @@ for folder in sys.argv[1:]:
 
 def test_fifty_steps_replay_to_one_digest_on_every_kind_of_machine(corpus: Path, tmp_path: Path) -> None:
     common = ["--dataset", str(corpus), "--steps", "50", "--queries", "3", "--weight-decay", "0.01", *QUICK]
+    common += ["--learning-rate", "1e-3"]
     runs = {
         f"{directions}-{rule[0]}": ["--directions", directions, "--optimizer", *rule]
         for directions in ("rank1", "rademacher")
-        for rule in (("sgd", "--momentum", "0.9"), ("adamw", "--learning-rate", "1e-3"))
+        for rule in (("sgd", "--momentum", "0.9"), ("adamw",))
     }
     for name, options in runs.items():
         run("train", *common, *options, "--out", str(tmp_path / name))
