@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import zofed
-from zofed import config
 
 pytestmark = pytest.mark.slow
 
@@ -132,8 +131,3 @@ def test_a_failing_app_is_told_as_failed(tmp_path: Path) -> None:
     assert launch.flower_run(ROOT, config_, nodes=2, cpus_per_node=1) == "finished:failed"
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["someone's"]
 
-
-def test_flower_has_the_settings_of_the_schema() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
-    block = text.split("[tool.flwr.app.config]\n")[1].split("# --- end of run settings")[0]
-    assert block == config.documented_toml(), "paste the output of `zofed settings` between the two marks"

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
 app.add_typer(journal_app, name="journal")
 
-QUICKSTART_ROUNDS = 120
+QUICKSTART_ROUNDS = 150
 
 # Progress and results are for people: they go to the terminal as plain words, without colour codes in a pipe.
 console = Console(highlight=False, soft_wrap=True)
@@ -60,6 +61,10 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def settings_from(file: Path | None, options: dict[str, str]) -> Settings:
     """Defaults, overridden by a TOML file, overridden by what was typed."""
     return config.resolve({**(config.read_toml(file) if file else {}), **options})
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM ended a command; the text says how to go on."""
 
 
 class Reporter:
@@ -104,20 +109,21 @@ def train(
     """Train on this machine alone: zeroth order (forward passes only) or first order (backpropagation)."""
     from zofed import central  # torch and transformers take seconds to load; --help need not wait for them
 
+    if resume is not None and (file or options):
+        raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
     if resume is not None:
-        if file or options:
-            raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
-        settings = RunFolder.open(resume).settings()
-        with Reporter(settings.steps, "step") as reporter:
-            summary = central.resume(resume, reporter)
-        tell_end(RunFolder.open(resume), summary)
-        return
-    settings = settings_from(file, options)
-    settings = with_out(settings, settings.mode)
-    out = Path(settings.out)
+        out = resume.expanduser().absolute()
+        settings = RunFolder.open(out).settings()
+    else:
+        settings = settings_from(file, options)
+        settings = with_out(settings, settings.mode)
+        out = Path(settings.out)
     console.print(f"run folder: {out}")
-    with Reporter(settings.steps, "step") as reporter:
-        summary = central.train(settings, out, reporter)
+    try:
+        with Reporter(settings.steps, "step") as reporter:
+            summary = central.resume(out, reporter) if resume else central.train(settings, out, reporter)
+    except KeyboardInterrupt:
+        raise Interrupted(f"continue with: zofed train --resume {out}") from None
     tell_end(RunFolder.open(out), summary)
 
 
@@ -300,7 +306,7 @@ def quickstart(
     """Train with 4 simulated clients through `flwr run` on the text that ships with zofed, in minutes."""
     from zofed import launch
 
-    status = launch.quickstart(rounds, out, {"clients": 4, "controls": True, "device": "cpu", "learning-rate": 0.1})
+    status = launch.quickstart(rounds, out, {"clients": 4, "controls": True, "device": "cpu", "learning-rate": 0.06})
     if status == 0:
         folder = RunFolder.open(out)
         tell_end(folder, folder.summary())
@@ -315,12 +321,17 @@ def version() -> None:
 
 def main() -> None:
     """Run a command: status 2 and one line for a mistake, 130 after an interruption, never a traceback for either."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop ends a run as Ctrl-C does
     try:
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False))
     except UserError as error:
-        print(f"zofed: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("zofed: interrupted; continue with zofed train --resume FOLDER", file=sys.stderr)
-        sys.exit(130)
+        message, status = str(error), 2
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Interrupted as error:
+        message, status = f"interrupted; {error}", 130
+    except click.Abort:  # what click makes of Ctrl-C
+        message, status = "interrupted", 130
+    print(f"zofed: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -61,7 +61,8 @@ def load_documents(dataset: str) -> list[Document]:
         from pydoc_data.topics import topics
 
         return [Document(topics[name], dataset) for name in sorted(topics)]
-    if dataset not in _SHIPPED_FILES and not os.path.exists(dataset):
+    path = Path(os.path.expanduser(dataset))
+    if dataset not in _SHIPPED_FILES and (not dataset or not path.exists()):
         close = difflib.get_close_matches(dataset.lower(), _KNOWN_NAMES, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise UserError(
@@ -72,7 +73,7 @@ def load_documents(dataset: str) -> list[Document]:
         if dataset in _SHIPPED_FILES:
             rows = (row for name in _SHIPPED_FILES[dataset] for row in rows_of_file(SHIPPED / name))
         else:
-            rows = rows_of_folder(Path(dataset)) if os.path.isdir(dataset) else rows_of_file(Path(dataset))
+            rows = rows_of_folder(path) if path.is_dir() else rows_of_file(path)
         return _documents(rows, dataset)
     except OSError as error:
         raise UserError(

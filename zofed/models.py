@@ -1,7 +1,8 @@
 """Build or load a model, choose what trains."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ from zofed.worker import named_parameters
 INITIAL_STD = 0.02  # Radford et al., "Language models are unsupervised multitask learners", 2019
 
 
+# Right behind the block's number: the MLP of GPT-2, Llama and their kin, OPT, BERT, DistilBERT, and the norm before it.
+_MLP = re.compile(
+    r"\.\d+\.(mlp|ln_2|post_att\w*|pre_feedforward_layernorm|fc1|fc2|final_layer_norm"
+    r"|attention\.output\.LayerNorm|intermediate|output\.dense|sa_layer_norm|ffn)\."
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Size:
     """A GPT-2 shape: layers, heads, width, positions, and the tokenizer it is meant for."""
@@ -49,10 +57,10 @@ SIZES = {
 
 
 def tokenizer_name(settings: Settings) -> str:
-    """Which tokenizer a run uses: the one named, else the one that fits the model."""
-    if settings.tokenizer:
-        return settings.tokenizer
-    return SIZES[settings.model].tokenizer if settings.model in SIZES else settings.model
+    """Which tokenizer a run uses: the one named, else the one that fits the model. Raises UserError for no model."""
+    if settings.model in SIZES:
+        return settings.tokenizer or SIZES[settings.model].tokenizer
+    return settings.tokenizer or str(_model_folder(settings.model))
 
 
 def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0) -> PreTrainedModel:
@@ -60,7 +68,8 @@ def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels:
 
     A named size is built fresh: each tensor drawn from (run seed, its name), so that it is equal on all machines.
     Anything else is a folder with a Hugging Face model in safetensors. labels: number of classes of a classifier.
-    Raises UserError for an unknown model, a pickle, a vocabulary or block the model cannot hold.
+    Raises UserError for an unknown model, a pickle, missing weights, a vocabulary or block the model cannot hold, a
+    language model whose predictions see the token they predict.
     """
     classes = {"num_labels": labels} if labels else {}
     if settings.model in SIZES:
@@ -82,6 +91,8 @@ def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels:
             classes["pad_token_id"] = tokenizer.pad_token_id
         kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
         model = _load(settings.model, kind, classes, settings.seed)
+        if not labels:
+            _check_causal(model, settings.model)
     _check_fits(model, tokenizer, settings)
     return _ready(model, settings.dtype)
 
@@ -122,17 +133,23 @@ def _fresh(kind: type[PreTrainedModel], config: GPT2Config, seed: int) -> PreTra
     return model
 
 
-def _load(name: str, kind: Any, overrides: dict[str, Any], seed: int) -> PreTrainedModel:
-    """The saved model; tensors its folder does not hold (a new classification head) are drawn from the seed."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+def _model_folder(name: str) -> Path:
+    folder = Path(os.path.expanduser(name))
+    if not name or not folder.is_dir():
         raise UserError(f"{unknown(name, list(SIZES), 'model')}; or give the folder of a saved model")
+    return folder
+
+
+def _load(name: str, kind: Any, overrides: dict[str, Any], seed: int) -> PreTrainedModel:
+    """The saved model; a classification head that its folder does not hold is drawn from the seed."""
+    folder = _model_folder(name)
+    where = f"model folder {str(folder)!r}"
     if not (folder / "config.json").is_file():
-        raise UserError(f"model folder {folder} has no config.json: give a folder written by save_pretrained")
+        raise UserError(f"{where} has no config.json: give a folder written by save_pretrained")
     if not list(folder.glob("*.safetensors")):
         pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
-        found = f"only the pickle {pickles[0]}, which can run code when read" if pickles else "no weights"
-        raise UserError(f"model folder {folder} holds {found}: save it as safetensors with save_pretrained")
+        found = f"only the pickle {pickles[0]!r}, which can run code when read" if pickles else "no weights"
+        raise UserError(f"{where} holds {found}: save it as safetensors with save_pretrained")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **overrides)
         with torch.random.fork_rng(devices=[]):
@@ -144,12 +161,50 @@ def _load(name: str, kind: Any, overrides: dict[str, Any], seed: int) -> PreTrai
                 use_safetensors=True,
                 dtype=torch.float32,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, by name: the library only points to a table it printed
             )
     except Exception as error:  # the library raises many types; each means that this folder cannot be used
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"model folder {folder} cannot be loaded: {reason}") from error
-    _draw(model, seed, set(report["missing_keys"]))
+        raise UserError(f"{where} cannot be loaded ({_reason(error)}): save it again with save_pretrained") from error
+    missing, misshapen = set(report["missing_keys"]), sorted(report["mismatched_keys"])
+    if misshapen:
+        tensor, saved, wanted = misshapen[0]
+        raise UserError(
+            f"{where} holds {tensor} of shape {tuple(saved)}, but {tuple(wanted)} is needed: bring back the config "
+            "it was saved with or, for a classifier, give data of as many classes as it has"
+        )
+    _check_complete(where, missing, head_may_miss=kind is AutoModelForSequenceClassification)
+    _draw(model, seed, missing)
+    if broken := [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]:
+        raise UserError(f"{where} holds {broken[0]} with values that are not finite: give an undamaged copy")
     return model
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the library says, without its advice to run code from the folder."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return "it needs code of its own, which zofed does not run" if "custom code" in first else first[:200].rstrip(".")
+
+
+def _check_complete(where: str, missing: Collection[str], head_may_miss: bool) -> None:
+    """Refuse a model that would begin with untrained parts; only a new task's head begins anew."""
+    lost = sorted(name for name in missing if not head_may_miss or re.search(r"\.\d+\.", name))
+    if lost:
+        raise UserError(
+            f"{where} lacks {len(lost)} of its model's tensors, such as {lost[0]}: save the whole model with "
+            "save_pretrained, or correct its config.json"
+        )
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model that reads the future, such as BERT: it would copy each next token instead of predicting it."""
+    model.eval()
+    first, second = (model(input_ids=torch.tensor([[0, token]])).logits[0, 0] for token in (0, 1))
+    if not torch.allclose(first, second, rtol=1e-4, atol=1e-6):
+        raise UserError(
+            f"model {name!r} ({type(model).__name__}) sees the tokens it should predict, so it is no language model: "
+            "set task to classification, or give a causal model such as GPT-2 or Llama"
+        )
 
 
 def _check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
@@ -200,8 +255,8 @@ def trainable_names(model: nn.Module, scope: str) -> list[str]:
     if scope == "full":
         chosen = list(everything)
     elif scope == "reduced":
-        mlp = [name for name, number in blocks.items() if number == last and re.search(r"\.(mlp|ln_2|post_att)", name)]
-        chosen = mlp + head
+        mlp = [name for name, number in blocks.items() if number == last is not None and _MLP.search(name)]
+        chosen = mlp + head if mlp else []
     elif scope == "norms":
         chosen = [name for name in everything if re.search(r"(ln_|norm)", name, re.IGNORECASE)]
     elif scope == "biases":
@@ -209,23 +264,32 @@ def trainable_names(model: nn.Module, scope: str) -> list[str]:
     elif scope == "head":
         chosen = head
     elif match := re.fullmatch(r"last-(\d+)", scope):
-        first = (last if last is not None else -1) + 1 - int(match[1])
+        count = 0 if last is None else last + 1
+        if int(match[1]) > count:
+            raise UserError(f"scope = {scope!r}: the model has {count} blocks; use last-{count} at most, or full")
+        first = count - int(match[1])
         chosen = [name for name, number in blocks.items() if number is not None and number >= first] + top
     else:
         chosen = _matching(everything, scope)
     if not chosen:
         raise UserError(
-            f"scope = {scope!r} leaves nothing to train: the parameters are {', '.join(list(everything)[:4])}, ..."
+            f"scope = {scope!r} leaves nothing to train: use full, last-1 or a regular expression that is found in "
+            f"parameter names such as {', '.join(list(everything)[-4:])}"
         )
     keep = set(chosen)
     return [name for name in everything if name in keep]
 
 
 def _matching(names: Mapping[str, Tensor], pattern: str) -> list[str]:
+    if not pattern:
+        return []  # a pattern that is found everywhere; whoever means that says full
     try:
         return [name for name in names if re.search(pattern, name)]
     except re.error as error:
-        raise UserError(f"scope = {pattern!r} is neither a known scope nor a regular expression: {error}") from error
+        raise UserError(
+            f"scope = {pattern!r} is neither a known scope nor a regular expression ({error}): "
+            "use full, reduced, norms, biases, head, last-K, or mend the expression"
+        ) from error
 
 
 def _block_numbers(names: Mapping[str, Tensor]) -> dict[str, int | None]:
@@ -244,4 +308,3 @@ def _after_blocks(names: Mapping[str, Tensor], blocks: Mapping[str, int | None])
 def true_count(model: nn.Module) -> int:
     """Parameters of the model, a tied tensor counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
-

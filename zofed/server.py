@@ -129,6 +129,11 @@ class Server:
             error = f"clients {different} end with other weights than the server: see {self.folder.path}/summary.json"
             self.folder.write_summary(summary | {"status": "failed", "error": error})
             raise UserError(error)
+        print(
+            f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the replay of the journal and "
+            f"all {len(digests)} clients end with the server's weights; results in {self.folder.path}",
+            flush=True,
+        )
         return summary
 
     def _meet(self) -> dict[int, int]:

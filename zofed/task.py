@@ -34,11 +34,8 @@ class Task:
         """Read tokenizer and documents. Raises UserError for what is missing or unusable."""
         tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
         documents = data.load_documents(settings.dataset)
-        if settings.task == "classification" and any(document.label is None for document in documents):
-            raise UserError(
-                f"dataset = {settings.dataset!r} has documents without a label: "
-                "give one with a label column, or set task to language-model"
-            )
+        if settings.task == "classification":
+            _check_labels(documents, settings.dataset)
         train, held_out = data.split_held_out(documents, settings.held_out, settings.seed)
         return cls(settings, tokenizer, train, held_out)
 
@@ -62,7 +59,10 @@ class Task:
 
     @cached_property
     def held_out_examples(self) -> Examples:
-        return self.examples(self.held_out)
+        try:
+            return self.examples(self.held_out)
+        except UserError as error:
+            raise UserError(f"held-out part: {error}, or set held-out above {self.settings.held_out:g}") from error
 
     def evaluate(self, model: PreTrainedModel) -> metrics.Score:
         """Score on the held-out examples."""
@@ -95,6 +95,22 @@ class Task:
             optimizer=Optimizer(self.settings.optimizer, self.settings.momentum, self.settings.weight_decay),
         )
         return Worker(model.to(device(self.settings)), genesis)
+
+
+def _check_labels(documents: list[Document], dataset: str) -> None:
+    labels = {document.label for document in documents}
+    if None in labels:
+        raise UserError(
+            f"dataset = {dataset!r} has documents without a label: "
+            "give one with a label column, or set task to language-model"
+        )
+    if len(labels) < 2 or labels != set(range(len(labels))):
+        found = [str(label) for label in sorted(label for label in labels if label is not None)]
+        shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        raise UserError(
+            f"dataset = {dataset!r} has the labels {shown}: classification takes at least 2 classes, numbered from 0 "
+            "without gaps; renumber them"
+        )
 
 
 def prepare_process(settings: Settings) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     if name == "gpt2":
         tokenizer = _gpt2()
     else:
-        tokenizer = _from_folder(SHIPPED_TOKENIZER if name in ("", "shipped") else Path(name))
+        tokenizer = _from_folder(SHIPPED_TOKENIZER if name in ("", "shipped") else Path(os.path.expanduser(name)))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UserError(f"tokenizer {name!r} has neither a pad nor an end-of-sequence token: add one to its config")

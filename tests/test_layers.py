@@ -1,0 +1,108 @@
+"""Who may import what, and what the app bundle holds."""
+
+import ast
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import zofed
+from zofed import config
+
+PACKAGE = Path(zofed.__file__).parent
+ROOT = PACKAGE.parent
+
+# Third-party packages that only the named modules may import; the core knows torch and numpy alone.
+KNOWN_TO = {
+    "flwr": {"messages", "server", "client", "grid"},
+    "ray": set(),
+    "transformers": {"models", "tokenizers", "data", "task", "generate"},
+    "tokenizers": {"generate"},
+    "datasets": {"rows"},
+    "pandas": {"rows", "plots"},
+    "matplotlib": {"plots"},
+    "seaborn": {"plots"},
+    "typer": {"cli"},
+    "rich": {"cli"},
+    "pydantic": {"config"},
+}
+CORE = ("directions", "records", "journal", "optimizers", "perturbed", "estimators", "worker")
+CORE_KNOWS = {"torch", "numpy", "zofed"} | set(sys.stdlib_module_names)
+
+
+def imported(module: str) -> set[str]:
+    """Top-level packages a module of zofed imports anywhere, those of zofed by their full name."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"zofed.{alias.name}" for alias in node.names} if node.module == "zofed" else {node.module}
+    return names
+
+
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_what_it_may_know(module: str) -> None:
+    tops = {name.split(".")[0] for name in imported(module)}
+    for package, allowed in KNOWN_TO.items():
+        assert package not in tops or module in allowed, f"{module} must not import {package}"
+    if module in CORE:
+        assert tops <= CORE_KNOWS
+
+
+def test_the_core_and_the_federation_run_without_flower() -> None:
+    code = "import sys, zofed.trainer, zofed.federation, zofed.central; print('flwr' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"
+
+
+def test_nothing_unpickles_or_runs_code_of_a_model() -> None:
+    for path in [*PACKAGE.glob("*.py"), ROOT / "server_app.py", ROOT / "client_app.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert isinstance(node.value, ast.Constant) and node.value.value is False, path
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                assert (node.value.id, node.attr) not in {("torch", "load"), ("pickle", "load"), ("pickle", "loads")}
+
+
+def test_flower_has_the_settings_of_the_schema() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    block = text.split("[tool.flwr.app.config]\n")[1].split("# --- end of run settings")[0]
+    assert block == config.documented_toml(), "paste the output of `zofed settings` between the two marks"
+
+
+def bundle(folder: Path) -> dict[str, bytes]:
+    """What `flwr build` packs of an app folder, by name."""
+    for old in folder.glob("*.fab"):
+        old.unlink()
+    flwr = Path(sys.executable).parent / "flwr"
+    subprocess.run([str(flwr), "build"], cwd=folder, check=True, capture_output=True)
+    with zipfile.ZipFile(next(folder.glob("*.fab"))) as file:
+        return {name: file.read(name) for name in file.namelist()}
+
+
+def test_the_app_bundle_holds_the_app_alone_whatever_else_lies_in_the_folder(tmp_path: Path) -> None:
+    app = tmp_path / "zofed"
+    tracked = ("zofed", "tokenizer", "datasets_subset")
+    for name in tracked:
+        shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE", "server_app.py", "client_app.py", ".gitignore"):
+        shutil.copy(ROOT / name, app / name)
+    before = bundle(app)
+    expected = {"pyproject.toml", "README.md", "LICENSE", "server_app.py", "client_app.py"}
+    expected |= {f"zofed/{path.name}" for path in PACKAGE.glob("*.py")}
+    expected |= {f"tokenizer/{path.name}" for path in (ROOT / "tokenizer").glob("*.json")}
+    expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "datasets_subset").glob("**/*.jsonl")}
+    assert {name for name in before if not name.startswith(".info")} == expected
+    assert sum(map(len, before.values())) < 10 * 2**20
+    for folder in ("data", "downloads", "runs/one", "checkpoints"):
+        (app / folder).mkdir(parents=True)
+        (app / folder / "more.jsonl").write_bytes(b'{"text": "more"}\n' * 800_000)
+        (app / folder / "notes.md").write_text("notes")
+    assert bundle(app) == before
