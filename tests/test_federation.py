@@ -182,7 +182,6 @@ def test_a_merge_of_one_is_the_record_of_a_central_step() -> None:
     assert slopes == pytest.approx([0.5, -3.25, 1e-9], abs=2**-29)
 
 
-@pytest.mark.xfail(strict=True, reason="zeros are sent with exponent 0, the coarsest")
 def test_a_client_whose_slopes_are_all_zero_takes_nothing_from_the_others() -> None:
     others = records.to_integers([0.5, -0.75])
     record = merge(1, 0.1, 2, {0: measured(*others), 1: measured(*records.to_integers([0.0, 0.0]))})

@@ -276,10 +276,7 @@ class Wrapper(nn.Module):
         ["module"],
         ["_orig_mod"],
         ["_orig_mod", "module"],
-        pytest.param(
-            ["module", "_orig_mod"],
-            marks=pytest.mark.xfail(strict=True, reason="wrappers are removed in one fixed order"),
-        ),
+        ["module", "_orig_mod"],
     ],
 )
 def test_a_wrapper_changes_neither_digest_nor_genesis_nor_moves(wrappers: list[str]) -> None:

@@ -59,8 +59,8 @@ def philox(counter: Sequence[NDArray[np.uint64]], key: Sequence[NDArray[np.uint6
 
 def canonical_name(name: str) -> str:
     """The parameter's name without wrapper prefixes: what a direction is tied to, whoever wraps the model."""
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
+    while name.startswith(_WRAPPERS):
+        name = name.split(".", 1)[1]
     return name
 
 
@@ -71,12 +71,13 @@ def tensor_id(name: str) -> int:
 
 
 def check_distinct(names: Iterable[str]) -> None:
-    """Raise UserError when two names share a tensor id: they would share every direction."""
+    """Raise UserError when two parameters share a canonical name or a tensor id: they would share every direction."""
     seen: dict[int, str] = {}
     for name in names:
-        other = seen.setdefault(tensor_id(name), name)
-        if other != name:
-            raise UserError(f"parameters {other!r} and {name!r} share one tensor id: rename one of them")
+        identity = tensor_id(name)
+        if identity in seen:
+            raise UserError(f"parameters {seen[identity]!r} and {name!r} share one tensor id: rename one of them")
+        seen[identity] = name
 
 
 def derive_seed(purpose: str, *numbers: int) -> int:

@@ -14,7 +14,7 @@ from zofed import data, directions, journal, metrics, records
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.journal import Entry
-from zofed.records import Seeded
+from zofed.records import Dense, Seeded
 from zofed.worker import Worker
 
 # Why a reply was not used. `late` and `error` are told by the server's loop, the others by `check`.
@@ -152,6 +152,8 @@ def catch_up(worker: Worker, after: bytes, head: bytes, raw: bytes) -> bool:
         entries = list(journal.parse_entries(raw, after))
     except ValueError:
         return False
+    if any(isinstance(entry.record, Dense) for entry in entries):
+        return False  # a first-order step does not replay
     start = position(entries, after, worker.head)
     if start is None or not entries or entries[-1].chain != head:
         return False
@@ -180,7 +182,10 @@ def check(answer: Answer, plan: Plan) -> Reason | None:
         return "wrong_length"
     if not math.isfinite(answer.loss):
         return "not_finite"
-    in_range = all(abs(value) < 2**records.COEFFICIENT_BITS for value in answer.coefficients)
-    if not in_range or abs(answer.loss) > LARGEST_LOSS or not -1000 <= answer.exponent <= 100 or answer.examples < 1:
+    if not records.SMALLEST_EXPONENT <= answer.exponent <= records.LARGEST_EXPONENT or answer.examples < 1:
+        return "out_of_range"
+    largest = max(map(abs, answer.coefficients))
+    steepest = math.ldexp(largest, answer.exponent) * plan.epsilon  # a difference of losses no larger than the losses
+    if largest >= 2**records.COEFFICIENT_BITS or abs(answer.loss) > LARGEST_LOSS or steepest > LARGEST_LOSS:
         return "out_of_range"
     return None

@@ -3,7 +3,7 @@
 A journal is an append-only file:
 
     header   "ZOFEDJNL" | u16 format | u32 length of genesis | genesis, canonical JSON | u32 CRC-32 of all before
-    entry    u32 length of body | u32 CRC-32 of length and body | body | 16-byte chain
+    entry    u32 length of body | u32 CRC-32 of length, body and chain | body | 16-byte chain
 
 all little endian. The genesis pins everything a replay depends on. The chain of the header is the BLAKE2b-128 of the
 genesis, that of an entry the BLAKE2b-128 of the chain before it and the body: two journals with the same head hold
@@ -28,7 +28,7 @@ from zofed.records import Record
 FORMAT = 1
 MAGIC = b"ZOFEDJNL"
 _START = struct.Struct("<8sHI")  # magic, format, length of the genesis
-_ENTRY = struct.Struct("<II")  # length of the body, CRC-32 of that length and the body
+_ENTRY = struct.Struct("<II")  # length of the body, CRC-32 of that length, the body and the chain
 _CRC = struct.Struct("<I")
 CHAIN_BYTES = 16
 LARGEST_BODY = 64 * 2**20  # a longer length field can only be damage
@@ -80,7 +80,7 @@ def link(chain: bytes, record: Record) -> Entry:
     body = records.encode(record)
     length = _CRC.pack(len(body))
     after = hashlib.blake2b(chain + body, digest_size=CHAIN_BYTES).digest()
-    return Entry(record, after, length + _CRC.pack(zlib.crc32(length + body)) + body + after)
+    return Entry(record, after, length + _CRC.pack(zlib.crc32(length + body + after)) + body + after)
 
 
 def _entry_size(raw: bytes, offset: int) -> int | None:
@@ -91,8 +91,8 @@ def _entry_size(raw: bytes, offset: int) -> int | None:
     size = _ENTRY.size + length + CHAIN_BYTES
     if not 0 < length <= LARGEST_BODY or offset + size > len(raw):
         return None
-    body = raw[offset + _ENTRY.size : offset + _ENTRY.size + length]
-    return size if zlib.crc32(raw[offset : offset + 4] + body) == crc else None
+    rest = raw[offset + _ENTRY.size : offset + size]
+    return size if zlib.crc32(raw[offset : offset + 4] + rest) == crc else None
 
 
 def parse_entries(raw: bytes, chain: bytes, offset: int = 0) -> Iterator[Entry]:
@@ -147,7 +147,10 @@ def _read_header(path: Path, raw: bytes) -> tuple[Genesis, int]:
     end = _START.size + length
     if len(raw) < end + 4 or _CRC.unpack_from(raw, end)[0] != zlib.crc32(raw[:end]):
         raise JournalError(f"journal {path} has a damaged header; restore it from a copy or start the run again")
-    return json.loads(raw[_START.size : end]), end + 4
+    try:
+        return json.loads(raw[_START.size : end]), end + 4
+    except ValueError as error:
+        raise JournalError(f"journal {path} has a genesis that is no JSON ({error}): zofed did not write it") from error
 
 
 class Journal:
@@ -155,6 +158,7 @@ class Journal:
 
     def __init__(self, file: int, contents: Contents) -> None:
         self._file = file
+        self._failed = False
         self.genesis = contents.genesis
         self.entries = list(contents.entries)
         self.head = contents.head
@@ -183,22 +187,35 @@ class Journal:
         Raises JournalError as `read` does, UserError when another process holds the journal.
         """
         read(path)  # tells what is wrong before anything is opened for writing
-        file = os.open(path, os.O_RDWR)
+        try:
+            file = os.open(path, os.O_RDWR)
+        except OSError as error:
+            raise UserError(f"cannot write journal {path}: {error.strerror}; mend its permissions") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            contents = read(path)  # again: it may have grown before the lock was ours
+            if contents.torn:
+                os.ftruncate(file, contents.end)
+                os.fsync(file)
+            os.lseek(file, 0, os.SEEK_END)
+            return cls(file, contents)
         except BlockingIOError as error:
             os.close(file)
             raise UserError(f"{path} is being written by another process: wait for it or stop it") from error
-        contents = read(path)  # again: it may have grown before the lock was ours
-        if contents.torn:
-            os.ftruncate(file, contents.end)
-            os.fsync(file)
-        os.lseek(file, 0, os.SEEK_END)
-        return cls(file, contents)
+        except BaseException:
+            os.close(file)
+            raise
 
     def append(self, record: Record) -> Entry:
-        """Write one record; when this returns, it survives a crash of the process and of the machine."""
+        """Write one record; when this returns, it survives a crash of the process and of the machine.
+
+        Raises UserError when the disk does not take it. What then stands in the file is unknown, so this journal takes
+        no more: opening it again cuts a torn entry off.
+        """
+        if self._failed:
+            raise UserError("an earlier write to the journal failed: mend the disk, then --resume the run")
         entry = link(self.head, record)
+        self._failed = True
         try:
             written = os.write(self._file, entry.raw)
             _sync_data(self._file)
@@ -206,6 +223,7 @@ class Journal:
             raise UserError(f"cannot write the journal: {error.strerror}; mend the disk, then --resume the run") from error
         if written != len(entry.raw):
             raise UserError(f"the disk is full: {written} of {len(entry.raw)} bytes written; free some, then --resume")
+        self._failed = False
         self.head = entry.chain
         self.entries.append(entry)
         return entry

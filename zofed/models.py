@@ -247,7 +247,6 @@ def trainable_names(model: nn.Module, scope: str) -> list[str]:
     by its first name. Raises UserError when nothing is left to train.
     """
     everything = named_parameters(model)
-    directions.check_distinct(everything)
     blocks = _block_numbers(everything)
     last = max((number for number in blocks.values() if number is not None), default=None)
     top = _after_blocks(everything, blocks)

@@ -7,6 +7,7 @@ be restored and nothing drifts.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from zofed.directions import rank1_factors, signs, tensor_id
 from zofed.errors import UserError
 
 QUERIES_AT_ONCE = 256  # directions whose factors are alive together: bytes ~ queries * sum(rows + columns)
+
+_METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size}
 
 Factors = tuple[Tensor, ...]  # of one parameter: (a, b) for a matrix, (z,) for a vector
 
@@ -36,20 +39,26 @@ class Perturbation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and self._is_matrix(args[1]):
-            x, weight, *bias = args
-            a, b = self._factors(weight)
-            return self._linear(x, weight, bias[0] if bias else kwargs.get("bias"), b, a)
-        if func is torch.addmm and self._is_matrix(args[2]):  # GPT-2's Conv1D: weight (in, out)
-            bias, x, weight = args
-            return self._linear(x, weight.T, bias, *self._factors(weight))
+        if func in _METADATA or getattr(func, "__name__", "") == "__get__":
+            value = func(*args, **kwargs)
+            if not isinstance(value, Tensor) or id(args[0]) not in self.factors:
+                return value  # a shape, a device: no use of the weights
+        if func is F.linear:
+            x, weight, bias = _linear_arguments(*args, **kwargs)
+            if self._is_matrix(weight) and id(x) not in self.factors:
+                a, b = self._factors(weight)
+                return self._linear(x, weight, bias, into=b, out=a)
+        if func is torch.addmm:  # GPT-2's Conv1D: weight (in, out)
+            bias, x, weight, plain = _addmm_arguments(*args, **kwargs)
+            if plain and self._is_matrix(weight) and id(x) not in self.factors and bias.dim() == 1:
+                a, b = self._factors(weight)
+                return self._linear(x, weight.T, bias, into=a, out=b)
         if func is F.embedding and self._is_matrix(args[1]):
             a, b = self._factors(args[1])
             return add_product(F.embedding(*args, **kwargs), (a[args[0]] * self.scale).unsqueeze(-1), b.unsqueeze(0))
-        if func is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
-        replaced = {key: self._replaced(value) for key, value in kwargs.items()}
-        return func(*(self._replaced(value) for value in args), **replaced)
+        args = tuple(self._replaced(value) for value in args)
+        kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
+        return attention(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor, out: Tensor) -> Tensor:
         """W x + bias, and scale * (into . x) out for the matrix, scale * z for a perturbed bias, in one more product."""
@@ -75,6 +84,16 @@ class Perturbation(TorchFunctionMode):
         factors = self._factors(value)
         direction = factors[0] if len(factors) == 1 else torch.outer(*factors)
         return value + (direction * self.scale).reshape(value.shape)
+
+
+def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def _addmm_arguments(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> tuple[Tensor, Tensor, Tensor, bool]:
+    return input, mat1, mat2, beta == 1 and alpha == 1
 
 
 def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -186,7 +205,7 @@ def _losses_of_group(
 
 def _factors_of(name: str, parameter: Tensor, seeds: Sequence[int]) -> Factors:
     shape = tuple(parameter.shape)
-    drawn = rank1_factors(seeds, name, shape) if len(shape) > 1 else (signs(seeds, tensor_id(name), 0, shape[0]),)
+    drawn = rank1_factors(seeds, name, shape) if len(shape) > 1 else (signs(seeds, tensor_id(name), 0, prod(shape)),)
     return tuple(torch.from_numpy(factor).to(parameter) for factor in drawn)
 
 

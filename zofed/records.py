@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from zofed import directions
 
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -1000, 1000  # beyond, 2^exponent would leave float64's normal numbers
 COEFFICIENT_BITS = 30  # |coefficient| < 2^30: with fewer than 2^21 directions every exact sum stays below 2^53
 
 
@@ -70,6 +71,11 @@ def encode(record: Record) -> bytes:
     head = _HEAD.pack(record.kind, record.round)
     match record:
         case Seeded():
+            if len(record.coefficients) != len(record.clients) * record.local_steps * record.queries:
+                raise ValueError(
+                    f"{len(record.coefficients)} coefficients for {len(record.clients)} clients x {record.local_steps} "
+                    f"local steps x {record.queries} queries"
+                )
             fixed = _SEEDED.pack(
                 record.rate,
                 record.privacy_spent,
@@ -107,6 +113,8 @@ def decode(body: bytes) -> Record:
 
 def _decode_seeded(round_: int, rest: memoryview) -> Seeded:
     rate, privacy, count, local_steps, queries, exponent, divisor = _SEEDED.unpack_from(rest)
+    if divisor < 1 or not SMALLEST_EXPONENT <= exponent <= LARGEST_EXPONENT:
+        raise ValueError(f"a record with divisor {divisor} and exponent {exponent} moves nothing")
     clients = struct.unpack_from(f"<{count}I", rest, _SEEDED.size)
     coefficients = struct.unpack(f"<{count * local_steps * queries}i", rest[_SEEDED.size + 4 * count :])
     return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor, local_steps, privacy)
@@ -121,9 +129,7 @@ def to_integers(slopes: Sequence[float]) -> tuple[tuple[int, ...], int]:
     if not all(math.isfinite(slope) for slope in slopes):
         raise ValueError(f"slopes must be finite, got {[slope for slope in slopes if not math.isfinite(slope)][:3]}")
     largest = max((abs(slope) for slope in slopes), default=0.0)
-    if largest == 0.0:
-        return (0,) * len(slopes), 0
-    exponent = max(math.frexp(largest)[1] - COEFFICIENT_BITS, -1000)  # beyond 2^-1000 a scale would be subnormal
+    exponent = max(math.frexp(largest)[1] - COEFFICIENT_BITS, SMALLEST_EXPONENT) if largest else SMALLEST_EXPONENT
     limit = 2**COEFFICIENT_BITS - 1
     return tuple(max(-limit, min(limit, round(math.ldexp(slope, -exponent)))) for slope in slopes), exponent
 

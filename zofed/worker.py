@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zofed import directions, estimators, optimizers
 from zofed.errors import UserError
 from zofed.estimators import Estimate
-from zofed.journal import Entry, Genesis, genesis_chain
+from zofed.journal import Entry, Genesis, genesis_chain, link
 from zofed.records import Dense, Seeded
 
 PROBE_POSITIONS = 1024  # elements of each tensor that a probe reads
@@ -21,8 +21,13 @@ Update = dict[str, Tensor]  # a first-order step's gradient, by parameter name
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by canonical name, a tied tensor once, under its first name."""
-    return {directions.canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    """All parameters by canonical name, a tied tensor once, under its first name.
+
+    Raises UserError where two parameters cannot be told apart by their names.
+    """
+    named = [(directions.canonical_name(name), parameter) for name, parameter in model.named_parameters()]
+    directions.check_distinct(name for name, _ in named)
+    return dict(named)
 
 
 def make_genesis(
@@ -105,6 +110,8 @@ class Worker:
         gradient estimate. Raises UserError for a dense record without its update.
         """
         record = entry.record
+        if entry.chain != link(self.head, record).chain:
+            raise UserError(f"the record of round {record.round} does not follow the history these weights come from")
         if isinstance(record, Dense) and update is None:
             raise UserError(
                 f"round {record.round} is a first-order step whose gradient was not kept: replay cannot cross it; "
