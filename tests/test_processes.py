@@ -71,14 +71,13 @@ def wait_for_steps(metrics: Path, process: subprocess.Popen[str]) -> None:
 MACHINES = [{"ATEN_CPU_CAPABILITY": units} for units in ("default", "avx2", "avx512")] + [{"MKL_CBWR": "COMPATIBLE"}]
 
 REPLAY = """
-import sys, torch
+import sys
 from pathlib import Path
 from zofed.finish import replay_run
 from zofed.runs import RunFolder
 for folder in sys.argv[1:]:
     for threads in (1, 2):
-        torch.set_num_threads(threads)
-        worker, start = replay_run(RunFolder(Path(folder)))
+        worker, start = replay_run(RunFolder(Path(folder)), threads=threads)
         print(Path(folder).name, start, worker.round, worker.digest())
 """
 
@@ -130,4 +129,3 @@ def test_a_failing_app_is_told_as_failed(tmp_path: Path) -> None:
     config_ = {"out": str(tmp_path / "full"), "rounds": 1, "device": "cpu"}
     assert launch.flower_run(ROOT, config_, nodes=2, cpus_per_node=1) == "finished:failed"
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["someone's"]
-

@@ -11,12 +11,12 @@ from zofed import data, federation, metrics
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
-from zofed.finish import finish
+from zofed.finish import finish, status_kept
 from zofed.journal import Journal
 from zofed.records import Dense
 from zofed.runs import Row, RunFolder
-from zofed.task import Task, prepare_process
-from zofed.trainer import Ask, Step, Trainer
+from zofed.task import Task, prepare_process, with_absolute_paths
+from zofed.trainer import Ask, Step, Trainer, diverged
 from zofed.worker import Worker
 
 Show = Callable[[Row], None]
@@ -24,10 +24,10 @@ Show = Callable[[Row], None]
 
 def train(settings: Settings, out: Path, show: Show) -> dict[str, Any]:
     """A new central run in folder `out`; returns its summary. Raises UserError before anything is written."""
-    prepare_process(settings)
-    task = Task.load(settings)
+    prepare_process(settings.threads)
+    task = Task.load(with_absolute_paths(settings))
     examples, worker = task.shard(0, 1), task.worker()
-    folder = RunFolder.create(out, settings)
+    folder = RunFolder.create(out, task.settings, task.inputs())
     with Journal.create(folder.journal, worker.genesis) as journal:
         return _run(task, worker, examples, journal, folder, show)
 
@@ -35,22 +35,32 @@ def train(settings: Settings, out: Path, show: Show) -> dict[str, Any]:
 def resume(path: Path, show: Show) -> dict[str, Any]:
     """Continue the run in `path` from its journal (zo) or its newest checkpoint (fo), to the same weights.
 
-    Raises UserError for a folder that is no central run, or whose data or model are not those it began with.
+    A finished run stays as it is. Raises UserError for a folder that is no central run, or whose settings, data or
+    model are not those it began with.
     """
     folder = RunFolder.open(path)
     settings = folder.settings()
     if (folder.path / "rounds.csv").exists():
         raise UserError(f"{folder.path} is a federated run, which zofed train cannot continue: start it again")
-    prepare_process(settings)
+    prepare_process(settings.threads)
     task = Task.load(settings)
+    worker = task.worker()
+    before, now = folder.inputs(), task.inputs()
     with Journal.open(folder.journal) as journal:
-        worker = task.worker()
-        if worker.genesis != journal.genesis:
-            different = [key for key in journal.genesis if worker.genesis.get(key) != journal.genesis[key]]
+        different = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
+        different += [key for key in journal.genesis if worker.genesis.get(key) != journal.genesis[key]]
+        if different:
             raise UserError(
-                f"{folder.path} began with another {' and '.join(different)} than its settings give today: "
-                "bring back the model, tokenizer and settings it began with"
+                f"{folder.path} began with another {', '.join(different)} than its settings give today: "
+                "bring back the settings, data, tokenizer and model it began with"
             )
+        done = journal.entries[-1].record.round if journal.entries else 0
+        if settings.steps < done:
+            raise UserError(f"steps = {settings.steps}, but {folder.path} has done {done}: set steps to {done} or more")
+        summary = folder.summary()
+        is_finished = summary.get("status") == "completed" and summary.get("journal_head") == journal.head.hex()
+        if is_finished and settings.steps == done:
+            return summary
         return _run(task, worker, task.shard(0, 1), journal, folder, show)
 
 
@@ -58,33 +68,26 @@ def _run(
     task: Task, worker: Worker, examples: Examples, journal: Journal, folder: RunFolder, show: Show
 ) -> dict[str, Any]:
     settings = task.settings
-    ask = _zo(worker, examples, settings, journal) if settings.mode == "zo" else _fo(worker, examples, settings)
+    ask = _zo(worker, examples, settings) if settings.mode == "zo" else _fo(worker, examples, settings)
     trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
-    folder.write_summary({"status": "running"})
-    try:
+    with status_kept(folder):
         totals = trainer.run(settings.steps, ask)
-    except KeyboardInterrupt:
-        folder.write_summary({"status": "interrupted"})
-        raise
-    except UserError as error:
-        folder.write_summary({"status": "failed", "error": str(error)})
-        raise
-    return finish(task, worker, journal, folder, totals)
+        return finish(task, worker, journal, folder, totals)
 
 
 def _epoch(round_: int, examples: Examples, batch_size: int) -> float:
     return round_ * batch_size / len(examples["labels"])
 
 
-def _zo(worker: Worker, examples: Examples, settings: Settings, journal: Journal) -> Ask:
+def _zo(worker: Worker, examples: Examples, settings: Settings) -> Ask:
     """A zeroth-order step: a federated round with this machine as its only client."""
 
     def ask(round_: int) -> Step:
         try:
-            plan = federation.plan_for(settings, worker, journal.entries, len(journal.entries), client=0, attempt=0)
+            plan = federation.plan_for(settings, worker, worker.head, (), client=0)
             measured = federation.measure(worker, examples, plan)
         except ValueError as error:
-            raise _not_finite(round_, settings) from error
+            raise diverged(round_, settings) from error
         return Step(
             record=federation.merge(round_, settings.learning_rate, settings.queries, {0: measured}),
             loss=measured.loss,
@@ -103,7 +106,7 @@ def _fo(worker: Worker, examples: Examples, settings: Settings) -> Ask:
         batch = data.batch(examples, seed=settings.seed, client=0, step=round_, batch_size=settings.batch_size)
         update, loss = worker.gradient(lambda: metrics.loss_of(worker.model, batch))
         if not math.isfinite(loss) or not all(bool(torch.isfinite(gradient).all()) for gradient in update.values()):
-            raise _not_finite(round_, settings)
+            raise diverged(round_, settings)
         return Step(
             record=Dense(round_, settings.learning_rate),
             loss=loss,
@@ -115,10 +118,3 @@ def _fo(worker: Worker, examples: Examples, settings: Settings) -> Ask:
         )
 
     return ask
-
-
-def _not_finite(round_: int, settings: Settings) -> UserError:
-    return UserError(
-        f"the loss of step {round_} is not finite: training diverged with learning-rate = {settings.learning_rate}; "
-        "start again with a tenth of it"
-    )

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import click
 import typer
@@ -45,8 +45,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
                 str | None,
                 typer.Option(
                     f"--{key}",
-                    metavar="TRUE|FALSE" if field.annotation is bool else "VALUE",
-                    help=f"{field.description} [{str(field.default).lower() if isinstance(field.default, bool) else field.default}]",
+                    metavar=_metavar(field.annotation),
+                    help=f"{field.description}{_default(field.default)}",
                 ),
             ],
         )
@@ -56,6 +56,17 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     run.__name__, run.__doc__ = command.__name__, command.__doc__
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
     return run
+
+
+def _metavar(annotation: Any) -> str:
+    """What to type after an option: its choices, or the kind of value."""
+    if annotation is bool:
+        return "true|false"
+    return "|".join(get_args(annotation)) or {int: "INTEGER", float: "NUMBER"}.get(annotation, "TEXT")
+
+
+def _default(value: Any) -> str:
+    return "" if value == "" else f" [{str(value).lower() if isinstance(value, bool) else value}]"
 
 
 def settings_from(file: Path | None, options: dict[str, str]) -> Settings:
@@ -95,7 +106,9 @@ class Reporter:
         if self.progress:
             self.progress.update(self.bar, completed=row["step"], description=f"{loss} {self.held_out}".strip())
         elif evaluated:
-            print(f"{self.what} {row['step']}/{self.total}  {loss}  {self.held_out}  {row['seconds']:.1f} s", flush=True)
+            print(
+                f"{self.what} {row['step']}/{self.total}  {loss}  {self.held_out}  {row['seconds']:.1f} s", flush=True
+            )
 
 
 @app.command()
@@ -107,17 +120,17 @@ def train(
     options: dict[str, str],
 ) -> None:
     """Train on this machine alone: zeroth order (forward passes only) or first order (backpropagation)."""
-    from zofed import central  # torch and transformers take seconds to load; --help need not wait for them
-
     if resume is not None and (file or options):
         raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
     if resume is not None:
-        out = resume.expanduser().absolute()
-        settings = RunFolder.open(out).settings()
+        settings = (folder := RunFolder.open(resume)).settings()
+        out = folder.path
     else:
         settings = settings_from(file, options)
         settings = with_out(settings, settings.mode)
         out = Path(settings.out)
+    from zofed import central  # torch and transformers take seconds to load: --help and mistakes need not wait
+
     console.print(f"run folder: {out}")
     try:
         with Reporter(settings.steps, "step") as reporter:
@@ -147,7 +160,7 @@ def simulate(
 
 def with_out(settings: Settings, name: str) -> Settings:
     """The settings with an absolute output folder: the one asked for, or a new one under ./runs."""
-    out = Path(settings.out or f"runs/{name}-{timestamp().replace(':', '')}").expanduser().absolute()
+    out = config.absolute(settings.out or f"runs/{name}-{timestamp().replace(':', '')}", "out")
     return settings.model_copy(update={"out": str(out)})
 
 
@@ -186,14 +199,14 @@ CONTENTS = {
     "journal.zofed": "every step as seeds and integers; base weights + journal = final weights",
     "model": "the trained model: AutoModelForCausalLM.from_pretrained loads it",
     "checkpoints": "the newest states, to resume from",
-    "settings.toml": "all settings: zofed train settings.toml runs it again",
+    "settings.toml": "all settings: zofed train settings.toml --out NEW runs it again",
 }
 
 
 @journal_app.command("show")
 def journal_show(
     folder: Annotated[Path, typer.Argument(help="folder of a run")],
-    last: Annotated[int, typer.Option(help="show only this many of the newest records; 0: all")] = 20,
+    last: Annotated[int, typer.Option(min=0, help="show only this many of the newest records; 0: all")] = 20,
 ) -> None:
     """A table of the records: round, kind, rate, clients, queries, size of the slopes."""
     from zofed import journal
@@ -226,10 +239,9 @@ def journal_verify(folder: Annotated[Path, typer.Argument(help="folder of a run"
     contents = journal.read(run.journal)
     if contents.torn:
         last = contents.entries[-1].record.round if contents.entries else 0
-        raise UserError(
-            f"journal {run.journal} ends in {contents.torn} torn bytes after round {last}: "
-            f"zofed train --resume {run.path} cuts them off and goes on"
-        )
+        federated = (run.path / "rounds.csv").exists()
+        remedy = "restore it from a copy" if federated else f"zofed train --resume {run.path} cuts them off and goes on"
+        raise UserError(f"journal {run.journal} ends in {contents.torn} torn bytes after round {last}: {remedy}")
     head = run.summary().get("journal_head")
     if head and head != contents.head.hex():
         raise UserError(
@@ -247,13 +259,10 @@ def journal_replay(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads; the weights do not depend on them")] = 1,
 ) -> None:
     """Rebuild the weights from the base and the journal alone, and compare them with the run's."""
-    import torch
-
     from zofed.finish import replay_run
 
-    torch.set_num_threads(threads)
     run = RunFolder.open(folder)
-    worker, start = replay_run(run, base)
+    worker, start = replay_run(run, base, threads)
     if start:
         console.print(
             f"rounds 1 to {start} are first-order steps, which a journal cannot rebuild: started from their checkpoint"
@@ -266,7 +275,10 @@ def journal_replay(
     elif digest == expected:
         console.print("equal to the run's weights")
     else:
-        raise UserError(f"the run's weights are {expected}: the journal and summary.json belong to different runs")
+        raise UserError(
+            f"the run's weights are {expected}, the journal gives others: it was cut or exchanged; "
+            "zofed journal verify tells more, restore it from a copy"
+        )
 
 
 @app.command("compare")
@@ -300,7 +312,9 @@ def show_settings() -> None:
 
 @app.command()
 def quickstart(
-    out: Annotated[Path, typer.Option(help="folder of the run; an earlier one is moved aside")] = Path("runs/quickstart"),
+    out: Annotated[Path, typer.Option(help="folder of the run; an earlier one is moved aside")] = Path(
+        "runs/quickstart"
+    ),
     rounds: Annotated[int, typer.Option(min=1, help="rounds of training")] = QUICKSTART_ROUNDS,
 ) -> None:
     """Train with 4 simulated clients through `flwr run` on the text that ships with zofed, in minutes."""
@@ -326,12 +340,18 @@ def main() -> None:
         sys.exit(app(standalone_mode=False))
     except UserError as error:
         message, status = str(error), 2
+    except click.NoSuchOption as error:
+        known = [*(f"--{key}" for key in SETTINGS), "--resume", "--help"]
+        message, status = config.unknown(error.option_name, known, "option"), 2
     except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
+        message, status = f"{error.format_message()} See zofed --help", 2
+    except OSError as error:
+        place = f" {error.filename}" if error.filename else ""
+        message = f"cannot write or read{place}: {error.strerror}; free some space or choose another place, then go on"
+        status = 2
     except Interrupted as error:
         message, status = f"interrupted; {error}", 130
     except click.Abort:  # what click makes of Ctrl-C
         message, status = "interrupted", 130
-    print(f"zofed: {message}", file=sys.stderr)
+    print("zofed: " + " ".join(message.splitlines()), file=sys.stderr)
     sys.exit(status)

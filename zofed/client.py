@@ -22,8 +22,7 @@ from zofed.errors import UserError
 from zofed.federation import Answer, Plan
 from zofed.journal import genesis_chain
 from zofed.messages import Final, Greeting, Introduction
-from zofed.task import Task, prepare_process
-from zofed.worker import Worker
+from zofed.task import Task, prepare_process, with_absolute_paths
 
 app = ClientApp()
 
@@ -32,8 +31,8 @@ class Replica:
     """This process's one copy of the model, and the shards of the clients it has served."""
 
     def __init__(self, settings: Settings) -> None:
-        prepare_process(settings)
-        self.task = Task.load(settings)
+        prepare_process(settings.threads)
+        self.task = Task.load(with_absolute_paths(settings))
         self.worker = self.task.worker()
         self.genesis = genesis_chain(self.worker.genesis)
         self._shards: dict[tuple[int, int], Examples] = {}
@@ -59,12 +58,13 @@ class Replica:
 
 
 @lru_cache(maxsize=1)
-def replica(settings: Settings) -> Replica:
-    return Replica(settings)
+def _replica(written: str) -> Replica:
+    return Replica(Settings.model_validate_json(written))
 
 
-def _settings(context: Context) -> Settings:
-    return config.resolve(dict(context.run_config))
+def replica(context: Context) -> Replica:
+    """This process's replica for a run's settings: built at their first message, kept until others come."""
+    return _replica(config.resolve(dict(context.run_config)).model_dump_json(by_alias=True))
 
 
 def _place(context: Context) -> tuple[int, int]:
@@ -82,10 +82,12 @@ def greet(greeting: Greeting, context: Context) -> Introduction:
     code = f"{zofed.__version__} {Path(zofed.__file__).parent}"
     try:
         client, clients = _place(context)
-        here = replica(_settings(context))
+        here = replica(context)
         theirs = json.loads(greeting.genesis)
         if different := [key for key in theirs if here.worker.genesis.get(key) != theirs[key]]:
-            raise UserError(f"client {client} has another {' and '.join(different)} than the server: give both the same")
+            raise UserError(
+                f"client {client} has another {' and '.join(different)} than the server: give both the same"
+            )
         return Introduction(client, clients, len(here.shard(client, clients)["labels"]), "", code)
     except UserError as error:
         return Introduction(-1, 0, 0, str(error), code)
@@ -95,7 +97,7 @@ def train(plan: Plan, context: Context) -> Answer:
     """Catch up, measure slopes along this client's own directions on its own data, answer with integers."""
     began = time.monotonic()
     client, clients = _place(context)
-    here = replica(_settings(context))
+    here = replica(context)
     examples = here.shard(client, clients)
 
     def answer(coefficients: tuple[int, ...] = (), exponent: int = 0, loss: float = nan) -> Answer:
@@ -125,7 +127,7 @@ def train(plan: Plan, context: Context) -> Answer:
 
 def final(plan: Plan, context: Context) -> Final:
     """Catch up and name the weights this client ends with."""
-    here = replica(_settings(context))
+    here = replica(context)
     return Final(_place(context)[0], here.worker.digest() if here.catch_up(plan) else "")
 
 

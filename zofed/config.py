@@ -1,6 +1,7 @@
 """Every setting, its type, its limits, its default; one schema for the command line, TOML files and Flower."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ class Settings(BaseModel):
     )
     directions: Literal["rank1", "rademacher"] = Field("rank1", description="kind of the random directions (zo)")
     queries: int = Field(16, ge=1, le=16384, description="directions measured per step and client (zo)")
-    epsilon: float = Field(3e-4, gt=0, le=1, description="step per coordinate of the finite difference (zo)")
+    epsilon: float = Field(3e-4, ge=1e-6, le=1, description="step per coordinate of the finite difference (zo)")
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="rule that turns a gradient estimate into a step")
     learning_rate: float = Field(0.03, gt=0, description="step size of the optimizer")
     momentum: float = Field(0.0, ge=0, lt=1, description="heavy-ball momentum of sgd")
@@ -55,7 +56,11 @@ class Settings(BaseModel):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type the weights are kept and run in")
     copies_per_pass: int = Field(
-        8, ge=2, le=4096, description="perturbed copies that share one forward pass (rank1; part of the result)"
+        8,
+        ge=2,
+        le=4096,
+        multiple_of=2,
+        description="perturbed copies that share one forward pass (rank1; part of the result)",
     )
     threads: int = Field(1, ge=1, le=1024, description="CPU threads of each process (part of the result)")
     eval_interval: int = Field(20, ge=1, description="steps or rounds between evaluations on the held-out part")
@@ -100,6 +105,26 @@ def unknown(name: str, known: list[str], what: str) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     meant = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
     return f"unknown {what} {name!r}: {meant}"
+
+
+# What may change when a run goes on: how long it is, where it lies, what is reported; and names whose content is pinned.
+FREE_ON_RESUME = frozenset(
+    "model dataset tokenizer steps rounds round-timeout node-timeout device eval-interval eval-examples "
+    "checkpoint-interval controls out".split()
+)
+
+
+def pinned(settings: Settings) -> dict[str, Any]:
+    """The settings that decide what a run's steps are, by key."""
+    return {key: value for key, value in settings.model_dump(by_alias=True).items() if key not in FREE_ON_RESUME}
+
+
+def absolute(path: str | Path, key: str) -> Path:
+    """`path` with ~ expanded, absolute. Raises UserError naming the setting `key` for the home of an unknown user."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{key} = {str(path)!r}: no such user; choose another --{key}")
+    return Path(expanded).absolute()
 
 
 def read_toml(path: Path) -> dict[str, Any]:

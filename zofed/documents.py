@@ -22,7 +22,7 @@ _SHIPPED_FILES = {
     "sample-pubmedqa": ("pubmedqa/train.jsonl",),
     "sample-sst2": ("sst2/train.jsonl", "sst2/validation.jsonl"),
 }
-_KNOWN_NAMES = (*_SHIPPED_FILES, "pydoc")
+KNOWN_NAMES = (*_SHIPPED_FILES, "pydoc")
 _DECISIONS = {"yes": 0, "no": 1, "maybe": 2}
 
 
@@ -63,11 +63,11 @@ def load_documents(dataset: str) -> list[Document]:
         return [Document(topics[name], dataset) for name in sorted(topics)]
     path = Path(os.path.expanduser(dataset))
     if dataset not in _SHIPPED_FILES and (not dataset or not path.exists()):
-        close = difflib.get_close_matches(dataset.lower(), _KNOWN_NAMES, n=1)
+        close = difflib.get_close_matches(dataset.lower(), KNOWN_NAMES, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
         raise UserError(
             f"data set {dataset!r} is neither a known name nor an existing path: {hint}"
-            f"use one of {', '.join(_KNOWN_NAMES)}, or the path of a local file or folder"
+            f"use one of {', '.join(KNOWN_NAMES)}, or the path of a local file or folder"
         )
     try:
         if dataset in _SHIPPED_FILES:

@@ -90,9 +90,7 @@ def measure(worker: Worker, examples: Examples, plan: Plan) -> Measured:
     seed = worker.genesis["seed"]
     batch = data.batch(examples, seed=seed, client=plan.client, step=plan.round, batch_size=plan.batch_size)
     seeds = directions.direction_seeds(seed, plan.round, plan.client, plan.queries)
-    estimate = worker.ask(
-        lambda: metrics.loss_of(worker.model, batch), seeds, plan.epsilon, plan.copies_per_pass
-    )
+    estimate = worker.ask(lambda: metrics.loss_of(worker.model, batch), seeds, plan.epsilon, plan.copies_per_pass)
     coefficients, exponent = records.to_integers(estimate.slopes)
     return Measured(coefficients, exponent, estimate.loss, estimate.forward_passes)
 
@@ -113,17 +111,16 @@ def merge(round_: int, rate: float, queries: int, measured: Mapping[int, Measure
 
 
 def plan_for(
-    settings: Settings, worker: Worker, entries: Sequence[Entry], start: int, client: int, attempt: int
+    settings: Settings, worker: Worker, after: bytes, missing: Sequence[Entry], *, client: int, attempt: int = 0
 ) -> Plan:
-    """The plan of the round after `entries`, all of which `worker` has applied, for a client that holds `start`."""
-    genesis = journal.genesis_chain(worker.genesis)
+    """The plan of the round that follows the worker's, for a client at chain `after` that lacks the entries `missing`."""
     return Plan(
-        genesis=genesis,
-        round=(entries[-1].record.round if entries else 0) + 1,
+        genesis=journal.genesis_chain(worker.genesis),
+        round=worker.round + 1,
         attempt=attempt,
-        after=entries[start - 1].chain if start else genesis,
-        head=entries[-1].chain if entries else genesis,
-        entries=b"".join(entry.raw for entry in entries[start:]),
+        after=after,
+        head=worker.head,
+        entries=b"".join(entry.raw for entry in missing),
         probe=worker.probe(),
         client=client,
         queries=settings.queries,

@@ -1,16 +1,36 @@
 """The end of a run: score it, prove it by an independent replay, save and draw it, sum it up."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
 
 from zofed import models
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.journal import Journal, read
 from zofed.runs import RunFolder, peak_memory_bytes, read_table, versions
-from zofed.task import Task, device
+from zofed.task import Task, device, prepare_process
 from zofed.trainer import Totals, replay, restore, with_random_slopes
 from zofed.worker import Worker
+
+
+@contextmanager
+def status_kept(folder: RunFolder) -> Iterator[None]:
+    """While a run works its summary says `running`; whatever ends it early is written there before it goes on."""
+    folder.write_summary({"status": "running"})
+    try:
+        yield
+    except KeyboardInterrupt:
+        folder.write_summary({"status": "interrupted"})
+        raise
+    except Exception as error:
+        with suppress(OSError):  # the disk may be what failed
+            folder.write_summary({"status": "failed", "error": str(error)})
+        raise
 
 
 def finish(
@@ -25,7 +45,7 @@ def finish(
 
     score, digest = task.evaluate(worker.model), worker.digest()
     cost = totals.columns()
-    replayed = None if task.settings.mode == "fo" else replay_run(folder)[0].digest()
+    replayed = None if task.settings.mode == "fo" else replay_run(folder, threads=task.settings.threads)[0].digest()
     baselines = task.baselines()
     summary: dict[str, Any] = {
         "status": "completed",
@@ -49,8 +69,9 @@ def finish(
     save_model(task, worker, folder)
     plot_loss(folder, baselines)
     if replayed not in (None, digest):
-        folder.write_summary(summary | {"status": "failed", "error": "replay gives other weights"})
-        raise UserError(f"the replay of {folder.journal} gives {replayed}, the run holds {digest}: report this as a bug")
+        raise UserError(
+            f"the replay of {folder.journal} gives {replayed}, the run holds {digest}: report this as a bug"
+        )
     folder.write_summary(summary)
     return summary
 
@@ -59,20 +80,21 @@ def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
     """A fresh replica at the base weights of a run's journal, from the run's files alone."""
     settings = folder.settings()
     genesis = read(folder.journal).genesis
-    model = models.rebuild(genesis["model"], genesis["seed"], settings.dtype, base)
-    return Worker(model.to(device(settings)), genesis), settings
+    model = models.rebuild(genesis["model"], genesis["seed"], settings.dtype, base or settings.model)
+    return Worker(nn.Module.to(model, device(settings)), genesis), settings
 
 
-def replay_run(folder: RunFolder, base: str = "") -> tuple[Worker, int]:
+def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Worker, int]:
     """Rebuild a run's weights from its files: base and journal, or the newest checkpoint where records are dense.
 
     Returns the worker and the round of the checkpoint it had to start from (0: none was needed). Raises UserError
     where first-order steps lie behind the last checkpoint.
     """
+    prepare_process(threads)
     worker, settings = base_worker(folder, base)
     entries = read(folder.journal).entries
-    if settings.mode == "fo":
-        restore(worker, entries, folder)
+    if settings.mode == "fo" and entries:
+        restore(worker, entries, folder, latest=entries[-1].record.round)
     start = worker.round
     replay(worker, [entry.record for entry in entries if entry.record.round > start])
     return worker, start
@@ -94,6 +116,7 @@ def save_model(task: Task, worker: Worker, folder: RunFolder) -> None:
     """A Hugging Face folder (safetensors and tokenizer) that AutoModel loads, replaced as a whole."""
     temporary = folder.path / ".model.new"
     shutil.rmtree(temporary, ignore_errors=True)
+    assert isinstance(worker.model, PreTrainedModel)
     worker.model.save_pretrained(temporary)
     task.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder.model, ignore_errors=True)

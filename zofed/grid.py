@@ -43,7 +43,7 @@ class LocalGrid(Grid):
     def run(self) -> Any:
         return None
 
-    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: Any = None):  # noqa: ANN201
+    def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: Any = None):
         """As Flower's deprecated constructor does."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 

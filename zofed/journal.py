@@ -220,7 +220,9 @@ class Journal:
             written = os.write(self._file, entry.raw)
             _sync_data(self._file)
         except OSError as error:
-            raise UserError(f"cannot write the journal: {error.strerror}; mend the disk, then --resume the run") from error
+            raise UserError(
+                f"cannot write the journal: {error.strerror}; mend the disk, then --resume the run"
+            ) from error
         if written != len(entry.raw):
             raise UserError(f"the disk is full: {written} of {len(entry.raw)} bytes written; free some, then --resume")
         self._failed = False

@@ -68,10 +68,11 @@ def unpack(kind: type[T], content: RecordDict) -> T:
 
 
 def _field(name: str, value: Any, hint: Any) -> Any:
-    wanted = bytes if hint not in (int, float, str, bytes) else hint
+    is_plain = hint in (int, float, str, bytes)
+    wanted = hint if is_plain else bytes  # a tuple of integers travels as bytes
     if type(value) is not wanted:  # bool is no int here, and an int is no float
         raise Malformed(f"field {name} is a {type(value).__name__}, not a {wanted.__name__}")
-    if hint in (int, float, str, bytes):
+    if is_plain:
         return value
     if len(value) % 4:
         raise Malformed(f"field {name} has {len(value)} bytes, not a multiple of 4")

@@ -56,6 +56,9 @@ SIZES = {
 }
 
 
+SAVED = "saved"  # what the genesis calls a model that came from a folder; its weights' digest tells which
+
+
 def tokenizer_name(settings: Settings) -> str:
     """Which tokenizer a run uses: the one named, else the one that fits the model. Raises UserError for no model."""
     if settings.model in SIZES:
@@ -71,18 +74,18 @@ def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels:
     Raises UserError for an unknown model, a pickle, missing weights, a vocabulary or block the model cannot hold, a
     language model whose predictions see the token they predict.
     """
-    classes = {"num_labels": labels} if labels else {}
+    classes: dict[str, Any] = {"num_labels": labels} if labels else {}
     if settings.model in SIZES:
         size = SIZES[settings.model]
+        end = tokenizer.eos_token_id
+        tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
         config = GPT2Config(
             vocab_size=len(tokenizer),
             n_layer=size.layers,
             n_head=size.heads,
             n_embd=size.width,
             n_positions=size.positions,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            **tokens,
             **classes,
         )
         model = _fresh(GPT2ForSequenceClassification if labels else GPT2LMHeadModel, config, settings.seed)
@@ -98,17 +101,17 @@ def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels:
 
 
 def describe(name: str, model: PreTrainedModel) -> dict[str, Any]:
-    """What `rebuild` needs to make the same model again, for the journal's genesis."""
+    """What `rebuild` needs to make the same model again, for the journal's genesis; no path of any machine."""
     config = model.config.to_diff_dict()
     for changing in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
         config.pop(changing, None)
-    return {"name": name, "architecture": type(model).__name__, "config": config}
+    return {"name": name if name in SIZES else SAVED, "architecture": type(model).__name__, "config": config}
 
 
-def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str = "") -> PreTrainedModel:
+def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str) -> PreTrainedModel:
     """The model that `describe` described, before any training, from the seed or from its folder.
 
-    folder: where a saved model lies now, if not where the description says. Raises UserError as `create_model` does.
+    folder: where a saved model lies; of no use to a named size. Raises UserError as `create_model` does.
     """
     if description["name"] in SIZES:
         kind = {kind.__name__: kind for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)}
@@ -118,12 +121,13 @@ def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str =
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     keys = ("num_labels", "id2label", "label2id", "pad_token_id") if classifier else ()
     extra = {key: description["config"][key] for key in keys if key in description["config"]}
-    return _ready(_load(folder or description["name"], kind, extra, seed), dtype)
+    return _ready(_load(folder, kind, extra, seed), dtype)
 
 
 def _ready(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     model.config.use_cache = False  # keys and values of generation are of no use to a loss
-    return model.to(dtype=getattr(torch, dtype)).eval()
+    nn.Module.to(model, dtype=getattr(torch, dtype))
+    return model.eval()
 
 
 def _fresh(kind: type[PreTrainedModel], config: GPT2Config, seed: int) -> PreTrainedModel:

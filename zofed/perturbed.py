@@ -77,8 +77,9 @@ class Perturbation(TorchFunctionMode):
 
     def _replaced(self, value: Any) -> Any:
         """The perturbed tensor in place of a listed parameter; any other value as it is."""
-        if isinstance(value, list | tuple) and any(id(item) in self.factors for item in value):
-            return type(value)(self._replaced(item) for item in value)
+        if isinstance(value, list | tuple):
+            is_used = any(id(item) in self.factors for item in value)
+            return type(value)(self._replaced(item) for item in value) if is_used else value
         if id(value) not in self.factors:
             return value
         factors = self._factors(value)
@@ -86,7 +87,9 @@ class Perturbation(TorchFunctionMode):
         return value + (direction * self.scale).reshape(value.shape)
 
 
-def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, weight, bias
 
 
@@ -104,7 +107,9 @@ def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return _AddProduct.apply(base, left, right)  # type: ignore[return-value]
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
     """scaled_dot_product_attention that knows how to run under vmap: torch's own falls back to a loop there."""
     return _Attention.apply(query, key, value, attn_mask, args, kwargs)  # type: ignore[return-value]
 
@@ -123,8 +128,8 @@ class _AddProduct(_ForwardOnly):
         return base + left @ right
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, base: Tensor, left: Tensor, right: Tensor):  # noqa: ANN205
-        copies = info.batch_size
+    def vmap(info: Any, in_dims: Any, *args: Tensor) -> tuple[Tensor, int]:
+        copies, (base, left, right) = info.batch_size, args
         left, right = _copies_first(left, in_dims[1], copies), _copies_first(right, in_dims[2], copies)
         flat_left = left.reshape(copies, -1, left.shape[-1])
         if in_dims[0] is None:
@@ -141,9 +146,9 @@ class _Attention(_ForwardOnly):
         return F.scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, args: Any, kwargs: Any):  # noqa: ANN205
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         """Fold the copies into the batch dimension, attend once, unfold."""
-        copies = info.batch_size
+        copies, (query, key, value, mask, rest, options) = info.batch_size, args
         q, k, v = (
             _copies_first(tensor, dim, copies).flatten(0, 1)
             for tensor, dim in zip((query, key, value), in_dims[:3], strict=True)
@@ -151,7 +156,7 @@ class _Attention(_ForwardOnly):
         if mask is not None:
             mask = _copies_first(mask, in_dims[3], copies)
             mask = mask.expand(copies, q.shape[0] // copies, *mask.shape[2:]).flatten(0, 1)
-        output = F.scaled_dot_product_attention(q, k, v, mask, *args, **kwargs)
+        output = F.scaled_dot_product_attention(q, k, v, mask, *rest, **options)
         return output.unflatten(0, (copies, -1)), 0
 
 

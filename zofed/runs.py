@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,7 @@ from zofed import __version__, config
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.journal import sync_folder
+from zofed.worker import tensors_digest
 
 METRICS = (
     "timestamp", "epoch", "step", "mode", "scope", "q", "lr", "batch_size", "optimizer", "bp_interval", "loss",
@@ -39,15 +40,24 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, settings: Settings) -> "RunFolder":
-        """A new folder for a run. Raises UserError when it cannot be written or holds something already."""
-        path = path.expanduser().absolute()
+    def create(cls, path: Path, settings: Settings, inputs: Mapping[str, Any]) -> "RunFolder":
+        """A new folder for a run. Raises UserError when it cannot be written or holds something already.
+
+        inputs: what a resumed run must find unchanged. What a run killed before its first entry left is written over.
+        """
+        path = config.absolute(path, "out")
         folder = cls(path)
         try:
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"out = {str(path)!r} is a link to nowhere: remove it or choose another --out")
+            begun = ("settings.toml", "inputs.json")
+            if path.exists() and (
+                not path.is_dir() or any(p.name not in begun and not p.name.endswith(".new") for p in path.iterdir())
+            ):
                 remedy = f"continue it with --resume {path}, or choose" if folder.journal.exists() else "choose"
                 raise UserError(f"out = {str(path)!r} is not empty: {remedy} another folder with --out")
             path.mkdir(parents=True, exist_ok=True)
+            folder.write_text("inputs.json", json.dumps(inputs, indent=2, sort_keys=True) + "\n")
             folder.write_text("settings.toml", config.to_toml(settings))
         except OSError as error:
             raise UserError(f"out = {str(path)!r} cannot be written: {error.strerror}; choose another --out") from error
@@ -56,7 +66,7 @@ class RunFolder:
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """The folder of an earlier run. Raises UserError when it is none."""
-        folder = cls(path.expanduser().absolute())
+        folder = cls(config.absolute(path, "out"))
         if not (folder.path / "settings.toml").is_file() or not folder.journal.is_file():
             raise UserError(f"{folder.path} is not the folder of a run: it lacks settings.toml or journal.zofed")
         return folder
@@ -79,24 +89,32 @@ class RunFolder:
         temporary.rename(self.path / name)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        self.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
+        self.write_text("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def summary(self) -> dict[str, Any]:
+        return self._read_json("summary.json")
+
+    def inputs(self) -> dict[str, Any]:
+        return self._read_json("inputs.json")
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        """The object in a file; empty where there is none or it is spoilt."""
         try:
-            return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return {}
+        return found if isinstance(found, dict) else {}
 
     def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Save tensors and facts whole or not at all; the oldest checkpoints go once the new one is on disk."""
         folder = self.path / "checkpoints"
         folder.mkdir(exist_ok=True)
         temporary = folder / f".{name}.new"
-        save_file(
-            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-            temporary,
-            {"facts": json.dumps(facts)},
-        )
+        held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        try:
+            save_file(held, temporary, {"facts": json.dumps(facts), "digest": tensors_digest(held)})
+        except SafetensorError as error:
+            raise UserError(f"cannot write checkpoint {temporary}: {error}; free some space, then --resume") from error
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.rename(folder / f"{name}.safetensors")
@@ -113,8 +131,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | No
     """Tensors and facts of a checkpoint file, or None where it is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            facts = json.loads(file.metadata()["facts"])
-        return load_file(path), facts
+            facts, digest = json.loads(file.metadata()["facts"]), file.metadata()["digest"]
+        tensors = load_file(path)
+        return (tensors, facts) if tensors_digest(tensors) == digest else None
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
         return None
 
@@ -125,7 +144,7 @@ class Table:
     def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
         self.columns = columns
         is_new = not path.exists()
-        self._file = open(path, "a", newline="", encoding="utf-8")
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
         if is_new:
             self._writer.writeheader()
@@ -138,6 +157,12 @@ class Table:
     def close(self) -> None:
         self._file.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def _cell(value: Any) -> Any:
     return repr(value) if isinstance(value, float) else value  # every bit: a resumed run reads its start from here
@@ -147,7 +172,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
     """Rows of a CSV file, whole lines only: a killed process may have left half of the last one."""
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     return list(csv.DictReader(whole.splitlines()))
 
@@ -155,7 +180,12 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def cut_table(path: Path, column: str, last: int) -> list[dict[str, str]]:
     """Keep the whole rows whose `column` is at most `last`, rewrite the file if needed, and return them."""
     rows = read_table(path)
-    kept = [row for row in rows if int(row[column]) <= last]
+    try:
+        kept = [row for row in rows if int(row[column]) <= last]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is spoilt: it has no whole column {column!r}; delete it, resume rebuilds it"
+        ) from error
     if path.exists() and rows:
         temporary = path.with_suffix(".new")
         with open(temporary, "w", newline="", encoding="utf-8") as file:

@@ -1,6 +1,7 @@
 """Rounds over a Flower grid: plan, send, check, merge, write down, move, announce."""
 
 import math
+import os
 import sys
 import time
 from collections import Counter
@@ -16,13 +17,13 @@ from zofed import config, federation, messages
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.federation import Answer, Plan
-from zofed.finish import finish
+from zofed.finish import finish, status_kept
 from zofed.journal import Journal, canonical
 from zofed.messages import Final, Greeting, Introduction, Malformed
 from zofed.records import Record, Skipped
 from zofed.runs import Row, RunFolder, Table
-from zofed.task import Task, prepare_process
-from zofed.trainer import Step, Trainer
+from zofed.task import Task, prepare_process, with_absolute_paths
+from zofed.trainer import Step, Trainer, diverged
 from zofed.worker import Worker
 
 ROUNDS = (
@@ -45,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         run(grid, config.resolve(dict(context.run_config)), f"flower-{context.run_id}")
     except UserError as error:
-        # Flower marks a run as failed only if an exception leaves the app, and logs it: one line is enough for this one.
+        # Flower marks a run as failed only if an exception leaves the app, and logs it: one line will do for this one.
         sys.tracebacklimit = 0
         raise error from None
 
@@ -54,25 +55,88 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
     """One federated run over `grid`; returns its summary. name: of its folder, where settings.out is empty."""
     if settings.mode != "zo":
         raise UserError(f"mode = {settings.mode!r} does not run in a federation yet: use zofed train --mode fo")
-    out = Path(settings.out).expanduser() if settings.out else Path.home() / "zofed-runs" / name
-    if not out.is_absolute():
+    out = config.absolute(settings.out or Path.home() / "zofed-runs" / name, "out")
+    if settings.out and not Path(os.path.expanduser(settings.out)).is_absolute():
         raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
-    prepare_process(settings)
-    task = Task.load(settings)
+    prepare_process(settings.threads)
+    task = Task.load(with_absolute_paths(settings.model_copy(update={"out": str(out)})))
     worker = task.worker()
-    folder = RunFolder.create(out, settings.model_copy(update={"out": str(out)}))
-    print(f"run folder: {out}", flush=True)
-    folder.write_summary({"status": "running"})
-    try:
-        with Journal.create(folder.journal, worker.genesis) as book:
-            server = Server(grid, settings, task, worker, book, folder)
-            try:
-                return server.run()
-            finally:
-                server.close()
-    except UserError as error:
-        folder.write_summary({"status": "failed", "error": str(error)})
-        raise
+    nodes = meet(grid, task.settings, worker)
+    folder = RunFolder.create(out, task.settings, task.inputs())
+    print(f"run folder: {out}\n{len(nodes)} clients, {len(task.held_out)} documents held out", flush=True)
+    with (
+        status_kept(folder),
+        Journal.create(folder.journal, worker.genesis) as journal,
+        Table(folder.path / "rounds.csv", ROUNDS) as rounds,
+        Table(folder.path / "clients.csv", CLIENTS) as clients,
+    ):
+        return Server(grid, nodes, task, worker, journal, folder, rounds, clients).run()
+
+
+def meet(grid: Grid, settings: Settings, worker: Worker) -> dict[int, int]:
+    """Wait for the nodes, ask each who it is; node ids by client index. Raises UserError for whatever is amiss."""
+    wanted = settings.clients
+    if settings.quorum > wanted > 0:
+        raise UserError(f"quorum = {settings.quorum}: only {wanted} clients take part; set quorum to {wanted} or less")
+    node_ids = _wait_for_nodes(grid, wanted, settings.node_timeout)
+    greeting = messages.pack(Greeting(canonical(worker.genesis)))
+    replies = exchange(grid, dict.fromkeys(node_ids, greeting), "query.status", settings.round_timeout)
+    found: dict[int, int] = {}
+    for node in node_ids:
+        reply = replies.get(node)
+        if reply is None or reply.has_error():
+            reason = "no answer" if reply is None else reply.error.reason
+            raise UserError(f"node {node} could not be asked who it is ({reason}): see its log")
+        introduction = messages.unpack(Introduction, reply.content)
+        if introduction.problem:
+            raise UserError(introduction.problem)
+        if introduction.client in found:
+            raise UserError(f"two nodes say they are client {introduction.client}: give each its own partition-id")
+        found[introduction.client] = node
+    chosen = {client: found[client] for client in sorted(found)[: wanted or None]}
+    if settings.quorum > len(chosen):
+        raise UserError(f"quorum = {settings.quorum}: only {len(chosen)} clients are here; set quorum to that or less")
+    return chosen
+
+
+def _wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
+    """Ids of the nodes once `wanted` are there; for 0, once one is there and no other has come for a while."""
+    deadline = time.monotonic() + seconds
+    seen: list[int] = []
+    since = time.monotonic()
+    while True:
+        now = sorted(grid.get_node_ids())
+        if now != seen:
+            seen, since = now, time.monotonic()
+        if seen and (len(seen) >= wanted if wanted else time.monotonic() - since >= QUIET_SECONDS):
+            return seen
+        if time.monotonic() > deadline:
+            need = wanted or 1
+            raise UserError(
+                f"clients = {wanted}: the federation has {len(seen)} of {need} nodes after {seconds:g} s; start more, "
+                f"in simulation with --federation-config 'num-supernodes={need}'"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def exchange(grid: Grid, contents: dict[int, RecordDict], message_type: str, seconds: float) -> dict[int, Message]:
+    """Send one message to each node and wait at most `seconds` for the replies; replies by node id."""
+    sent = [
+        Message(content=content, dst_node_id=node, message_type=message_type, ttl=seconds)
+        for node, content in contents.items()
+    ]
+    open_ids = dict(zip(grid.push_messages(sent), contents, strict=True))
+    replies: dict[int, Message] = {}
+    deadline = time.monotonic() + seconds
+    while open_ids and time.monotonic() < deadline:
+        for reply in grid.pull_messages(list(open_ids)):
+            # An error reply comes from the SuperLink, so it is known by what it answers, not by who sent it.
+            node = open_ids.pop(reply.metadata.reply_to_message_id, None)
+            if node is not None:
+                replies[node] = reply
+        if open_ids:
+            time.sleep(POLL_SECONDS)
+    return replies
 
 
 @dataclass
@@ -90,29 +154,33 @@ class Server:
     """The server's side of one run; the law of the house is kept by the Trainer it drives."""
 
     def __init__(
-        self, grid: Grid, settings: Settings, task: Task, worker: Worker, book: Journal, folder: RunFolder
+        self,
+        grid: Grid,
+        nodes: dict[int, int],
+        task: Task,
+        worker: Worker,
+        journal: Journal,
+        folder: RunFolder,
+        rounds: Table,
+        clients: Table,
     ) -> None:
-        self.grid, self.settings, self.task, self.worker = grid, settings, task, worker
-        self.journal, self.folder = book, folder
+        self.grid, self.nodes, self.task, self.settings, self.worker = grid, nodes, task, task.settings, worker
+        self.journal, self.folder, self.rounds, self.clients = journal, folder, rounds, clients
         self.genesis = worker.head
-        self.nodes: dict[int, int] = {}  # client index -> node id
-        self.held: dict[int, int] = {}  # client index -> entries its replica held when it last answered
+        self.held = dict.fromkeys(nodes, 0)  # client index -> entries its replica held when it last answered
         self.traffic = Traffic()
         self.bytes_up = self.bytes_down = self.plans = 0
-        self.rounds = Table(folder.path / "rounds.csv", ROUNDS)
-        self.clients = Table(folder.path / "clients.csv", CLIENTS)
-
-    def close(self) -> None:
-        self.rounds.close()
-        self.clients.close()
 
     def run(self) -> dict[str, Any]:
-        self.nodes = self._meet()
-        self.held = dict.fromkeys(self.nodes, 0)
-        print(f"{len(self.nodes)} clients, {len(self.task.held_out)} documents held out", flush=True)
         trainer = Trainer(self.worker, self.journal, self.folder, self.settings, self.task.evaluate, self._show)
         totals = trainer.run(self.settings.rounds, self._round)
         digests = self._final_digests()
+        wrong = [client for client, digest in sorted(digests.items()) if digest != self.worker.digest()]
+        if wrong:
+            raise UserError(
+                f"clients {wrong} end with other weights than the server ({digests}): their machines cannot be trusted; "
+                "run without them"
+            )
         summary = finish(
             self.task,
             self.worker,
@@ -125,56 +193,12 @@ class Server:
                 "client_digests": {str(client): digest for client, digest in sorted(digests.items())},
             },
         )
-        if different := [client for client, digest in digests.items() if digest != summary["digest"]]:
-            error = f"clients {different} end with other weights than the server: see {self.folder.path}/summary.json"
-            self.folder.write_summary(summary | {"status": "failed", "error": error})
-            raise UserError(error)
         print(
-            f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the replay of the journal and "
-            f"all {len(digests)} clients end with the server's weights; results in {self.folder.path}",
+            f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the journal's replay and all "
+            f"{len(digests)} clients end with the server's weights; results in {self.folder.path}",
             flush=True,
         )
         return summary
-
-    def _meet(self) -> dict[int, int]:
-        """Wait for the nodes, ask each who it is; node ids by client index."""
-        wanted = self.settings.clients
-        node_ids = self._wait_for_nodes(wanted)
-        greeting = messages.pack(Greeting(canonical(self.worker.genesis)))
-        replies = self._exchange({node: greeting for node in node_ids}, "query.status", self.settings.round_timeout)
-        found: dict[int, int] = {}
-        for node in node_ids:
-            reply = replies.get(node)
-            if reply is None or reply.has_error():
-                reason = "no answer" if reply is None else reply.error.reason
-                raise UserError(f"node {node} could not be asked who it is ({reason}): see its log")
-            introduction = messages.unpack(Introduction, reply.content)
-            if introduction.problem:
-                raise UserError(introduction.problem)
-            if introduction.client in found:
-                raise UserError(f"two nodes say they are client {introduction.client}: give each its own partition-id")
-            found[introduction.client] = node
-        chosen = sorted(found)[: wanted or None]
-        return {client: found[client] for client in chosen}
-
-    def _wait_for_nodes(self, wanted: int) -> list[int]:
-        deadline = time.monotonic() + self.settings.node_timeout
-        seen: list[int] = []
-        since = time.monotonic()
-        while True:
-            now = sorted(self.grid.get_node_ids())
-            if now != seen:
-                seen, since = now, time.monotonic()
-            if seen and (len(seen) >= wanted if wanted else time.monotonic() - since >= QUIET_SECONDS):
-                return seen
-            if time.monotonic() > deadline:
-                need = wanted or 1
-                raise UserError(
-                    f"clients = {wanted}: the federation has {len(seen)} of {need} nodes after "
-                    f"{self.settings.node_timeout:g} s; start more, in simulation with "
-                    f"--federation-config 'num-supernodes={need}'"
-                )
-            time.sleep(POLL_SECONDS)
 
     def _round(self, round_: int) -> Step:
         """Ask all clients about one round, again until enough have answered, and merge what is usable."""
@@ -189,12 +213,14 @@ class Server:
         self.bytes_up += self.traffic.up
         self.bytes_down += self.traffic.down
         self.plans += len(self.nodes)
+        if set(self.traffic.results) == {"not_finite"}:
+            raise diverged(round_, self.settings)
         if len(good) < need and self.settings.quorum == 0:
             missing = sorted(set(self.nodes) - set(good))
             raise UserError(
                 f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts "
-                f"({dict(self.traffic.results)}): see clients.csv in {self.folder.path}, or set quorum below the number "
-                "of clients"
+                f"({dict(self.traffic.results)}): see clients.csv in {self.folder.path}, or set quorum below the "
+                "number of clients"
             )
         record: Record = Skipped(round_)
         if len(good) >= need:
@@ -235,9 +261,9 @@ class Server:
         return good
 
     def _plan(self, client: int, attempt: int) -> Plan:
-        return federation.plan_for(
-            self.settings, self.worker, self.journal.entries, self.held[client], client, attempt
-        )
+        held, entries = self.held[client], self.journal.entries
+        after = entries[held - 1].chain if held else self.genesis
+        return federation.plan_for(self.settings, self.worker, after, entries[held:], client=client, attempt=attempt)
 
     def _judge(self, reply: Message | None, plan: Plan) -> tuple[Answer | None, str]:
         if reply is None:
@@ -273,29 +299,10 @@ class Server:
     def _send(self, plans: dict[int, Plan], message_type: str) -> dict[int, Message]:
         began = time.monotonic()
         contents = {self.nodes[client]: messages.pack(plan) for client, plan in plans.items()}
-        replies = self._exchange(contents, message_type, self.settings.round_timeout)
+        replies = exchange(self.grid, contents, message_type, self.settings.round_timeout)
         self.traffic.waiting += time.monotonic() - began
         self.traffic.down += sum(messages.size(content) for content in contents.values())
         self.traffic.up += sum(messages.size(reply.content) for reply in replies.values() if reply.has_content())
-        return replies
-
-    def _exchange(self, contents: dict[int, RecordDict], message_type: str, seconds: float) -> dict[int, Message]:
-        """Send one message to each node and wait at most `seconds` for the replies; replies by node id."""
-        sent = [
-            Message(content=content, dst_node_id=node, message_type=message_type, ttl=seconds)
-            for node, content in contents.items()
-        ]
-        open_ids = dict(zip(self.grid.push_messages(sent), contents, strict=True))
-        replies: dict[int, Message] = {}
-        deadline = time.monotonic() + seconds
-        while open_ids and time.monotonic() < deadline:
-            for reply in self.grid.pull_messages(list(open_ids)):
-                # An error reply comes from the SuperLink, so it is known by what it answers, not by who sent it.
-                node = open_ids.pop(reply.metadata.reply_to_message_id, None)
-                if node is not None:
-                    replies[node] = reply
-            if open_ids:
-                time.sleep(POLL_SECONDS)
         return replies
 
     def _final_digests(self) -> dict[int, str]:

@@ -1,14 +1,17 @@
 """What a run's settings mean: its tokenizer, its documents and examples, its model."""
 
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from zofed import data, metrics, models, worker
+from zofed import config, data, documents, metrics, models, tokenizers, worker
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
@@ -33,10 +36,10 @@ class Task:
     def load(cls, settings: Settings) -> "Task":
         """Read tokenizer and documents. Raises UserError for what is missing or unusable."""
         tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
-        documents = data.load_documents(settings.dataset)
+        found = data.load_documents(settings.dataset)
         if settings.task == "classification":
-            _check_labels(documents, settings.dataset)
-        train, held_out = data.split_held_out(documents, settings.held_out, settings.seed)
+            _check_labels(found, settings.dataset)
+        train, held_out = data.split_held_out(found, settings.held_out, settings.seed)
         return cls(settings, tokenizer, train, held_out)
 
     @property
@@ -64,7 +67,7 @@ class Task:
         except UserError as error:
             raise UserError(f"held-out part: {error}, or set held-out above {self.settings.held_out:g}") from error
 
-    def evaluate(self, model: PreTrainedModel) -> metrics.Score:
+    def evaluate(self, model: nn.Module) -> metrics.Score:
         """Score on the held-out examples."""
         return metrics.evaluate(model, self.held_out_examples, self.settings.eval_examples)
 
@@ -75,6 +78,10 @@ class Task:
             return metrics.class_baselines(train["labels"], held_out["labels"], self.labels)
         vocabulary = len(self.tokenizer)
         return {"uniform": math.log(vocabulary), "unigram": data.unigram_loss(train, held_out, vocabulary)}
+
+    def inputs(self) -> dict[str, Any]:
+        """All that decides what the run's steps are, apart from the genesis: settings, and digests of what it reads."""
+        return config.pinned(self.settings) | self.digests()
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the documents and of the tokenizer: what the run read."""
@@ -94,7 +101,7 @@ class Task:
             kind=self.settings.directions,
             optimizer=Optimizer(self.settings.optimizer, self.settings.momentum, self.settings.weight_decay),
         )
-        return Worker(model.to(device(self.settings)), genesis)
+        return Worker(nn.Module.to(model, device(self.settings)), genesis)
 
 
 def _check_labels(documents: list[Document], dataset: str) -> None:
@@ -113,9 +120,22 @@ def _check_labels(documents: list[Document], dataset: str) -> None:
         )
 
 
-def prepare_process(settings: Settings) -> None:
+NAMES = {"model": tuple(models.SIZES), "dataset": documents.KNOWN_NAMES, "tokenizer": tokenizers.KNOWN_NAMES}
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The settings with local paths absolute, so that they mean the same from every folder and later."""
+    update = {}
+    for key, names in NAMES.items():
+        path = os.path.expanduser(getattr(settings, key))
+        if path not in names and os.path.exists(path):
+            update[key] = os.path.abspath(path)
+    return settings.model_copy(update=update)
+
+
+def prepare_process(threads: int) -> None:
     """Set what belongs to the process and not to a model: CPU threads, memory, the library's chatter."""
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(threads)
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -18,6 +18,9 @@ _GPT2_PROBE = ("Hello world", [15496, 995])
 _GPT2_END_OF_TEXT = 50256
 
 
+KNOWN_NAMES = ("shipped", "gpt2")
+
+
 def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     """Load a tokenizer without ever asking the hub; a missing pad token becomes the end-of-sequence token.
 

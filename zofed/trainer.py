@@ -1,5 +1,6 @@
 """Ask, write down, move: the one loop of every way to run, and the replay that rebuilds its weights."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,55 +85,61 @@ class Trainer:
     show: Callable[[Row], None]
 
     def run(self, total: int, ask: Ask) -> Totals:
-        """Catch up with the journal, then train up to round `total`. Returns what the whole run cost."""
+        """Catch up with the journal, then train up to round `total`. Returns what the whole run cost.
+
+        Raises UserError when the loss is no longer finite.
+        """
         rows = cut_table(self.folder.path / "metrics.csv", "step", self._last_round())
         totals = Totals.of(rows[-1] if rows else None)
+        told = int(rows[-1]["step"]) if rows else -1  # killed between journal and metrics: the journal is ahead
         table = Table(self.folder.path / "metrics.csv", METRICS)
         try:
-            if not rows:
-                self._tell(table, self._row(0, totals) | {"eval_loss": self.evaluate(self.worker.model).loss})
-            written = int(rows[-1]["step"]) if rows else 0
-            for entry in self._behind():
-                step = self._again(entry, ask)
+            if told < 0:
+                self._tell(table, self._row(0, totals) | {"eval_loss": self._score(0)})
+            for entry in self._behind(told):
+                round_ = entry.record.round
+                is_new = round_ > told
+                # A first-order step is asked again to get its gradient back, any other only for its line of metrics.
+                step = ask(round_) if is_new or isinstance(entry.record, Dense) else None
                 norm = self.worker.apply(entry, step.update if step else None)
-                if entry.record.round > written:  # killed between the journal and the metrics: fill the gap
-                    if step:
-                        totals.add(step)
-                    elif isinstance(entry.record, Seeded):
-                        totals.forward_passes += 2 * len(entry.record.coefficients)
-                    self._tell(table, self._row(entry.record.round, totals, step, norm))
+                if step and is_new:
+                    self._account(table, totals, step, norm, total)
             for round_ in range(self.worker.round + 1, total + 1):
                 step = ask(round_)
-                entry = self.journal.append(step.record)
-                norm = self.worker.apply(entry, step.update)
-                totals.add(step)
-                row = self._row(round_, totals, step, norm)
-                if round_ % self.settings.eval_interval == 0 or round_ == total:
-                    row["eval_loss"] = self.evaluate(self.worker.model).loss
-                self._tell(table, row)
-                self._save_checkpoint(round_, round_ == total)
+                norm = self.worker.apply(self.journal.append(step.record), step.update)
+                self._account(table, totals, step, norm, total)
         finally:
             table.close()
         return totals
 
+    def _account(self, table: Table, totals: Totals, step: Step, norm: float, total: int) -> None:
+        """Tell what a step that was just applied found and cost, and save a checkpoint where one is due."""
+        round_ = step.record.round
+        totals.add(step)
+        row = self._row(round_, totals, step, norm)
+        if round_ % self.settings.eval_interval == 0 or round_ == total:
+            row["eval_loss"] = self._score(round_)
+        self._tell(table, row)
+        self._save_checkpoint(round_, round_ == total)
+
+    def _score(self, round_: int) -> float:
+        loss = self.evaluate(self.worker.model).loss
+        if not math.isfinite(loss):
+            raise diverged(round_, self.settings)
+        return loss
+
     def _last_round(self) -> int:
         return self.journal.entries[-1].record.round if self.journal.entries else 0
 
-    def _behind(self) -> Sequence[Entry]:
-        """Entries the worker has not applied, after it took over the newest checkpoint that fits."""
-        restore(self.worker, self.journal.entries, self.folder)
+    def _behind(self, told: int) -> Sequence[Entry]:
+        """Entries the worker has not applied, after it took over the newest checkpoint that fits.
+
+        told: last round the metrics know; a later checkpoint would leave rounds without their line.
+        """
+        restore(self.worker, self.journal.entries, self.folder, told)
         chains = [entry.chain for entry in self.journal.entries]
         start = chains.index(self.worker.head) + 1 if self.worker.head in chains else 0
         return tuple(self.journal.entries[start:])
-
-    def _again(self, entry: Entry, ask: Ask) -> Step | None:
-        """A first-order step is asked again to get its gradient back; the record must come out the same."""
-        if not isinstance(entry.record, Dense):
-            return None
-        step = ask(entry.record.round)
-        if step.record != entry.record:
-            raise UserError(f"round {entry.record.round} came out differently: resume with the run's own settings")
-        return step
 
     def _tell(self, table: Table, row: Row) -> None:
         table.write(row)
@@ -163,16 +170,19 @@ class Trainer:
         worker = self.worker
         tensors = {f"weight/{name}": tensor for name, tensor in worker.parameters.items()}
         tensors |= {f"optimizer/{key}": tensor for key, tensor in worker.optimizer.state_dict().items()}
-        facts = {"round": round_, "head": worker.head.hex(), "digest": worker.digest()}
+        facts = {"round": round_, "head": worker.head.hex()}
         self.folder.save_checkpoint(f"step-{round_:08d}", tensors, facts)
 
 
-def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder) -> None:
-    """Bring the worker to the newest undamaged checkpoint of this history; without one it stays where it is."""
-    rounds = {entry.chain.hex(): entry.record.round for entry in entries}
+def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest: int) -> None:
+    """Bring the worker to the newest undamaged checkpoint of this history, no later than round `latest`.
+
+    Without one it stays where it is.
+    """
+    chains = {entry.chain.hex() for entry in entries}
     for path in reversed(folder.checkpoints()):
         found = read_checkpoint(path)
-        if found is None or found[1]["head"] not in rounds:
+        if found is None or found[1]["head"] not in chains or found[1]["round"] > latest:
             continue
         tensors, facts = found
         worker.load(
@@ -181,9 +191,15 @@ def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder) -> None
             round_=facts["round"],
             head=bytes.fromhex(facts["head"]),
         )
-        if worker.digest() != facts["digest"]:
-            raise UserError(f"checkpoint {path} does not hold the weights it names: delete it and resume again")
         return
+
+
+def diverged(round_: int, settings: Settings) -> UserError:
+    """What to say when a loss is no number any more."""
+    return UserError(
+        f"the loss of step {round_} is not finite: training diverged with learning-rate = "
+        f"{settings.learning_rate:g}; start again with a tenth of it"
+    )
 
 
 def replay(worker: Worker, records: Iterable[Record]) -> None:
@@ -204,8 +220,6 @@ def with_random_slopes(records: Iterable[Record], run_seed: int) -> list[Record]
             return record
         seed = directions.derive_seed("zofed-control", run_seed, record.round)
         coins: list[int] = directions.signs([seed], 0, 0, len(record.coefficients))[0].tolist()
-        return replace(
-            record, coefficients=tuple(c * coin for c, coin in zip(record.coefficients, coins, strict=True))
-        )
+        return replace(record, coefficients=tuple(c * coin for c, coin in zip(record.coefficients, coins, strict=True)))
 
     return [flipped(record) for record in records]

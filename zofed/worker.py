@@ -1,11 +1,10 @@
 """A model that can be asked and moved: weights change by `apply` alone."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import ldexp, sqrt
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -70,8 +69,8 @@ class Worker:
         digest = weights_digest(model)
         if digest != genesis["weights"]:
             raise UserError(
-                f"the base weights have SHA-256 {digest[:16]}..., the journal starts from {genesis['weights'][:16]}...: "
-                "give the model the run began with"
+                f"the base weights have SHA-256 {digest[:16]}..., the journal starts from "
+                f"{genesis['weights'][:16]}...: give the model the run began with"
             )
         everything = named_parameters(model)
         self.model = model
@@ -84,13 +83,9 @@ class Worker:
         self.round = 0
         self.head = genesis_chain(genesis)
 
-    def ask(
-        self, loss: Callable[[], Tensor], seeds: list[int], epsilon: float, copies_per_pass: int
-    ) -> Estimate:
+    def ask(self, loss: Callable[[], Tensor], seeds: list[int], epsilon: float, copies_per_pass: int) -> Estimate:
         """Slopes of `loss` along the seeds' directions; the weights are afterwards what they were, bit for bit."""
-        return estimators.two_point(
-            loss, self.parameters, self.genesis["directions"], seeds, epsilon, copies_per_pass
-        )
+        return estimators.two_point(loss, self.parameters, self.genesis["directions"], seeds, epsilon, copies_per_pass)
 
     def gradient(self, loss: Callable[[], Tensor]) -> tuple[Update, float]:
         """Gradient of `loss` by backpropagation, and the loss."""
@@ -114,8 +109,8 @@ class Worker:
             raise UserError(f"the record of round {record.round} does not follow the history these weights come from")
         if isinstance(record, Dense) and update is None:
             raise UserError(
-                f"round {record.round} is a first-order step whose gradient was not kept: replay cannot cross it; "
-                "start from a later checkpoint"
+                f"round {record.round} is a first-order step, whose gradient no journal keeps: only a checkpoint behind it "
+                "can be replayed from, and there is none"
             )
         squares = 0.0
         if isinstance(record, Seeded | Dense):
@@ -176,14 +171,19 @@ class Worker:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over all parameters: names sorted, dtype, shape and raw bytes. Hex."""
+    """SHA-256 over all parameters by canonical name, hex; a tied tensor counts once."""
+    return tensors_digest(named_parameters(model))
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over named tensors: names sorted, dtype, shape and raw bytes. Hex."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(named_parameters(model).items()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(raw_bytes(parameter))
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()
 
 
-def raw_bytes(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The tensor's elements as they lie in memory, whatever its dtype: uint8, one dimension."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's elements as they lie in memory, whatever its dtype."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
