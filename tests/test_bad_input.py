@@ -106,13 +106,13 @@ WRONG_VALUES = [
     ("queries", "0", "greater than or equal to 1"),
     ("queries", "16385", "less than or equal to 16384"),
     ("queries", "1.5", "valid integer"),
-    ("copies-per-pass", "1", "greater than or equal to 2"),
+    ("copies-per-pass", "1", "multiple of 2"),
     ("steps", "0", "greater than or equal to 1"),
     ("rounds", "-2", "greater than or equal to 1"),
     ("clients", "-1", "greater than or equal to 0"),
     ("batch-size", "0", "greater than or equal to 1"),
     ("block-size", "1", "greater than or equal to 2"),
-    ("epsilon", "0", "greater than 0"),
+    ("epsilon", "0", "greater than or equal to 0.000001"),
     ("held-out", "1", "less than 1"),
     ("momentum", "1", "less than 1"),
     ("seed", str(2**63), "less than"),
@@ -454,7 +454,7 @@ def test_the_journal_of_another_run_is_told(refused: Refused, copy_of: Callable[
     folder = copy_of("zo")
     shutil.copy(copy_of("other") / "journal.zofed", folder)
     refused("journal", "verify", folder, value="cut or exchanged", remedy="restore it from a copy")
-    refused("journal", "replay", folder, value="weights are", remedy="belong to different runs")
+    refused("journal", "replay", folder, value="weights are", remedy="restore it from a copy")
     refused("train", "--resume", folder, value="another seed", remedy="bring back")
 
 
@@ -675,6 +675,7 @@ def test_a_spoilt_summary_counts_as_none(
 def test_a_spoilt_metrics_file_is_told(refused: Refused, copy_of: Callable[[str], Path], content: bytes) -> None:
     folder = copy_of("zo")
     (folder / "metrics.csv").write_bytes(content)
+    (folder / "summary.json").unlink()  # a finished run would have nothing to go on with
     refused("train", "--resume", folder, value=str(folder / "metrics.csv"), remedy="delete it")
 
 

@@ -253,7 +253,8 @@ def test_a_worker_anywhere_on_the_way_catches_up_to_the_same_state(start: int, s
 def test_a_plan_brings_every_client_it_was_made_for_to_the_round(start: int) -> None:
     entries, goal = history(worker_of()), standing_at(len(HISTORY))
     chosen = config.resolve({"queries": 5, "epsilon": 0.5, "batch-size": 3, "threads": 2, "copies-per-pass": 6})
-    plan = plan_for(chosen, goal, entries, start, 2, 9)
+    after = entries[start - 1].chain if start else genesis_chain(goal.genesis)
+    plan = plan_for(chosen, goal, after, entries[start:], client=2, attempt=9)
     assert (plan.round, plan.attempt, plan.client, plan.head, plan.probe) == (5, 9, 2, goal.head, goal.probe())
     assert (plan.queries, plan.epsilon, plan.batch_size, plan.threads, plan.copies_per_pass) == (5, 0.5, 3, 2, 6)
     assert len(plan.entries) == sum(len(entry.raw) for entry in entries[start:])
@@ -264,7 +265,7 @@ def test_a_plan_brings_every_client_it_was_made_for_to_the_round(start: int) -> 
 
 def test_the_first_plan_starts_from_the_genesis() -> None:
     worker = worker_of()
-    plan = plan_for(config.resolve({}), worker, [], 0, 0, 0)
+    plan = plan_for(config.resolve({}), worker, worker.head, [], client=0)
     assert plan.genesis == plan.after == plan.head == genesis_chain(worker.genesis)
     assert (plan.round, plan.entries) == (1, b"")
     assert catch_up(worker, plan.after, plan.head, plan.entries)

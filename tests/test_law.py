@@ -183,7 +183,7 @@ def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
         return measure(worker, examples, plan)
 
     monkeypatch.setattr(client.federation, "measure", noting)
-    disturbed = federate(settings, tmp_path / "disturbed", clients=2)
+    disturbed = federate(quick(), tmp_path / "disturbed", clients=2)
     assert done
     results = [(row["round"], row["result"]) for row in read_table(tmp_path / "disturbed" / "clients.csv")]
     assert ("3", "desync") in results

@@ -26,6 +26,7 @@ def train(settings: Settings, out: Path, show: Show) -> dict[str, Any]:
     """A new central run in folder `out`; returns its summary. Raises UserError before anything is written."""
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings))
+    task.check_held_out()
     examples, worker = task.shard(0, 1), task.worker()
     folder = RunFolder.create(out, task.settings, task.inputs())
     with Journal.create(folder.journal, worker.genesis) as journal:

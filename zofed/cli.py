@@ -74,7 +74,7 @@ def settings_from(file: Path | None, options: dict[str, str]) -> Settings:
     return config.resolve({**(config.read_toml(file) if file else {}), **options})
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818, not an error
     """Ctrl-C or SIGTERM ended a command; the text says how to go on."""
 
 

@@ -107,11 +107,11 @@ def unknown(name: str, known: list[str], what: str) -> str:
     return f"unknown {what} {name!r}: {meant}"
 
 
-# What may change when a run goes on: how long it is, where it lies, what is reported; and names whose content is pinned.
-FREE_ON_RESUME = frozenset(
-    "model dataset tokenizer steps rounds round-timeout node-timeout device eval-interval eval-examples "
-    "checkpoint-interval controls out".split()
-)
+# What may change when a run goes on: its length and place, what it reports; and names whose content is pinned.
+FREE_ON_RESUME = (
+    "model", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device", "eval-interval",
+    "eval-examples", "checkpoint-interval", "controls", "out",
+)  # fmt: skip
 
 
 def pinned(settings: Settings) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def merge(round_: int, rate: float, queries: int, measured: Mapping[int, Measure
 def plan_for(
     settings: Settings, worker: Worker, after: bytes, missing: Sequence[Entry], *, client: int, attempt: int = 0
 ) -> Plan:
-    """The plan of the round that follows the worker's, for a client at chain `after` that lacks the entries `missing`."""
+    """The plan of the round that follows the worker's, for a client at chain `after` that lacks `missing`."""
     return Plan(
         genesis=journal.genesis_chain(worker.genesis),
         round=worker.round + 1,

@@ -6,7 +6,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from zofed import models
 from zofed.config import Settings
@@ -116,8 +115,6 @@ def save_model(task: Task, worker: Worker, folder: RunFolder) -> None:
     """A Hugging Face folder (safetensors and tokenizer) that AutoModel loads, replaced as a whole."""
     temporary = folder.path / ".model.new"
     shutil.rmtree(temporary, ignore_errors=True)
-    assert isinstance(worker.model, PreTrainedModel)
-    worker.model.save_pretrained(temporary)
-    task.tokenizer.save_pretrained(temporary)
+    models.save(worker.model, task.tokenizer, temporary)
     shutil.rmtree(folder.model, ignore_errors=True)
     temporary.rename(folder.model)

@@ -14,7 +14,7 @@ KEY = "zofed"  # one record a message: every record is an object of its own on F
 T = TypeVar("T", bound="Plan | Answer | Greeting | Introduction | Final")
 
 
-class Malformed(ValueError):
+class Malformed(ValueError):  # noqa: N818, a state of a message
     """A message whose fields are not exactly those expected; the text says which."""
 
 
@@ -69,7 +69,7 @@ def unpack(kind: type[T], content: RecordDict) -> T:
 
 def _field(name: str, value: Any, hint: Any) -> Any:
     is_plain = hint in (int, float, str, bytes)
-    wanted = hint if is_plain else bytes  # a tuple of integers travels as bytes
+    wanted: type = hint if is_plain else bytes  # a tuple of integers travels as bytes
     if type(value) is not wanted:  # bool is no int here, and an int is no float
         raise Malformed(f"field {name} is a {type(value).__name__}, not a {wanted.__name__}")
     if is_plain:

@@ -108,7 +108,7 @@ def describe(name: str, model: PreTrainedModel) -> dict[str, Any]:
     return {"name": name if name in SIZES else SAVED, "architecture": type(model).__name__, "config": config}
 
 
-def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str) -> PreTrainedModel:
+def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str = "") -> PreTrainedModel:
     """The model that `describe` described, before any training, from the seed or from its folder.
 
     folder: where a saved model lies; of no use to a named size. Raises UserError as `create_model` does.
@@ -122,6 +122,13 @@ def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str) 
     keys = ("num_labels", "id2label", "label2id", "pad_token_id") if classifier else ()
     extra = {key: description["config"][key] for key in keys if key in description["config"]}
     return _ready(_load(folder, kind, extra, seed), dtype)
+
+
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A folder that `AutoModelForCausalLM` (or its kin for classifiers) and `AutoTokenizer` load; safetensors."""
+    assert isinstance(model, PreTrainedModel)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _ready(model: PreTrainedModel, dtype: str) -> PreTrainedModel:

@@ -61,7 +61,7 @@ class Perturbation(TorchFunctionMode):
         return attention(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor, out: Tensor) -> Tensor:
-        """W x + bias, and scale * (into . x) out for the matrix, scale * z for a perturbed bias, in one more product."""
+        """W x + bias, and scale * (into . x) out for the matrix, scale * z for a perturbed bias, in one product."""
         left, right = [(x @ into) * self.scale], [out]
         if id(bias) in self.factors and bias is not None:
             left.append(torch.ones_like(left[0]) * self.scale)

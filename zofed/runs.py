@@ -178,21 +178,26 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def cut_table(path: Path, column: str, last: int) -> list[dict[str, str]]:
-    """Keep the whole rows whose `column` is at most `last`, rewrite the file if needed, and return them."""
+    """Keep the whole rows whose `column` is at most `last`, rewrite the file if needed, and return them.
+
+    Raises UserError when the file does not have that column in every row.
+    """
+    if not path.exists():
+        return []
     rows = read_table(path)
+    header = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].split(",")
     try:
+        if column not in header:
+            raise KeyError(column)
         kept = [row for row in rows if int(row[column]) <= last]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{path} is spoilt: it has no whole column {column!r}; delete it, resume rebuilds it"
-        ) from error
-    if path.exists() and rows:
-        temporary = path.with_suffix(".new")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(kept)
-        temporary.rename(path)
+        raise UserError(f"{path} is spoilt: no whole column {column!r}; delete it, resume rebuilds it") from error
+    temporary = path.with_suffix(".new")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, header, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(kept)
+    temporary.rename(path)
     return kept
 
 

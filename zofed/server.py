@@ -60,6 +60,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
         raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings.model_copy(update={"out": str(out)})))
+    task.check_held_out()
     worker = task.worker()
     nodes = meet(grid, task.settings, worker)
     folder = RunFolder.create(out, task.settings, task.inputs())
@@ -178,7 +179,7 @@ class Server:
         wrong = [client for client, digest in sorted(digests.items()) if digest != self.worker.digest()]
         if wrong:
             raise UserError(
-                f"clients {wrong} end with other weights than the server ({digests}): their machines cannot be trusted; "
+                f"clients {wrong} end with other weights than the server ({digests}): do not trust their machines; "
                 "run without them"
             )
         summary = finish(
@@ -194,7 +195,7 @@ class Server:
             },
         )
         print(
-            f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the journal's replay and all "
+            f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the replay and all "
             f"{len(digests)} clients end with the server's weights; results in {self.folder.path}",
             flush=True,
         )

@@ -49,6 +49,10 @@ class Task:
             return 0
         return 1 + max(document.label or 0 for document in (*self.train, *self.held_out))
 
+    def check_held_out(self) -> None:
+        """Raise UserError when the held-out part is too short, before a run has written anything."""
+        _ = self.held_out_examples
+
     def examples(self, documents: list[Document]) -> Examples:
         """Documents as the integer tensors the model reads."""
         size = self.settings.block_size

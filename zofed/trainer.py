@@ -84,12 +84,15 @@ class Trainer:
     evaluate: Evaluate
     show: Callable[[Row], None]
 
+    def __post_init__(self) -> None:
+        self._rows = cut_table(self.folder.path / "metrics.csv", "step", self._last_round())
+
     def run(self, total: int, ask: Ask) -> Totals:
         """Catch up with the journal, then train up to round `total`. Returns what the whole run cost.
 
         Raises UserError when the loss is no longer finite.
         """
-        rows = cut_table(self.folder.path / "metrics.csv", "step", self._last_round())
+        rows = self._rows
         totals = Totals.of(rows[-1] if rows else None)
         told = int(rows[-1]["step"]) if rows else -1  # killed between journal and metrics: the journal is ahead
         table = Table(self.folder.path / "metrics.csv", METRICS)

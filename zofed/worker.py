@@ -109,8 +109,8 @@ class Worker:
             raise UserError(f"the record of round {record.round} does not follow the history these weights come from")
         if isinstance(record, Dense) and update is None:
             raise UserError(
-                f"round {record.round} is a first-order step, whose gradient no journal keeps: only a checkpoint behind it "
-                "can be replayed from, and there is none"
+                f"round {record.round} is a first-order step, its gradient is not kept: it needs a checkpoint "
+                "behind it to replay from, and there is none"
             )
         squares = 0.0
         if isinstance(record, Seeded | Dense):
