@@ -17,8 +17,8 @@ from zofed import config, estimators, metrics, perturbed
 from zofed.memory import keep_freed_memory
 from zofed.task import Task
 
-SHAPES = [("tiny", 4, 64), ("20M", 1, 64), ("20M", 2, 128), ("20M", 8, 128)]
-COPIES = {("20M", 8, 128): 2}  # copies a pass; 8 elsewhere
+SHAPES = [("tiny", 4, 64), ("20M", 1, 64), ("20M", 2, 128)]
+COPIES_PER_PASS = 8
 QUERIES = 4
 
 
@@ -34,14 +34,13 @@ def measure(model: str, batch_size: int, block: int, pairs: int) -> dict[str, fl
     task = Task.load(settings)
     worker, examples = task.worker(), task.examples(task.train[:200])
     batch = {name: tensor[:batch_size] for name, tensor in examples.items()}
-    copies = COPIES.get((model, batch_size, block), 8)
 
     def loss() -> torch.Tensor:
         return metrics.loss_of(worker.model, batch)
 
     seeds = list(range(QUERIES))
     ways: dict[str, Callable[[], object]] = {
-        "batched": lambda: perturbed.losses(loss, worker.parameters, seeds, 3e-4, copies),
+        "batched": lambda: perturbed.losses(loss, worker.parameters, seeds, 3e-4, COPIES_PER_PASS),
         "materialised": lambda: estimators.materialised_losses(loss, worker.parameters, "rank1", seeds, 3e-4),
     }
     forward, found = [], {way: [] for way in ways}
