@@ -229,3 +229,21 @@ def test_random_slopes_of_the_same_size_do_not_learn(quick: Quick, tmp_path: Pat
 
 def test_the_loop_of_every_way_to_run_is_one(quick: Quick) -> None:
     assert central.Trainer is server.Trainer is Trainer
+
+
+def test_the_weights_move_along_the_directions_that_were_measured(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    ask = Worker.ask
+
+    def noting(self: Worker, loss: Any, seeds: list[int], epsilon: float, copies_per_pass: int) -> Any:
+        asked.extend(seeds)
+        return ask(self, loss, seeds, epsilon, copies_per_pass)
+
+    monkeypatch.setattr(Worker, "ask", noting)
+    federate(quick(rounds=3), tmp_path / "run", clients=2)
+    contents = journal.read(RunFolder(tmp_path / "run").journal)
+    moved = [entry.record.seeds(contents.genesis["seed"]) for entry in contents.entries]
+    assert asked == [seed for seeds in moved for seed in seeds]
+    assert len(set(asked)) == len(asked) == 3 * 2 * 3
