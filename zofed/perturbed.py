@@ -6,7 +6,7 @@ lies below the first perturbed parameter runs once for all of them. Nothing is w
 be restored and nothing drifts.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -214,8 +214,8 @@ def _factors_of(name: str, parameter: Tensor, seeds: Sequence[int]) -> Factors:
     return tuple(torch.from_numpy(factor).to(parameter) for factor in drawn)
 
 
-def _check_seen(parameters: dict[str, Tensor], seen: Iterable[int]) -> None:
-    unseen = [name for name, parameter in parameters.items() if id(parameter) not in set(seen)]
+def _check_seen(parameters: dict[str, Tensor], seen: set[int]) -> None:
+    unseen = [name for name, parameter in parameters.items() if id(parameter) not in seen]
     if unseen:
         raise UserError(
             f"the loss never used the trainable parameters {', '.join(unseen[:3])}: set scope to leave them out"
