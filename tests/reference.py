@@ -1,5 +1,6 @@
 """Plain twins of zofed's arithmetic, slow and written from the papers, for the tests to compare with."""
 
+import statistics
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,12 +33,25 @@ def sign_stream(seed: int, tensor: int, component: int, count: int) -> list[int]
     return entries[:count]
 
 
+def normal_stream(seed: int, tensor: int, count: int) -> list[int]:
+    """Normal quantiles in units of 2^-16, one for each 16 bits: block by block, word by word, the lower half first."""
+    inverse = statistics.NormalDist().inv_cdf
+    entries: list[int] = []
+    block = 0
+    while len(entries) < count:
+        counter = (block, 0, tensor % 2**32, tensor // 2**32)
+        for word in philox4x32(counter, (seed % 2**32, seed // 2**32)):
+            entries += [round(65536 * inverse((half + 0.5) / 65536)) for half in (word % 65536, word // 65536)]
+        block += 1
+    return entries[:count]
+
+
 def sgd(weight: Array, gradients: Sequence[Array], rate: float, momentum: float, decay: float) -> list[Array]:
     """Weights after each step of heavy-ball SGD (Polyak, 1964) with decoupled weight decay."""
     velocity, path = np.zeros_like(weight), []
     for gradient in gradients:
         velocity = np.float32(momentum) * velocity + gradient
-        weight = np.float32(1 - rate * decay) * weight - np.float32(rate) * velocity
+        weight = (np.float32(1 - rate * decay) * weight - np.float32(rate) * velocity).astype(np.float32)
         path.append(weight)
     return path
 
@@ -50,6 +64,44 @@ def adamw(weight: Array, gradients: Sequence[Array], rate: float, decay: float) 
         mean = np.float32(beta1) * mean + np.float32(1 - beta1) * gradient
         square = np.float32(beta2) * square + np.float32(1 - beta2) * gradient**2
         step = (mean / np.float32(1 - beta1**t)) / (np.sqrt(square / np.float32(1 - beta2**t)) + np.float32(epsilon))
-        weight = weight - np.float32(rate) * step - np.float32(rate * decay) * weight
+        weight = (weight - np.float32(rate) * step - np.float32(rate * decay) * weight).astype(np.float32)
         path.append(weight)
+    return path
+
+
+def newton_schulz(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Five iterations towards the orthogonal factor (Jordan et al., "Muon", 2024), a tall matrix by its transpose."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return newton_schulz(matrix.T).T
+    x = matrix / np.sqrt((matrix**2).sum())
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def mudamw(
+    weight: Array,
+    gradients: Sequence[Array],
+    rate: float,
+    decay: float,
+    is_orthogonal: bool,
+    is_cautious: bool,
+) -> list[NDArray[np.float64]]:
+    """Weights after each step of MuDaMW, in float64 throughout: AdamW's step with epsilon 1e-6, without the entries
+    that point up the gradient (the others scaled by size / (kept + 1)), then orthogonalised, 0.2 sqrt(longer side)."""
+    beta1, beta2, epsilon = 0.9, 0.999, 1e-6
+    wide = weight.astype(np.float64)
+    mean, square, path = np.zeros_like(wide), np.zeros_like(wide), []
+    for t, gradient in enumerate((gradient.astype(np.float64) for gradient in gradients), start=1):
+        mean = beta1 * mean + (1 - beta1) * gradient
+        square = beta2 * square + (1 - beta2) * gradient**2
+        step = (mean / (1 - beta1**t)) / (np.sqrt(square / (1 - beta2**t)) + epsilon)
+        if is_cautious:
+            mask = (step * gradient > 0).astype(np.float64)
+            step = step * mask * (mask.size / (mask.sum() + 1))
+        if is_orthogonal:
+            step = newton_schulz(step) * 0.2 * max(step.shape) ** 0.5
+        wide = wide - rate * step - rate * decay * wide
+        path.append(wide)
     return path

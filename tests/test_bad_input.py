@@ -37,7 +37,8 @@ def zofed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
             cli.main()
         except SystemExit as ended:
             status = ended.code if isinstance(ended.code, int) else 0
-        return status, *capfd.readouterr()
+        out, errors = capfd.readouterr()
+        return status, out, errors
 
     yield run
     signal.signal(signal.SIGTERM, handler)
@@ -106,7 +107,13 @@ WRONG_VALUES = [
     ("queries", "0", "greater than or equal to 1"),
     ("queries", "16385", "less than or equal to 16384"),
     ("queries", "1.5", "valid integer"),
-    ("copies-per-pass", "1", "multiple of 2"),
+    ("copies-per-pass", "0", "greater than or equal to 1"),
+    ("copies-per-pass", "4097", "less than or equal to 4096"),
+    ("directions", "rank0", "match pattern"),
+    ("directions", "rank100", "match pattern"),
+    ("direction-sizes", "rank1", "'equal' or 'rms'"),
+    ("estimator", "central", "'two-point' or 'one-sided'"),
+    ("forward-dtype", "float16", "'weights' or 'bfloat16'"),
     ("steps", "0", "greater than or equal to 1"),
     ("rounds", "-2", "greater than or equal to 1"),
     ("clients", "-1", "greater than or equal to 0"),
@@ -407,13 +414,14 @@ def flipped(raw: bytes, position: int) -> bytes:
         (lambda raw, size: b"", "b''", "not a zofed journal"),
         (lambda raw, size: raw[:40], "damaged header", "restore it from a copy"),
         (lambda raw, size: flipped(raw, 0), "not a zofed journal", "journal.zofed"),
-        (lambda raw, size: flipped(raw, 8), "format 5", "use its zofed"),
+        (lambda raw, size: flipped(raw, 8), "format 6", "use its zofed"),
+        (lambda raw, size: raw[:8] + b"\x01" + raw[9:], "format 1", "use its zofed"),
         (lambda raw, size: flipped(raw, 60), "damaged header", "restore it from a copy"),
         (lambda raw, size: flipped(raw, -size - 20), "after round 1", "restore it from a copy"),
         (lambda raw, size: flipped(raw, -size - 5), "after round 1", "restore it from a copy"),
         (lambda raw, size: raw[: -2 * size] + raw[-size:], "was edited", "restore it from a copy"),
     ],
-    ids=["empty", "cut-header", "magic", "format", "header", "middle", "chain", "entry-removed"],
+    ids=["empty", "cut-header", "magic", "format", "format-1", "header", "middle", "chain", "entry-removed"],
 )
 def test_a_damaged_journal_is_refused_and_left_as_it_is(
     refused: Refused,

@@ -18,12 +18,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zofed import config, federation, records
-from zofed.federation import Answer, Measured, Plan, Reason, catch_up, check, merge, plan_for, position
+from zofed import config, federation, metrics, records
+from zofed.estimators import Points
+from zofed.federation import Answer, Measured, Plan, Reason, catch_up, check, merge, plan_for, position, record_of
 from zofed.journal import Entry, genesis_chain, link
 from zofed.messages import KEY, Final, Greeting, Introduction, Malformed, pack, size, unpack
 from zofed.optimizers import Optimizer
-from zofed.records import Record, Seeded, Skipped
+from zofed.records import Record, Seeded, Skipped, Spread
 from zofed.worker import Worker, make_genesis
 
 PLAN = Plan(
@@ -38,8 +39,10 @@ PLAN = Plan(
     queries=2,
     epsilon=3e-4,
     batch_size=4,
+    points="two-point",
     threads=1,
     copies_per_pass=8,
+    forward_dtype="weights",
 )
 GOOD = Answer(
     genesis=b"g" * 16,
@@ -159,7 +162,9 @@ def test_a_merge_is_the_mean_of_all_slopes_to_half_a_unit(answers: dict[int, Mea
     assert record.clients == tuple(sorted(answers))
     assert record.divisor == 3 * len(answers)
     assert all(abs(value) < 2**30 for value in record.coefficients)
-    assert records.decode(records.encode(record)).seeds(1) == record.seeds(1)
+    again = records.decode(records.encode(record))
+    assert isinstance(again, Seeded)
+    assert again.seeds(1) == record.seeds(1)
     half = Fraction(2) ** record.exponent / 2
     for client, slopes in estimates(record).items():
         exact = [Fraction(2) ** answers[client].exponent * value for value in answers[client].coefficients]
@@ -186,6 +191,69 @@ def test_a_client_whose_slopes_are_all_zero_takes_nothing_from_the_others() -> N
     others = records.to_integers([0.5, -0.75])
     record = merge(1, 0.1, 2, {0: measured(*others), 1: measured(*records.to_integers([0.0, 0.0]))})
     assert estimates(record) == {0: [Fraction(1, 2), Fraction(-3, 4)], 1: [0, 0]}
+
+
+SPREADS = st.none() | st.lists(
+    st.tuples(st.lists(COEFFICIENT, min_size=1, max_size=4), st.integers(-45, -20)), max_size=5
+)
+
+
+@given(ANSWERS, st.sampled_from(get_args(Points)), SPREADS)
+@settings(max_examples=200, deadline=None, database=None)
+def test_a_merge_divides_by_what_the_estimator_and_the_spread_ask(
+    answers: dict[int, Measured], points: Points, before: list[tuple[list[int], int]] | None
+) -> None:
+    spread = None
+    if before is not None:
+        spread = Spread()
+        for coefficients, exponent in before:
+            spread = spread.after(coefficients, exponent)
+    record = merge(7, 0.1, 3, answers, points, spread)
+    plain = merge(7, 0.1, 3, answers)
+    assert replace(record, divisor=plain.divisor) == plain
+    count = len(answers) * (3 if points == "two-point" else 2)
+    if before is None:
+        assert record.divisor == count
+        return
+    steps = [*before, (record.coefficients, record.exponent)]  # the present slopes belong to the spread
+    squares = [sum((c * Fraction(2) ** e) ** 2 for c in cs) / Fraction(len(cs)) for cs, e in steps]
+    ages = [Fraction(9, 10) ** age for age in reversed(range(len(steps)))]
+    mean = sum(age * square for age, square in zip(ages, squares, strict=True)) / sum(ages)
+    assert record.divisor == pytest.approx(count * (math.sqrt(mean) if mean else 1.0), rel=1e-12)
+
+
+def test_one_query_of_one_point_is_divided_by_one() -> None:
+    assert merge(1, 0.1, 1, {0: measured((5,), -20), 1: measured((5,), -20)}, "one-sided").divisor == 2.0
+
+
+def test_a_normalised_step_does_not_depend_on_the_scale_of_the_loss() -> None:
+    slopes = [0.5, -3.25, 1.0, 0.125]
+    estimates_ = []
+    for scale in (1.0, 2.0**7, 2.0**-11):
+        answers = {0: measured(*records.to_integers([scale * slope for slope in slopes]))}
+        record = merge(1, 0.1, 4, answers, "two-point", Spread())
+        estimates_.append([value * 2.0**record.exponent / record.divisor for value in record.coefficients])
+    assert estimates_[0] == estimates_[1] == estimates_[2]
+    size = math.sqrt(sum(slope**2 for slope in slopes) / 4)
+    assert estimates_[0] == pytest.approx([slope / size / 4 for slope in slopes])
+
+
+@pytest.mark.parametrize("points", get_args(Points))
+@pytest.mark.parametrize("normalise", [False, True])
+def test_the_record_of_a_round_follows_the_settings_and_the_worker(points: Points, normalise: bool) -> None:
+    chosen = config.resolve(
+        {"estimator": points, "normalise": normalise, "queries": 3, "learning-rate": 0.25, "quorum": 1}
+    )
+    worker = standing_at(3)
+    answers = {4: measured((9, -8, 7), -12), 1: measured((1, 2**29, 3), -29)}
+    record = record_of(chosen, worker, answers)
+    assert (record.round, record.rate, record.queries, record.clients) == (4, 0.25, 3, (1, 4))
+    assert record == merge(4, 0.25, 3, answers, points, worker.spread if normalise else None)
+    degrees = 2 * (3 if points == "two-point" else 2)
+    expected = degrees * worker.spread.after(record.coefficients, record.exponent).value if normalise else degrees
+    assert record.divisor == expected
+    assert worker.spread != Spread()
+    assert worker.spread == standing_at(3).spread, "a record is made before it is applied, and changes nothing"
 
 
 # --- plan and catch up ---
@@ -231,7 +299,7 @@ def standing_at(count: int) -> Worker:
 
 def state(worker: Worker) -> tuple[Any, ...]:
     moments = {key: value.tolist() for key, value in worker.optimizer.state_dict().items()}
-    return worker.digest(), worker.head, worker.round, worker.probe(), moments
+    return worker.digest(), worker.head, worker.round, worker.probe(), worker.spread, moments
 
 
 LENGTHS = range(len(HISTORY) + 1)
@@ -253,10 +321,14 @@ def test_a_worker_anywhere_on_the_way_catches_up_to_the_same_state(start: int, s
 def test_a_plan_brings_every_client_it_was_made_for_to_the_round(start: int) -> None:
     entries, goal = history(worker_of()), standing_at(len(HISTORY))
     chosen = config.resolve({"queries": 5, "epsilon": 0.5, "batch-size": 3, "threads": 2, "copies-per-pass": 6})
+    other = config.resolve({"estimator": "one-sided", "forward-dtype": "bfloat16"})
     after = entries[start - 1].chain if start else genesis_chain(goal.genesis)
     plan = plan_for(chosen, goal, after, entries[start:], client=2, attempt=9)
     assert (plan.round, plan.attempt, plan.client, plan.head, plan.probe) == (5, 9, 2, goal.head, goal.probe())
     assert (plan.queries, plan.epsilon, plan.batch_size, plan.threads, plan.copies_per_pass) == (5, 0.5, 3, 2, 6)
+    assert (plan.points, plan.forward_dtype) == ("two-point", "weights")
+    second = plan_for(other, goal, after, entries[start:], client=2)
+    assert (second.points, second.forward_dtype, second.attempt) == ("one-sided", "bfloat16", 0)
     assert len(plan.entries) == sum(len(entry.raw) for entry in entries[start:])
     worker = standing_at(start)
     assert catch_up(worker, plan.after, plan.head, plan.entries)
@@ -351,6 +423,28 @@ def test_measuring_is_a_function_of_seed_round_and_client_alone() -> None:
         assert other.coefficients != first.coefficients
     with pytest.raises(ValueError, match="finite"):
         federation.measure(worker, {"input_ids": ids * math.inf}, plan)
+    centred = federation.measure(worker, {"input_ids": ids}, replace(plan, points="one-sided", epsilon=1e-3))
+    assert centred.forward_passes == 5
+    slopes = [value * 2.0**centred.exponent for value in centred.coefficients]
+    assert sum(slopes) == pytest.approx(0.0, abs=1e-6 * max(map(abs, slopes)))
+    two_point = [value * 2.0**first.exponent for value in first.coefficients]
+    middle = sum(two_point) / 4
+    assert slopes == pytest.approx([slope - middle for slope in two_point], abs=0.05 * max(map(abs, two_point)))
+    assert centred.loss != first.loss
+
+
+def test_a_client_measures_in_the_forward_type_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def loss_of(model: nn.Module, batch: Any, forward_dtype: str = "weights") -> torch.Tensor:
+        asked.append(forward_dtype)
+        return model(batch["input_ids"]).square().mean()
+
+    monkeypatch.setattr(metrics, "loss_of", loss_of)
+    for forward_dtype in ("weights", "bfloat16"):
+        federation.measure(worker_of(), {"input_ids": torch.ones(6, 3)}, replace(PLAN, forward_dtype=forward_dtype))
+        assert set(asked) == {forward_dtype}
+        asked.clear()
 
 
 # --- messages ---

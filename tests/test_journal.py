@@ -1,6 +1,6 @@
 """A journal must give back exactly what was acknowledged, or say by name why it cannot.
 
-To write the golden file anew (only together with a new journal format, beside the old file):
+To write the golden files anew (only together with a new journal format):
 ZOFED_WRITE_GOLDEN=1 python tests/test_journal.py
 """
 
@@ -27,7 +27,7 @@ from zofed import directions, journal, records
 from zofed.errors import UserError
 from zofed.journal import Journal, JournalError
 from zofed.optimizers import Optimizer
-from zofed.records import Dense, Record, Seeded, Skipped
+from zofed.records import Dense, Record, Seeded, Skipped, Spread
 from zofed.worker import Worker, make_genesis
 
 GENESIS = {"seed": 5, "words": ["b", "a"]}
@@ -35,7 +35,7 @@ RECORDS: tuple[Record, ...] = (
     Seeded(1, 0.5, (0, 3), 2, (1, -(2**30) + 1, 0, 4), -20, 4, 1, 0.25),
     Skipped(2),
     Dense(3, 0.1, bytes(range(32))),
-    Seeded(4, 1e-3, (7,), 1, (12345, -6), 3, 2, 2, 0.5),
+    Seeded(4, 1e-3, (7,), 1, (12345, -6), 3, 0.1, 2, 0.5),
 )
 
 
@@ -68,6 +68,7 @@ def records_of(contents: journal.Contents) -> tuple[Record, ...]:
 
 ROUND = st.integers(0, 2**64 - 1)
 RATE = st.floats(allow_nan=False)
+DIVISOR = st.floats(min_value=0, exclude_min=True, allow_infinity=False) | st.integers(1, 2**32 - 1).map(float)
 
 
 @st.composite
@@ -82,7 +83,7 @@ def seeded(draw: st.DrawFn) -> Seeded:
         queries,
         tuple(draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=count, max_size=count))),
         draw(st.integers(records.SMALLEST_EXPONENT, records.LARGEST_EXPONENT)),
-        draw(st.integers(1, 2**32 - 1)),
+        draw(DIVISOR),
         local_steps,
         draw(RATE),
     )
@@ -134,6 +135,30 @@ def test_a_record_that_claims_more_coefficients_than_memory_holds_is_refused() -
             records.decode(records._HEAD.pack(Seeded.kind, 1) + claims + padding)
 
 
+@pytest.mark.parametrize("divisor", [0.0, -0.0, -1.0, -4e-324, math.inf, -math.inf, math.nan, -math.nan])
+def test_a_divisor_that_is_not_a_positive_number_is_refused(divisor: float) -> None:
+    body = records.encode(Seeded(1, 0.5, (0, 1), 1, (3, -2), 0, divisor))
+    with pytest.raises(ValueError, match=r"divisor .* moves nothing"):
+        records.decode(body)
+    with pytest.raises(ValueError, match="divisor"):
+        list(journal.parse_entries(journal.link(bytes(16), Seeded(1, 0.5, (0,), 1, (3,), 0, divisor)).raw, bytes(16)))
+
+
+@pytest.mark.parametrize("divisor", [5e-324, 2.0**-1022, 0.1, 1 / 3, 1.0, 2.0**32 + 0.5, 1.7976931348623157e308])
+def test_a_divisor_comes_back_bit_for_bit(divisor: float) -> None:
+    record = Seeded(1, 0.5, (0, 1), 1, (3, -2), 0, divisor, 1, 0.0)
+    again = records.decode(records.encode(record))
+    assert again == record
+    assert isinstance(again, Seeded)
+    assert again.divisor.hex() == divisor.hex()
+
+
+@pytest.mark.parametrize("exponent", [records.SMALLEST_EXPONENT - 1, records.LARGEST_EXPONENT + 1, -(2**15), 2**15 - 1])
+def test_an_exponent_beyond_what_float64_holds_is_refused(exponent: int) -> None:
+    with pytest.raises(ValueError, match="exponent"):
+        records.decode(records.encode(Seeded(1, 0.5, (0,), 1, (3,), exponent, 1.0)))
+
+
 def test_a_record_that_could_not_be_read_back_is_not_written() -> None:
     with pytest.raises(ValueError, match="coefficient"):
         records.encode(Seeded(1, 0.5, (0, 1), 2, (1, 2, 3), 0, 4))
@@ -169,6 +194,46 @@ def test_all_slopes_zero_are_all_integers_zero() -> None:
 def test_a_coarser_exponent_rounds_to_nearest_ties_upwards(integers: list[int], old: int, shift: int) -> None:
     exact = [Fraction(integer, 2**shift) for integer in integers]
     assert records.to_exponent(integers, old, old + shift) == tuple(math.floor(v + Fraction(1, 2)) for v in exact)
+
+
+# --- the spread of the slopes ---
+
+STEPS = st.lists(
+    st.tuples(st.lists(st.integers(-(2**30) + 1, 2**30 - 1), min_size=1, max_size=6), st.integers(-40, 10)),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(STEPS)
+@settings(max_examples=200, deadline=None, database=None)
+def test_a_spread_is_the_weighted_mean_square_of_the_slopes_so_far(steps: list[tuple[list[int], int]]) -> None:
+    """In fractions: weights 0.9^age, the newest of age 0, over the sum of the weights."""
+    spread = Spread()
+    for coefficients, exponent in steps:
+        spread = spread.after(coefficients, exponent)
+    squares = [sum((c * Fraction(2) ** e) ** 2 for c in cs) / Fraction(len(cs)) for cs, e in steps]
+    ages = [Fraction(9, 10) ** age for age in reversed(range(len(steps)))]
+    expected = sum(age * square for age, square in zip(ages, squares, strict=True)) / sum(ages)
+    assert spread.value == pytest.approx(math.sqrt(expected) if expected else 1.0, rel=1e-12)
+    assert spread.weight == pytest.approx(1 - 0.9 ** len(steps), rel=1e-12)
+
+
+def test_the_first_spread_is_that_of_its_own_slopes() -> None:
+    assert Spread().value == 1.0
+    assert Spread().after((3, -4), -1).value == pytest.approx(math.sqrt(12.5) / 2, rel=1e-15)
+    assert Spread().after((0, 0, 0), 7).value == 1.0
+    once = Spread().after((5, 5), 0)
+    assert once.after((5, -5), 0).value == pytest.approx(5.0, rel=1e-15)
+    assert once.after((0, 0), 0).value == pytest.approx(5 * math.sqrt(0.09 / 0.19), rel=1e-12)
+    assert once.value == pytest.approx(5.0, rel=1e-15)  # a spread is never changed in place
+
+
+@pytest.mark.parametrize("exponent", [records.SMALLEST_EXPONENT, -540, -530, 400, 480])
+def test_spreads_of_every_size_are_positive_and_finite(exponent: int) -> None:
+    value = Spread().after((2**30 - 1, 1), exponent).value
+    assert 0.0 < value < math.inf
+    records.decode(records.encode(Seeded(1, 0.1, (0,), 2, (2**30 - 1, 1), exponent, 2 * value)))
 
 
 # --- files ---
@@ -307,7 +372,8 @@ def test_a_body_that_is_no_record_is_refused(tmp_path: Path) -> None:
     [
         (lambda raw: b"", "not a zofed journal"),
         (lambda raw: b"PK\x03\x04 something else entirely", "not a zofed journal"),
-        (lambda raw: raw[:8] + struct.pack("<H", 2) + raw[10:], r"format 2; this version reads format 1"),
+        (lambda raw: raw[:8] + struct.pack("<H", 1) + raw[10:], r"^journal \S+ has format 1; .* reads format 2: .*"),
+        (lambda raw: raw[:8] + struct.pack("<H", 3) + raw[10:], r"^journal \S+ has format 3; .* reads format 2: .*"),
         (lambda raw: raw[:20] + b"X" + raw[21:], r"damaged header; restore it"),
         (lambda raw: raw[:10] + b"\xff\xff\xff\xff" + raw[14:], r"damaged header"),
     ],
@@ -324,8 +390,8 @@ def test_what_is_no_journal_of_this_format_is_refused_by_name(
 
 
 def test_a_header_whose_genesis_is_no_json_is_refused(tmp_path: Path) -> None:
-    header = struct.pack("<8sHI", b"ZOFEDJNL", 1, 3) + b"{x}"
-    with pytest.raises(JournalError):
+    header = struct.pack("<8sHI", b"ZOFEDJNL", journal.FORMAT, 3) + b"{x}"
+    with pytest.raises(JournalError, match="genesis that is no JSON"):
         found_in(tmp_path / "j", header + struct.pack("<I", zlib.crc32(header)))
 
 
@@ -496,19 +562,48 @@ def test_appending_after_a_failure_cannot_ruin_the_journal(
     assert records_of(journal.read(tmp_path / "j"))[:2] == RECORDS[:2]
 
 
-# --- the golden file: journals of format 1 stay readable ---
+# --- the golden files: journals of format 2 stay readable ---
 
-GOLDEN = Path(__file__).parent / "golden" / "journal-format1.zofed"
+GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_RECORDS: tuple[Record, ...] = (
-    Seeded(1, 0.015625, (0, 5), 3, (2**30 - 1, -3, 70000, -123456789, 0, 1), -29, 6),
+    Seeded(1, 0.015625, (0, 5), 3, (2**30 - 1, -3, 70000, -123456789, 0, 1), -29, 6.0),
     Skipped(2),
     Dense(3, 0.01, bytes(range(32))),
-    Seeded(4, 0.3, (5,), 2, (-(2**30) + 1, 99, 1, -1), -25, 4, local_steps=2, privacy_spent=1.5),
-    Seeded(5, 0.01, (0, 1, 2), 1, (5, -6, 7), 0, 3),
+    Seeded(4, 0.3, (5,), 2, (-(2**30) + 1, 99, 1, -1), -25, 4.0, local_steps=2, privacy_spent=1.5),
+    Seeded(5, 0.01, (0, 1, 2), 1, (5, -6, 7), 0, 3.0),
+    Seeded(6, 0.02, (0, 9), 2, (12345678, -3, 2**29, 77), -28, 2.718281828),
 )
-GOLDEN_HEAD = "13fcaddee7faf3dac0be0322644f2c5b"
-GOLDEN_WEIGHTS = "a6609819bd7be9e70a3a0bf6c06a82a4e075573436c35bd24b8ee2b7fe70cf2e"
-GOLDEN_PROBE = "3ea66bbd2c105e95"
+SIZE_EXPONENTS = {"conv.weight": -2, "norm.bias": 1}
+GOLDEN_RUNS: dict[str, dict[str, Any]] = {
+    "journal-format2.zofed": {"kind": "rank1", "optimizer": Optimizer("adamw", weight_decay=0.125)},
+    "journal-format2-mudamw.zofed": {
+        "kind": "rank4",
+        "optimizer": Optimizer("mudamw", weight_decay=0.125, cautious=True, orthogonal=frozenset({"head.weight"})),
+        "size_exponents": SIZE_EXPONENTS,
+    },
+    "journal-format2-gaussian.zofed": {
+        "kind": "gaussian",
+        "optimizer": Optimizer("sgd", momentum=0.75),
+        "size_exponents": SIZE_EXPONENTS,
+    },
+}
+GOLDEN_ENDS = {  # head of the chain, digest and probe of the replayed weights
+    "journal-format2.zofed": (
+        "ffd35ed465f18ac477f33db92427f379",
+        "94e07566fc974971251fc8e94a6df06bdcff61ff4abbf68a70fde58a16286863",
+        "1ce7d52347a955b1",
+    ),
+    "journal-format2-mudamw.zofed": (
+        "48b5efefa963fd9b048b8015bc7847d7",
+        "9a07271b75dc7b607558bbbf181c3b97b180abe09efa1c7fd1f253ff190fb3ed",
+        "d921551752de0064",
+    ),
+    "journal-format2-gaussian.zofed": (
+        "45feddd7b265b227ea3aa6cde653ae1f",
+        "b0e25c21a11b74da35597c0c4d275dd046195c7cb8fdedccf33dbf98a36622ac",
+        "ccf3875649e99c82",
+    ),
+}
 
 
 def golden_model() -> nn.Module:
@@ -528,43 +623,49 @@ def golden_update() -> dict[str, torch.Tensor]:
     return {name: torch.full_like(parameter, 0.375) for name, parameter in golden_model().named_parameters()}
 
 
-def write_golden(path: Path) -> None:
+def write_golden(path: Path, run: dict[str, Any]) -> None:
     model = golden_model()
-    genesis = make_genesis(
-        model,
-        {"name": "golden"},
-        [name for name, _ in model.named_parameters() if name != "head.bias"],
-        seed=2**63 - 1,
-        kind="rank1",
-        optimizer=Optimizer("adamw", weight_decay=0.125),
-    )
+    names = [name for name, _ in model.named_parameters() if name != "head.bias"]
+    genesis = make_genesis(model, {"name": "golden"}, names, seed=2**63 - 1, **run)
     with Journal.create(path, genesis) as opened:
         for record in GOLDEN_RECORDS:
             opened.append(record)
 
 
-def test_the_golden_journal_still_parses_to_its_records() -> None:
-    contents = journal.read(GOLDEN)
+def golden_end(path: Path) -> tuple[str, str, str]:
+    contents = journal.read(path)
+    worker = Worker(golden_model(), contents.genesis)
+    for entry in contents.entries:
+        worker.apply(entry, golden_update() if isinstance(entry.record, Dense) else None)
+    return contents.head.hex(), worker.digest(), worker.probe().hex()
+
+
+@pytest.mark.parametrize("name", GOLDEN_RUNS)
+def test_a_golden_journal_still_parses_to_its_records(name: str) -> None:
+    contents = journal.read(GOLDEN / name)
     assert contents.torn == 0
     assert contents.genesis["generator"] == directions.GENERATOR
-    assert contents.head.hex() == GOLDEN_HEAD
     assert [records.encode(record) for record in records_of(contents)] == [records.encode(r) for r in GOLDEN_RECORDS]
     assert [repr(record) for record in records_of(contents)] == [repr(record) for record in GOLDEN_RECORDS]
 
 
-def test_the_golden_journal_still_replays_to_its_weights() -> None:
-    contents = journal.read(GOLDEN)
-    worker = Worker(golden_model(), contents.genesis)
-    for entry in contents.entries:
-        worker.apply(entry, golden_update() if isinstance(entry.record, Dense) else None)
-    assert (worker.digest(), worker.probe().hex()) == (GOLDEN_WEIGHTS, GOLDEN_PROBE)
+@pytest.mark.parametrize("name", GOLDEN_RUNS)
+def test_a_golden_journal_still_replays_to_its_weights(name: str) -> None:
+    assert golden_end(GOLDEN / name) == GOLDEN_ENDS[name]
 
 
-def test_the_same_run_still_writes_the_golden_journal(tmp_path: Path) -> None:
-    write_golden(tmp_path / "j")
-    assert (tmp_path / "j").read_bytes() == GOLDEN.read_bytes()
+@pytest.mark.parametrize("name", GOLDEN_RUNS)
+def test_the_same_run_still_writes_its_golden_journal(tmp_path: Path, name: str) -> None:
+    write_golden(tmp_path / "j", GOLDEN_RUNS[name])
+    assert (tmp_path / "j").read_bytes() == (GOLDEN / name).read_bytes()
+
+
+def test_every_golden_file_is_of_this_format_and_known() -> None:
+    assert {path.name for path in GOLDEN.iterdir()} == set(GOLDEN_RUNS) == set(GOLDEN_ENDS)
+    assert all(f"format{journal.FORMAT}" in name for name in GOLDEN_RUNS)
 
 
 if __name__ == "__main__" and os.environ.get("ZOFED_WRITE_GOLDEN") == "1":
-    GOLDEN.parent.mkdir(exist_ok=True)
-    write_golden(GOLDEN)
+    for name_, run_ in GOLDEN_RUNS.items():
+        write_golden(GOLDEN / name_, run_)
+        print(f'    "{name_}": {golden_end(GOLDEN / name_)},')

@@ -1,6 +1,6 @@
 """The law of the house: weights change only by `apply`, so every way to the same records gives the same bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.finish import replay_run
 from zofed.grid import LocalGrid
+from zofed.records import Seeded, Spread
 from zofed.runs import Row, RunFolder, read_table
 from zofed.trainer import Trainer
 from zofed.worker import Worker, weights_digest
@@ -35,25 +36,73 @@ def records_of(out: Path) -> list[bytes]:
     return [entry.raw for entry in journal.read(RunFolder(out).journal).entries]
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        {},
-        {"directions": "rademacher"},
-        {"momentum": 0.9, "weight_decay": 0.01},
-        {"optimizer": "adamw", "learning_rate": 1e-3},
-        {"dtype": "bfloat16", "epsilon": 1e-2},
-        {"scope": "last-1"},
-    ],
-    ids=lambda overrides: "-".join(map(str, overrides)) or "defaults",
-)
-def test_a_replay_from_the_files_gives_the_trained_weights(
-    quick: Quick, tmp_path: Path, overrides: dict[str, Any]
+def seeded_of(out: Path) -> list[Seeded]:
+    """The records of a run that has no others."""
+    found = [entry.record for entry in journal.read(RunFolder(out).journal).entries]
+    seeded = [record for record in found if isinstance(record, Seeded)]
+    assert len(seeded) == len(found)
+    return seeded
+
+
+BFLOAT16 = {"dtype": "bfloat16", "epsilon": 1e-2}
+WAYS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "rademacher": {"directions": "rademacher"},
+    "gaussian": {"directions": "gaussian"},
+    "rank4": {"directions": "rank4"},
+    "momentum and decay": {"momentum": 0.9, "weight_decay": 0.01},
+    "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "mudamw": {"optimizer": "mudamw", "learning_rate": 1e-3, "weight_decay": 0.01},
+    "cautious": {"optimizer": "mudamw", "learning_rate": 1e-3, "cautious": True},
+    "bfloat16": BFLOAT16,
+    "bfloat16 passes": {"forward_dtype": "bfloat16", "epsilon": 1e-2},
+    "last block": {"scope": "last-1"},
+    "normalised": {"normalise": True},
+    "one-sided": {"estimator": "one-sided"},
+    "sizes": {"direction_sizes": "rms"},
+    "all": BFLOAT16
+    | {"normalise": True, "estimator": "one-sided", "direction_sizes": "rms", "directions": "rank4"}
+    | {"optimizer": "mudamw", "learning_rate": 1e-3, "cautious": True, "weight_decay": 0.01},
+    "all dense": {"normalise": True, "estimator": "one-sided", "direction_sizes": "rms", "directions": "gaussian"}
+    | {"momentum": 0.9, "forward_dtype": "bfloat16", "epsilon": 1e-2},
+}
+
+
+@pytest.mark.parametrize("overrides", WAYS.values(), ids=WAYS)
+def test_every_way_to_the_same_records_gives_the_same_bits(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
 ) -> None:
-    summary = central.train(quick(**overrides), tmp_path / "run", ignore)
-    assert summary["digest"] == replay_run(RunFolder(tmp_path / "run"))[0].digest()
-    base = journal.read(RunFolder(tmp_path / "run").journal).genesis["weights"]
-    assert summary["digest"] != base, "training must have moved the weights"
+    """Central, a federation of one, a replay, and a run cut after a checkpoint that goes on from there."""
+    settings = quick(**overrides)
+    whole = central.train(settings, tmp_path / "whole", ignore)
+    federated = federate(settings, tmp_path / "federated", clients=1)
+    replayed, _ = replay_run(RunFolder(tmp_path / "whole"))
+    loaded: list[int] = []
+    load = Worker.load
+
+    def noting(self: Worker, *arguments: Any, round_: int, head: bytes) -> None:
+        loaded.append(round_)
+        load(self, *arguments, round_=round_, head=head)
+
+    def cut(row: Row) -> None:
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Worker, "load", noting)
+    with pytest.raises(KeyboardInterrupt):
+        central.train(settings, tmp_path / "cut", cut)
+    assert loaded == []
+    resumed = central.resume(tmp_path / "cut", ignore)
+    assert loaded == [4], "the run must go on from its checkpoint, with what that keeps of the optimizer and the spread"
+    assert whole["digest"] == federated["digest"] == replayed.digest() == resumed["digest"]
+    assert whole["digest"] != replayed.genesis["weights"], "training must have moved the weights"
+    assert whole["replay_digest"] == resumed["replay_digest"] == whole["digest"]
+    assert federated["client_digests"] == {"0": whole["digest"]}
+    expected = records_of(tmp_path / "whole")
+    assert len(expected) == 6
+    assert records_of(tmp_path / "federated") == records_of(tmp_path / "cut") == expected
+    assert whole["forward_passes"] == federated["forward_passes"] == resumed["forward_passes"]
+    assert whole["eval_loss_end"] == federated["eval_loss_end"] == resumed["eval_loss_end"]
 
 
 def test_the_saved_model_holds_the_trained_weights(quick: Quick, tmp_path: Path) -> None:
@@ -66,6 +115,29 @@ def test_a_saved_model_trains_on_and_replays(quick: Quick, tmp_path: Path) -> No
     central.train(quick(), tmp_path / "first", ignore)
     second = quick(model=str(tmp_path / "first" / "model"))
     summary = central.train(second, tmp_path / "second", ignore)
+    assert summary["replay_digest"] == summary["digest"]
+
+
+def test_a_way_is_another_way_in_its_genesis_or_in_its_records(quick: Quick, tmp_path: Path) -> None:
+    """No setting is ignored: each run ends with weights of its own."""
+    digests = {name: central.train(quick(**way), tmp_path / name, ignore)["digest"] for name, way in WAYS.items()}
+    assert len(set(digests.values())) == len(WAYS)
+
+
+def test_a_normalised_run_writes_the_spread_into_its_divisors(quick: Quick, tmp_path: Path) -> None:
+    central.train(quick(normalise=True, estimator="one-sided"), tmp_path / "run", ignore)
+    spread, divisors = Spread(), []
+    for record in seeded_of(tmp_path / "run"):
+        spread = spread.after(record.coefficients, record.exponent)
+        assert record.divisor == 2 * spread.value
+        divisors.append(record.divisor)
+    assert len(set(divisors)) == 6
+
+
+@pytest.mark.parametrize("way", ["normalised", "all", "all dense"])
+def test_two_clients_of_a_changed_run_end_with_the_servers_weights(quick: Quick, tmp_path: Path, way: str) -> None:
+    summary = federate(quick(**WAYS[way]), tmp_path / "run", clients=2)
+    assert summary["client_digests"] == {"0": summary["digest"], "1": summary["digest"]}
     assert summary["replay_digest"] == summary["digest"]
 
 
@@ -126,8 +198,7 @@ def test_two_clients_three_rounds_end_with_the_servers_weights(quick: Quick, tmp
     assert len(replies) == 6
     assert sum(int(row["bytes_up"]) for row in replies) == sum(int(row["bytes_up"]) for row in rounds)
     assert summary["bytes_up_per_client_round"] * 6 == sum(int(row["bytes_up"]) for row in replies)
-    first, second = journal.read(RunFolder(tmp_path / "run").journal).entries[0].record.clients
-    assert (first, second) == (0, 1)
+    assert seeded_of(tmp_path / "run")[0].clients == (0, 1)
 
 
 def test_clients_hold_disjoint_documents(quick: Quick) -> None:
@@ -163,19 +234,18 @@ def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = federate(quick(), tmp_path / "whole", clients=2)
-    apply = Worker.apply
+    replay = Worker.replay
 
-    def faulty(self: Worker, entry: journal.Entry, update: Any = None) -> float:
-        norm = apply(self, entry, update)
-        if entry.record.round == 2 and self in clients and not done:
+    def faulty(self: Worker, entries: Iterable[journal.Entry]) -> None:
+        replay(self, entries)
+        if self.round == 2 and self in clients and not done:
             done.append(True)
             with torch.no_grad():
                 next(iter(self.parameters.values())).mul_(1.001)
-        return norm
 
     done: list[bool] = []
     clients: list[Worker] = []
-    monkeypatch.setattr(Worker, "apply", faulty)
+    monkeypatch.setattr(Worker, "replay", faulty)
     measure = client.federation.measure
 
     def noting(worker: Worker, examples: Any, plan: Any) -> Any:
@@ -214,7 +284,7 @@ def test_with_a_quorum_a_failing_client_is_left_out_and_its_absence_is_recorded(
 
     monkeypatch.setattr(client.federation, "measure", failing)
     summary = federate(quick(quorum=1, rounds=3), tmp_path / "run", clients=2)
-    clients = [entry.record.clients for entry in journal.read(RunFolder(tmp_path / "run").journal).entries]
+    clients = [record.clients for record in seeded_of(tmp_path / "run")]
     assert clients == [(0, 1), (0,), (0, 1)]
     assert summary["client_digests"] == {"0": summary["digest"], "1": summary["digest"]}
 
@@ -237,13 +307,13 @@ def test_the_weights_move_along_the_directions_that_were_measured(
     asked: list[int] = []
     ask = Worker.ask
 
-    def noting(self: Worker, loss: Any, seeds: list[int], epsilon: float, copies_per_pass: int) -> Any:
+    def noting(self: Worker, loss: Any, seeds: list[int], *arguments: Any) -> Any:
         asked.extend(seeds)
-        return ask(self, loss, seeds, epsilon, copies_per_pass)
+        return ask(self, loss, seeds, *arguments)
 
     monkeypatch.setattr(Worker, "ask", noting)
     federate(quick(rounds=3), tmp_path / "run", clients=2)
     contents = journal.read(RunFolder(tmp_path / "run").journal)
-    moved = [entry.record.seeds(contents.genesis["seed"]) for entry in contents.entries]
+    moved = [record.seeds(contents.genesis["seed"]) for record in seeded_of(tmp_path / "run")]
     assert asked == [seed for seeds in moved for seed in seeds]
     assert len(set(asked)) == len(asked) == 3 * 2 * 3

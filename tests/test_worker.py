@@ -1,28 +1,29 @@
 """A record moves the weights by exactly what it says, and digest and probe tell whether replicas agree."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from math import prod, sqrt
 from typing import Any
 
 import pytest
 import torch
-from reference import sign_stream
+from reference import normal_stream, sign_stream
 from torch import Tensor, nn
 
-from zofed import directions
+from zofed import directions, worker
 from zofed.directions import Kind, tensor_id
 from zofed.errors import UserError
-from zofed.journal import Genesis, genesis_chain, link
+from zofed.journal import Entry, Genesis, genesis_chain, link
 from zofed.optimizers import Optimizer
-from zofed.records import Dense, Record, Seeded, Skipped
+from zofed.records import Dense, Record, Seeded, Skipped, Spread
 from zofed.worker import Worker, make_genesis, named_parameters, weights_digest
 
 RUN_SEED = 11
-KINDS: tuple[Kind, ...] = ("rank1", "rademacher")
+KINDS: tuple[Kind, ...] = ("rank1", "rank4", "rademacher", "gaussian")
+EXACT: tuple[Kind, ...] = ("rank1", "rank4", "rademacher")  # sums of few entries times powers of two
 
 
-def model_of(dtype: torch.dtype = torch.float32) -> nn.Module:
+def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     """Two matrices and three vectors, entries multiples of 1/16."""
     model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2, bias=False))
     with torch.no_grad():
@@ -32,7 +33,7 @@ def model_of(dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.to(dtype)
 
 
-def genesis_of(model: nn.Module, trainable: Sequence[str] | None = None, **changes: Any) -> Genesis:
+def genesis_of(model: nn.Module, trainable: Iterable[str] | None = None, **changes: Any) -> Genesis:
     names = named_parameters(model) if trainable is None else trainable
     arguments = {"seed": RUN_SEED, "kind": "rank1", "optimizer": Optimizer("sgd")} | changes
     return make_genesis(model, {"name": "test"}, names, **arguments)
@@ -41,6 +42,10 @@ def genesis_of(model: nn.Module, trainable: Sequence[str] | None = None, **chang
 def worker_of(dtype: torch.dtype = torch.float32, **changes: Any) -> Worker:
     model = model_of(dtype)
     return Worker(model, genesis_of(model, **changes))
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
 def moved(worker: Worker, history: Sequence[Record]) -> Worker:
@@ -56,12 +61,20 @@ def seeded(round_: int, coefficients: Sequence[int] = (5, -3, 1, 7), rate: float
 HISTORY: tuple[Record, ...] = (seeded(1), Skipped(2), Dense(3, 0.1), seeded(4, (-100, 3, 77, 0, 1, 2)))
 
 
-def entries_of(kind: Kind, seed: int, name: str, shape: Sequence[int]) -> list[int]:
-    """The direction's entries from the plain twin of the generator."""
-    if kind == "rank1" and len(shape) > 1:
-        a, b = sign_stream(seed, tensor_id(name), 0, shape[0]), sign_stream(seed, tensor_id(name), 1, prod(shape[1:]))
-        return [left * right for left in a for right in b]
-    return sign_stream(seed, tensor_id(name), 0, prod(shape))
+def entries_of(kind: Kind, seed: int, name: str, shape: Sequence[int]) -> list[Fraction]:
+    """The direction's entries from the plain twin of the generator, exact for a rank that is a square."""
+    tensor, size = tensor_id(name), prod(shape)
+    if kind == "gaussian":
+        return [Fraction(value, 2**16) for value in normal_stream(seed, tensor, size)]
+    if kind == "rademacher":
+        return [Fraction(value) for value in sign_stream(seed, tensor, 0, size)]
+    count = int(kind.removeprefix("rank"))
+    total = [0] * size
+    for term in range(count):
+        a = sign_stream(seed, tensor, 2 * term, shape[0] if len(shape) > 1 else size)
+        b = sign_stream(seed, tensor, 2 * term + 1, prod(shape[1:])) if len(shape) > 1 else [1]
+        total = [kept + new for kept, new in zip(total, (left * right for left in a for right in b), strict=True)]
+    return [Fraction(value) / Fraction(sqrt(count)) for value in total]
 
 
 def exact_gradient(kind: Kind, record: Seeded, name: str, shape: Sequence[int]) -> list[Fraction]:
@@ -72,21 +85,29 @@ def exact_gradient(kind: Kind, record: Seeded, name: str, shape: Sequence[int]) 
         for query in range(record.queries)
     ]
     columns = zip(*(entries_of(kind, seed, name, shape) for seed in seeds), strict=True)
-    scale = Fraction(2) ** record.exponent / record.divisor
+    scale = Fraction(2) ** record.exponent / Fraction(record.divisor)
     return [scale * sum(c * z for c, z in zip(record.coefficients, column, strict=True)) for column in columns]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# A power of two for each of some tensors: what multiplies its direction and its step.
+SIZES = {"0.weight": -3, "1.bias": 2, "2.weight": 1}
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("sizes", [{}, SIZES], ids=["equal", "sizes"])
 @pytest.mark.parametrize(
     ("record", "tolerance"),
     [
         (seeded(1), 0),  # every number is a small multiple of a power of two: nothing may round
         (Seeded(3, 0.5, (4,), 2, (1, -2, 3, 9), -4, 4, local_steps=2), 0),
-        (Seeded(2, 0.3, (0, 1, 7), 1, (2**30 - 1, -(2**30) + 1, 123456789), -31, 3), 2**-22),
+        (Seeded(3, 0.5, (4,), 4, (1, -2, 3, 9), -4, 0.25), 0),
+        (Seeded(2, 0.3, (0, 1, 7), 1, (2**30 - 1, -(2**30) + 1, 123456789), -31, 3), 2**-19),
     ],
 )
-def test_a_seeded_record_moves_the_weights_by_its_exact_sum(kind: Kind, record: Seeded, tolerance: float) -> None:
-    worker = worker_of(kind=kind)
+def test_a_seeded_record_moves_the_weights_by_its_exact_sum(
+    kind: Kind, sizes: dict[str, int], record: Seeded, tolerance: float
+) -> None:
+    worker = worker_of(kind=kind, size_exponents=sizes)
     before = {name: parameter.detach().clone() for name, parameter in worker.parameters.items()}
     norm = worker.apply(link(worker.head, record))
     squares = Fraction(0)
@@ -94,7 +115,8 @@ def test_a_seeded_record_moves_the_weights_by_its_exact_sum(kind: Kind, record: 
         gradient = exact_gradient(kind, record, name, parameter.shape)
         squares += sum(value**2 for value in gradient)
         start = before[name].flatten().tolist()
-        expected = [Fraction(w) - Fraction(record.rate) * g for w, g in zip(start, gradient, strict=True)]
+        rate = Fraction(record.rate) * Fraction(2) ** sizes.get(name, 0)
+        expected = [Fraction(w) - rate * g for w, g in zip(start, gradient, strict=True)]
         errors = [abs(Fraction(w) - e) for w, e in zip(parameter.flatten().tolist(), expected, strict=True)]
         assert max(errors) <= tolerance
         assert not torch.equal(parameter, before[name])
@@ -103,19 +125,42 @@ def test_a_seeded_record_moves_the_weights_by_its_exact_sum(kind: Kind, record: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_estimate_is_rounded_once_to_float32(kind: Kind) -> None:
+@pytest.mark.parametrize("divisor", [3.0, 0.7071])
+def test_an_estimate_is_rounded_once_to_float32(kind: Kind, divisor: float) -> None:
     model = model_of()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
     worker = Worker(model, genesis_of(model, kind=kind))
     coefficients = (2**30 - 1, -(2**30) + 1, 123456789, -987654321, 3, 555555555)
-    record = Seeded(2, 1.0, (0, 1, 7), 2, coefficients, -31, 3)
+    record = Seeded(2, 1.0, (0, 1, 7), 2, coefficients, -31, divisor)
     worker.apply(link(worker.head, record))  # from zero with rate 1: the weights are now minus the estimate
     for name, parameter in worker.parameters.items():
         exact = exact_gradient(kind, record, name, parameter.shape)
         for weight, value in zip(parameter.flatten().tolist(), exact, strict=True):
             assert abs(Fraction(-weight) - value) <= abs(value) * Fraction(2**-24) * Fraction(1.000001)
+
+
+def test_a_size_multiplies_what_is_asked_and_what_is_moved() -> None:
+    """Of a loss linear in the weights the slopes are known, and a step goes down by the size squared."""
+    pull = torch.arange(12.0).reshape(3, 4) / 8 - 0.5
+    losses = {}
+    for exponent in (0, 2):
+        worker = worker_of(trainable=["0.weight"], size_exponents={"0.weight": exponent, "0.bias": 5})
+        assert worker.sizes == {"0.bias": 32.0} | ({"0.weight": 4.0} if exponent else {})
+        weight = worker.parameters["0.weight"]
+        seeds = directions.direction_seeds(RUN_SEED, 1, 0, 3)
+        for points in ("two-point", "one-sided"):
+            found = worker.ask(lambda weight=weight: (weight * pull).sum(), seeds, 2.0**-8, 4, points).slopes
+            exact = [float((directions.direction("rank1", s, "0.weight", (3, 4)) * pull).sum()) for s in seeds]
+            middle = sum(exact) / 3 if points == "one-sided" else 0.0
+            assert found == pytest.approx([2**exponent * (slope - middle) for slope in exact], rel=1e-3, abs=1e-3)
+        before = float((weight.detach() * pull).sum())
+        scaled = tuple(round(2**exponent * slope * 2**8) for slope in exact)
+        worker.apply(link(worker.head, Seeded(1, 2.0**-6, (0,), 3, scaled, -8, 3.0)))
+        losses[exponent] = before - float((weight.detach() * pull).sum())
+    assert losses[0] > 0
+    assert losses[2] == pytest.approx(16 * losses[0], rel=1e-3)
 
 
 def test_only_what_trains_moves() -> None:
@@ -131,16 +176,16 @@ def test_a_parameter_moves_alike_whatever_else_trains() -> None:
     alone, together = model_of(), model_of()
     moved(Worker(alone, genesis_of(alone, ["2.weight"])), HISTORY)
     moved(Worker(together, genesis_of(together)), HISTORY)
-    assert torch.equal(alone[2].weight, together[2].weight)
+    assert torch.equal(alone.get_parameter("2.weight"), together.get_parameter("2.weight"))
 
 
 def test_a_skipped_round_moves_the_head_alone() -> None:
-    worker = worker_of(optimizer=Optimizer("adamw"))
-    digest, state = worker.digest(), worker.optimizer.state_dict()["corrections"].tolist()
-    entry = link(worker.head, Skipped(1))
+    worker = moved(worker_of(optimizer=Optimizer("adamw")), [seeded(1)])
+    digest, state = worker.digest(), worker.state_dict()
+    entry = link(worker.head, Skipped(2))
     assert worker.apply(entry) == 0.0
-    assert (worker.digest(), worker.round, worker.head) == (digest, 1, entry.chain)
-    assert worker.optimizer.state_dict()["corrections"].tolist() == state
+    assert (worker.digest(), worker.round, worker.head) == (digest, 2, entry.chain)
+    assert same(worker.state_dict(), state)
 
 
 def test_a_dense_record_without_its_update_is_refused_and_moves_nothing() -> None:
@@ -164,7 +209,7 @@ def test_another_base_is_refused() -> None:
     genesis = genesis_of(model_of())
     other = model_of()
     with torch.no_grad():
-        other[2].weight[0, 0] += 2**-20
+        other.get_parameter("2.weight")[0, 0] += 2**-20
     with pytest.raises(UserError, match=r"base weights have SHA-256 .*starts from"):
         Worker(other, genesis)
     with pytest.raises(UserError, match="base weights"):
@@ -175,7 +220,7 @@ def test_everything_a_replay_depends_on_is_in_the_genesis() -> None:
     model = model_of()
     changed = model_of()
     with torch.no_grad():
-        changed[0].bias[0] += 1
+        changed.get_parameter("0.bias")[0] += 1
     genesis = [
         genesis_of(model),
         genesis_of(changed),
@@ -185,16 +230,51 @@ def test_everything_a_replay_depends_on_is_in_the_genesis() -> None:
         genesis_of(model, optimizer=Optimizer("adamw")),
         genesis_of(model, optimizer=Optimizer("sgd", momentum=0.5)),
         genesis_of(model, optimizer=Optimizer("sgd", weight_decay=0.5)),
+        genesis_of(model, optimizer=Optimizer("mudamw")),
+        genesis_of(model, optimizer=Optimizer("mudamw", cautious=True)),
+        genesis_of(model, optimizer=Optimizer("mudamw", orthogonal=frozenset({"0.weight"}))),
+        genesis_of(model, size_exponents={"0.weight": 1}),
+        genesis_of(model, size_exponents={"0.weight": -1}),
+        genesis_of(model, size_exponents={"0.bias": 1}),
         make_genesis(model, {"name": "other"}, ["0.weight"], seed=RUN_SEED, kind="rank1", optimizer=Optimizer("sgd")),
     ]
     assert len({genesis_chain(one) for one in genesis}) == len(genesis)
-    assert genesis_chain(genesis_of(model_of())) == genesis_chain(genesis[0])
+    nothing: list[dict[str, int]] = [{}, {"0.weight": 0}]
+    for sizes in nothing:
+        assert genesis_chain(genesis_of(model_of(), size_exponents=sizes)) == genesis_chain(genesis[0])
+    names = ("0.weight", "2.weight", "1.bias")
+    rules = [Optimizer("mudamw", orthogonal=frozenset(order)) for order in (names, names[::-1])]
+    orthogonal = [genesis_of(model, optimizer=rule) for rule in rules]
+    assert orthogonal[0]["optimizer"]["orthogonal"] == sorted(names)
+    assert genesis_chain(orthogonal[0]) == genesis_chain(orthogonal[1])
 
 
-OPTIMIZERS = [Optimizer("sgd"), Optimizer("sgd", 0.5, 0.125), Optimizer("adamw", weight_decay=0.125)]
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_what_cannot_be_moved_exactly_is_refused_by_name(dtype: torch.dtype) -> None:
+    model = model_of()
+    model[1].to(dtype)
+    told = str(dtype).removeprefix("torch.")
+    with pytest.raises(UserError, match=rf"'1\.weight' is {told}, but only float32 and bfloat16 .*set dtype .*scope"):
+        genesis_of(model)
+    with pytest.raises(UserError, match=rf"'1\.bias' is {told}"):
+        genesis_of(model, iter(["0.weight", "1.bias"]))
+    genesis = genesis_of(model, iter(["0.weight", "2.weight"]))  # what does not train may be of any type
+    assert [name for name, _, _ in genesis["trainable"]] == ["0.weight", "2.weight"]
+    moved(Worker(model, genesis), HISTORY)
+    model[2].to(torch.bfloat16)
+    assert genesis_of(model, ["2.weight"])["trainable"] == [["2.weight", "bfloat16", [2, 3]]]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "momentum", "adamw"])
+OPTIMIZERS = {
+    "sgd": Optimizer("sgd"),
+    "momentum": Optimizer("sgd", 0.5, 0.125),
+    "adamw": Optimizer("adamw", weight_decay=0.125),
+    "mudamw": Optimizer("mudamw", weight_decay=0.125, orthogonal=frozenset({"0.weight", "2.weight"})),
+    "cautious": Optimizer("mudamw", cautious=True, orthogonal=frozenset({"0.weight"})),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_histories_end_in_equal_bits(kind: Kind, dtype: torch.dtype, optimizer: Optimizer) -> None:
@@ -209,16 +289,177 @@ def test_equal_histories_end_in_equal_bits(kind: Kind, dtype: torch.dtype, optim
     assert all(parameter.dtype == dtype for parameter in one.parameters.values())
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "momentum", "adamw"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_worker_goes_on_from_a_checkpoint_bit_for_bit(dtype: torch.dtype, optimizer: Optimizer) -> None:
     whole = moved(worker_of(dtype, optimizer=optimizer), HISTORY)
     first = moved(worker_of(dtype, optimizer=optimizer), HISTORY[:3])
     weights = {name: parameter.detach().clone() for name, parameter in first.parameters.items()}
     second = worker_of(dtype, optimizer=optimizer)
-    second.load(weights, first.optimizer.state_dict(), round_=first.round, head=first.head)
+    saved = {key: value.clone() for key, value in first.state_dict().items()}
+    second.load(weights, saved, round_=first.round, head=first.head)
+    assert second.spread == first.spread != Spread()
     moved(second, HISTORY[3:])
     assert (second.digest(), second.head, second.round) == (whole.digest(), whole.head, whole.round)
+    assert second.spread == whole.spread
+    assert same(second.state_dict(), whole.state_dict())
+    assert "spread" in saved, "loading must leave what it was given as it was"
+
+
+# --- replay ---
+
+ROUNDS = 12
+
+
+def long_history() -> list[Record]:
+    """Seeded and skipped records of unlike sizes, clients and divisors."""
+    history: list[Record] = []
+    for round_ in range(1, ROUNDS + 1):
+        if round_ in (1, 5, 6, ROUNDS):
+            history.append(Skipped(round_))
+            continue
+        clients, queries = ((3,), (0, 7), (1, 2, 9))[round_ % 3], 1 + round_ % 4
+        count = len(clients) * queries
+        coefficients = tuple((7919 * round_ * (index + 1)) % 2**20 - 2**19 for index in range(count))
+        history.append(Seeded(round_, 0.01 * round_, clients, queries, coefficients, -21, 0.7 * count))
+    return history
+
+
+def chained(head: bytes, history: Sequence[Record]) -> list[Entry]:
+    entries: list[Entry] = []
+    for record in history:
+        entries.append(link(entries[-1].chain if entries else head, record))
+    return entries
+
+
+def odd_model(dtype: torch.dtype) -> nn.Module:
+    """Tensors of zero to three dimensions, one of them with its columns apart in memory."""
+    values = {
+        "scalar": torch.tensor(0.5),
+        "vector": torch.arange(11.0) / 8,
+        "matrix": torch.arange(35.0).reshape(7, 5) / 32 - 0.5,
+        "cube": torch.arange(30.0).reshape(5, 2, 3) / 16 - 1,
+        "turned": (torch.arange(24.0).reshape(4, 6) / 16).T,
+    }
+    model = nn.Module()
+    for name, value in values.items():
+        turned = value.to(dtype)
+        model.register_parameter(name, nn.Parameter(turned.T.clone().T if name == "turned" else turned))
+    return model
+
+
+def state_of(worker: Worker) -> tuple[Any, ...]:
+    return worker.digest(), worker.round, worker.head, worker.spread, worker.probe()
+
+
+ODD_OPTIMIZERS = OPTIMIZERS | {
+    "mudamw": Optimizer("mudamw", weight_decay=0.125, orthogonal=frozenset({"matrix", "turned"})),
+    "cautious": Optimizer("mudamw", weight_decay=0.125, cautious=True, orthogonal=frozenset({"turned"})),
+    "mudamw in blocks": Optimizer("mudamw", weight_decay=0.125),
+}
+ODD_SIZES = {"scalar": 1, "cube": -2, "turned": 3}
+
+
+@pytest.mark.parametrize("optimizer", ODD_OPTIMIZERS.values(), ids=ODD_OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_replay_ends_where_applying_one_by_one_ends(
+    kind: Kind, dtype: torch.dtype, optimizer: Optimizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = odd_model(dtype)
+    genesis = genesis_of(model, kind=kind, optimizer=optimizer, size_exponents=ODD_SIZES)
+    single = Worker(model, genesis)
+    assert not single.parameters["turned"].is_contiguous()
+    entries = chained(single.head, long_history())
+    halfway = None
+    for entry in entries:
+        single.apply(entry)
+        if entry.record.round == 4:
+            halfway = state_of(single)
+    start = weights_digest(odd_model(dtype))
+    assert single.digest() != start
+    for block, at_once in ((2**17, 1024), (1, 1), (7, 5), (11, 3), (16, 1024), (2**17, 4)):
+        monkeypatch.setattr(worker, "BLOCK", block)
+        monkeypatch.setattr(worker, "DIRECTIONS_AT_ONCE", at_once)
+        replica = Worker(odd_model(dtype), genesis)
+        replica.replay(iter(entries[:4]))
+        assert state_of(replica) == halfway
+        replica.replay(iter(entries[4:]))
+        assert state_of(replica) == state_of(single)
+        assert same(replica.state_dict(), single.state_dict())
+        assert not replica.parameters["turned"].is_contiguous()
+
+
+def test_a_replay_moves_a_group_of_entries_through_each_block_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouped by directions, in order, none left out: 1 for a skipped round, a single larger record by itself."""
+    monkeypatch.setattr(worker, "DIRECTIONS_AT_ONCE", 6)
+    groups: list[list[int]] = []
+    move = Worker._move
+
+    def noting(self: Worker, entries: Sequence[Entry], update: Any = None) -> list[float]:
+        groups.append([len(e.record.coefficients) if isinstance(e.record, Seeded) else 1 for e in entries])
+        return move(self, entries, update)
+
+    monkeypatch.setattr(Worker, "_move", noting)
+    replica = worker_of()
+    replica.replay([])
+    assert groups == []
+    history = [seeded(1), Skipped(2), Skipped(3), seeded(4, (1, 2)), seeded(5, (1,) * 10), seeded(6, (5, 6))]
+    replica.replay(chained(replica.head, history))
+    assert groups == [[4, 1, 1], [2], [10], [2]]
+
+
+def test_a_replay_refuses_a_dense_record_and_another_history() -> None:
+    replica = worker_of()
+    for history, complaint in (
+        ([seeded(1), Dense(2, 0.1), seeded(3)], r"round 2 .*not kept.*checkpoint"),
+        ([seeded(1), Skipped(2)], r"round 2 does not follow"),
+    ):
+        entries = chained(replica.head, history)
+        if len(entries) == 2:
+            entries[1] = link(bytes(16), Skipped(2))
+        before = state_of(replica)
+        with pytest.raises(UserError, match=complaint):
+            replica.replay(entries)
+        assert state_of(replica) == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_odd_shapes_move_by_their_exact_sum(kind: Kind) -> None:
+    model = odd_model(torch.float32)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    replica = Worker(model, genesis_of(model, kind=kind))
+    record = seeded(3, (9, -3, 4, 8), rate=0.5, exponent=-3)
+    replica.apply(link(replica.head, record))
+    for name, parameter in replica.parameters.items():
+        gradient = exact_gradient(kind, record, name, parameter.shape)
+        start = before[name].flatten().tolist()  # row by row, however the tensor lies in memory
+        expected = [Fraction(w) - g / 2 for w, g in zip(start, gradient, strict=True)]
+        found = [Fraction(value) for value in parameter.flatten().tolist()]
+        limit = 0 if kind in EXACT else Fraction(2) ** -22
+        assert max(abs(f - e) for f, e in zip(found, expected, strict=True)) <= limit, name
+
+
+def test_a_dense_step_moves_odd_shapes_too() -> None:
+    model = odd_model(torch.float32)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    replica = Worker(model, genesis_of(model, size_exponents=ODD_SIZES))
+    update = {name: parameter.detach().clone() / 4 for name, parameter in replica.parameters.items()}
+    norm = replica.apply(link(replica.head, Dense(1, 0.5)), update)
+    for name, parameter in replica.parameters.items():
+        assert torch.equal(parameter, before[name] - 0.5 * update[name])  # sizes are for directions
+    assert norm == pytest.approx(sqrt(sum(float((value**2).sum()) for value in update.values())), rel=1e-6)
+
+
+def test_the_spread_follows_the_seeded_records_alone() -> None:
+    replica = worker_of()
+    expected = Spread()
+    for record in (seeded(1), Skipped(2), Dense(3, 0.1), seeded(4, (-100, 3, 77, 0, 1, 2))):
+        moved(replica, [record])
+        if isinstance(record, Seeded):
+            expected = expected.after(record.coefficients, record.exponent)
+        assert replica.spread == expected
+    assert expected.value != 1.0
 
 
 def test_steps_far_below_a_bfloat16_move_the_weights_on_average() -> None:

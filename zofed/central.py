@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zofed import data, federation, metrics
+from zofed import budget, data, directions, federation, metrics
 from zofed.config import Settings
 from zofed.data import Examples
+from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
 from zofed.finish import finish, status_kept
 from zofed.journal import Journal
@@ -90,7 +92,7 @@ def _zo(worker: Worker, examples: Examples, settings: Settings) -> Ask:
         except ValueError as error:
             raise diverged(round_, settings) from error
         return Step(
-            record=federation.merge(round_, settings.learning_rate, settings.queries, {0: measured}),
+            record=federation.record_of(settings, worker, {0: measured}),
             loss=measured.loss,
             epoch=_epoch(round_, examples, settings.batch_size),
             batch_size=settings.batch_size,
@@ -119,3 +121,46 @@ def _fo(worker: Worker, examples: Examples, settings: Settings) -> Ask:
         )
 
     return ask
+
+
+def diagnosis(settings: Settings, batches: int) -> Diagnosis:
+    """What `diagnose` finds at a run's base weights, on its first batches."""
+    task, worker = _loaded(settings)
+    examples = task.shard(0, 1)
+
+    def loss_at(step: int) -> Callable[[], torch.Tensor]:
+        batch = data.batch(examples, seed=settings.seed, client=0, step=step, batch_size=settings.batch_size)
+        return lambda: metrics.loss_of(worker.model, batch, settings.forward_dtype)
+
+    losses = [loss_at(step) for step in range(1, batches + 1)]
+    return diagnose(worker, losses, settings.queries, settings.estimator, settings.copies_per_pass)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the weights, of a pass with one perturbed copy and of each further one; copies that fit the budget."""
+
+    weights: int
+    one: int
+    further: int
+    proposed: int
+
+
+def memory_of_passes(settings: Settings, bytes_beside_weights: int) -> Memory:
+    """What the forward passes of a zeroth-order run take. Raises UserError when not even one copy fits."""
+    if not directions.terms(settings.directions):
+        raise UserError(
+            f"directions = {settings.directions!r} run one copy at a time, in the weights themselves: take rank1"
+        )
+    task, worker = _loaded(settings)
+    batch = data.batch(task.shard(0, 1), seed=settings.seed, client=0, step=1, batch_size=settings.batch_size)
+    how = (lambda: metrics.loss_of(worker.model, batch, settings.forward_dtype), worker.parameters, settings.directions)
+    one, further = budget.bytes_by_copies(*how)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in worker.model.parameters())
+    return Memory(weights, one, further, budget.copies_within(bytes_beside_weights, one, further))
+
+
+def _loaded(settings: Settings) -> tuple[Task, Worker]:
+    prepare_process(settings.threads)
+    task = Task.load(with_absolute_paths(settings))
+    return task, task.worker()

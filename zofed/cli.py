@@ -3,6 +3,7 @@
 import inspect
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -295,6 +296,47 @@ def compare_runs(
     console.print(f"wrote {plots.compare([RunFolder.open(folder) for folder in folders], axis, out.absolute())}")
 
 
+@app.command()
+@with_settings
+def diagnose(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    batches: Annotated[int, typer.Option(min=2, help="batches that tell signal from noise")] = 8,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Compare a model's slopes with backpropagation: which epsilon, how noisy a batch, how good the estimate."""
+    from zofed.central import diagnosis
+
+    found = diagnosis(settings_from(file, options), batches)
+    console.print(f"parameters that train       {found.parameters:,}")
+    console.print(f"slopes, root mean square    {found.slope:.4g}")
+    console.print(f"signal to noise of a batch  {found.signal_to_noise:.3g}")
+    console.print(f"cosine with the gradient    {found.cosine:.4g} (chance gives {found.expected_cosine:.4g})")
+    table = Table("epsilon", "error of the slopes", "rounding, at most about", box=None)
+    for epsilon, error, rounding in found.errors:
+        table.add_row(f"{epsilon:g}", f"{error:.2%}", f"{rounding:.2%}")
+    console.print(table)
+    console.print(f"nearest to the exact slopes: epsilon = {found.best_epsilon:g}")
+
+
+@app.command("memory")
+@with_settings
+def show_memory(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="MiB that a forward pass may take beside the weights")] = 1024,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Memory of a zeroth-order step, and the largest copies-per-pass that fits a budget."""
+    from zofed.central import memory_of_passes
+
+    found = memory_of_passes(settings_from(file, options), budget * 2**20)
+    console.print(f"weights                 {found.weights / 2**20:10,.1f} MiB")
+    console.print(f"a pass of one copy      {found.one / 2**20:10,.1f} MiB more")
+    console.print(f"each further copy       {found.further / 2**20:10,.1f} MiB more")
+    console.print(f"in {budget:,} MiB: copies-per-pass = {found.proposed}")
+
+
 @app.command("make-data")
 def make_data(out: Annotated[Path, typer.Argument(help="folder that gets tokenizer/ and datasets_subset/")]) -> None:
     """Generate the tokenizer and the data that ship with zofed, the same bytes every time."""
@@ -335,6 +377,7 @@ def version() -> None:
 
 def main() -> None:
     """Run a command: status 2 and one line for a mistake, 130 after an interruption, never a traceback for either."""
+    warnings.showwarning = lambda message, *_: print(f"zofed: warning: {message}", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop ends a run as Ctrl-C does
     try:
         sys.exit(app(standalone_mode=False))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from zofed import directions
 from zofed.errors import UserError
 
 
@@ -38,13 +39,27 @@ class Settings(BaseModel):
     scope: str = Field(
         "full", description="what trains: full, reduced, norms, biases, head, last-K, or a regular expression of names"
     )
-    directions: Literal["rank1", "rademacher"] = Field("rank1", description="kind of the random directions (zo)")
+    directions: str = Field(
+        "rank1",
+        pattern=f"^({directions.KIND_PATTERN})$",
+        description="rank1 (fast), rankR (a sum of R of them), rademacher or gaussian (dense, slow) (zo)",
+    )
+    direction_sizes: Literal["equal", "rms"] = Field(
+        "equal", description="rms: each tensor's directions and steps in proportion to its weights at the start (zo)"
+    )
+    estimator: Literal["two-point", "one-sided"] = Field(
+        "two-point", description="two-point: 2 passes a query; one-sided: 1 each and 1 for all, slopes centred (zo)"
+    )
+    normalise: bool = Field(False, description="divide each step by the running spread of the slopes (zo)")
     queries: int = Field(16, ge=1, le=16384, description="directions measured per step and client (zo)")
     epsilon: float = Field(3e-4, ge=1e-6, le=1, description="step per coordinate of the finite difference (zo)")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="rule that turns a gradient estimate into a step")
+    optimizer: Literal["sgd", "adamw", "mudamw"] = Field(
+        "sgd", description="rule that turns a gradient estimate into a step; mudamw orthogonalises AdamW's"
+    )
     learning_rate: float = Field(0.03, gt=0, description="step size of the optimizer")
     momentum: float = Field(0.0, ge=0, lt=1, description="heavy-ball momentum of sgd")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="decoupled weight decay")
+    cautious: bool = Field(False, description="mudamw leaves out entries whose step points up the present gradient")
     batch_size: int = Field(4, ge=1, description="examples per step and client")
     steps: int = Field(100, ge=1, description="steps of a central run")
     rounds: int = Field(100, ge=1, description="rounds of a federated run; each is one step")
@@ -55,12 +70,11 @@ class Settings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63, description="names every random choice of the run")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type the weights are kept and run in")
+    forward_dtype: Literal["weights", "bfloat16"] = Field(
+        "weights", description="type of the forward passes; bfloat16: autocast (part of the result)"
+    )
     copies_per_pass: int = Field(
-        8,
-        ge=2,
-        le=4096,
-        multiple_of=2,
-        description="perturbed copies that share one forward pass (rank1; part of the result)",
+        8, ge=1, le=4096, description="perturbed copies that share one forward pass (rankR; part of the result)"
     )
     threads: int = Field(1, ge=1, le=1024, description="CPU threads of each process (part of the result)")
     eval_interval: int = Field(20, ge=1, description="steps or rounds between evaluations on the held-out part")

@@ -9,7 +9,8 @@ Layout, fixed by the journal's format:
     key      the direction's 64-bit seed, low word first
     counter  (block, component, tensor id low word, tensor id high word)
     bits     block by block, word by word, least significant bit first; a set bit is +1, a clear one -1
-    component 0 for dense entries; 2j and 2j+1 for the factors a and b of rank term j
+    halves   of each word the lower first: the index of a gaussian entry in the table of normal quantiles
+    component 0 for dense entries; 2j and 2j+1 for the factors a and b of rank term j (a alone for a vector)
 """
 
 import hashlib
@@ -17,8 +18,7 @@ import statistics
 import struct
 from collections.abc import Iterable, Sequence
 from functools import cache
-from math import prod
-from typing import Literal
+from math import prod, sqrt
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from zofed.errors import UserError
 
 GENERATOR = "philox4x32-10/1"  # part of every journal's genesis: another stream must have another name
 
-Kind = Literal["rank1", "rademacher"]
+Kind = str  # rank1, rank2, ... (sums of so many outer products), rademacher or gaussian
+KIND_PATTERN = r"rank[1-9][0-9]?|rademacher|gaussian"
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -95,63 +96,134 @@ def direction_seeds(run_seed: int, step: int, client: int, queries: int, local_s
     ]
 
 
-def _words(seeds: Sequence[int], tensor: int, component: int, count: int) -> NDArray[np.uint32]:
-    """First `count` 32-bit words of each seed's stream for one tensor and component: uint32 (seeds, count)."""
+def terms(kind: Kind) -> int:
+    """Outer products that make up a direction of a matrix: R for rankR, 0 for the dense kinds."""
+    return int(kind.removeprefix("rank")) if kind.startswith("rank") else 0
+
+
+def unit(kind: Kind) -> float:
+    """What one integer of `direction` is worth, so that every entry has mean 0 and variance 1.
+
+    1 for entries +-1; 1/sqrt(R) for a sum of R of them; 2^-16 for gaussian, whose variance is 1 - 1e-4 (65,536 levels).
+    """
+    if kind == "gaussian":
+        return 2.0**-16
+    return 1.0 / sqrt(terms(kind) or 1)
+
+
+def _words(seeds: Sequence[int], tensor: int, component: int, count: int, start: int = 0) -> NDArray[np.uint32]:
+    """Words start .. start + count of each seed's stream for one tensor and component: uint32 (seeds, count)."""
     key = np.asarray(seeds, dtype=np.uint64)[:, None]
-    blocks = np.arange(-(-count // 4), dtype=np.uint64)[None, :]
+    skipped = start % 4
+    blocks = np.arange(start // 4, -(-(start + count) // 4), dtype=np.uint64)[None, :]
     fixed = (np.uint64(component), np.uint64(tensor & 0xFFFFFFFF), np.uint64(tensor >> 32))
     words = philox((blocks, *(np.full_like(blocks, word) for word in fixed)), (key & _LOW, key >> _SHIFT))
-    return np.stack(words, axis=-1).astype("<u4").reshape(len(seeds), -1)[:, :count]
+    return np.stack(words, axis=-1).astype("<u4").reshape(len(seeds), -1)[:, skipped : skipped + count]
 
 
-def signs(seeds: Sequence[int], tensor: int, component: int, count: int) -> NDArray[np.int8]:
-    """The first `count` entries of each seed's stream as +1 or -1: int8 (seeds, count)."""
-    words = np.ascontiguousarray(_words(seeds, tensor, component, -(-count // 32)))
-    bits = np.unpackbits(words.view(np.uint8), axis=1, count=count, bitorder="little")
+def signs(seeds: Sequence[int], tensor: int, component: int, count: int, start: int = 0) -> NDArray[np.int8]:
+    """Entries start .. start + count of each seed's stream as +1 or -1: int8 (seeds, count)."""
+    skipped = start % 32
+    words = np.ascontiguousarray(_words(seeds, tensor, component, -(-(skipped + count) // 32), start // 32))
+    bits = np.unpackbits(words.view(np.uint8), axis=1, count=skipped + count, bitorder="little")[:, skipped:]
     return (bits << 1).view(np.int8) - np.int8(1)
 
 
-def rank1_factors(seeds: Sequence[int], name: str, shape: Sequence[int]) -> tuple[NDArray[np.int8], NDArray[np.int8]]:
-    """Factors a (seeds, rows) and b (seeds, columns) of the rank1 directions of one matrix: z = outer(a, b).
+def factors(kind: Kind, seeds: Sequence[int], name: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
+    """What a rankR direction of one tensor is made of, for each seed: int8 tensors on the CPU.
 
-    A tensor of more than two dimensions counts as a matrix of its first dimension by all others.
+    For a matrix a (seeds, R, rows) and b (seeds, R, columns) with z = sum over R of outer(a, b); for a vector
+    z (seeds, R, entries), to be summed over R. A tensor of more than two dimensions counts as a matrix of its first
+    dimension by all others.
     """
-    tensor = tensor_id(name)
-    return signs(seeds, tensor, 0, shape[0]), signs(seeds, tensor, 1, prod(shape[1:]))
+    tensor, count = tensor_id(name), terms(kind)
+    sizes = (shape[0], prod(shape[1:])) if len(shape) > 1 else (prod(shape),)
+    return tuple(
+        torch.from_numpy(np.stack([signs(seeds, tensor, 2 * term + side, size) for term in range(count)], axis=1))
+        for side, size in enumerate(sizes)
+    )
 
 
-def direction(kind: Kind, seed: int, name: str, shape: Sequence[int]) -> Tensor:
-    """One direction of one tensor, entries +1 or -1: int8 on the CPU, of `shape`.
+def _dense(kind: Kind, seed: int, tensor: int, count: int, start: int) -> NDArray[np.int8] | NDArray[np.int32]:
+    """Entries start .. start + count of a dense direction, the tensor read row by row."""
+    if kind == "rademacher":
+        return signs([seed], tensor, 0, count, start)[0]
+    return _normal_table()[_halves(seed, tensor, count, start)]
 
-    kind `rank1`: the outer product of two +-1 vectors for a matrix, independent entries for a vector;
-    kind `rademacher`: independent entries throughout. Both have E[z z^T] = I and |z|^2 = number of entries.
+
+def direction(kind: Kind, seed: int, name: str, shape: Sequence[int], rows: slice = slice(None)) -> Tensor:
+    """One direction of one tensor, or some of its rows, as integers worth `unit(kind)` each: on the CPU, of `shape`.
+
+    kind `rankR`: a sum of R outer products of +-1 vectors for a matrix, of R +-1 vectors for a vector, int8;
+    `rademacher`: independent +-1, int8; `gaussian`: independent quantiles of the normal distribution, int32. In units
+    all have E[z z^T] = I; for rank1 and rademacher |z|^2 is the number of entries.
     """
-    if kind == "rank1" and len(shape) > 1:
-        a, b = rank1_factors([seed], name, shape)
-        return torch.from_numpy(a.T * b).reshape(tuple(shape))
-    return torch.from_numpy(signs([seed], tensor_id(name), 0, prod(shape))[0]).reshape(tuple(shape))
+    if terms(kind):
+        parts = factors(kind, [seed], name, shape)
+        if len(parts) == 1:
+            return parts[0][0, :, rows].sum(0, dtype=torch.int8).reshape((-1,) if shape else ())
+        a, b = parts[0][0, :, rows], parts[1][0]
+        return (a[:, :, None] * b[:, None, :]).sum(0, dtype=torch.int8).reshape(-1, *shape[1:])
+    columns = prod(shape[1:])
+    start, stop, _ = rows.indices(shape[0] if shape else 1)
+    entries = _dense(kind, seed, tensor_id(name), (stop - start) * columns, start * columns)
+    return torch.from_numpy(entries).reshape((stop - start, *shape[1:]) if shape else ())
+
+
+class WeightedSum:
+    """Sum of coefficient * direction over the seeds of one record for one tensor, a block of rows at a time.
+
+    For kinds of +-1 entries every partial sum is an integer below 2^53 (coefficients are int32, and there are fewer
+    than 2^21 terms), so the result is exact in float64 whatever the order of summation, the BLAS or the thread count.
+    For `gaussian` the upper and lower halves of the coefficients are summed apart, each exactly, and added once.
+    Low-rank kinds take one matrix product a block. device: where to compute; one without float64 gets it from the CPU.
+    """
+
+    def __init__(
+        self,
+        kind: Kind,
+        seeds: Sequence[int],
+        coefficients: Sequence[int],
+        name: str,
+        shape: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.kind, self.seeds, self.name = kind, seeds, name
+        self.columns = prod(shape[1:])
+        self.tensor = tensor_id(name)
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        weights = torch.tensor(coefficients, dtype=torch.int64)
+        if terms(kind):
+            first, *second = (part.flatten(0, 1).to(self.device) for part in factors(kind, seeds, name, shape))
+            self.left = first  # int8 (seeds * R, rows): widened block by block
+            self.right = second[0].to(torch.float64) if second else torch.ones(len(first), 1, dtype=torch.float64)
+            self.right = self.right.to(self.device)
+            self.right *= weights.to(self.right).repeat_interleave(terms(kind))[:, None]
+        else:
+            self.weights: list[int] = weights.tolist()
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """float64 (stop - start, columns); a vector counts as rows of one entry."""
+        if terms(self.kind):
+            return self.left[:, start:stop].to(torch.float64).T @ self.right
+        shift = 2**15 if self.kind == "gaussian" else 1
+        total, high = torch.zeros((2, stop - start, self.columns), dtype=torch.float64, device=self.device)
+        for seed, weight in zip(self.seeds, self.weights, strict=True):
+            entries = _dense(self.kind, seed, self.tensor, (stop - start) * self.columns, start * self.columns)
+            z = torch.from_numpy(entries).to(self.device, torch.float64).reshape(total.shape)
+            if shift > 1:
+                high.add_(z * (weight // shift))
+                weight %= shift
+            total.add_(z.mul_(weight))
+        return total.add_(high.mul_(shift)) if shift > 1 else total
 
 
 def weighted_sum(
     kind: Kind, seeds: Sequence[int], coefficients: Sequence[int], name: str, shape: Sequence[int]
 ) -> Tensor:
-    """Exact sum of coefficient * direction over all seeds for one tensor: float64 on the CPU, of `shape`.
-
-    Every partial sum is an integer below 2^53 (coefficients are int32 and there are fewer than 2^21 of them), so the
-    result is exact in float64 whatever the order of summation, the BLAS or the thread count. For rank1 the whole sum
-    is one matrix product.
-    """
-    weights = torch.tensor(coefficients, dtype=torch.float64)
-    if kind == "rank1" and len(shape) > 1:
-        a, b = (torch.from_numpy(factor).to(torch.float64) for factor in rank1_factors(seeds, name, shape))
-        return ((a * weights[:, None]).T @ b).reshape(tuple(shape))
-    if kind == "rank1":  # vectors are small: all seeds at once, again one product
-        entries = torch.from_numpy(signs(seeds, tensor_id(name), 0, prod(shape))).to(torch.float64)
-        return (weights @ entries).reshape(tuple(shape))
-    total = torch.zeros(tuple(shape), dtype=torch.float64)
-    for seed, weight in zip(seeds, weights.tolist(), strict=True):
-        total.add_(direction(kind, seed, name, shape).to(torch.float64).mul_(weight))
-    return total
+    """All rows of `WeightedSum` at once: float64 on the CPU, of `shape`, in units of `unit(kind)`."""
+    rows = shape[0] if len(shape) else 1
+    return WeightedSum(kind, seeds, coefficients, name, shape).rows(0, rows).reshape(tuple(shape))
 
 
 @cache
@@ -168,13 +240,16 @@ def _normal_table() -> NDArray[np.int32]:
 
 def normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
     """Standard normal entries (65,536 levels, largest 4.3) for a fresh tensor: float32 on the CPU, of `shape`."""
-    entries = _normal_table()[_halves(seed, name, prod(shape))].astype(np.float32) * np.float32(2.0**-16)
+    entries = _normal_table()[_halves(seed, tensor_id(name), prod(shape))].astype(np.float32) * np.float32(2.0**-16)
     return torch.from_numpy(entries).reshape(tuple(shape))
 
 
-def random_bits(seed: int, name: str, shape: Sequence[int]) -> Tensor:
-    """Uniform 16-bit integers for stochastic rounding: int32 in [0, 65535] on the CPU, of `shape`."""
-    return torch.from_numpy(_halves(seed, name, prod(shape)).astype(np.int32)).reshape(tuple(shape))
+def random_bits(seed: int, name: str, shape: Sequence[int], start: int = 0) -> Tensor:
+    """Uniform 16-bit integers for stochastic rounding: int32 in [0, 65535] on the CPU, of `shape`.
+
+    start: how many entries of the tensor's stream come before these.
+    """
+    return torch.from_numpy(_halves(seed, tensor_id(name), prod(shape), start).astype(np.int32)).reshape(tuple(shape))
 
 
 def positions(seed: int, name: str, size: int, count: int) -> NDArray[np.int64]:
@@ -185,6 +260,7 @@ def positions(seed: int, name: str, size: int, count: int) -> NDArray[np.int64]:
     return ((words[0::2] | (words[1::2] << _SHIFT)) % np.uint64(size)).astype(np.int64)
 
 
-def _halves(seed: int, name: str, count: int) -> NDArray[np.uint16]:
-    words = np.ascontiguousarray(_words([seed], tensor_id(name), 0, -(-count // 2)))
-    return words.view("<u2")[0, :count]
+def _halves(seed: int, tensor: int, count: int, start: int = 0) -> NDArray[np.uint16]:
+    skipped = start % 2
+    words = np.ascontiguousarray(_words([seed], tensor, 0, -(-(skipped + count) // 2), start // 2))
+    return words.view("<u2")[0, skipped : skipped + count]

@@ -13,8 +13,9 @@ from typing import Literal
 from zofed import data, directions, journal, metrics, records
 from zofed.config import Settings
 from zofed.data import Examples
+from zofed.estimators import Points, degrees_of_freedom
 from zofed.journal import Entry
-from zofed.records import Dense, Seeded
+from zofed.records import Dense, Seeded, Spread
 from zofed.worker import Worker
 
 # Why a reply was not used. `late` and `error` are told by the server's loop, the others by `check`.
@@ -47,8 +48,10 @@ class Plan:
     queries: int
     epsilon: float
     batch_size: int
+    points: str
     threads: int
     copies_per_pass: int
+    forward_dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +93,29 @@ def measure(worker: Worker, examples: Examples, plan: Plan) -> Measured:
     seed = worker.genesis["seed"]
     batch = data.batch(examples, seed=seed, client=plan.client, step=plan.round, batch_size=plan.batch_size)
     seeds = directions.direction_seeds(seed, plan.round, plan.client, plan.queries)
-    estimate = worker.ask(lambda: metrics.loss_of(worker.model, batch), seeds, plan.epsilon, plan.copies_per_pass)
+    estimate = worker.ask(
+        lambda: metrics.loss_of(worker.model, batch, plan.forward_dtype),
+        seeds,
+        plan.epsilon,
+        plan.copies_per_pass,
+        "one-sided" if plan.points == "one-sided" else "two-point",
+    )
     coefficients, exponent = records.to_integers(estimate.slopes)
     return Measured(coefficients, exponent, estimate.loss, estimate.forward_passes)
 
 
-def merge(round_: int, rate: float, queries: int, measured: Mapping[int, Measured | Answer]) -> Seeded:
+def merge(
+    round_: int,
+    rate: float,
+    queries: int,
+    measured: Mapping[int, Measured | Answer],
+    points: Points = "two-point",
+    spread: Spread | None = None,
+) -> Seeded:
     """One record from the slopes of all clients, by client index: the mean over all their directions.
 
-    The exponent is the coarsest one sent; sums stay exact whatever the order of arrival.
+    The exponent is the coarsest one sent; sums stay exact whatever the order of arrival. spread: that of the records
+    before, for a step that is divided by it.
     """
     clients = tuple(sorted(measured))
     exponent = max(measured[client].exponent for client in clients)
@@ -107,7 +124,17 @@ def merge(round_: int, rate: float, queries: int, measured: Mapping[int, Measure
         for client in clients
         for value in records.to_exponent(measured[client].coefficients, measured[client].exponent, exponent)
     )
-    return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor=len(coefficients))
+    divisor = float(len(clients) * degrees_of_freedom(points, queries))
+    if spread is not None:
+        divisor *= spread.after(coefficients, exponent).value
+    return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor)
+
+
+def record_of(settings: Settings, worker: Worker, measured: Mapping[int, Measured | Answer]) -> Seeded:
+    """The record of the round that follows the worker's, from what its clients measured."""
+    spread = worker.spread if settings.normalise else None
+    round_, queries = worker.round + 1, settings.queries
+    return merge(round_, settings.learning_rate, queries, measured, settings.estimator, spread)
 
 
 def plan_for(
@@ -126,8 +153,10 @@ def plan_for(
         queries=settings.queries,
         epsilon=settings.epsilon,
         batch_size=settings.batch_size,
+        points=settings.estimator,
         threads=settings.threads,
         copies_per_pass=settings.copies_per_pass,
+        forward_dtype=settings.forward_dtype,
     )
 
 
@@ -154,8 +183,7 @@ def catch_up(worker: Worker, after: bytes, head: bytes, raw: bytes) -> bool:
     start = position(entries, after, worker.head)
     if start is None or not entries or entries[-1].chain != head:
         return False
-    for entry in entries[start:]:
-        worker.apply(entry)
+    worker.replay(entries[start:])
     return True
 
 

@@ -25,7 +25,7 @@ from zofed import records
 from zofed.errors import UserError
 from zofed.records import Record
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"ZOFEDJNL"
 _START = struct.Struct("<8sHI")  # magic, format, length of the genesis
 _ENTRY = struct.Struct("<II")  # length of the body, CRC-32 of that length, the body and the chain

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from zofed.perturbed import in_pieces
+
 Examples = dict[str, Tensor]
 
 
@@ -18,10 +20,14 @@ class Score:
     accuracy: float | None = None
 
 
-def loss_of(model: nn.Module, batch: Examples) -> Tensor:
-    """The mean cross-entropy of a batch, as the model's own loss defines it: float32 scalar."""
+def loss_of(model: nn.Module, batch: Examples, forward_dtype: str = "weights") -> Tensor:
+    """The mean cross-entropy of a batch, as the model's own loss defines it: float32 scalar.
+
+    forward_dtype: `weights`, or `bfloat16` for passes in autocast.
+    """
     device = next(model.parameters()).device
-    return model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+    with torch.autocast(device.type, torch.bfloat16, enabled=forward_dtype == "bfloat16"):
+        return model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
 
 
 @torch.no_grad()
@@ -32,7 +38,8 @@ def evaluate(model: nn.Module, examples: Examples, limit: int, batch_size: int =
     losses = hits = 0.0
     count = min(limit, len(examples["labels"]))
     for batch in _batches(examples, count, batch_size):
-        output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+        with in_pieces():
+            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
         losses += float(output.loss) * len(batch["labels"])
         if classifier:
             hits += int((output.logits.argmax(-1).cpu() == batch["labels"]).sum())

@@ -1,39 +1,56 @@
 """Losses of many perturbed models in one pass, weights untouched.
 
-For a linear map, (W + eps a b^T) x = W x + eps (b . x) a: a rank1 direction needs no second copy of the weights. All
+For a linear map, (W + s a b^T) x = W x + s (b . x) a: a direction of low rank needs no second copy of the weights. All
 copies, both signs of many directions, run as one batch through the same weights; `torch.vmap` sees to it that whatever
 lies below the first perturbed parameter runs once for all of them. Nothing is written into the model, so nothing has to
 be restored and nothing drifts.
 """
 
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
-from zofed.directions import rank1_factors, signs, tensor_id
+from zofed import directions
 from zofed.errors import UserError
+from zofed.logits import DEFER_FROM, Logits, copies_first
 
-QUERIES_AT_ONCE = 256  # directions whose factors are alive together: bytes ~ queries * sum(rows + columns)
+QUERIES_AT_ONCE = 32  # directions whose factors are drawn together: bytes ~ queries * sum(rows + columns)
 
 _METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size}
 
-Factors = tuple[Tensor, ...]  # of one parameter: (a, b) for a matrix, (z,) for a vector
+Factors = tuple[Tensor, ...]  # of one parameter: a (r, rows) and b (r, columns) of a matrix, z (r, entries) of a vector
+Loss = Callable[..., Tensor]  # of no arguments, or of the examples of one query
+
+
+class CannotBatch(RuntimeError):  # noqa: N818, a property of the loss
+    """The loss is built of something that cannot run for many perturbed copies at once; the text says what."""
+
+
+class Unseen(UserError):  # noqa: N818
+    """The loss never showed its use of some parameters, named in `names`."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"the loss never used the trainable parameters {', '.join(names[:3])}: set scope to leave them out"
+        )
+        self.names = tuple(names)
 
 
 class Perturbation(TorchFunctionMode):
-    """While active, every use of a listed parameter sees parameter + scale * direction.
+    """While active, every use of a listed parameter sees parameter + sum over r of scale_r * direction_r.
 
-    factors: by id of the parameter. scale: scalar tensor, epsilon with its sign. The products a linear map or an
-    embedding needs are added to its output; in any other call the perturbed tensor stands in for the parameter, which
-    is cheap for vectors and correct for all. `seen` collects the ids met.
+    factors: by id of the parameter. scale: (r,), shared by all parameters; with one that requires a gradient, the loss
+    can be differentiated by it. The products a linear map or an embedding needs are added to its output; in any other
+    call the perturbed tensor stands in for the parameter, which is cheap for vectors and correct for all. `seen`
+    collects the ids met. Where no gradient is wanted, large output layers become `Logits`.
     """
 
-    def __init__(self, factors: dict[int, Factors], scale: Tensor, seen: set[int]) -> None:
+    def __init__(self, factors: Mapping[int, Factors], scale: Tensor, seen: set[int]) -> None:
         super().__init__()
         self.factors, self.scale, self.seen = factors, scale, seen
 
@@ -45,28 +62,44 @@ class Perturbation(TorchFunctionMode):
                 return value  # a shape, a device: no use of the weights
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
-            if self._is_matrix(weight) and id(x) not in self.factors:
-                a, b = self._factors(weight)
-                return self._linear(x, weight, bias, into=b, out=a)
+            if id(x) not in self.factors and (self._is_matrix(weight) or _is_large(weight)):
+                return self._linear(x, weight, bias)
         if func is torch.addmm:  # GPT-2's Conv1D: weight (in, out)
             bias, x, weight, plain = _addmm_arguments(*args, **kwargs)
             if plain and self._is_matrix(weight) and id(x) not in self.factors and bias.dim() == 1:
-                a, b = self._factors(weight)
-                return self._linear(x, weight.T, bias, into=a, out=b)
+                return self._linear(x, weight, bias, is_transposed=True)
         if func is F.embedding and self._is_matrix(args[1]):
             a, b = self._factors(args[1])
-            return add_product(F.embedding(*args, **kwargs), (a[args[0]] * self.scale).unsqueeze(-1), b.unsqueeze(0))
+            left = a[:, args[0]].movedim(0, -1) * self.scale
+            return add_product(F.embedding(*args, **kwargs), left, b)
+        if func is F.cross_entropy and isinstance(args[0], Logits) and not args[0].is_whole:
+            logits, target, reduction, ignored = _cross_entropy_arguments(*args, **kwargs)
+            if logits.dim() == 2 and target.dim() == 1 and reduction in ("mean", "sum"):
+                return logits.cross_entropy(target, ignored, reduction)
         args = tuple(self._replaced(value) for value in args)
         kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
         return attention(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
 
-    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, into: Tensor, out: Tensor) -> Tensor:
-        """W x + bias, and scale * (into . x) out for the matrix, scale * z for a perturbed bias, in one product."""
-        left, right = [(x @ into) * self.scale], [out]
-        if id(bias) in self.factors and bias is not None:
-            left.append(torch.ones_like(left[0]) * self.scale)
-            right.append(self._factors(bias)[0])
-        return add_product(F.linear(x, weight, bias), torch.stack(left, -1), torch.stack(right))
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool = False) -> Any:
+        """x W^T + bias with all that is perturbed in one product: scale * (into . x) out, and the bias as one row."""
+        x, left, right = self._replaced(x), [], []
+        if self._is_matrix(weight):
+            out, into = self._factors(weight)
+            if is_transposed:
+                into, out = out, into
+            left, right = [(x @ into.T) * self.scale], [out]
+        plain = weight.T if is_transposed else weight
+        if bias is not None:
+            left.append(x.new_ones(*x.shape[:-1], 1))
+            right.append(self._replaced(bias).unsqueeze(0))
+        if not left:
+            left, right = [x.new_empty(*x.shape[:-1], 0)], [x.new_empty(0, plain.shape[0])]
+        columns, rows = (
+            parts[0] if len(parts) == 1 else torch.cat(parts, dim) for parts, dim in ((left, -1), (right, 0))
+        )
+        if _is_large(plain):
+            return Logits(x, plain.detach(), columns, rows, x.dtype)  # an object of its own: not a listed parameter
+        return add_product(F.linear(x, plain), columns, rows)
 
     def _is_matrix(self, value: Any) -> bool:
         return len(self.factors.get(id(value), ())) == 2
@@ -76,15 +109,44 @@ class Perturbation(TorchFunctionMode):
         return self.factors[id(parameter)]
 
     def _replaced(self, value: Any) -> Any:
-        """The perturbed tensor in place of a listed parameter; any other value as it is."""
+        """The perturbed tensor in place of a listed parameter, and a tensor in place of `Logits`; all else as it is."""
         if isinstance(value, list | tuple):
-            is_used = any(id(item) in self.factors for item in value)
+            is_used = any(id(item) in self.factors or isinstance(item, Logits) for item in value)
             return type(value)(self._replaced(item) for item in value) if is_used else value
+        if isinstance(value, Logits):
+            return value.tensor()
         if id(value) not in self.factors:
             return value
-        factors = self._factors(value)
-        direction = factors[0] if len(factors) == 1 else torch.outer(*factors)
-        return value + (direction * self.scale).reshape(value.shape)
+        first, *second = self._factors(value)
+        shift = (first.T * self.scale) @ second[0] if second else self.scale @ first
+        return value + shift.reshape(value.shape)
+
+
+class Watch(TorchFunctionMode):
+    """Collects the ids of all that calls of torch are given; a look at a shape or a device is no use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set[int]()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        is_look = func in _METADATA or getattr(func, "__name__", "") == "__get__"
+        if not is_look or isinstance(value, Tensor):
+            self.seen.update(map(id, pytree.tree_leaves((args, kwargs))))
+        return value
+
+
+def in_pieces() -> Perturbation:
+    """A mode that perturbs nothing: the loss of a large output layer is summed up in pieces, for less memory."""
+    return Perturbation({}, torch.ones(1), set())
+
+
+def _is_large(weight: Tensor) -> bool:
+    """An output layer over a vocabulary, by its shape; the layers inside a model widen four times at most."""
+    if weight.dim() != 2 or torch.is_grad_enabled():
+        return False
+    return weight.shape[0] >= max(DEFER_FROM, 5 * weight.shape[1])
 
 
 def _linear_arguments(
@@ -99,38 +161,61 @@ def _addmm_arguments(
     return input, mat1, mat2, beta == 1 and alpha == 1
 
 
+def _cross_entropy_arguments(
+    input: Logits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> tuple[Logits, Tensor, str, int]:
+    is_plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
+    return input, target, reduction if is_plain else "other", ignore_index
+
+
 def add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """base (..., out) + left (..., k) @ right (k, out); under vmap one batched product straight into `base`.
 
     The caller gives `base` away: it is overwritten when it holds one matrix for each copy.
     """
-    return _AddProduct.apply(base, left, right)  # type: ignore[return-value]
+    return _AddProduct.apply(base, left.to(base.dtype), right.to(base.dtype))  # type: ignore[return-value]
 
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
 ) -> Tensor:
     """scaled_dot_product_attention that knows how to run under vmap: torch's own falls back to a loop there."""
+    if torch.is_grad_enabled() or query.dim() < 3:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask, *args, **kwargs)
+    if attn_mask is not None:  # as many dimensions as the query, so that the copies can be folded into the first
+        attn_mask = attn_mask[(None,) * (query.dim() - attn_mask.dim())]
     return _Attention.apply(query, key, value, attn_mask, args, kwargs)  # type: ignore[return-value]
 
 
-class _ForwardOnly(torch.autograd.Function):
-    """A function with a rule for vmap of its own; losses of perturbed models are never differentiated."""
+class _AddProduct(torch.autograd.Function):
+    """A sum with a rule for vmap of its own."""
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-
-class _AddProduct(_ForwardOnly):
     @staticmethod
     def forward(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
         return base + left @ right
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        left, right = ctx.saved_tensors
+        (given,) = gradients
+        by_right = left.flatten(0, -2).T @ given.flatten(0, -2) if ctx.needs_input_grad[2] else None
+        return given, given @ right.T, by_right
+
+    @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Tensor) -> tuple[Tensor, int]:
         copies, (base, left, right) = info.batch_size, args
-        left, right = _copies_first(left, in_dims[1], copies), _copies_first(right, in_dims[2], copies)
+        left, right = copies_first(left, in_dims[1], copies), copies_first(right, in_dims[2], copies)
         flat_left = left.reshape(copies, -1, left.shape[-1])
         if in_dims[0] is None:
             flat = base.reshape(1, -1, base.shape[-1]).expand(copies, -1, -1)
@@ -140,83 +225,147 @@ class _AddProduct(_ForwardOnly):
         return flat.baddbmm_(flat_left, right).view(base.shape), 0
 
 
-class _Attention(_ForwardOnly):
+class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, args: Any, kwargs: Any) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask, *args, **kwargs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass  # used without gradients only
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
         """Fold the copies into the batch dimension, attend once, unfold."""
         copies, (query, key, value, mask, rest, options) = info.batch_size, args
         q, k, v = (
-            _copies_first(tensor, dim, copies).flatten(0, 1)
+            copies_first(tensor, dim, copies).flatten(0, 1)
             for tensor, dim in zip((query, key, value), in_dims[:3], strict=True)
         )
         if mask is not None:
-            mask = _copies_first(mask, in_dims[3], copies)
+            mask = copies_first(mask, in_dims[3], copies)
             mask = mask.expand(copies, q.shape[0] // copies, *mask.shape[2:]).flatten(0, 1)
         output = F.scaled_dot_product_attention(q, k, v, mask, *rest, **options)
         return output.unflatten(0, (copies, -1)), 0
 
 
-def _copies_first(tensor: Tensor, dim: int | None, copies: int) -> Tensor:
-    return tensor.unsqueeze(0).expand(copies, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-
 @torch.no_grad()
 def losses(
-    loss: Callable[[], Tensor],
-    parameters: dict[str, Tensor],
+    loss: Loss,
+    parameters: Mapping[str, Tensor],
+    kind: directions.Kind,
     seeds: Sequence[int],
-    epsilon: float,
+    steps: Sequence[float],
     copies_per_pass: int,
-) -> list[tuple[float, float]]:
-    """(loss at w + epsilon z, loss at w - epsilon z) for the rank1 direction z of each seed.
+    sizes: Mapping[str, float] | None = None,
+    examples: Any = None,
+) -> Tensor:
+    """loss(w + step * z) for the direction z of each seed and each step: float32 or float64 (seeds, steps), on the CPU.
 
-    loss: scalar loss of one batch, built of torch calls on the given parameters. copies_per_pass: perturbed copies
-    that share one pass; more are faster until the activations of all leave the cache or the memory. Raises UserError
-    when the loss never used one of the parameters.
+    loss: scalar of one batch, built of torch calls on the given parameters. kind: rankR. sizes: what multiplies the
+    direction of each parameter, 1 where absent. copies_per_pass: perturbed copies that share one pass; more are faster
+    until the activations of all leave the cache or the memory. examples: one batch for every seed, tensors with the
+    seeds along their first dimension, each handed to `loss`; None for a loss of no arguments. Raises CannotBatch when
+    the loss cannot run so, Unseen when it never used one of the parameters.
     """
-    found: list[tuple[float, float]] = []
-    for start in range(0, len(seeds), QUERIES_AT_ONCE):
-        found += _losses_of_group(loss, parameters, seeds[start : start + QUERIES_AT_ONCE], epsilon, copies_per_pass)
-    return found
-
-
-def _losses_of_group(
-    loss: Callable[[], Tensor], parameters: dict[str, Tensor], seeds: Sequence[int], epsilon: float, copies: int
-) -> list[tuple[float, float]]:
-    factors = [_factors_of(name, parameter, seeds) for name, parameter in parameters.items()]
-    ids = [id(parameter) for parameter in parameters.values()]
-    some = next(iter(parameters.values()))
-    scales = torch.tensor([epsilon, -epsilon], dtype=some.dtype, device=some.device)
-    seen: set[int] = set()
-
-    def one(scale: Tensor, drawn: list[Factors]) -> Tensor:
-        with Perturbation(dict(zip(ids, drawn, strict=True)), scale, seen):
-            return loss().float()
-
-    values: list[Tensor] = []
-    queries = max(1, copies // 2)
-    for start in range(0, len(seeds), queries):
-        drawn = [tuple(f[start : start + queries].repeat_interleave(2, 0) for f in pair) for pair in factors]
-        count = len(drawn[0][0]) // 2
-        values.append(torch.vmap(one)(scales.repeat(count), drawn))
-    _check_seen(parameters, seen)
-    pairs: list[list[float]] = torch.cat(values).view(-1, 2).tolist()
-    return [(plus, minus) for plus, minus in pairs]
-
-
-def _factors_of(name: str, parameter: Tensor, seeds: Sequence[int]) -> Factors:
-    shape = tuple(parameter.shape)
-    drawn = rank1_factors(seeds, name, shape) if len(shape) > 1 else (signs(seeds, tensor_id(name), 0, prod(shape)),)
-    return tuple(torch.from_numpy(factor).to(parameter) for factor in drawn)
-
-
-def _check_seen(parameters: dict[str, Tensor], seen: set[int]) -> None:
+    pairs = [(query, step) for query in range(len(seeds)) for step in steps]
+    found, seen = [], set[int]()
+    drawn: list[Factors] = []
+    first = last = 0
+    for start in range(0, len(pairs), copies_per_pass):
+        some = pairs[start : start + copies_per_pass]
+        if some[-1][0] >= last:  # draw on from the first query of this pass
+            first, last = some[0][0], max(some[0][0] + QUERIES_AT_ONCE, some[-1][0] + 1)
+            drawn = [_factors(kind, seeds[first:last], name, p, sizes) for name, p in parameters.items()]
+        queries = torch.tensor([query for query, _ in some])
+        scale = torch.tensor(
+            [[step * directions.unit(kind)] * directions.terms(kind) for _, step in some], dtype=torch.float64
+        )
+        batch = (
+            None if examples is None else each_tensor(examples, lambda tensor, at=queries: tensor[at.to(tensor.device)])
+        )
+        found.append(_one_pass(loss, parameters, drawn, queries - first, scale, seen, batch))
     unseen = [name for name, parameter in parameters.items() if id(parameter) not in seen]
     if unseen:
-        raise UserError(
-            f"the loss never used the trainable parameters {', '.join(unseen[:3])}: set scope to leave them out"
-        )
+        raise Unseen(unseen)
+    return torch.cat(found).view(len(seeds), len(steps)).cpu()
+
+
+def _one_pass(
+    loss: Loss,
+    parameters: Mapping[str, Tensor],
+    drawn: list[Factors],
+    queries: Tensor,
+    scale: Tensor,
+    seen: set[int],
+    batch: Any,
+) -> Tensor:
+    """One loss for each of `queries` and rows of `scale`, all in one pass."""
+    ids = [id(parameter) for parameter in parameters.values()]
+    like = next(iter(parameters.values()))
+    chosen = [tuple(factor[queries].to(like) for factor in pair) for pair in drawn]
+
+    def one(scale: Tensor, factors: list[Factors], batch: Any) -> Tensor:
+        with Perturbation(dict(zip(ids, factors, strict=True)), scale, seen):
+            value = loss() if batch is None else loss(batch)
+        if not isinstance(value, Tensor):
+            raise CannotBatch(f"it gives a {type(value).__name__}, not a tensor")
+        return value.to(torch.promote_types(value.dtype, torch.float32)).reshape(())
+
+    try:
+        return torch.vmap(one, in_dims=(0, 0, _dimensions(batch)))(scale.to(like), chosen, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        RuntimeError
+    ) as error:  # vmap's word for what it cannot do; a fault of the loss itself shows again without it
+        raise CannotBatch(str(error).strip().splitlines()[0]) from error
+
+
+def along(
+    loss: Loss,
+    parameters: Mapping[str, Tensor],
+    kind: directions.Kind,
+    seeds: Sequence[int],
+    coefficients: Tensor,
+    sizes: Mapping[str, float] | None = None,
+) -> Tensor:
+    """loss(w + sum over k of coefficient_k * z_k), which can be differentiated by the coefficients (K,).
+
+    Neither weights nor gradients of their size are written; the derivative at zero coefficients is the exact slope
+    along each direction. kind: rankR.
+    """
+    like = next(iter(parameters.values()))
+    scale = coefficients.repeat_interleave(directions.terms(kind)) * directions.unit(kind)
+    factors = {
+        id(p): tuple(part.flatten(0, 1).to(like) for part in _factors(kind, seeds, name, p, sizes))
+        for name, p in parameters.items()
+    }
+    with Perturbation(factors, scale.to(like), set()):
+        return loss()
+
+
+def _factors(
+    kind: directions.Kind, seeds: Sequence[int], name: str, parameter: Tensor, sizes: Mapping[str, float] | None
+) -> Factors:
+    """Factors of each seed's direction of one parameter, the last one times the parameter's size."""
+    *rest, last = directions.factors(kind, seeds, name, tuple(parameter.shape))
+    size = (sizes or {}).get(name, 1.0)
+    return (*rest, last if size == 1.0 else last * size)
+
+
+def _dimensions(value: Any) -> Any:
+    """vmap's in_dims for examples: the first dimension of every tensor, none of anything else."""
+    if isinstance(value, Mapping):
+        return {key: _dimensions(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_dimensions(item) for item in value)
+    return 0 if isinstance(value, Tensor) else None
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: each_tensor(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(each_tensor(item, change) for item in value)
+    return change(value) if isinstance(value, Tensor) else value

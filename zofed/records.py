@@ -9,12 +9,15 @@ from typing import ClassVar
 from zofed import directions
 
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -1000, 1000  # beyond, 2^exponent would leave float64's normal numbers
+SPREAD_DECAY = 0.9
 COEFFICIENT_BITS = 30  # |coefficient| < 2^30: with fewer than 2^21 directions every exact sum stays below 2^53
 
 
 @dataclass(frozen=True, slots=True)
 class Seeded:
     """One zeroth-order step: gradient estimate = 2^exponent / divisor * sum of coefficient * direction.
+
+    divisor: how many queries the sum is a mean of, times the spread of the slopes for a normalised step.
 
     The directions' seeds are not stored but derived from (run seed, round, client, local step, query), in that order,
     for every client listed. `coefficients` holds clients x local_steps x queries integers below 2^30 in size.
@@ -27,7 +30,7 @@ class Seeded:
     queries: int
     coefficients: tuple[int, ...]
     exponent: int
-    divisor: int
+    divisor: float
     local_steps: int = 1
     privacy_spent: float = math.nan  # reserved: epsilon spent so far, NaN where no privacy is promised
 
@@ -38,6 +41,30 @@ class Seeded:
             for client in self.clients
             for seed in directions.direction_seeds(run_seed, self.round, client, self.queries, self.local_steps)
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Running root mean square of the slopes, rebuilt by replay: what a normalised step is divided by.
+
+    An exponential mean of each record's mean square, its present one included, corrected for its start at zero. A
+    single step's spread would be too noisy a divisor for few queries. After Zhang et al., "FZOO: fast zeroth-order
+    optimizer", 2025, which divides by the spread of the present step.
+    """
+
+    mean_square: float = 0.0
+    weight: float = 0.0
+
+    def after(self, coefficients: Sequence[int], exponent: int) -> "Spread":
+        """The spread once slopes coefficient * 2^exponent were measured; sums of integers, so the same everywhere."""
+        square = math.ldexp(sum(value * value for value in coefficients) / len(coefficients), 2 * exponent)
+        kept, new = SPREAD_DECAY, 1.0 - SPREAD_DECAY
+        return Spread(kept * self.mean_square + new * square, kept * self.weight + new)
+
+    @property
+    def value(self) -> float:
+        """The spread, 1 where there is none yet or every slope is zero."""
+        return math.sqrt(self.mean_square / self.weight) if self.mean_square > 0.0 else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +89,7 @@ class Skipped:
 Record = Seeded | Dense | Skipped
 
 _HEAD = struct.Struct("<BQ")  # kind, round
-_SEEDED = struct.Struct("<ddHHIhI")  # rate, privacy, clients, local steps, queries, exponent, divisor
+_SEEDED = struct.Struct("<ddHHIhd")  # rate, privacy, clients, local steps, queries, exponent, divisor
 _DENSE = struct.Struct("<d32s")
 
 
@@ -113,7 +140,7 @@ def decode(body: bytes) -> Record:
 
 def _decode_seeded(round_: int, rest: memoryview) -> Seeded:
     rate, privacy, count, local_steps, queries, exponent, divisor = _SEEDED.unpack_from(rest)
-    if divisor < 1 or not SMALLEST_EXPONENT <= exponent <= LARGEST_EXPONENT:
+    if not 0 < divisor < math.inf or not SMALLEST_EXPONENT <= exponent <= LARGEST_EXPONENT:
         raise ValueError(f"a record with divisor {divisor} and exponent {exponent} moves nothing")
     clients = struct.unpack_from(f"<{count}I", rest, _SEEDED.size)
     coefficients = struct.unpack(f"<{count * local_steps * queries}i", rest[_SEEDED.size + 4 * count :])

@@ -16,6 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from zofed import config, federation, messages
 from zofed.config import Settings
 from zofed.errors import UserError
+from zofed.estimators import forward_passes
 from zofed.federation import Answer, Plan
 from zofed.finish import finish, status_kept
 from zofed.journal import Journal, canonical
@@ -225,14 +226,14 @@ class Server:
             )
         record: Record = Skipped(round_)
         if len(good) >= need:
-            record = federation.merge(round_, self.settings.learning_rate, self.settings.queries, good)
+            record = federation.record_of(self.settings, self.worker, good)
         batch = self.settings.batch_size
         return Step(
             record=record,
             loss=sum(answer.loss for answer in good.values()) / len(good) if good else math.nan,
             epoch=round_ * batch * len(good) / max(1, sum(answer.examples for answer in good.values())),
             batch_size=batch * len(good),
-            forward_passes=2 * self.settings.queries * len(good),
+            forward_passes=forward_passes(self.settings.estimator, self.settings.queries) * len(good),
             bytes=self.traffic.up + self.traffic.down,
         )
 

@@ -15,6 +15,7 @@ from zofed import config, data, documents, metrics, models, tokenizers, worker
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
+from zofed.estimators import size_exponents
 from zofed.memory import keep_freed_memory
 from zofed.optimizers import Optimizer
 from zofed.worker import Worker
@@ -97,15 +98,24 @@ class Task:
     def worker(self) -> Worker:
         """A new replica at the base weights, on the run's device, with the genesis that pins it."""
         model = models.create_model(self.settings, self.tokenizer, self.labels)
+        settings = self.settings
+        names = models.trainable_names(model, settings.scope)
+        matrices = models.inner_matrices(model, names) if settings.optimizer == "mudamw" else []
+        optimizer = Optimizer(
+            settings.optimizer, settings.momentum, settings.weight_decay, settings.cautious, frozenset(matrices)
+        )
+        parameters = worker.named_parameters(model)
+        in_proportion = settings.mode == "zo" and settings.direction_sizes == "rms"
         genesis = worker.make_genesis(
             model,
-            models.describe(self.settings.model, model),
-            models.trainable_names(model, self.settings.scope),
-            seed=self.settings.seed,
-            kind=self.settings.directions,
-            optimizer=Optimizer(self.settings.optimizer, self.settings.momentum, self.settings.weight_decay),
+            models.describe(settings.model, model),
+            names,
+            seed=settings.seed,
+            kind=settings.directions,
+            optimizer=optimizer,
+            size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
         )
-        return Worker(nn.Module.to(model, device(self.settings)), genesis)
+        return Worker(nn.Module.to(model, device(settings)), genesis)
 
 
 def _check_labels(documents: list[Document], dataset: str) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -172,7 +172,7 @@ class Trainer:
             return
         worker = self.worker
         tensors = {f"weight/{name}": tensor for name, tensor in worker.parameters.items()}
-        tensors |= {f"optimizer/{key}": tensor for key, tensor in worker.optimizer.state_dict().items()}
+        tensors |= {f"state/{key}": tensor for key, tensor in worker.state_dict().items()}
         facts = {"round": round_, "head": worker.head.hex()}
         self.folder.save_checkpoint(f"step-{round_:08d}", tensors, facts)
 
@@ -190,7 +190,7 @@ def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest:
         tensors, facts = found
         worker.load(
             {key.removeprefix("weight/"): tensor for key, tensor in tensors.items() if key.startswith("weight/")},
-            {key.removeprefix("optimizer/"): tensor for key, tensor in tensors.items() if key.startswith("optimizer/")},
+            {key.removeprefix("state/"): tensor for key, tensor in tensors.items() if key.startswith("state/")},
             round_=facts["round"],
             head=bytes.fromhex(facts["head"]),
         )
@@ -207,8 +207,15 @@ def diverged(round_: int, settings: Settings) -> UserError:
 
 def replay(worker: Worker, records: Iterable[Record]) -> None:
     """Move the worker through the records; a first-order one raises UserError, since its gradient is not kept."""
-    for record in records:
-        worker.apply(link(worker.head, record))
+
+    def linked() -> Iterator[Entry]:
+        head = worker.head
+        for record in records:
+            entry = link(head, record)
+            head = entry.chain
+            yield entry
+
+    worker.replay(linked())
 
 
 def with_random_slopes(records: Iterable[Record], run_seed: int) -> list[Record]:

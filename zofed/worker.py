@@ -1,20 +1,27 @@
 """A model that can be asked and moved: weights change by `apply` alone."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from math import ldexp, sqrt
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf, ldexp, prod, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zofed import directions, estimators, optimizers
+from zofed import directions, optimizers
 from zofed.errors import UserError
-from zofed.estimators import Estimate
+from zofed.estimators import Estimate, FiniteDifference, Points, check_used
 from zofed.journal import Entry, Genesis, genesis_chain, link
-from zofed.records import Dense, Seeded
+from zofed.perturbed import CannotBatch, Loss
+from zofed.records import Dense, Record, Seeded, Spread
 
+LARGEST_ROUNDING = 0.1  # share of a slope that the resolution of the losses may have
 PROBE_POSITIONS = 1024  # elements of each tensor that a probe reads
+BLOCK = 2**17  # entries of a tensor that move together: all their intermediate results stay in the cache
+DIRECTIONS_AT_ONCE = 1024  # of consecutive records that move a block one after the other while it is in the cache
+
+TRAINABLE_DTYPES = (torch.float32, torch.bfloat16)  # moved in float32: float64 would lose bits, float16 overflow
 
 Update = dict[str, Tensor]  # a first-order step's gradient, by parameter name
 
@@ -37,9 +44,21 @@ def make_genesis(
     seed: int,
     kind: directions.Kind,
     optimizer: optimizers.Optimizer,
+    size_exponents: Mapping[str, int] | None = None,
 ) -> Genesis:
-    """All that a replay depends on: the base weights, what trains, how seeds become directions, the optimizer."""
+    """All that a replay depends on: the base weights, what trains, how seeds become directions, the optimizer.
+
+    size_exponents: the power of two that multiplies each tensor's direction and step; 0 where absent. Raises UserError
+    for a trainable tensor of another type than float32 and bfloat16, the two whose steps are exact.
+    """
     parameters = named_parameters(model)
+    trainable = list(trainable)
+    for name in trainable:
+        if parameters[name].dtype not in TRAINABLE_DTYPES:
+            raise UserError(
+                f"parameter {name!r} is {str(parameters[name].dtype).removeprefix('torch.')}, but only float32 and "
+                "bfloat16 can be trained: set dtype to one of them, or set scope to leave it out"
+            )
     return {
         "generator": directions.GENERATOR,
         "seed": seed,
@@ -54,7 +73,10 @@ def make_genesis(
             "name": optimizer.name,
             "momentum": optimizer.momentum,
             "weight-decay": optimizer.weight_decay,
+            "cautious": optimizer.cautious,
+            "orthogonal": sorted(optimizer.orthogonal),
         },
+        "size-exponents": {name: exponent for name, exponent in (size_exponents or {}).items() if exponent},
     }
 
 
@@ -79,13 +101,56 @@ class Worker:
         for name, parameter in everything.items():
             parameter.requires_grad_(name in self.parameters)
         rule = genesis["optimizer"]
-        self.optimizer = optimizers.Optimizer(rule["name"], rule["momentum"], rule["weight-decay"])
+        self.optimizer = optimizers.Optimizer(
+            rule["name"], rule["momentum"], rule["weight-decay"], rule["cautious"], frozenset(rule["orthogonal"])
+        )
+        self.sizes = {name: 2.0**exponent for name, exponent in genesis["size-exponents"].items()}
+        self.spread = Spread()
         self.round = 0
         self.head = genesis_chain(genesis)
+        self._batches, self._warned = directions.terms(genesis["directions"]) > 0, False
+        self._checked = False  # that the loss uses every parameter; a batched pass finds out by itself
 
-    def ask(self, loss: Callable[[], Tensor], seeds: list[int], epsilon: float, copies_per_pass: int) -> Estimate:
-        """Slopes of `loss` along the seeds' directions; the weights are afterwards what they were, bit for bit."""
-        return estimators.two_point(loss, self.parameters, self.genesis["directions"], seeds, epsilon, copies_per_pass)
+    def ask(
+        self,
+        loss: Loss,
+        seeds: Sequence[int],
+        epsilon: float,
+        copies_per_pass: int,
+        points: Points = "two-point",
+        examples: Any = None,
+    ) -> Estimate:
+        """Slopes of `loss` along the seeds' directions; the weights are afterwards what they were, bit for bit.
+
+        examples: one batch for every seed, handed to `loss`; None: all share the batch that `loss` holds. A loss that
+        cannot run for many copies at once is measured one direction after the other, which is said once.
+        """
+        how = FiniteDifference(self.genesis["directions"], epsilon, points, copies_per_pass, self.sizes)
+        if self._batches:
+            try:
+                return self._guarded(how.slopes(loss, self.parameters, seeds, examples), epsilon)
+            except CannotBatch as reason:
+                self._batches = False
+                warnings.warn(
+                    f"the loss cannot run for many perturbed copies at once ({reason}): each direction is written into "
+                    "the weights instead, which takes longer and the memory of a second copy of what trains",
+                    stacklevel=2,
+                )
+        if not self._checked:
+            check_used(loss, self.parameters, examples)
+            self._checked = True
+        return self._guarded(how.slopes(loss, self.parameters, seeds, examples, batched=False), epsilon)
+
+    def _guarded(self, estimate: Estimate, epsilon: float) -> Estimate:
+        """The estimate; a word, once, when the losses' own resolution drowns the slopes."""
+        if LARGEST_ROUNDING < estimate.rounding < inf and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"with epsilon = {epsilon:g} the losses differ by little more than their own rounding, about "
+                f"{estimate.rounding:.0%} of a slope: set epsilon to {epsilon * estimate.rounding / 0.01:.0e} or so",
+                stacklevel=3,
+            )
+        return estimate
 
     def gradient(self, loss: Callable[[], Tensor]) -> tuple[Update, float]:
         """Gradient of `loss` by backpropagation, and the loss."""
@@ -97,59 +162,121 @@ class Worker:
         }
         return update, float(value.detach())
 
-    @torch.no_grad()
     def apply(self, entry: Entry, update: Update | None = None) -> float:
-        """Move the weights as the entry's record says; the only place where weights change.
+        """Move the weights as the entry's record says.
 
         update: the gradient a dense record stands for; seeded records need none. Returns the Euclidean norm of the
-        gradient estimate. Raises UserError for a dense record without its update.
+        gradient estimate. Raises UserError for a dense record without its update, or one of another history.
         """
-        record = entry.record
-        if entry.chain != link(self.head, record).chain:
-            raise UserError(f"the record of round {record.round} does not follow the history these weights come from")
-        if isinstance(record, Dense) and update is None:
-            raise UserError(
-                f"round {record.round} is a first-order step, its gradient is not kept: it needs a checkpoint "
-                "behind it to replay from, and there is none"
-            )
-        squares = 0.0
-        if isinstance(record, Seeded | Dense):
-            self.optimizer.begin_step()
-            seeds = record.seeds(self.genesis["seed"]) if isinstance(record, Seeded) else []
-            for name, parameter in self.parameters.items():
-                if isinstance(record, Seeded):
-                    gradient = self._estimate(record, seeds, name, parameter)
-                else:
-                    assert update is not None
-                    gradient = update[name].to(torch.float32)
-                squares += float(torch.linalg.vector_norm(gradient)) ** 2
-                moved = self.optimizer.move(name, parameter.to(torch.float32), gradient, record.rate)
-                parameter.copy_(self._rounded(moved, name, parameter.dtype, record.round))
-        self.round, self.head = record.round, entry.chain
-        return sqrt(squares)
+        return self._move([entry], update)[0]
 
-    def _estimate(self, record: Seeded, seeds: list[int], name: str, parameter: Tensor) -> Tensor:
-        """The record's gradient estimate of one tensor: an exact integer sum, one multiplication, one rounding."""
-        total = directions.weighted_sum(
-            self.genesis["directions"], seeds, record.coefficients, name, tuple(parameter.shape)
-        )
-        scale = ldexp(1.0 / record.divisor, record.exponent)
-        return total.mul_(scale).to(torch.float32).to(parameter.device)
+    def replay(self, entries: Iterable[Entry]) -> None:
+        """Apply entries one after the other, to the same bits as `apply` does, streaming many through each block.
 
-    def _rounded(self, moved: Tensor, name: str, dtype: torch.dtype, round_: int) -> Tensor:
+        Raises UserError for a dense record.
+        """
+        group: list[Entry] = []
+        count = 0
+        for entry in entries:
+            size = len(entry.record.coefficients) if isinstance(entry.record, Seeded) else 1
+            if group and count + size > DIRECTIONS_AT_ONCE:
+                self._move(group)
+                group, count = [], 0
+            group.append(entry)
+            count += size
+        if group:
+            self._move(group)
+
+    @torch.no_grad()
+    def _move(self, entries: Sequence[Entry], update: Update | None = None) -> list[float]:
+        """Move the weights through consecutive entries; the only place where weights change. Returns their norms."""
+        self._check_follow(entries, update)
+        moving = [entry.record for entry in entries if isinstance(entry.record, Seeded | Dense)]
+        steps = [(record, self.optimizer.begin_step()) for record in moving]
+        squares = [0.0] * len(steps)
+        seeds = [record.seeds(self.genesis["seed"]) if isinstance(record, Seeded) else [] for record in moving]
+        for name, parameter in self.parameters.items():
+            whole = parameter.detach() if parameter.dim() else parameter.detach().unsqueeze(0)
+            estimates = [
+                self._estimate(record, own, name, parameter, update) for record, own in zip(moving, seeds, strict=True)
+            ]
+            moments = self.optimizer.moments(name, whole)
+            columns = prod(whole.shape[1:])
+            at_once = len(whole) if self.optimizer.needs_whole(name) else max(1, BLOCK // max(1, columns))
+            for start in range(0, len(whole), at_once):
+                some = slice(start, min(start + at_once, len(whole)))
+                weight = whole[some].to(torch.float32)
+                state = {moment: tensor[some] for moment, tensor in moments.items()}
+                for index, ((record, corrections), estimate) in enumerate(zip(steps, estimates, strict=True)):
+                    gradient = estimate(some.start, some.stop).view(weight.shape)
+                    flat = gradient.flatten()
+                    squares[index] += float(torch.dot(flat, flat))
+                    size = self.sizes.get(name, 1.0) if isinstance(record, Seeded) else 1.0
+                    moved = self.optimizer.move(name, weight, gradient, state, record.rate, corrections, size)
+                    weight = self._rounded(moved, name, parameter.dtype, record.round, some.start * columns)
+                whole[some] = weight.to(parameter.dtype)
+        for record in moving:
+            if isinstance(record, Seeded):
+                self.spread = self.spread.after(record.coefficients, record.exponent)
+        self.round, self.head = entries[-1].record.round, entries[-1].chain
+        norms = iter(squares)
+        return [sqrt(next(norms)) if isinstance(entry.record, Seeded | Dense) else 0.0 for entry in entries]
+
+    def _check_follow(self, entries: Sequence[Entry], update: Update | None) -> None:
+        head = self.head
+        for entry in entries:
+            record = entry.record
+            if entry.chain != link(head, record).chain:
+                raise UserError(
+                    f"the record of round {record.round} does not follow the history these weights come from"
+                )
+            if isinstance(record, Dense) and update is None:
+                raise UserError(
+                    f"round {record.round} is a first-order step, its gradient is not kept: it needs a checkpoint "
+                    "behind it to replay from, and there is none"
+                )
+            head = entry.chain
+
+    def _estimate(
+        self, record: Record, seeds: list[int], name: str, parameter: Tensor, update: Update | None
+    ) -> Callable[[int, int], Tensor]:
+        """The record's gradient estimate of some rows of one tensor, float32.
+
+        Of a seeded record: an exact sum, one multiplication, one rounding.
+        """
+        if isinstance(record, Seeded):
+            kind = self.genesis["directions"]
+            shape = tuple(parameter.shape)
+            total = directions.WeightedSum(kind, seeds, record.coefficients, name, shape, parameter.device)
+            scale = ldexp(directions.unit(kind) / record.divisor, record.exponent)
+            return lambda start, stop: total.rows(start, stop).mul_(scale).to(torch.float32).to(parameter.device)
+        assert update is not None
+        gradient = update[name] if parameter.dim() else update[name].unsqueeze(0)
+        return lambda start, stop: gradient[start:stop].to(torch.float32)
+
+    def _rounded(self, moved: Tensor, name: str, dtype: torch.dtype, round_: int, start: int) -> Tensor:
+        """float32 values that the weights' dtype holds; start: how many entries of the tensor come before these."""
         if dtype != torch.bfloat16:
             return moved
         seed = directions.derive_seed("zofed-rounding", self.genesis["seed"], round_)
-        return optimizers.stochastic_round(moved, directions.random_bits(seed, name, moved.shape).to(moved.device))
+        bits = directions.random_bits(seed, name, moved.shape, start).to(moved.device)
+        return optimizers.stochastic_round(moved, bits).to(torch.float32)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the weights: the optimizer's state, and the spread of the slopes."""
+        spread = torch.tensor([self.spread.mean_square, self.spread.weight], dtype=torch.float64)
+        return self.optimizer.state_dict() | {"spread": spread}
 
     @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], *, round_: int, head: bytes) -> None:
-        """Take over a checkpoint: the state that applying all entries up to `head` gives."""
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], *, round_: int, head: bytes) -> None:
+        """Take over a checkpoint, weights and `state_dict`: what applying all entries up to `head` gives."""
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
+        state = dict(state)
+        self.spread = Spread(*state.pop("spread").tolist())
         device = next(iter(self.parameters.values())).device
         self.optimizer.load_state_dict(
-            {key: value if key == "corrections" else value.to(device) for key, value in optimizer.items()}
+            {key: value if key == "powers" else value.to(device) for key, value in state.items()}
         )
         self.round, self.head = round_, head
 

@@ -1,0 +1,63 @@
+"""Measurements of zofed. Each prints a table; results worth keeping stand in benchmarks/RESULTS.md."""
+
+import argparse
+import sys
+
+import torch
+
+from benchmarks import common, gpu, memory, query, replay
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    kinds = parser.add_subparsers(dest="what", required=True)
+    for name, text in (("query", query.__doc__), ("scopes", query.report_scopes.__doc__), ("replay", replay.__doc__)):
+        one = kinds.add_parser(name, help=text)
+        one.add_argument("--size", choices=common.SIZES, default="124M")
+        one.add_argument("--threads", type=int, default=2)
+        one.add_argument("--pairs", type=int, default=5)
+        one.add_argument("--shape", nargs=2, type=int, metavar=("EXAMPLES", "TOKENS"), help="one shape only")
+    one = kinds.add_parser("memory", help=memory.__doc__)
+    one.add_argument("--size", choices=common.SIZES, default="124M")
+    one.add_argument("--shape", nargs=2, type=int, default=(8, 128), metavar=("EXAMPLES", "TOKENS"))
+    one.add_argument("--copies", type=int, default=4)
+    one = kinds.add_parser("memory-of", help="one row of `memory`, in this process")
+    one.add_argument("row", nargs=5, metavar=("WAY", "SIZE", "EXAMPLES", "TOKENS", "COPIES"))
+    one = kinds.add_parser("gpu", help=gpu.__doc__)
+    one.add_argument("--device", default="cuda")
+    one.add_argument("--size", choices=common.SIZES, default="124M")
+    given = parser.parse_args()
+    if given.what == "memory-of":
+        way, size, examples, tokens, copies = given.row
+        print(memory.measure(way, size, (int(examples), int(tokens)), int(copies)))
+        return
+    if given.what == "gpu":
+        if given.device.startswith("cuda") and not torch.cuda.is_available():
+            sys.exit(
+                "torch sees no CUDA device here: run this on a machine with a GPU, or exercise it with --device cpu"
+            )
+        print(torch.cuda.get_device_name() if given.device.startswith("cuda") else common.machine())
+        sys.exit(0 if gpu.report(given.device, given.size) else 1)
+    if given.what != "memory":
+        torch.set_num_threads(given.threads)
+    print(common.machine(), flush=True)
+    if given.what == "query":
+        print(
+            "| model | batch | queries | copies | step / 2 forwards | step / chunked | MeZO / 2 forwards | MeZO / step |"
+        )
+        print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
+        for shape in [tuple(given.shape)] if given.shape else query.SHAPES:
+            query.report(given.size, shape, given.threads, given.pairs)  # type: ignore[arg-type]
+    elif given.what == "scopes":
+        print("| model | batch | scope and kind | query / 2 forwards |\n| --- | --- | --- | --- |", flush=True)
+        query.report_scopes(given.size, tuple(given.shape or (2, 128)), given.threads, given.pairs)  # type: ignore[arg-type]
+    elif given.what == "replay":
+        print("| model | records x directions | directions a second | over torch.randn |\n| --- | --- | --- | --- |")
+        replay.report(given.size, given.threads, given.pairs)
+    else:
+        print("| model | batch | way | MiB | over inference |\n| --- | --- | --- | --- | --- |", flush=True)
+        memory.report(given.size, tuple(given.shape), given.copies)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

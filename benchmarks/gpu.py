@@ -1,0 +1,111 @@
+"""Everything that must hold on a GPU, checked with one command; until it has run there, nothing is promised there."""
+
+import copy
+import itertools
+
+import torch
+
+from benchmarks import common, query
+from zofed.journal import link
+from zofed.models import inner_matrices
+from zofed.optimizers import Optimizer
+from zofed.records import Seeded
+from zofed.worker import Worker, weights_digest
+
+KINDS = ("rank1", "rank4", "rademacher", "gaussian")
+OPTIMIZERS = ("sgd", "momentum", "adamw", "mudamw")
+
+
+def report(device: str, size: str) -> bool:
+    """Run all checks on `device` against the CPU; prints one line each, returns whether all held."""
+    results = [
+        *(replay_is_equal(device, kind, rule, dtype) for kind, rule, dtype in itertools.product(
+            KINDS, OPTIMIZERS, (torch.float32, torch.bfloat16)
+        )),
+        *(asking_restores(device, kind) for kind in KINDS),
+        slopes_agree(device),
+    ]  # fmt: skip
+    for what, holds in results:
+        print(f"{'well ' if holds else 'WRONG'}  {what}", flush=True)
+    cost(device, size)
+    return all(holds for _, holds in results)
+
+
+def replay_is_equal(device: str, kind: str, rule: str, dtype: torch.dtype) -> tuple[str, bool]:
+    """The same records replayed on the CPU and on the device: one SHA-256?"""
+    digests = []
+    for where in ("cpu", device):
+        worker = _worker(where, kind, rule, dtype)
+        for round_ in range(1, 6):
+            coefficients = tuple((-1) ** k * (2**29 // (k + round_)) for k in range(6))
+            worker.apply(link(worker.head, Seeded(round_, 3e-3, (0,), 6, coefficients, -29, 6.0)))
+        digests.append(worker.digest())
+    return f"replay on cpu == {device}: {kind}, {rule}, {dtype}", digests[0] == digests[1]
+
+
+def asking_restores(device: str, kind: str) -> tuple[str, bool]:
+    """Slopes leave every bit of the weights."""
+    worker = _worker(device, kind, "sgd", torch.float32)
+    before = weights_digest(worker.model)
+    worker.ask(common.loss_of(worker.model, common.batch_of((2, 32), device)), [1, 2, 3], 1e-3, 4)
+    return f"asking leaves the weights: {kind}", weights_digest(worker.model) == before
+
+
+def slopes_agree(device: str) -> tuple[str, bool]:
+    """Slopes are inputs and may differ between devices, but only by rounding."""
+    found = []
+    for where in ("cpu", device):
+        worker = _worker(where, "rank1", "sgd", torch.float32)
+        loss = common.loss_of(worker.model, common.batch_of((2, 32), where))
+        found.append(torch.tensor(worker.ask(loss, list(range(8)), 1e-3, 8).slopes))
+    error = float((found[0] - found[1]).norm() / found[0].norm())
+    return f"slopes on cpu and {device} differ by {error:.1e}", error < 0.02  # TF32 would show here
+
+
+def cost(device: str, size: str) -> None:
+    """Print time and memory of a step over two plain forward passes, at several copies a pass."""
+    model = common.plain_gpt2(size, device)
+    ids = common.batch_of((8, 128), device)
+    forward = common.loss_of(model, ids)
+    worker = common.worker_of(common.fused(copy.deepcopy(model)))
+    loss = common.loss_of(worker.model, ids)
+
+    @torch.inference_mode()
+    def unit() -> None:
+        for _ in range(4):
+            forward()
+
+    base = _peak(unit)
+    for copies in (1, 2, 8, 16):
+        run = lambda copies=copies: query.step(worker, loss, 8, copies)  # noqa: E731
+        found = common.ratios({"step": run}, unit, 5)["step"]
+        memory = f"{_peak(run) / base:.2f}" if base else "not measured"
+        print(
+            f"{size} 8x128, {copies} copies: query / 2 forwards {common.median([r / 4 for r in found])}, memory {memory}"
+        )
+    mezo = common.ratios({"mezo": lambda: common.mezo_query(model, forward, 1, 1e-3, 1e-9)}, unit, 5)["mezo"]
+    print(f"{size} 8x128, MeZO: query / 2 forwards {common.median([2 * r for r in mezo])}")
+
+
+def _worker(device: str, kind: str, rule: str, dtype: torch.dtype) -> Worker:
+    model = common.fused(common.plain_gpt2("20M")).to(dtype)
+    names = ("transformer.wte.weight", "transformer.h.0.", "transformer.ln_f.")
+    model.requires_grad_(False)
+    matrices = inner_matrices(model, [name for name, _ in model.named_parameters()]) if rule == "mudamw" else []
+    optimizer = Optimizer(
+        "sgd" if rule == "momentum" else rule,  # type: ignore[arg-type]
+        0.9 if rule == "momentum" else 0.0,
+        0.01,
+        orthogonal=frozenset(matrices),
+    )
+    scope = "|".join(name.replace(".", r"\.") for name in names)
+    return common.worker_of(model.to(device), kind, scope, optimizer)  # type: ignore[arg-type]
+
+
+def _peak(run: object) -> int:
+    """Most bytes allocated on the GPU while `run` worked; 0 where there is none."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    run()  # type: ignore[operator]
+    return torch.cuda.max_memory_allocated()

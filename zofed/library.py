@@ -1,0 +1,134 @@
+"""Zeroth-order training of any torch module, a few lines in a script of your own.
+
+zo = ZerothOrder(model, seed=1, queries=16, journal="run.zofed")
+for x, y in batches:
+    record = zo.ask(lambda: loss_function(model(x), y), rate=0.01)   # forward passes only; the weights stay
+    zo.apply(record)                                                 # the weights move
+replay(same_model_before_training, "run.zofed")                      # the same weights, bit for bit, anywhere
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zofed.directions import KIND_PATTERN, direction_seeds
+from zofed.errors import UserError
+from zofed.estimators import Estimate, Points, degrees_of_freedom, size_exponents
+from zofed.journal import Entry, Journal, link, read
+from zofed.optimizers import Optimizer
+from zofed.perturbed import Loss
+from zofed.records import Seeded, to_integers
+from zofed.worker import Worker, make_genesis, named_parameters
+
+
+class ZerothOrder:
+    """A module that is asked for slopes and moved by records.
+
+    model: any module with float32 or bfloat16 parameters, on any device. seed: names every direction of the run.
+    trainable: names of the parameters that train; all by default. directions: `rank1` or `rankR` (batched, fast),
+    `rademacher` or `gaussian` (written into the weights). queries: directions a step. epsilon: step per coordinate.
+    points: `two-point` or `one-sided`. normalise: divide steps by the running spread of the slopes. in_proportion:
+    directions and steps of each tensor in proportion to its weights. optimizer: the rule for the moves.
+    copies_per_pass: perturbed copies in one forward pass. journal: a file to write every record to before it is
+    applied; where it exists already, its records are replayed first and the run goes on from there. description:
+    anything JSON can hold, kept in the journal.
+
+    Raises UserError for settings out of their limits, or a journal of another run.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        seed: int,
+        trainable: Iterable[str] | None = None,
+        directions: str = "rank1",
+        queries: int = 16,
+        epsilon: float = 3e-4,
+        points: Points = "two-point",
+        normalise: bool = True,
+        in_proportion: bool = False,
+        optimizer: Optimizer | None = None,
+        copies_per_pass: int = 8,
+        journal: str | Path | None = None,
+        description: Mapping[str, Any] | None = None,
+    ) -> None:
+        parameters = named_parameters(model)
+        names = list(parameters if trainable is None else trainable)
+        for wrong in (name for name in names if name not in parameters):
+            raise UserError(f"the module has no parameter {wrong!r}: known are {', '.join(list(parameters)[:5])}, ...")
+        if not re.fullmatch(KIND_PATTERN, directions):
+            raise UserError(f"directions = {directions!r}: use rank1, rank2, ... rank99, rademacher or gaussian")
+        if queries < 1 or not epsilon > 0 or copies_per_pass < 1:
+            raise UserError(
+                f"queries = {queries}, epsilon = {epsilon:g}, copies_per_pass = {copies_per_pass}: all must be above 0"
+            )
+        exponents = size_exponents({name: parameters[name] for name in names}) if in_proportion else None
+        genesis = make_genesis(
+            model,
+            dict(description or {}),
+            names,
+            seed=seed,
+            kind=directions,
+            optimizer=optimizer or Optimizer("sgd"),
+            size_exponents=exponents,
+        )
+        self.worker = Worker(model, genesis)
+        self.queries, self.epsilon, self.normalise = queries, epsilon, normalise
+        self.points: Points = points
+        self.copies_per_pass = copies_per_pass
+        self.journal = self._opened(Path(journal)) if journal is not None else None
+        self.estimate: Estimate | None = None
+
+    def _opened(self, path: Path) -> Journal:
+        """The journal to write to, a new one or one whose records the weights were just moved through."""
+        if not path.exists():
+            return Journal.create(path, self.worker.genesis)
+        journal = Journal.open(path)
+        different = [key for key, value in self.worker.genesis.items() if journal.genesis.get(key) != value]
+        if different:
+            journal.close()
+            raise UserError(f"{path} began with another {', '.join(different)}: choose another file for this run")
+        self.worker.replay(journal.entries)
+        return journal
+
+    def ask(self, loss: Loss, rate: float, examples: Any = None) -> Seeded:
+        """The record of a step: slopes of `loss` along the next directions, and the rate to move by. Nothing moves.
+
+        loss: a scalar of the model's forward pass, differentiable or not. examples: a batch for each query (tensors
+        with the queries along their first dimension), handed to `loss`; by default all share the batch that `loss`
+        holds. `estimate` then tells the mean loss, the slopes and the passes. Raises ValueError for a loss that is not
+        finite.
+        """
+        worker = self.worker
+        seeds = direction_seeds(worker.genesis["seed"], worker.round + 1, 0, self.queries)
+        estimate = worker.ask(loss, seeds, self.epsilon, self.copies_per_pass, self.points, examples)
+        coefficients, exponent = to_integers(estimate.slopes)
+        divisor = float(degrees_of_freedom(self.points, self.queries))
+        if self.normalise:
+            divisor *= worker.spread.after(coefficients, exponent).value
+        self.estimate = estimate
+        return Seeded(worker.round + 1, rate, (0,), self.queries, coefficients, exponent, divisor)
+
+    def apply(self, record: Seeded) -> float:
+        """Write the record to the journal, then move the weights by it. Returns the norm of the gradient estimate."""
+        entry: Entry = self.journal.append(record) if self.journal else link(self.worker.head, record)
+        return self.worker.apply(entry)
+
+    def digest(self) -> str:
+        """SHA-256 of all weights, hex: what two replicas compare."""
+        return self.worker.digest()
+
+
+def replay(model: nn.Module, journal: str | Path) -> str:
+    """Move a module at the journal's initial weights through all its records; returns the SHA-256 of the weights.
+
+    Raises UserError when the weights are not those the journal starts from, or the file is damaged.
+    """
+    contents = read(Path(journal))
+    worker = Worker(model, contents.genesis)
+    worker.replay(contents.entries)
+    return worker.digest()
