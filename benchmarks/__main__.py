@@ -43,7 +43,7 @@ def main() -> None:
     print(common.machine(), flush=True)
     if given.what == "query":
         print(
-            "| model | batch | queries | copies | step / 2 forwards | step / chunked | MeZO / 2 forwards | MeZO / step |"
+            "| model | batch | queries | copies | step / 2 forwards | step / chunked | MeZO / 2 forwards | MeZO/step |"
         )
         print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
         for shape in [tuple(given.shape)] if given.shape else query.SHAPES:

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from zofed import models
 from zofed.optimizers import Optimizer
-from zofed.worker import Worker, make_genesis, named_parameters
+from zofed.worker import Worker, make_genesis
 
 SIZES = {"20M": {"n_embd": 256, "n_layer": 6, "n_head": 4}, "124M": {}}
 Loss = Callable[[], Tensor]
@@ -21,9 +21,10 @@ Loss = Callable[[], Tensor]
 def plain_gpt2(size: str, device: str = "cpu") -> GPT2LMHeadModel:
     """GPT-2 as Hugging Face builds it, random weights (the same for every call), in evaluation mode."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**SIZES[size], loss_type="ForCausalLM"))
+    model = GPT2LMHeadModel(GPT2Config(**SIZES[size]))
     model.config.use_cache = False
-    return nn.Module.to(model, device).eval()
+    nn.Module.to(model, device)
+    return model.eval()
 
 
 def worker_of(model: nn.Module, kind: str = "rank1", scope: str = "full", optimizer: Optimizer | None = None) -> Worker:
@@ -32,9 +33,9 @@ def worker_of(model: nn.Module, kind: str = "rank1", scope: str = "full", optimi
     return Worker(model, make_genesis(model, {}, names, seed=1, kind=kind, optimizer=optimizer or Optimizer("sgd")))
 
 
-def fused(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+def fused(model: GPT2LMHeadModel) -> nn.Module:
     """The model as `zofed.models` hands it out: float32, the activation in one pass."""
-    return models._ready(model, "float32")  # type: ignore[return-value]
+    return models._ready(model, "float32")
 
 
 def batch_of(shape: tuple[int, int], device: str = "cpu") -> Tensor:
@@ -103,4 +104,4 @@ def machine() -> str:
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}, Python {platform.python_version()}, torch {torch.__version__}"
+    return f"{name}, threads: {threads}, Python {platform.python_version()}, torch {torch.__version__}"

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 WAYS = ("inference", "one copy", "two copies", "many copies", "MeZO", "backpropagation, AdamW")
 
@@ -45,11 +46,13 @@ def measure(way: str, size: str, shape: tuple[int, int], copies: int) -> int:
     return status("VmHWM") - before
 
 
-def _smallest():  # noqa: ANN202
-    from benchmarks import common
+def _smallest() -> tuple[Any, Any]:
+    """A worker and its loss, as small as they come."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1, loss_type="ForCausalLM")).eval()
+    from benchmarks import common
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)).eval()
     return common.worker_of(model), common.loss_of(model, common.batch_of((1, 4)) % 64)
 
 

@@ -1,5 +1,8 @@
 """What a zeroth-order query costs, everything included, in units of two plain Hugging Face forward passes."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from benchmarks import common
@@ -91,7 +94,7 @@ def report_scopes(size: str, shape: tuple[int, int], threads: int, pairs: int) -
     ):
         model = common.fused(common.plain_gpt2(size))
         worker, loss = common.worker_of(model, kind, scope), common.loss_of(model, ids)
-        run = {what: lambda worker=worker, loss=loss, asked=asked: step(worker, loss, asked, copies)}
+        run: dict[str, Callable[[], object]] = {what: partial(step, worker, loss, asked, copies)}
         found = common.ratios(run, unit, pairs)[what]
         print(
             f"| {size} | {shape[0]}x{shape[1]} | {what} | {common.median([2 * r / asked for r in found])} |", flush=True

@@ -15,8 +15,8 @@ def history(worker: Worker, records: int, queries: int) -> list[Entry]:
     """Entries that follow the worker's head, with coefficients of full size."""
     entries, head = [], worker.head
     for index in range(records):
-        coefficients = tuple((-1) ** k * (2**29 + 12345 * k + index) for k in range(queries))
-        entries.append(link(head, Seeded(worker.round + 1 + index, 1e-9, (0,), queries, coefficients, -29, queries)))
+        coefficients = tuple((-1) ** k * (2**17 + 123 * k + index) for k in range(queries))
+        entries.append(link(head, Seeded(worker.round + 1 + index, 1e-9, (0,), queries, coefficients, -17, queries)))
         head = entries[-1].chain
     return entries
 

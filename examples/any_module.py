@@ -22,7 +22,12 @@ def net() -> nn.Module:
     """The same untrained net at every call."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 8, 3, padding=1), nn.GELU(), nn.MaxPool2d(2), nn.Flatten(), nn.LayerNorm(8 * 36), nn.Linear(8 * 36, 3)
+        nn.Conv2d(1, 8, 3, padding=1),
+        nn.GELU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.LayerNorm(8 * 36),
+        nn.Linear(8 * 36, 3),
     )
 
 
@@ -59,7 +64,8 @@ def main() -> None:
 
     print(f"after {STEPS} steps of forward passes: accuracy {accuracy(model):.3f}")
     print(f"the journal holds all of it in {journal.stat().st_size:,} bytes")
-    print(f"replayed on an untrained copy: {'the same weights' if zofed.replay(net(), journal) == zo.digest() else 'WRONG'}")
+    same = zofed.replay(net(), journal) == zo.digest()
+    print(f"replayed on an untrained copy: {'the same weights, bit for bit' if same else 'OTHER WEIGHTS'}")
 
 
 if __name__ == "__main__":

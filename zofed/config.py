@@ -48,15 +48,15 @@ class Settings(BaseModel):
         "equal", description="rms: each tensor's directions and steps in proportion to its weights at the start (zo)"
     )
     estimator: Literal["two-point", "one-sided"] = Field(
-        "two-point", description="two-point: 2 passes a query; one-sided: 1 each and 1 for all, slopes centred (zo)"
+        "one-sided", description="one-sided: a pass a query and 1 for all, slopes centred; two-point: 2 a query (zo)"
     )
-    normalise: bool = Field(False, description="divide each step by the running spread of the slopes (zo)")
-    queries: int = Field(16, ge=1, le=16384, description="directions measured per step and client (zo)")
+    normalise: bool = Field(True, description="divide each step by the running spread of the slopes (zo)")
+    queries: int = Field(32, ge=1, le=16384, description="directions measured per step and client (zo)")
     epsilon: float = Field(3e-4, ge=1e-6, le=1, description="step per coordinate of the finite difference (zo)")
     optimizer: Literal["sgd", "adamw", "mudamw"] = Field(
         "sgd", description="rule that turns a gradient estimate into a step; mudamw orthogonalises AdamW's"
     )
-    learning_rate: float = Field(0.03, gt=0, description="step size of the optimizer")
+    learning_rate: float = Field(0.01, gt=0, description="step size of the optimizer")
     momentum: float = Field(0.0, ge=0, lt=1, description="heavy-ball momentum of sgd")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="decoupled weight decay")
     cautious: bool = Field(False, description="mudamw leaves out entries whose step points up the present gradient")

@@ -16,8 +16,9 @@ Layout, fixed by the journal's format:
 import hashlib
 import statistics
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from math import prod, sqrt
 
 import numpy as np
@@ -31,6 +32,11 @@ GENERATOR = "philox4x32-10/1"  # part of every journal's genesis: another stream
 
 Kind = str  # rank1, rank2, ... (sums of so many outer products), rademacher or gaussian
 KIND_PATTERN = r"rank[1-9][0-9]?|rademacher|gaussian"
+
+Factors = tuple[Tensor, ...]  # of one tensor's directions: (a, b) of a matrix, (z,) of a vector
+DRAWN_TOGETHER = 2**22  # entries; one run of the generator costs as much as 10,000 of them
+
+LARGEST_COEFFICIENT = 2**24  # float32 holds every integer up to here
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -111,37 +117,82 @@ def unit(kind: Kind) -> float:
     return 1.0 / sqrt(terms(kind) or 1)
 
 
+def _words_at(counter: Sequence[NDArray[np.uint64]], seeds: Sequence[int]) -> NDArray[np.uint32]:
+    """Words of each seed's stream at the given counters (blocks,): uint32 (seeds, 4 * blocks), little endian."""
+    key = np.asarray(seeds, dtype=np.uint64)[:, None]
+    words = philox([part[None, :] for part in counter], (key & _LOW, key >> _SHIFT))
+    return np.stack(words, axis=-1).astype("<u4").reshape(len(seeds), -1)
+
+
 def _words(seeds: Sequence[int], tensor: int, component: int, count: int, start: int = 0) -> NDArray[np.uint32]:
     """Words start .. start + count of each seed's stream for one tensor and component: uint32 (seeds, count)."""
-    key = np.asarray(seeds, dtype=np.uint64)[:, None]
-    skipped = start % 4
-    blocks = np.arange(start // 4, -(-(start + count) // 4), dtype=np.uint64)[None, :]
-    fixed = (np.uint64(component), np.uint64(tensor & 0xFFFFFFFF), np.uint64(tensor >> 32))
-    words = philox((blocks, *(np.full_like(blocks, word) for word in fixed)), (key & _LOW, key >> _SHIFT))
-    return np.stack(words, axis=-1).astype("<u4").reshape(len(seeds), -1)[:, skipped : skipped + count]
+    blocks = np.arange(start // 4, -(-(start + count) // 4), dtype=np.uint64)
+    fixed = (np.full_like(blocks, word) for word in (component, tensor & 0xFFFFFFFF, tensor >> 32))
+    return _words_at((blocks, *fixed), seeds)[:, start % 4 : start % 4 + count]
+
+
+def _signs_of(words: NDArray[np.uint32]) -> Tensor:
+    """Every bit of the words as +1 or -1: int8 (seeds, 32 * words)."""
+    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little")
+    return torch.from_numpy(bits).view(torch.int8).mul_(2).sub_(1)
 
 
 def signs(seeds: Sequence[int], tensor: int, component: int, count: int, start: int = 0) -> NDArray[np.int8]:
     """Entries start .. start + count of each seed's stream as +1 or -1: int8 (seeds, count)."""
     skipped = start % 32
     words = np.ascontiguousarray(_words(seeds, tensor, component, -(-(skipped + count) // 32), start // 32))
-    bits = np.unpackbits(words.view(np.uint8), axis=1, count=skipped + count, bitorder="little")[:, skipped:]
-    return (bits << 1).view(np.int8) - np.int8(1)
+    return _signs_of(words).numpy()[:, skipped : skipped + count]
 
 
-def factors(kind: Kind, seeds: Sequence[int], name: str, shape: Sequence[int]) -> tuple[Tensor, ...]:
-    """What a rankR direction of one tensor is made of, for each seed: int8 tensors on the CPU.
+def draw(kind: Kind, seeds: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Factors]]:
+    """What the rankR directions of each named tensor are made of, for each seed: int8 tensors on the CPU.
 
     For a matrix a (seeds, R, rows) and b (seeds, R, columns) with z = sum over R of outer(a, b); for a vector
     z (seeds, R, entries), to be summed over R. A tensor of more than two dimensions counts as a matrix of its first
-    dimension by all others.
+    dimension by all others. The generator runs once for as many tensors as `DRAWN_TOGETHER` entries hold.
     """
-    tensor, count = tensor_id(name), terms(kind)
-    sizes = (shape[0], prod(shape[1:])) if len(shape) > 1 else (prod(shape),)
-    return tuple(
-        torch.from_numpy(np.stack([signs(seeds, tensor, 2 * term + side, size) for term in range(count)], axis=1))
-        for side, size in enumerate(sizes)
+    waiting: list[tuple[str, list[tuple[int, int, int]]]] = []
+    entries = 0
+    for name, shape in shapes.items():
+        sizes = (shape[0], prod(shape[1:])) if len(shape) > 1 else (prod(shape),)
+        tensor = tensor_id(name)
+        streams = [(tensor, 2 * j + side, size) for side, size in enumerate(sizes) for j in range(terms(kind))]
+        waiting.append((name, streams))
+        entries += len(seeds) * sum(size for *_, size in streams)
+        if entries > DRAWN_TOGETHER:
+            yield from _drawn(kind, seeds, waiting)
+            waiting, entries = [], 0
+    if waiting:
+        yield from _drawn(kind, seeds, waiting)
+
+
+def _drawn(
+    kind: Kind, seeds: Sequence[int], waiting: Sequence[tuple[str, list[tuple[int, int, int]]]]
+) -> Iterator[tuple[str, Factors]]:
+    """The factors of several tensors from one run of the generator over all their streams."""
+    streams = [stream for _, own in waiting for stream in own]
+    blocks = [-(-size // 128) for *_, size in streams]
+    index = np.concatenate([np.arange(count, dtype=np.uint64) for count in blocks])
+    component, low, high = (
+        np.repeat(np.array(values, dtype=np.uint64), blocks)
+        for values in zip(*((part, tensor & 0xFFFFFFFF, tensor >> 32) for tensor, part, _ in streams), strict=True)
     )
+    entries = _signs_of(_words_at((index, component, low, high), seeds))
+    start = 0
+    found: list[Tensor] = []
+    for (*_, size), count in zip(streams, blocks, strict=True):
+        found.append(entries[:, start : start + size])
+        start += 128 * count
+    rest = iter(found)
+    for name, own in waiting:
+        parts = [next(rest) for _ in own]
+        sides = len(own) // terms(kind)
+        yield name, tuple(torch.stack(parts[side * terms(kind) : (side + 1) * terms(kind)], 1) for side in range(sides))
+
+
+def factors(kind: Kind, seeds: Sequence[int], name: str, shape: Sequence[int]) -> Factors:
+    """`draw` for one tensor."""
+    return next(draw(kind, seeds, {name: shape}))[1]
 
 
 def _dense(kind: Kind, seed: int, tensor: int, count: int, start: int) -> NDArray[np.int8] | NDArray[np.int32]:
@@ -173,10 +224,11 @@ def direction(kind: Kind, seed: int, name: str, shape: Sequence[int], rows: slic
 class WeightedSum:
     """Sum of coefficient * direction over the seeds of one record for one tensor, a block of rows at a time.
 
-    For kinds of +-1 entries every partial sum is an integer below 2^53 (coefficients are int32, and there are fewer
-    than 2^21 terms), so the result is exact in float64 whatever the order of summation, the BLAS or the thread count.
-    For `gaussian` the upper and lower halves of the coefficients are summed apart, each exactly, and added once.
-    Low-rank kinds take one matrix product a block. device: where to compute; one without float64 gets it from the CPU.
+    The sum is an exact integer, whatever the order of summation, the BLAS, the thread count or the device, rounded
+    once to float32. Entries of +-1 are summed in float32 as long as the coefficients' absolute values add to at most
+    2^24, and such partial sums in float64. Gaussian entries have 19 bits and are summed in float64. Low-rank kinds take
+    one matrix product for each partial sum. device: where to compute; one without float64 gets it from the CPU. drawn:
+    what `draw` gave for this tensor, where it was called before. Raises ValueError for a coefficient above 2^24.
     """
 
     def __init__(
@@ -187,41 +239,55 @@ class WeightedSum:
         name: str,
         shape: Sequence[int],
         device: torch.device | str = "cpu",
+        drawn: Factors | None = None,
     ) -> None:
-        self.kind, self.seeds, self.name = kind, seeds, name
+        self.kind, self.seeds, self.coefficients = kind, seeds, coefficients
         self.columns = prod(shape[1:])
         self.tensor = tensor_id(name)
         self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
-        weights = torch.tensor(coefficients, dtype=torch.int64)
-        if terms(kind):
-            first, *second = (part.flatten(0, 1).to(self.device) for part in factors(kind, seeds, name, shape))
-            self.left = first  # int8 (seeds * R, rows): widened block by block
-            self.right = second[0].to(torch.float64) if second else torch.ones(len(first), 1, dtype=torch.float64)
-            self.right = self.right.to(self.device)
-            self.right *= weights.to(self.right).repeat_interleave(terms(kind))[:, None]
-        else:
-            self.weights: list[int] = weights.tolist()
+        count = terms(kind)
+        weights = [value for value in coefficients for _ in range(count or 1)]
+        self.parts = _exact_parts(weights)
+        if count:
+            left, *right = (part.flatten(0, 1).to(self.device) for part in drawn or factors(kind, seeds, name, shape))
+            self.left = left  # int8 (terms, rows): widened block by block
+            scaled = torch.tensor(weights, dtype=torch.float32, device=self.device)[:, None]
+            self.right = right[0] * scaled if right else scaled
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """float64 (stop - start, columns); a vector counts as rows of one entry."""
+        """float32 (stop - start, columns); a vector counts as rows of one entry."""
         if terms(self.kind):
-            return self.left[:, start:stop].to(torch.float64).T @ self.right
-        shift = 2**15 if self.kind == "gaussian" else 1
-        total, high = torch.zeros((2, stop - start, self.columns), dtype=torch.float64, device=self.device)
-        for seed, weight in zip(self.seeds, self.weights, strict=True):
+            left = self.left[:, start:stop].to(torch.float32).T
+            if len(self.parts) == 1:
+                return left @ self.right
+            total = torch.zeros(stop - start, self.columns, dtype=torch.float64, device=self.device)
+            for part in self.parts:
+                total += left[:, part] @ self.right[part]
+            return total.to(torch.float32)
+        total = torch.zeros(stop - start, self.columns, dtype=torch.float64, device=self.device)
+        for seed, weight in zip(self.seeds, self.coefficients, strict=True):
             entries = _dense(self.kind, seed, self.tensor, (stop - start) * self.columns, start * self.columns)
-            z = torch.from_numpy(entries).to(self.device, torch.float64).reshape(total.shape)
-            if shift > 1:
-                high.add_(z * (weight // shift))
-                weight %= shift
-            total.add_(z.mul_(weight))
-        return total.add_(high.mul_(shift)) if shift > 1 else total
+            total += torch.from_numpy(entries).to(self.device, torch.float64).reshape(total.shape).mul_(weight)
+        return total.to(torch.float32)
+
+
+def _exact_parts(coefficients: Sequence[int]) -> list[slice]:
+    """Runs of coefficients whose sums, with any signs, float32 holds exactly."""
+    starts, total = [0], 0
+    for index, value in enumerate(coefficients):
+        if abs(value) > LARGEST_COEFFICIENT:
+            raise ValueError(f"coefficient {value} is above 2^24: sums of it would not be exact")
+        total += abs(value)
+        if total > LARGEST_COEFFICIENT:
+            starts.append(index)
+            total = abs(value)
+    return [slice(start, stop) for start, stop in pairwise([*starts, len(coefficients)])]
 
 
 def weighted_sum(
     kind: Kind, seeds: Sequence[int], coefficients: Sequence[int], name: str, shape: Sequence[int]
 ) -> Tensor:
-    """All rows of `WeightedSum` at once: float64 on the CPU, of `shape`, in units of `unit(kind)`."""
+    """All rows of `WeightedSum` at once: float32 on the CPU, of `shape`, in units of `unit(kind)`."""
     rows = shape[0] if len(shape) else 1
     return WeightedSum(kind, seeds, coefficients, name, shape).rows(0, rows).reshape(tuple(shape))
 

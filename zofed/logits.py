@@ -84,7 +84,7 @@ class Logits:
         parts = index if isinstance(index, tuple) else (index,)
         is_plain = self._whole is None and all(isinstance(part, slice | int) or part is ... for part in parts)
         is_short = len(parts) < self.dim()  # an ellipsis may stand for no dimension: it counts as one here
-        if is_plain and (is_short and ... not in parts[:-1] or parts[-1] == slice(None)):
+        if is_plain and ((is_short and ... not in parts[:-1]) or parts[-1] == slice(None)):
             return self._with(self.hidden[index], self.left[index])
         return self.tensor()[index]
 

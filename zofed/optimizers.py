@@ -86,10 +86,11 @@ class Optimizer:
         rate: float,
         corrections: Corrections,
         size: float = 1.0,
-    ) -> Tensor:
-        """The weight after one step, as a new tensor; all tensors are float32 of one shape.
+    ) -> None:
+        """Move `weight` by one step, in place; all tensors are float32 of one shape.
 
-        moments: those of these entries; they are overwritten. size: what multiplies the step, not the decay.
+        moments: those of these entries; they are overwritten, and so is the gradient. size: what multiplies the step,
+        not the decay.
         """
         if self.name == "sgd":
             update = self._heavy_ball(gradient, moments["momentum"]) if self.momentum else gradient
@@ -97,8 +98,9 @@ class Optimizer:
             update = self._adam(gradient, moments, corrections)
         if self.name == "mudamw":
             update = self._mudamw(name, update, gradient)
-        decayed = weight * (1.0 - rate * self.weight_decay) if self.weight_decay else weight
-        return decayed - update * (rate * size)
+        if self.weight_decay:
+            weight.mul_(1.0 - rate * self.weight_decay)
+        weight.sub_(torch.mul(update, rate * size, out=gradient))
 
     def _heavy_ball(self, gradient: Tensor, velocity: Tensor) -> Tensor:
         return velocity.mul_(self.momentum).add_(gradient)

@@ -6,7 +6,7 @@ lies below the first perturbed parameter runs once for all of them. Nothing is w
 be restored and nothing drifts.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from zofed import directions
+from zofed.directions import Factors
 from zofed.errors import UserError
 from zofed.logits import DEFER_FROM, Logits, copies_first
 
@@ -23,7 +24,6 @@ QUERIES_AT_ONCE = 32  # directions whose factors are drawn together: bytes ~ que
 
 _METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size}
 
-Factors = tuple[Tensor, ...]  # of one parameter: a (r, rows) and b (r, columns) of a matrix, z (r, entries) of a vector
 Loss = Callable[..., Tensor]  # of no arguments, or of the examples of one query
 
 
@@ -276,7 +276,7 @@ def losses(
         some = pairs[start : start + copies_per_pass]
         if some[-1][0] >= last:  # draw on from the first query of this pass
             first, last = some[0][0], max(some[0][0] + QUERIES_AT_ONCE, some[-1][0] + 1)
-            drawn = [_factors(kind, seeds[first:last], name, p, sizes) for name, p in parameters.items()]
+            drawn = list(_factors(kind, seeds[first:last], parameters, sizes))
         queries = torch.tensor([query for query, _ in some])
         scale = torch.tensor(
             [[step * directions.unit(kind)] * directions.terms(kind) for _, step in some], dtype=torch.float64
@@ -338,20 +338,21 @@ def along(
     like = next(iter(parameters.values()))
     scale = coefficients.repeat_interleave(directions.terms(kind)) * directions.unit(kind)
     factors = {
-        id(p): tuple(part.flatten(0, 1).to(like) for part in _factors(kind, seeds, name, p, sizes))
-        for name, p in parameters.items()
+        id(parameter): tuple(part.flatten(0, 1).to(like) for part in parts)
+        for parameter, parts in zip(parameters.values(), _factors(kind, seeds, parameters, sizes), strict=True)
     }
     with Perturbation(factors, scale.to(like), set()):
         return loss()
 
 
 def _factors(
-    kind: directions.Kind, seeds: Sequence[int], name: str, parameter: Tensor, sizes: Mapping[str, float] | None
-) -> Factors:
-    """Factors of each seed's direction of one parameter, the last one times the parameter's size."""
-    *rest, last = directions.factors(kind, seeds, name, tuple(parameter.shape))
-    size = (sizes or {}).get(name, 1.0)
-    return (*rest, last if size == 1.0 else last * size)
+    kind: directions.Kind, seeds: Sequence[int], parameters: Mapping[str, Tensor], sizes: Mapping[str, float] | None
+) -> Iterator[Factors]:
+    """Factors of each seed's direction of each parameter, the last one times the parameter's size."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    for name, (*rest, last) in directions.draw(kind, seeds, shapes):
+        size = (sizes or {}).get(name, 1.0)
+        yield (*rest, last if size == 1.0 else last * size)
 
 
 def _dimensions(value: Any) -> Any:

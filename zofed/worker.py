@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf, ldexp, prod, sqrt
 from typing import Any
 
@@ -18,7 +18,7 @@ from zofed.records import Dense, Record, Seeded, Spread
 
 LARGEST_ROUNDING = 0.1  # share of a slope that the resolution of the losses may have
 PROBE_POSITIONS = 1024  # elements of each tensor that a probe reads
-BLOCK = 2**17  # entries of a tensor that move together: all their intermediate results stay in the cache
+BLOCK = 2**18  # entries of a tensor that move together: all their intermediate results stay in the cache
 DIRECTIONS_AT_ONCE = 1024  # of consecutive records that move a block one after the other while it is in the cache
 
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16)  # moved in float32: float64 would lose bits, float16 overflow
@@ -195,32 +195,50 @@ class Worker:
         steps = [(record, self.optimizer.begin_step()) for record in moving]
         squares = [0.0] * len(steps)
         seeds = [record.seeds(self.genesis["seed"]) if isinstance(record, Seeded) else [] for record in moving]
-        for name, parameter in self.parameters.items():
+        for (name, parameter), drawn in zip(self.parameters.items(), self._drawn(seeds), strict=True):
             whole = parameter.detach() if parameter.dim() else parameter.detach().unsqueeze(0)
             estimates = [
-                self._estimate(record, own, name, parameter, update) for record, own in zip(moving, seeds, strict=True)
+                self._estimate(record, own, name, parameter, update, parts)
+                for record, own, parts in zip(moving, seeds, drawn, strict=True)
             ]
             moments = self.optimizer.moments(name, whole)
             columns = prod(whole.shape[1:])
             at_once = len(whole) if self.optimizer.needs_whole(name) else max(1, BLOCK // max(1, columns))
+            size = self.sizes.get(name, 1.0)
             for start in range(0, len(whole), at_once):
                 some = slice(start, min(start + at_once, len(whole)))
-                weight = whole[some].to(torch.float32)
+                kept = whole[some]
+                weight = kept.to(torch.float32)  # float32 weights themselves, else a copy
                 state = {moment: tensor[some] for moment, tensor in moments.items()}
                 for index, ((record, corrections), estimate) in enumerate(zip(steps, estimates, strict=True)):
                     gradient = estimate(some.start, some.stop).view(weight.shape)
                     flat = gradient.flatten()
                     squares[index] += float(torch.dot(flat, flat))
-                    size = self.sizes.get(name, 1.0) if isinstance(record, Seeded) else 1.0
-                    moved = self.optimizer.move(name, weight, gradient, state, record.rate, corrections, size)
-                    weight = self._rounded(moved, name, parameter.dtype, record.round, some.start * columns)
-                whole[some] = weight.to(parameter.dtype)
+                    own = size if isinstance(record, Seeded) else 1.0
+                    self.optimizer.move(name, weight, gradient, state, record.rate, corrections, own)
+                    if kept.dtype != torch.float32:
+                        weight = self._rounded(weight, name, record.round, some.start * columns)
+                if kept.dtype != torch.float32:
+                    kept.copy_(weight)
         for record in moving:
             if isinstance(record, Seeded):
                 self.spread = self.spread.after(record.coefficients, record.exponent)
         self.round, self.head = entries[-1].record.round, entries[-1].chain
         norms = iter(squares)
         return [sqrt(next(norms)) if isinstance(entry.record, Seeded | Dense) else 0.0 for entry in entries]
+
+    def _drawn(self, seeds: Sequence[Sequence[int]]) -> Iterator[list[directions.Factors]]:
+        """For each parameter the factors of each record's directions, all drawn together; nothing for dense kinds."""
+        kind = self.genesis["directions"]
+        together = [seed for own in seeds for seed in own]
+        if not directions.terms(kind) or not together:
+            yield from ([()] * len(seeds) for _ in self.parameters)
+            return
+        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+        sizes = [len(own) for own in seeds]
+        for _, parts in directions.draw(kind, together, shapes):
+            split = [part.split(sizes) for part in parts]
+            yield [tuple(part[index] for part in split) for index in range(len(seeds))]
 
     def _check_follow(self, entries: Sequence[Entry], update: Update | None) -> None:
         head = self.head
@@ -238,26 +256,30 @@ class Worker:
             head = entry.chain
 
     def _estimate(
-        self, record: Record, seeds: list[int], name: str, parameter: Tensor, update: Update | None
+        self,
+        record: Record,
+        seeds: list[int],
+        name: str,
+        parameter: Tensor,
+        update: Update | None,
+        drawn: directions.Factors,
     ) -> Callable[[int, int], Tensor]:
-        """The record's gradient estimate of some rows of one tensor, float32.
+        """The record's gradient estimate of some rows of one tensor, a float32 tensor to keep.
 
-        Of a seeded record: an exact sum, one multiplication, one rounding.
+        Of a seeded record: an exact sum, rounded once, times one float32.
         """
         if isinstance(record, Seeded):
             kind = self.genesis["directions"]
             shape = tuple(parameter.shape)
-            total = directions.WeightedSum(kind, seeds, record.coefficients, name, shape, parameter.device)
+            total = directions.WeightedSum(kind, seeds, record.coefficients, name, shape, parameter.device, drawn)
             scale = ldexp(directions.unit(kind) / record.divisor, record.exponent)
-            return lambda start, stop: total.rows(start, stop).mul_(scale).to(torch.float32).to(parameter.device)
+            return lambda start, stop: total.rows(start, stop).mul_(scale).to(parameter.device)
         assert update is not None
         gradient = update[name] if parameter.dim() else update[name].unsqueeze(0)
-        return lambda start, stop: gradient[start:stop].to(torch.float32)
+        return lambda start, stop: gradient[start:stop].to(torch.float32, copy=True)
 
-    def _rounded(self, moved: Tensor, name: str, dtype: torch.dtype, round_: int, start: int) -> Tensor:
-        """float32 values that the weights' dtype holds; start: how many entries of the tensor come before these."""
-        if dtype != torch.bfloat16:
-            return moved
+    def _rounded(self, moved: Tensor, name: str, round_: int, start: int) -> Tensor:
+        """float32 values that bfloat16 holds; start: how many entries of the tensor come before these."""
         seed = directions.derive_seed("zofed-rounding", self.genesis["seed"], round_)
         bits = directions.random_bits(seed, name, moved.shape, start).to(moved.device)
         return optimizers.stochastic_round(moved, bits).to(torch.float32)
