@@ -148,7 +148,7 @@ def test_a_wrong_value_is_named_with_its_limit_and_default(
         ("learning_rate = 1", "'learning_rate'", "did you mean 'learning-rate'"),
         ("colour = 1", "'colour'", "known are"),
         ("queries = 'many'", "'many'", "valid integer"),
-        ("queries = true", "true and false are not allowed", "the default is 16"),
+        ("queries = true", "true and false are not allowed", "the default is 32"),
         ("queries = [1, 2]", "[1, 2]", "valid integer"),
         ("dataset = 3", "dataset = 3", "valid string"),
         ("seed = 1979-05-27", "1979", "valid integer"),

@@ -32,7 +32,7 @@ from zofed.worker import Worker, make_genesis
 
 GENESIS = {"seed": 5, "words": ["b", "a"]}
 RECORDS: tuple[Record, ...] = (
-    Seeded(1, 0.5, (0, 3), 2, (1, -(2**30) + 1, 0, 4), -20, 4, 1, 0.25),
+    Seeded(1, 0.5, (0, 3), 2, (1, -(2**18) + 1, 0, 4), -20, 4, 1, 0.25),
     Skipped(2),
     Dense(3, 0.1, bytes(range(32))),
     Seeded(4, 1e-3, (7,), 1, (12345, -6), 3, 0.1, 2, 0.5),
@@ -81,7 +81,7 @@ def seeded(draw: st.DrawFn) -> Seeded:
         draw(RATE),
         tuple(clients),
         queries,
-        tuple(draw(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=count, max_size=count))),
+        tuple(draw(st.lists(st.integers(-(2**24), 2**24), min_size=count, max_size=count))),
         draw(st.integers(records.SMALLEST_EXPONENT, records.LARGEST_EXPONENT)),
         draw(DIVISOR),
         local_steps,
@@ -159,6 +159,16 @@ def test_an_exponent_beyond_what_float64_holds_is_refused(exponent: int) -> None
         records.decode(records.encode(Seeded(1, 0.5, (0,), 1, (3,), exponent, 1.0)))
 
 
+@pytest.mark.parametrize("value", [2**24 + 1, -(2**24) - 1, -(2**31)])
+def test_a_coefficient_that_cannot_be_summed_exactly_is_neither_written_nor_read(value: int) -> None:
+    with pytest.raises(ValueError, match="coefficient above 16777216"):
+        records.encode(Seeded(1, 0.5, (0,), 2, (1, value), 0, 4.0))
+    good = records.encode(Seeded(1, 0.5, (0,), 2, (1, 2**24), 0, 4.0))
+    assert records.decode(good) == Seeded(1, 0.5, (0,), 2, (1, 2**24), 0, 4.0)
+    with pytest.raises(ValueError, match="coefficient above 16777216"):
+        records.decode(good[:-4] + struct.pack("<i", value))
+
+
 def test_a_record_that_could_not_be_read_back_is_not_written() -> None:
     with pytest.raises(ValueError, match="coefficient"):
         records.encode(Seeded(1, 0.5, (0, 1), 2, (1, 2, 3), 0, 4))
@@ -169,13 +179,13 @@ def test_a_record_that_could_not_be_read_back_is_not_written() -> None:
 def test_integers_lie_within_half_a_step_of_the_slopes(slopes: list[float]) -> None:
     integers, exponent = records.to_integers(slopes)
     largest = max((abs(Fraction(slope)) for slope in slopes), default=Fraction(0))
-    bound = max(largest / 2**30, Fraction(1, 2**1001))  # scales below 2^-1000 would be subnormal
+    bound = max(largest / 2**18, Fraction(1, 2**1001))  # scales below 2^-1000 would be subnormal
     assert len(integers) == len(slopes)
-    assert all(abs(integer) < 2**30 for integer in integers)
+    assert all(abs(integer) < 2**18 for integer in integers)
     for integer, slope in zip(integers, slopes, strict=True):
         assert abs(integer * Fraction(2) ** exponent - Fraction(slope)) <= bound
     if largest > Fraction(1, 2**960):
-        assert max(abs(integer) for integer in integers) >= 2**29
+        assert max(abs(integer) for integer in integers) >= 2**17
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -189,7 +199,7 @@ def test_all_slopes_zero_are_all_integers_zero() -> None:
     assert records.to_integers([])[0] == ()
 
 
-@given(st.lists(st.integers(-(2**30) + 1, 2**30 - 1), max_size=9), st.integers(-1000, 100), st.integers(0, 1100))
+@given(st.lists(st.integers(-(2**18) + 1, 2**18 - 1), max_size=9), st.integers(-1000, 100), st.integers(0, 1100))
 @settings(max_examples=200, deadline=None, database=None)
 def test_a_coarser_exponent_rounds_to_nearest_ties_upwards(integers: list[int], old: int, shift: int) -> None:
     exact = [Fraction(integer, 2**shift) for integer in integers]
@@ -199,7 +209,7 @@ def test_a_coarser_exponent_rounds_to_nearest_ties_upwards(integers: list[int], 
 # --- the spread of the slopes ---
 
 STEPS = st.lists(
-    st.tuples(st.lists(st.integers(-(2**30) + 1, 2**30 - 1), min_size=1, max_size=6), st.integers(-40, 10)),
+    st.tuples(st.lists(st.integers(-(2**18) + 1, 2**18 - 1), min_size=1, max_size=6), st.integers(-40, 10)),
     min_size=1,
     max_size=30,
 )
@@ -231,9 +241,9 @@ def test_the_first_spread_is_that_of_its_own_slopes() -> None:
 
 @pytest.mark.parametrize("exponent", [records.SMALLEST_EXPONENT, -540, -530, 400, 480])
 def test_spreads_of_every_size_are_positive_and_finite(exponent: int) -> None:
-    value = Spread().after((2**30 - 1, 1), exponent).value
+    value = Spread().after((2**18 - 1, 1), exponent).value
     assert 0.0 < value < math.inf
-    records.decode(records.encode(Seeded(1, 0.1, (0,), 2, (2**30 - 1, 1), exponent, 2 * value)))
+    records.decode(records.encode(Seeded(1, 0.1, (0,), 2, (2**18 - 1, 1), exponent, 2 * value)))
 
 
 # --- files ---
@@ -566,10 +576,10 @@ def test_appending_after_a_failure_cannot_ruin_the_journal(
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_RECORDS: tuple[Record, ...] = (
-    Seeded(1, 0.015625, (0, 5), 3, (2**30 - 1, -3, 70000, -123456789, 0, 1), -29, 6.0),
+    Seeded(1, 0.015625, (0, 5), 3, (2**18 - 1, -3, 70000, -123456, 0, 1), -17, 6.0),
     Skipped(2),
     Dense(3, 0.01, bytes(range(32))),
-    Seeded(4, 0.3, (5,), 2, (-(2**30) + 1, 99, 1, -1), -25, 4.0, local_steps=2, privacy_spent=1.5),
+    Seeded(4, 0.3, (5,), 2, (-(2**18) + 1, 99, 1, -1), -13, 4.0, local_steps=2, privacy_spent=1.5),
     Seeded(5, 0.01, (0, 1, 2), 1, (5, -6, 7), 0, 3.0),
     Seeded(6, 0.02, (0, 9), 2, (12345678, -3, 2**29, 77), -28, 2.718281828),
 )

@@ -57,8 +57,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16": BFLOAT16,
     "bfloat16 passes": {"forward_dtype": "bfloat16", "epsilon": 1e-2},
     "last block": {"scope": "last-1"},
-    "normalised": {"normalise": True},
-    "one-sided": {"estimator": "one-sided"},
+    "not normalised": {"normalise": False},
+    "two-point": {"estimator": "two-point"},
     "sizes": {"direction_sizes": "rms"},
     "all": BFLOAT16
     | {"normalise": True, "estimator": "one-sided", "direction_sizes": "rms", "directions": "rank4"}
@@ -134,7 +134,7 @@ def test_a_normalised_run_writes_the_spread_into_its_divisors(quick: Quick, tmp_
     assert len(set(divisors)) == 6
 
 
-@pytest.mark.parametrize("way", ["normalised", "all", "all dense"])
+@pytest.mark.parametrize("way", ["defaults", "all", "all dense"])
 def test_two_clients_of_a_changed_run_end_with_the_servers_weights(quick: Quick, tmp_path: Path, way: str) -> None:
     summary = federate(quick(**WAYS[way]), tmp_path / "run", clients=2)
     assert summary["client_digests"] == {"0": summary["digest"], "1": summary["digest"]}

@@ -105,6 +105,7 @@ def encode(record: Record) -> bytes:
                     f"{len(record.coefficients)} coefficients for {len(record.clients)} clients x {record.local_steps} "
                     f"local steps x {record.queries} queries"
                 )
+            _check_size(record.coefficients)
             fixed = _SEEDED.pack(
                 record.rate,
                 record.privacy_spent,
@@ -146,7 +147,13 @@ def _decode_seeded(round_: int, rest: memoryview) -> Seeded:
         raise ValueError(f"a record with divisor {divisor} and exponent {exponent} moves nothing")
     clients = struct.unpack_from(f"<{count}I", rest, _SEEDED.size)
     coefficients = struct.unpack(f"<{count * local_steps * queries}i", rest[_SEEDED.size + 4 * count :])
+    _check_size(coefficients)
     return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor, local_steps, privacy)
+
+
+def _check_size(coefficients: Sequence[int]) -> None:
+    if coefficients and max(map(abs, coefficients)) > directions.LARGEST_COEFFICIENT:
+        raise ValueError(f"a coefficient above {directions.LARGEST_COEFFICIENT} in size cannot be summed exactly")
 
 
 def to_integers(slopes: Sequence[float]) -> tuple[tuple[int, ...], int]:
