@@ -245,7 +245,7 @@ def test_the_record_of_a_round_follows_the_settings_and_the_worker(points: Point
         {"estimator": points, "normalise": normalise, "queries": 3, "learning-rate": 0.25, "quorum": 1}
     )
     worker = standing_at(3)
-    answers = {4: measured((9, -8, 7), -12), 1: measured((1, 2**29, 3), -29)}
+    answers = {4: measured((9, -8, 7), -12), 1: measured((1, 2**17, 3), -17)}
     record = record_of(chosen, worker, answers)
     assert (record.round, record.rate, record.queries, record.clients) == (4, 0.25, 3, (1, 4))
     assert record == merge(4, 0.25, 3, answers, points, worker.spread if normalise else None)
@@ -262,7 +262,7 @@ HISTORY: tuple[Record, ...] = (
     Seeded(1, 0.125, (0, 1), 1, (5, -3), -6, 2),
     Skipped(2),
     Seeded(3, 0.125, (1,), 2, (9, 8), -6, 2),
-    Seeded(4, 0.5, (0,), 2, (-1, 2**29), -30, 2),
+    Seeded(4, 0.5, (0,), 2, (-1, 2**17), -18, 2),
 )
 
 
@@ -326,7 +326,7 @@ def test_a_plan_brings_every_client_it_was_made_for_to_the_round(start: int) -> 
     plan = plan_for(chosen, goal, after, entries[start:], client=2, attempt=9)
     assert (plan.round, plan.attempt, plan.client, plan.head, plan.probe) == (5, 9, 2, goal.head, goal.probe())
     assert (plan.queries, plan.epsilon, plan.batch_size, plan.threads, plan.copies_per_pass) == (5, 0.5, 3, 2, 6)
-    assert (plan.points, plan.forward_dtype) == ("two-point", "weights")
+    assert (plan.points, plan.forward_dtype) == ("one-sided", "weights")
     second = plan_for(other, goal, after, entries[start:], client=2)
     assert (second.points, second.forward_dtype, second.attempt) == ("one-sided", "bfloat16", 0)
     assert len(plan.entries) == sum(len(entry.raw) for entry in entries[start:])

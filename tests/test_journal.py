@@ -164,7 +164,7 @@ def test_a_coefficient_that_cannot_be_summed_exactly_is_neither_written_nor_read
     with pytest.raises(ValueError, match="coefficient above 16777216"):
         records.encode(Seeded(1, 0.5, (0,), 2, (1, value), 0, 4.0))
     good = records.encode(Seeded(1, 0.5, (0,), 2, (1, 2**24), 0, 4.0))
-    assert records.decode(good) == Seeded(1, 0.5, (0,), 2, (1, 2**24), 0, 4.0)
+    assert records.encode(records.decode(good)) == good
     with pytest.raises(ValueError, match="coefficient above 16777216"):
         records.decode(good[:-4] + struct.pack("<i", value))
 
@@ -581,7 +581,7 @@ GOLDEN_RECORDS: tuple[Record, ...] = (
     Dense(3, 0.01, bytes(range(32))),
     Seeded(4, 0.3, (5,), 2, (-(2**18) + 1, 99, 1, -1), -13, 4.0, local_steps=2, privacy_spent=1.5),
     Seeded(5, 0.01, (0, 1, 2), 1, (5, -6, 7), 0, 3.0),
-    Seeded(6, 0.02, (0, 9), 2, (12345678, -3, 2**29, 77), -28, 2.718281828),
+    Seeded(6, 0.02, (0, 9), 2, (123456, -3, 2**17, 77), -16, 2.718281828),
 )
 SIZE_EXPONENTS = {"conv.weight": -2, "norm.bias": 1}
 GOLDEN_RUNS: dict[str, dict[str, Any]] = {
@@ -599,19 +599,19 @@ GOLDEN_RUNS: dict[str, dict[str, Any]] = {
 }
 GOLDEN_ENDS = {  # head of the chain, digest and probe of the replayed weights
     "journal-format2.zofed": (
-        "ffd35ed465f18ac477f33db92427f379",
-        "94e07566fc974971251fc8e94a6df06bdcff61ff4abbf68a70fde58a16286863",
-        "1ce7d52347a955b1",
+        "34fbceb3112f7cee88503fa2710644d3",
+        "a930def323ba76aab3968c29be523a6c4e93432d95a39c08bef6943d1a445270",
+        "900815cddb57e3dc",
     ),
     "journal-format2-mudamw.zofed": (
-        "48b5efefa963fd9b048b8015bc7847d7",
-        "9a07271b75dc7b607558bbbf181c3b97b180abe09efa1c7fd1f253ff190fb3ed",
-        "d921551752de0064",
+        "7fe93a0b5fbe45990bcb302d2615d697",
+        "0becd0560992547567c6b836da1b415a0f16edea411a3e72cfea68a9eda419d3",
+        "835c96d73b21e083",
     ),
     "journal-format2-gaussian.zofed": (
-        "45feddd7b265b227ea3aa6cde653ae1f",
-        "b0e25c21a11b74da35597c0c4d275dd046195c7cb8fdedccf33dbf98a36622ac",
-        "ccf3875649e99c82",
+        "81f8a8347c2bd4447ae6b14c85baf454",
+        "da90a8c2a68ef5a4d6162f6c62a01a3fe9db3c537dfc5c1b7eea916041bba56a",
+        "4bf33cc52d227201",
     ),
 }
 

@@ -397,8 +397,6 @@ OBJECTIVES: dict[str, Reshaping] = {
 }
 
 
-
-
 @pytest.mark.parametrize(
     ("name", "scope"),
     [

@@ -362,7 +362,7 @@ def quickstart(
     """Train with 4 simulated clients through `flwr run` on the text that ships with zofed, in minutes."""
     from zofed import launch
 
-    status = launch.quickstart(rounds, out, {"clients": 4, "controls": True, "device": "cpu", "learning-rate": 0.06})
+    status = launch.quickstart(rounds, out, {"clients": 4, "controls": True, "device": "cpu", "learning-rate": 0.05})
     if status == 0:
         folder = RunFolder.open(out)
         tell_end(folder, folder.summary())
