@@ -62,8 +62,8 @@ def bytes_by_copies(loss: Loss, parameters: Mapping[str, Tensor], kind: directio
         seeds = list(range(copies))
         return peak_bytes(lambda: perturbed.losses(loss, parameters, kind, seeds, (1e-3,), copies))
 
-    one, three = run(1), run(3)
-    return one, max(1, (three - one) // 2)
+    one, five = run(1), run(5)
+    return one, max(1, -(-(five - one) // 4))
 
 
 def copies_within(budget: int, one: int, further: int) -> int:

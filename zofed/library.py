@@ -48,7 +48,7 @@ class ZerothOrder:
         directions: str = "rank1",
         queries: int = 16,
         epsilon: float = 3e-4,
-        points: Points = "two-point",
+        points: Points = "one-sided",
         normalise: bool = True,
         in_proportion: bool = False,
         optimizer: Optimizer | None = None,
