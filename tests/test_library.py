@@ -82,7 +82,7 @@ def test_memory_grows_with_the_copies_as_told_and_a_budget_is_kept() -> None:
     def loss() -> Tensor:
         return F.cross_entropy(model(X), Y)
 
-    one, further = budget.bytes_by_copies(loss, parameters, "rank1")
+    one, _ = budget.bytes_by_copies(loss, parameters, "rank1")
     copies = budget.propose_copies(loss, parameters, "rank1", 10 * one)
     assert copies > 5
 
