@@ -35,7 +35,7 @@ def worker_of(model: nn.Module, kind: str = "rank1", scope: str = "full", optimi
 
 def fused(model: GPT2LMHeadModel) -> nn.Module:
     """The model as `zofed.models` hands it out: float32, the activation in one pass."""
-    return models._ready(model, "float32")
+    return models.ready(model, "float32")
 
 
 def batch_of(shape: tuple[int, int], device: str = "cpu") -> Tensor:

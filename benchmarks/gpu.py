@@ -88,7 +88,6 @@ def cost(device: str, size: str) -> None:
 def _worker(device: str, kind: str, rule: str, dtype: torch.dtype) -> Worker:
     model = torch.nn.Module.to(common.fused(common.plain_gpt2("20M")), dtype=dtype)
     names = ("transformer.wte.weight", "transformer.h.0.", "transformer.ln_f.")
-    model.requires_grad_(False)
     matrices = inner_matrices(model, [name for name, _ in model.named_parameters()]) if rule == "mudamw" else []
     optimizer = Optimizer(
         "sgd" if rule == "momentum" else rule,  # type: ignore[arg-type]

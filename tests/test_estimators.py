@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,14 +33,7 @@ from zofed.models import trainable_names
 from zofed.optimizers import Optimizer
 from zofed.worker import Worker, make_genesis, named_parameters
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The models here are far too small for two threads to help."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 KINDS: tuple[Kind, ...] = ("rank1", "rank4", "rademacher", "gaussian")
@@ -122,6 +115,12 @@ def gpt2_config(**more: Any) -> GPT2Config:
     return GPT2Config(**sizes)
 
 
+def llama_config(**more: Any) -> LlamaConfig:
+    sizes: dict[str, Any] = {"vocab_size": 53, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    return LlamaConfig(**sizes | {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2} | more)
+
+
 def gpt2() -> tuple[nn.Module, Loss]:
     return language_model(GPT2LMHeadModel(gpt2_config()), (3, 7))
 
@@ -135,18 +134,7 @@ def gpt2_classifier() -> tuple[nn.Module, Loss]:
 
 
 def llama() -> tuple[nn.Module, Loss]:
-    config = LlamaConfig(
-        vocab_size=53,
-        hidden_size=24,
-        intermediate_size=37,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = llama_config()
     return language_model(LlamaForCausalLM(config), (2, 9))
 
 

@@ -1,31 +1,25 @@
 """An output layer that is never held gives the loss of one that is, whatever a library does with its logits."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_estimators import MODELS, gpt2_config, ids_of, language_model, randomised, relative, trained
+from test_estimators import MODELS, gpt2_config, ids_of, language_model, llama_config, randomised, relative, trained
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from zofed import estimators, logits, metrics, perturbed
 from zofed.logits import DEFER_FROM, ENTRIES, ROWS, Logits
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH = 8
 VOCABULARIES = (DEFER_FROM - 1, DEFER_FROM, DEFER_FROM + 1, 3 * ENTRIES - 1, 3 * ENTRIES, 3 * ENTRIES + 17)
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7}  # one step of bfloat16's own grid
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 5) -> Tensor:
@@ -453,18 +447,7 @@ def large_gpt2() -> nn.Module:
 
 
 def large_llama() -> nn.Module:
-    config = LlamaConfig(
-        vocab_size=V,
-        hidden_size=24,
-        intermediate_size=37,
-        num_hidden_layers=1,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    config = llama_config(vocab_size=V, num_hidden_layers=1, max_position_embeddings=64)
     return language_model(LlamaForCausalLM(config), (1, 2))[0]
 
 

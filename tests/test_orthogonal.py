@@ -4,7 +4,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -18,18 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zofed import orthogonal
 from zofed.orthogonal import orthogonalised
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = [(1, 1), (1, 9), (9, 1), (8, 8), (5, 7), (13, 4), (24, 24), (12, 60)]
 H = 2.0**-orthogonal.GRID_BITS
 # What the proof in the module allows the absolute products of one entry to sum to: X X', A A and B X in turn.
 BOUNDS = (1.49, 2.22, 3.43)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

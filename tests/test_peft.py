@@ -1,13 +1,13 @@
 """Adapters of the peft library train like any other parameters, and nothing else of the model does."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_estimators import gpt2_config, ids_of, relative
+from test_estimators import gpt2_config, ids_of, llama_config, relative
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from zofed import directions, estimators, metrics, perturbed
 from zofed.journal import Genesis, genesis_chain, link
@@ -15,17 +15,10 @@ from zofed.optimizers import Optimizer
 from zofed.records import Seeded, to_integers
 from zofed.worker import Worker, make_genesis, named_parameters
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 peft: Any = pytest.importorskip("peft", reason="peft is not installed")
 
 SEEDS = [3, 1, 4, 15, 9]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def gpt2() -> PreTrainedModel:
@@ -33,20 +26,7 @@ def gpt2() -> PreTrainedModel:
 
 
 def llama() -> PreTrainedModel:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=53,
-            hidden_size=24,
-            intermediate_size=37,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            tie_word_embeddings=False,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-    )
+    return LlamaForCausalLM(llama_config())
 
 
 def lora(**more: Any) -> Any:

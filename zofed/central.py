@@ -14,7 +14,7 @@ from zofed.data import Examples
 from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
 from zofed.finish import finish, status_kept
-from zofed.journal import Journal
+from zofed.journal import Journal, differences
 from zofed.records import Dense
 from zofed.runs import Row, RunFolder
 from zofed.task import Task, prepare_process, with_absolute_paths
@@ -51,7 +51,7 @@ def resume(path: Path, show: Show) -> dict[str, Any]:
     before, now = folder.inputs(), task.inputs()
     with Journal.open(folder.journal) as journal:
         different = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-        different += [key for key in journal.genesis if worker.genesis.get(key) != journal.genesis[key]]
+        different += differences(journal.genesis, worker.genesis)
         if different:
             raise UserError(
                 f"{folder.path} began with another {', '.join(different)} than its settings give today: "

@@ -20,7 +20,7 @@ from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
 from zofed.federation import Answer, Plan
-from zofed.journal import genesis_chain
+from zofed.journal import differences, genesis_chain
 from zofed.messages import Final, Greeting, Introduction
 from zofed.task import Task, prepare_process, with_absolute_paths
 
@@ -84,7 +84,7 @@ def greet(greeting: Greeting, context: Context) -> Introduction:
         client, clients = _place(context)
         here = replica(context)
         theirs = json.loads(greeting.genesis)
-        if different := [key for key in theirs if here.worker.genesis.get(key) != theirs[key]]:
+        if different := differences(theirs, here.worker.genesis):
             raise UserError(
                 f"client {client} has another {' and '.join(different)} than the server: give both the same"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 from zofed import directions, estimators
 from zofed.errors import UserError
 from zofed.estimators import FiniteDifference, Points, root_mean_square
+from zofed.records import to_integers
 from zofed.worker import Worker
 
 EPSILONS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -64,13 +65,13 @@ def diagnose(
     noise = float(exact.var(0).mean())
     signal = max(0.0, float(exact.mean(0).var()) - noise / len(losses))
     first: list[float] = exact[0].tolist()
-    size = root_mean_square(first)
+    parameters = sum(parameter.numel() for parameter in worker.parameters.values())
     return Diagnosis(
-        parameters=sum(parameter.numel() for parameter in worker.parameters.values()),
-        slope=size,
+        parameters=parameters,
+        slope=root_mean_square(first),
         signal_to_noise=signal / noise if noise else math.inf,
         cosine=_cosine(worker, losses[0], seeds, first),
-        expected_cosine=math.sqrt(queries / sum(parameter.numel() for parameter in worker.parameters.values())),
+        expected_cosine=math.sqrt(queries / parameters),
         errors=tuple(
             _error(
                 worker, losses[0], seeds, first, FiniteDifference(kind, epsilon, points, copies_per_pass, worker.sizes)
@@ -92,17 +93,14 @@ def _error(
 
 @torch.no_grad()
 def _cosine(worker: Worker, loss: Callable[[], Tensor], seeds: Sequence[int], slopes: Sequence[float]) -> float:
-    """Cosine of sum over k of slope_k * direction_k with the gradient, both in the units of `sizes`."""
+    """Cosine of sum over k of slope_k * direction_k with the gradient; whatever multiplies all of a sum cancels."""
     with torch.enable_grad():
         gradient, _ = worker.gradient(loss)
     kind = worker.genesis["directions"]
     product = squares = lengths = 0.0
-    scale = 2.0**20 / max(map(abs, slopes), default=1.0) if any(slopes) else 1.0
-    coefficients = [round(slope * scale) for slope in slopes]
+    coefficients, _ = to_integers(slopes)
     for name, parameter in worker.parameters.items():
-        estimate = directions.weighted_sum(kind, seeds, coefficients, name, tuple(parameter.shape)) * directions.unit(
-            kind
-        )
+        estimate = directions.weighted_sum(kind, seeds, coefficients, name, tuple(parameter.shape))
         own = gradient[name].double().cpu() * worker.sizes.get(name, 1.0)
         product += float((estimate * own).sum())
         squares += float(estimate.square().sum())

@@ -2,8 +2,9 @@
 
 A direction z is a pure function of (seed, tensor, element). Its bits come from the counter-based generator
 Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011), computed in
-integers, and its entries are +1 or -1, so no rounding, no device and no thread count can change it. The global
-random state of Python, numpy or torch is never read or written.
+integers, and its entries are integers too (+1 and -1, small sums of them, or a fixed table of normal quantiles), so no
+rounding, no device and no thread count can change it. The global random state of Python, numpy or torch is never read
+or written.
 
 Layout, fixed by the journal's format:
     key      the direction's 64-bit seed, low word first

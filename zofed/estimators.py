@@ -70,23 +70,18 @@ class FiniteDifference:
             found = materialised_losses(loss, parameters, self.kind, seeds, steps, self.sizes, examples)
         resolution = torch.finfo(found.dtype).eps * float(found.abs().mean())
         values: list[list[float]] = found.to(torch.float64).tolist()
+        passes = forward_passes(self.points, len(seeds)) if examples is None else 2 * len(seeds)
         if self.points == "two-point":
-            slopes = [(plus - minus) / (2 * self.epsilon) for plus, minus in values]
-            mean, passes, step = (
-                math.fsum(map(math.fsum, values)) / (2 * len(values)),
-                2 * len(values),
-                2 * self.epsilon,
-            )
+            step = 2 * self.epsilon
+            slopes = [(plus - minus) / step for plus, minus in values]
+            mean = math.fsum(map(math.fsum, values)) / (2 * len(values))
         else:
+            step = self.epsilon
             base = [float(value) for value in _base_losses(loss, len(seeds), examples)]
-            slopes = [(plus[0] - at) / self.epsilon for plus, at in zip(values, base, strict=True)]
+            slopes = [(plus[0] - at) / step for plus, at in zip(values, base, strict=True)]
             middle = math.fsum(slopes) / len(slopes)
             slopes = [slope - middle for slope in slopes] if len(slopes) > 1 else slopes
-            mean, passes, step = (
-                math.fsum(base) / len(base),
-                len(values) + (1 if examples is None else len(base)),
-                self.epsilon,
-            )
+            mean = math.fsum(base) / len(base)
         size = root_mean_square(slopes)
         rounding = resolution / (step * size) if size else math.inf
         return Estimate(tuple(slopes), mean, passes, rounding)

@@ -13,7 +13,7 @@ from typing import Literal
 from zofed import data, directions, journal, metrics, records
 from zofed.config import Settings
 from zofed.data import Examples
-from zofed.estimators import Points, degrees_of_freedom
+from zofed.estimators import Estimate, Points, degrees_of_freedom
 from zofed.journal import Entry
 from zofed.records import Dense, Seeded, Spread
 from zofed.worker import Worker
@@ -84,6 +84,12 @@ class Measured:
     loss: float
     forward_passes: int
 
+    @classmethod
+    def of(cls, estimate: Estimate) -> "Measured":
+        """The estimate with its slopes as integers. Raises ValueError when one is not finite."""
+        coefficients, exponent = records.to_integers(estimate.slopes)
+        return cls(coefficients, exponent, estimate.loss, estimate.forward_passes)
+
 
 def measure(worker: Worker, examples: Examples, plan: Plan) -> Measured:
     """Ask the worker about one batch along one client's directions of a round.
@@ -100,8 +106,7 @@ def measure(worker: Worker, examples: Examples, plan: Plan) -> Measured:
         plan.copies_per_pass,
         "one-sided" if plan.points == "one-sided" else "two-point",
     )
-    coefficients, exponent = records.to_integers(estimate.slopes)
-    return Measured(coefficients, exponent, estimate.loss, estimate.forward_passes)
+    return Measured.of(estimate)
 
 
 def merge(

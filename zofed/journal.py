@@ -70,6 +70,11 @@ def canonical(genesis: Genesis) -> bytes:
     return json.dumps(genesis, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
+def differences(genesis: Genesis, other: Genesis) -> list[str]:
+    """What one genesis pins and another does not pin alike, by key."""
+    return [key for key, value in genesis.items() if other.get(key) != value]
+
+
 def genesis_chain(genesis: Genesis) -> bytes:
     """Chain before the first entry: what names a history from its start (16 bytes)."""
     return hashlib.blake2b(canonical(genesis), digest_size=CHAIN_BYTES).digest()

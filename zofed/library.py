@@ -16,11 +16,12 @@ from torch import nn
 
 from zofed.directions import KIND_PATTERN, direction_seeds
 from zofed.errors import UserError
-from zofed.estimators import Estimate, Points, degrees_of_freedom, size_exponents
-from zofed.journal import Entry, Journal, link, read
+from zofed.estimators import Estimate, Points, size_exponents
+from zofed.federation import Measured, merge
+from zofed.journal import Journal, differences, link, read
 from zofed.optimizers import Optimizer
 from zofed.perturbed import Loss
-from zofed.records import Seeded, to_integers
+from zofed.records import Seeded
 from zofed.worker import Worker, make_genesis, named_parameters
 
 
@@ -58,8 +59,9 @@ class ZerothOrder:
     ) -> None:
         parameters = named_parameters(model)
         names = list(parameters if trainable is None else trainable)
-        for wrong in (name for name in names if name not in parameters):
-            raise UserError(f"the module has no parameter {wrong!r}: known are {', '.join(list(parameters)[:5])}, ...")
+        if wrong := [name for name in names if name not in parameters]:
+            known = ", ".join(list(parameters)[:5])
+            raise UserError(f"the module has no parameter {wrong[0]!r}: known are {known}, ...")
         if not re.fullmatch(KIND_PATTERN, directions):
             raise UserError(f"directions = {directions!r}: use rank1, rank2, ... rank99, rademacher or gaussian")
         if queries < 1 or not epsilon > 0 or copies_per_pass < 1:
@@ -88,8 +90,7 @@ class ZerothOrder:
         if not path.exists():
             return Journal.create(path, self.worker.genesis)
         journal = Journal.open(path)
-        different = [key for key, value in self.worker.genesis.items() if journal.genesis.get(key) != value]
-        if different:
+        if different := differences(self.worker.genesis, journal.genesis):
             journal.close()
             raise UserError(f"{path} began with another {', '.join(different)}: choose another file for this run")
         self.worker.replay(journal.entries)
@@ -105,17 +106,13 @@ class ZerothOrder:
         """
         worker = self.worker
         seeds = direction_seeds(worker.genesis["seed"], worker.round + 1, 0, self.queries)
-        estimate = worker.ask(loss, seeds, self.epsilon, self.copies_per_pass, self.points, examples)
-        coefficients, exponent = to_integers(estimate.slopes)
-        divisor = float(degrees_of_freedom(self.points, self.queries))
-        if self.normalise:
-            divisor *= worker.spread.after(coefficients, exponent).value
-        self.estimate = estimate
-        return Seeded(worker.round + 1, rate, (0,), self.queries, coefficients, exponent, divisor)
+        self.estimate = worker.ask(loss, seeds, self.epsilon, self.copies_per_pass, self.points, examples)
+        spread = worker.spread if self.normalise else None
+        return merge(worker.round + 1, rate, self.queries, {0: Measured.of(self.estimate)}, self.points, spread)
 
     def apply(self, record: Seeded) -> float:
         """Write the record to the journal, then move the weights by it. Returns the norm of the gradient estimate."""
-        entry: Entry = self.journal.append(record) if self.journal else link(self.worker.head, record)
+        entry = self.journal.append(record) if self.journal else link(self.worker.head, record)
         return self.worker.apply(entry)
 
     def digest(self) -> str:

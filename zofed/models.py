@@ -100,7 +100,7 @@ def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels:
         if not labels:
             _check_causal(model, settings.model)
     _check_fits(model, tokenizer, settings)
-    return _ready(model, settings.dtype)
+    return ready(model, settings.dtype)
 
 
 def describe(name: str, model: PreTrainedModel) -> dict[str, Any]:
@@ -119,12 +119,12 @@ def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str =
     if description["name"] in SIZES:
         kind = {kind.__name__: kind for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)}
         config = GPT2Config(**{key: value for key, value in description["config"].items() if key != "model_type"})
-        return _ready(_fresh(kind[description["architecture"]], config, seed), dtype)
+        return ready(_fresh(kind[description["architecture"]], config, seed), dtype)
     classifier = "SequenceClassification" in description["architecture"]
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     keys = ("num_labels", "id2label", "label2id", "pad_token_id") if classifier else ()
     extra = {key: description["config"][key] for key in keys if key in description["config"]}
-    return _ready(_load(folder, kind, extra, seed), dtype)
+    return ready(_load(folder, kind, extra, seed), dtype)
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -134,7 +134,8 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     tokenizer.save_pretrained(folder)
 
 
-def _ready(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+def ready(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The model as it is trained and scored: no dropout, no cache, fast activations, weights in `dtype`; in place."""
     model.config.use_cache = False  # keys and values of generation are of no use to a loss
     for module in model.modules():
         for name, child in module.named_children():

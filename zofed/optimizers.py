@@ -72,7 +72,9 @@ class Optimizer:
 
     def moments(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """The state of a tensor, float32 of the weight's shape, zero at first."""
-        wanted = {"sgd": ("momentum",) if self.momentum else ()}.get(self.name, ("mean", "square"))
+        wanted = ("mean", "square")
+        if self.name == "sgd":
+            wanted = ("momentum",) if self.momentum else ()
         if wanted and name not in self.state:
             self.state[name] = {moment: torch.zeros_like(weight, dtype=torch.float32) for moment in wanted}
         return self.state.get(name, {})

@@ -56,7 +56,7 @@ class Perturbation(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA or getattr(func, "__name__", "") == "__get__":
+        if _is_look(func):
             value = func(*args, **kwargs)
             if not isinstance(value, Tensor) or id(args[0]) not in self.factors:
                 return value  # a shape, a device: no use of the weights
@@ -131,10 +131,14 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = func(*args, **(kwargs or {}))
-        is_look = func in _METADATA or getattr(func, "__name__", "") == "__get__"
-        if not is_look or isinstance(value, Tensor):
+        if not _is_look(func) or isinstance(value, Tensor):
             self.seen.update(map(id, pytree.tree_leaves((args, kwargs))))
         return value
+
+
+def _is_look(func: Any) -> bool:
+    """Whether a call only asks for a shape, a type, a device; an attribute that is a tensor is more than that."""
+    return func in _METADATA or getattr(func, "__name__", "") == "__get__"
 
 
 def in_pieces() -> Perturbation:
@@ -281,9 +285,7 @@ def losses(
         scale = torch.tensor(
             [[step * directions.unit(kind)] * directions.terms(kind) for _, step in some], dtype=torch.float64
         )
-        batch = (
-            None if examples is None else each_tensor(examples, lambda tensor, at=queries: tensor[at.to(tensor.device)])
-        )
+        batch = each_tensor(examples, lambda tensor, at=queries: tensor[at.to(tensor.device)])
         found.append(_one_pass(loss, parameters, drawn, queries - first, scale, seen, batch))
     unseen = [name for name, parameter in parameters.items() if id(parameter) not in seen]
     if unseen:
@@ -313,12 +315,11 @@ def _one_pass(
         return value.to(torch.promote_types(value.dtype, torch.float32)).reshape(())
 
     try:
-        return torch.vmap(one, in_dims=(0, 0, _dimensions(batch)))(scale.to(like), chosen, batch)
+        by_copy = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
+        return torch.vmap(one, in_dims=(0, 0, by_copy))(scale.to(like), chosen, batch)
     except torch.OutOfMemoryError:
         raise
-    except (
-        RuntimeError
-    ) as error:  # vmap's word for what it cannot do; a fault of the loss itself shows again without it
+    except RuntimeError as error:  # what vmap cannot do; a fault of the loss itself shows again without it
         raise CannotBatch(str(error).strip().splitlines()[0]) from error
 
 
@@ -355,16 +356,8 @@ def _factors(
         yield (*rest, last if size == 1.0 else last * size)
 
 
-def _dimensions(value: Any) -> Any:
-    """vmap's in_dims for examples: the first dimension of every tensor, none of anything else."""
-    if isinstance(value, Mapping):
-        return {key: _dimensions(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_dimensions(item) for item in value)
-    return 0 if isinstance(value, Tensor) else None
-
-
 def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested examples with every tensor changed; any mapping becomes a dict, which vmap can look into."""
     if isinstance(value, Mapping):
         return {key: each_tensor(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -192,6 +192,9 @@ class Worker:
         """Move the weights through consecutive entries; the only place where weights change. Returns their norms."""
         self._check_follow(entries, update)
         moving = [entry.record for entry in entries if isinstance(entry.record, Seeded | Dense)]
+        if not moving:  # rounds that were skipped move the head alone
+            self.round, self.head = entries[-1].record.round, entries[-1].chain
+            return [0.0] * len(entries)
         steps = [(record, self.optimizer.begin_step()) for record in moving]
         squares = [0.0] * len(steps)
         seeds = [record.seeds(self.genesis["seed"]) if isinstance(record, Seeded) else [] for record in moving]
