@@ -178,6 +178,11 @@ def test_a_merge_of_equal_exponents_is_exact() -> None:
     assert record == replace(record, clients=(0, 5), coefficients=(-3, 2**18 - 1, 1, 2), exponent=-20, divisor=4)
 
 
+def test_an_answer_of_zeros_rounds_nobody_to_zero() -> None:
+    record = merge(1, 0.1, 2, {0: measured((0, 0), records.LARGEST_EXPONENT), 1: measured((-3, 5), -20)})
+    assert (record.coefficients, record.exponent) == ((0, 0, -3, 5), -20)
+
+
 def test_a_merge_of_one_is_the_record_of_a_central_step() -> None:
     coefficients, exponent = records.to_integers([0.5, -3.25, 1e-9])
     record = merge(9, 0.25, 3, {0: measured(coefficients, exponent)})

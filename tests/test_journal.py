@@ -76,14 +76,15 @@ def seeded(draw: st.DrawFn) -> Seeded:
     clients = draw(st.lists(st.integers(0, 2**32 - 1), max_size=4))
     local_steps, queries = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     count = len(clients) * local_steps * queries
+    exponent = draw(st.integers(records.SMALLEST_EXPONENT, records.LARGEST_EXPONENT))
     return Seeded(
         draw(ROUND),
         draw(RATE),
         tuple(clients),
         queries,
         tuple(draw(st.lists(st.integers(-(2**24), 2**24), min_size=count, max_size=count))),
-        draw(st.integers(records.SMALLEST_EXPONENT, records.LARGEST_EXPONENT)),
-        draw(DIVISOR),
+        exponent,
+        max(draw(DIVISOR), 2.0 ** (exponent - records.LARGEST_WORTH)),
         local_steps,
         draw(RATE),
     )
@@ -135,7 +136,7 @@ def test_a_record_that_claims_more_coefficients_than_memory_holds_is_refused() -
             records.decode(records._HEAD.pack(Seeded.kind, 1) + claims + padding)
 
 
-@pytest.mark.parametrize("divisor", [0.0, -0.0, -1.0, -4e-324, math.inf, -math.inf, math.nan, -math.nan])
+@pytest.mark.parametrize("divisor", [0.0, -0.0, -1.0, 4e-324, 2.0**-101, math.inf, -math.inf, math.nan, -math.nan])
 def test_a_divisor_that_is_not_a_positive_number_is_refused(divisor: float) -> None:
     body = records.encode(Seeded(1, 0.5, (0, 1), 1, (3, -2), 0, divisor))
     with pytest.raises(ValueError, match=r"divisor .* moves nothing"):
@@ -144,7 +145,7 @@ def test_a_divisor_that_is_not_a_positive_number_is_refused(divisor: float) -> N
         list(journal.parse_entries(journal.link(bytes(16), Seeded(1, 0.5, (0,), 1, (3,), 0, divisor)).raw, bytes(16)))
 
 
-@pytest.mark.parametrize("divisor", [5e-324, 2.0**-1022, 0.1, 1 / 3, 1.0, 2.0**32 + 0.5, 1.7976931348623157e308])
+@pytest.mark.parametrize("divisor", [2.0**-100, 0.1, 1 / 3, 1.0, 2.0**32 + 0.5, 1.7976931348623157e308])
 def test_a_divisor_comes_back_bit_for_bit(divisor: float) -> None:
     record = Seeded(1, 0.5, (0, 1), 1, (3, -2), 0, divisor, 1, 0.0)
     again = records.decode(records.encode(record))
@@ -174,21 +175,21 @@ def test_a_record_that_could_not_be_read_back_is_not_written() -> None:
         records.encode(Seeded(1, 0.5, (0, 1), 2, (1, 2, 3), 0, 4))
 
 
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=9))
+@given(st.lists(st.floats(-(2.0**117), 2.0**117, allow_nan=False), max_size=9))
 @settings(max_examples=300, deadline=None, database=None)
 def test_integers_lie_within_half_a_step_of_the_slopes(slopes: list[float]) -> None:
     integers, exponent = records.to_integers(slopes)
     largest = max((abs(Fraction(slope)) for slope in slopes), default=Fraction(0))
-    bound = max(largest / 2**18, Fraction(1, 2**1001))  # scales below 2^-1000 would be subnormal
+    bound = max(largest / 2**18, Fraction(1, 2**451))  # no exponent is below -450
     assert len(integers) == len(slopes)
     assert all(abs(integer) < 2**18 for integer in integers)
     for integer, slope in zip(integers, slopes, strict=True):
         assert abs(integer * Fraction(2) ** exponent - Fraction(slope)) <= bound
-    if largest > Fraction(1, 2**960):
+    if largest > Fraction(1, 2**430):
         assert max(abs(integer) for integer in integers) >= 2**17
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 2.0**118])
 def test_slopes_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         records.to_integers([1.0, bad, 2.0])
@@ -239,7 +240,7 @@ def test_the_first_spread_is_that_of_its_own_slopes() -> None:
     assert once.value == pytest.approx(5.0, rel=1e-15)  # a spread is never changed in place
 
 
-@pytest.mark.parametrize("exponent", [records.SMALLEST_EXPONENT, -540, -530, 400, 480])
+@pytest.mark.parametrize("exponent", [records.SMALLEST_EXPONENT, -300, 0, 60, records.LARGEST_EXPONENT])
 def test_spreads_of_every_size_are_positive_and_finite(exponent: int) -> None:
     value = Spread().after((2**18 - 1, 1), exponent).value
     assert 0.0 < value < math.inf

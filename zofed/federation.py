@@ -123,7 +123,10 @@ def merge(
     before, for a step that is divided by it.
     """
     clients = tuple(sorted(measured))
-    exponent = max(measured[client].exponent for client in clients)
+    exponent = max(  # that of an answer of zeros says nothing, and must not round the others to zero
+        (measured[client].exponent for client in clients if any(measured[client].coefficients)),
+        default=records.SMALLEST_EXPONENT,
+    )
     coefficients = tuple(
         value
         for client in clients

@@ -317,10 +317,10 @@ def _one_pass(
     try:
         by_copy = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
         return torch.vmap(one, in_dims=(0, 0, by_copy))(scale.to(like), chosen, batch)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError, CannotBatch):
         raise
-    except RuntimeError as error:  # what vmap cannot do; a fault of the loss itself shows again without it
-        raise CannotBatch(str(error).strip().splitlines()[0]) from error
+    except Exception as error:  # whatever vmap cannot do; a fault of the loss itself shows again without it
+        raise CannotBatch((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
 
 
 def along(

@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from zofed import directions
 
-SMALLEST_EXPONENT, LARGEST_EXPONENT = -1000, 1000  # beyond, 2^exponent would leave float64's normal numbers
+# Beyond, the square of a slope, or what a coefficient is worth in a step, would leave float64's normal numbers.
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -450, 100
+LARGEST_WORTH = 100  # 2^exponent / divisor stays below 2 to this
 SPREAD_DECAY = 0.9
 # |coefficient| < 2^18, an error of 2^-19 of the largest slope, far below that of finite differences: sums of 64 are
 # exact in float32, and of 2^16 gaussian ones (19 bits an entry) in float64.
@@ -143,8 +145,10 @@ def decode(body: bytes) -> Record:
 
 def _decode_seeded(round_: int, rest: memoryview) -> Seeded:
     rate, privacy, count, local_steps, queries, exponent, divisor = _SEEDED.unpack_from(rest)
-    if not 0 < divisor < math.inf or not SMALLEST_EXPONENT <= exponent <= LARGEST_EXPONENT:
-        raise ValueError(f"a record with divisor {divisor} and exponent {exponent} moves nothing")
+    if not SMALLEST_EXPONENT <= exponent <= LARGEST_EXPONENT or not (
+        math.ldexp(1.0, exponent - LARGEST_WORTH) <= divisor < math.inf
+    ):
+        raise ValueError(f"a record with divisor {divisor} and exponent {exponent} moves nothing that is finite")
     clients = struct.unpack_from(f"<{count}I", rest, _SEEDED.size)
     coefficients = struct.unpack(f"<{count * local_steps * queries}i", rest[_SEEDED.size + 4 * count :])
     _check_size(coefficients)
@@ -160,10 +164,10 @@ def to_integers(slopes: Sequence[float]) -> tuple[tuple[int, ...], int]:
     """Slopes as integers with one shared power-of-two exponent: slope ~ integer * 2^exponent.
 
     The largest slope fills 18 bits, so the rounding error is at most 2^-18 of it. Raises ValueError when a slope is
-    not finite.
+    not finite, or 2^118 or more.
     """
-    if not all(math.isfinite(slope) for slope in slopes):
-        raise ValueError(f"slopes must be finite, got {[slope for slope in slopes if not math.isfinite(slope)][:3]}")
+    if not all(abs(slope) < 2.0 ** (LARGEST_EXPONENT + COEFFICIENT_BITS) for slope in slopes):
+        raise ValueError(f"slopes must be finite, got {[slope for slope in slopes if not abs(slope) < 1e30][:3]}")
     largest = max((abs(slope) for slope in slopes), default=0.0)
     exponent = max(math.frexp(largest)[1] - COEFFICIENT_BITS, SMALLEST_EXPONENT) if largest else SMALLEST_EXPONENT
     limit = 2**COEFFICIENT_BITS - 1
@@ -171,8 +175,11 @@ def to_integers(slopes: Sequence[float]) -> tuple[tuple[int, ...], int]:
 
 
 def to_exponent(integers: Sequence[int], old: int, new: int) -> tuple[int, ...]:
-    """Integers at exponent `old` brought to the coarser exponent `new`, rounded to nearest, ties upwards."""
+    """Integers at exponent `old` brought to the coarser exponent `new`, rounded to nearest, ties upwards.
+
+    Zeros may come from any exponent.
+    """
     shift = new - old
-    if shift == 0:
+    if shift == 0 or not any(integers):
         return tuple(integers)
     return tuple((value + (1 << (shift - 1))) >> shift for value in integers)
