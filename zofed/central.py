@@ -15,10 +15,10 @@ from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
 from zofed.finish import finish, status_kept
 from zofed.journal import Journal, differences
-from zofed.records import Dense
-from zofed.runs import Row, RunFolder
+from zofed.runs import Row, RunFolder, read_table
+from zofed.steps import asker
 from zofed.task import Task, prepare_process, with_absolute_paths
-from zofed.trainer import Ask, Step, Trainer, diverged
+from zofed.trainer import Totals, Trainer
 from zofed.worker import Worker
 
 Show = Callable[[Row], None]
@@ -58,69 +58,37 @@ def resume(path: Path, show: Show) -> dict[str, Any]:
                 "bring back the settings, data, tokenizer and model it began with"
             )
         done = journal.entries[-1].record.round if journal.entries else 0
-        if settings.steps < done:
-            raise UserError(f"steps = {settings.steps}, but {folder.path} has done {done}: set steps to {done} or more")
-        summary = folder.summary()
+        examples = task.shard(0, 1)
+        total = steps_of(settings, examples)
+        if total < done:
+            raise UserError(f"steps = {total}, but {folder.path} has done {done}: set steps to {done} or more")
+        summary, rows = folder.summary(), read_table(folder.path / "metrics.csv")
         is_finished = summary.get("status") == "completed" and summary.get("journal_head") == journal.head.hex()
-        if is_finished and settings.steps == done:
+        if is_finished and (total == done or (rows and Totals.of(rows[-1]).spent(settings))):
             return summary
-        return _run(task, worker, task.shard(0, 1), journal, folder, show)
+        return _run(task, worker, examples, journal, folder, show)
 
 
 def _run(
     task: Task, worker: Worker, examples: Examples, journal: Journal, folder: RunFolder, show: Show
 ) -> dict[str, Any]:
     settings = task.settings
-    ask = _zo(worker, examples, settings) if settings.mode == "zo" else _fo(worker, examples, settings)
+    total = steps_of(settings, examples)
+    ask = asker(task, worker, examples, total)
     trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
-        totals = trainer.run(settings.steps, ask)
+        totals = trainer.run(total, ask)
         return finish(task, worker, journal, folder, totals)
 
 
-def _epoch(round_: int, examples: Examples, batch_size: int) -> float:
-    return round_ * batch_size / len(examples["labels"])
-
-
-def _zo(worker: Worker, examples: Examples, settings: Settings) -> Ask:
-    """A zeroth-order step: a federated round with this machine as its only client."""
-
-    def ask(round_: int) -> Step:
-        try:
-            plan = federation.plan_for(settings, worker, worker.head, (), client=0)
-            measured = federation.measure(worker, examples, plan)
-        except ValueError as error:
-            raise diverged(round_, settings) from error
-        return Step(
-            record=federation.record_of(settings, worker, {0: measured}),
-            loss=measured.loss,
-            epoch=_epoch(round_, examples, settings.batch_size),
-            batch_size=settings.batch_size,
-            forward_passes=measured.forward_passes,
-        )
-
-    return ask
-
-
-def _fo(worker: Worker, examples: Examples, settings: Settings) -> Ask:
-    """A first-order step: one batch, one backpropagation."""
-
-    def ask(round_: int) -> Step:
-        batch = data.batch(examples, seed=settings.seed, client=0, step=round_, batch_size=settings.batch_size)
-        update, loss = worker.gradient(lambda: metrics.loss_of(worker.model, batch))
-        if not math.isfinite(loss) or not all(bool(torch.isfinite(gradient).all()) for gradient in update.values()):
-            raise diverged(round_, settings)
-        return Step(
-            record=Dense(round_, settings.learning_rate),
-            loss=loss,
-            epoch=_epoch(round_, examples, settings.batch_size),
-            batch_size=settings.batch_size,
-            update=update,
-            forward_passes=1,
-            backward_passes=1,
-        )
-
-    return ask
+def steps_of(settings: Settings, examples: Examples) -> int:
+    """How many steps a run takes: those asked for, or enough to see the data `epochs` times."""
+    if not settings.epochs:
+        return settings.steps
+    passes = settings.subspace_interval if settings.mode == "subspace" else settings.gradient_accumulation
+    seen = settings.batch_size * (passes if settings.mode in ("fo", "subspace") else 1)
+    seen = federation.examples_per_query(settings) * settings.queries or seen
+    return max(1, math.ceil(settings.epochs * len(examples["labels"]) / seen))
 
 
 def diagnosis(settings: Settings, batches: int) -> Diagnosis:

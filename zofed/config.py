@@ -1,7 +1,9 @@
 """Every setting, its type, its limits, its default; one schema for the command line, TOML files and Flower."""
 
 import difflib
+import math
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from zofed import directions
 from zofed.errors import UserError
 
+OBJECTIVES = ("loss", "accuracy", "f1")
+
 
 def _kebab(name: str) -> str:
     return name.replace("_", "-")
@@ -23,7 +27,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=_kebab, allow_inf_nan=False)
 
-    mode: Literal["zo", "fo"] = Field("zo", description="zo: forward passes only; fo: backpropagation")
+    mode: Literal["zo", "fo", "instruct", "calibrate", "subspace"] = Field(
+        "zo",
+        description="zo: forward passes only; fo: backpropagation; instruct: a gradient shapes the directions; "
+        "calibrate: zo with a backprop step now and then; subspace: backprop on the coefficients of seeded directions",
+    )
     model: str = Field(
         "tiny", description="tiny, 20M, 200M, 500M, 1B (fresh, GPT-2 shaped) or the folder of a saved model"
     )
@@ -60,8 +68,55 @@ class Settings(BaseModel):
     momentum: float = Field(0.0, ge=0, lt=1, description="heavy-ball momentum of sgd")
     weight_decay: float = Field(0.0, ge=0, lt=1, description="decoupled weight decay")
     cautious: bool = Field(False, description="mudamw leaves out entries whose step points up the present gradient")
+    bp_optimizer: Literal["", "sgd", "adamw", "mudamw"] = Field(
+        "", description="rule for the steps that backprop gives, with a state of its own; empty: as optimizer"
+    )
+    bp_learning_rate: float = Field(0.0, ge=0, description="their step size; 0: as learning-rate")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="course of the rates after the warm-up")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rates rise linearly from 0")
+    min_learning_rate: float = Field(0.0, ge=0, description="rate at which cosine ends")
+    clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient estimate; 0: no limit")
     batch_size: int = Field(4, ge=1, description="examples per step and client")
+    gradient_accumulation: int = Field(1, ge=1, description="backprop batches whose gradients make up one step")
+    bp_batch_size: int = Field(0, ge=0, description="examples of a backprop pass (instruct, calibrate); 0: batch-size")
+    bp_interval: int = Field(10, ge=1, description="steps from one backprop pass to the next (instruct, calibrate)")
+    bp_dataset: str = Field("", description="other data for backprop (instruct, calibrate); empty: the same")
+    split_dataset_for_bp_zo: float = Field(
+        0.0, ge=0, lt=1, description="share of the documents that backprop alone sees (instruct, calibrate); 0: shared"
+    )
+    zo_data: Literal["shared", "per-query"] = Field(
+        "shared", description="shared: all directions see one batch; per-query: each sees examples of its own"
+    )
+    zo_query_batch_size: int = Field(0, ge=0, description="examples of a query's own (per-query); 0: batch-size")
+    objective: str = Field(
+        "loss", description="what zo lowers: loss, accuracy or f1 (as 1 - score), or module:function of (model, batch)"
+    )
+    instruct_kind: Literal["hybrid", "hybrid-rank1", "cosine", "guide-only", "line"] = Field(
+        "hybrid-rank1",
+        description="hybrid: the gradient's largest coordinates, noise on the others; hybrid-rank1: noise on all, "
+        "batched; cosine: all of the gradient and noise; guide-only, line: arms that tell what the rest adds",
+    )
+    instruct_weighting: Literal["raw", "projected", "unbiased"] = Field(
+        "projected", description="raw: mean of slope * direction; projected: over its mean square; unbiased"
+    )
+    blend: bool = Field(True, description="mean of the guided estimate and the backprop gradient (instruct)")
+    instruct_cosine_target: float = Field(
+        0.9, gt=0, lt=1, description="cosine of the kept coordinates, or of the whole direction, with the gradient"
+    )
+    instruct_noise_scale: float = Field(0.5, gt=0, description="norm of full noise over the gradient's (hybrid)")
+    guide_step: float = Field(0.01, gt=0, description="Euclidean length of the finite difference along a guide")
+    subspace_size: int = Field(1024, ge=1, le=65536, description="coefficients trained in a subspace")
+    subspace_variant: Literal["core", "diagonal"] = Field(
+        "core", description="core: all pairs of sqrt(size) left and right factors; diagonal: size directions, slower"
+    )
+    subspace_interval: int = Field(16, ge=1, description="backprop passes in each step's fresh subspace")
     steps: int = Field(100, ge=1, description="steps of a central run")
+    epochs: float = Field(0.0, ge=0, description="instead of steps: passes over the data; 0: steps decide")
+    max_forward_equivalents: int = Field(
+        0, ge=0, description="stop after so many examples run forward, a backward counting two; 0: no limit"
+    )
+    max_seconds: float = Field(0.0, ge=0, description="stop after so many seconds of training; 0: no limit")
+    max_tokens: int = Field(0, ge=0, description="stop after so many tokens of training data; 0: no limit")
     rounds: int = Field(100, ge=1, description="rounds of a federated run; each is one step")
     clients: int = Field(0, ge=0, description="clients a federated run waits for; 0: all nodes that are there")
     round_timeout: float = Field(600.0, gt=0, description="seconds after which a round stops waiting for replies")
@@ -79,9 +134,18 @@ class Settings(BaseModel):
     threads: int = Field(1, ge=1, le=1024, description="CPU threads of each process (part of the result)")
     eval_interval: int = Field(20, ge=1, description="steps or rounds between evaluations on the held-out part")
     eval_examples: int = Field(256, ge=1, description="held-out examples each evaluation reads, at most")
+    eval_dataset: str = Field("", description="evaluate on this data set; empty: on the held-out part")
     checkpoint_interval: int = Field(50, ge=0, description="steps between checkpoints; 0: none (a zo run needs none)")
+    keep_gradients: bool = Field(
+        False, description="keep every gradient and guide beside the journal, so that it replays in every mode (large)"
+    )
     controls: bool = Field(False, description="after the run, also report random slopes of the same size (zo)")
     out: str = Field("", description="folder of the run; empty: a new one, printed at the start")
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -100,9 +164,48 @@ def resolve(values: Mapping[str, Any]) -> Settings:
     Raises UserError, one line that names every wrong key or value with its limit and remedy.
     """
     try:
-        return Settings.model_validate(dict(values))
+        settings = Settings.model_validate(dict(values))
     except ValidationError as error:
         raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+    if clashes := _clashes(settings):
+        raise UserError("; ".join(clashes))
+    return settings
+
+
+def _clashes(settings: Settings) -> list[str]:
+    """What is wrong with settings that are each within their limits."""
+    found = []
+    if settings.schedule == "cosine" and settings.min_learning_rate > settings.learning_rate:
+        found.append(
+            f"min-learning-rate = {settings.min_learning_rate:g} is above learning-rate = {settings.learning_rate:g}: "
+            "lower it"
+        )
+    if settings.objective not in OBJECTIVES and not re.fullmatch(r"[\w.]+:\w+", settings.objective):
+        found.append(f"{unknown(settings.objective, list(OBJECTIVES), 'objective')}, or module:function")
+    if settings.objective != "loss" and settings.mode != "zo":
+        found.append(f"objective = {settings.objective!r} takes mode = zo: backprop follows the loss alone")
+    if settings.bp_dataset and settings.split_dataset_for_bp_zo:
+        found.append("bp-dataset and split-dataset-for-bp-zo both say where backprop's data come from: leave one out")
+    if settings.mode == "instruct":
+        if settings.blend and settings.instruct_weighting == "raw":
+            found.append(
+                "blend = true takes a gradient and an estimate in one unit: set instruct-weighting to projected or "
+                "unbiased, or blend to false"
+            )
+        if settings.instruct_weighting == "unbiased" and settings.queries < 2:
+            found.append(f"instruct-weighting = 'unbiased' takes 2 queries or more, not {settings.queries}")
+        if settings.dtype == "bfloat16":
+            found.append("mode = 'instruct' shifts weights by less than bfloat16 can hold: set dtype to float32")
+    if settings.mode == "subspace":
+        side = math.isqrt(settings.subspace_size)
+        if settings.subspace_variant == "core" and side * side != settings.subspace_size:
+            found.append(
+                f"subspace-size = {settings.subspace_size} is no square, as the variant core needs: take {side**2} or "
+                f"{(side + 1) ** 2}"
+            )
+        if settings.subspace_variant == "diagonal" and not directions.terms(settings.directions):
+            found.append(f"directions = {settings.directions!r} have no factors to train along: take rank1")
+    return found
 
 
 def _explain(problem: Any) -> str:
@@ -124,13 +227,16 @@ def unknown(name: str, known: list[str], what: str) -> str:
 # What may change when a run goes on: its length and place, what it reports; and names whose content is pinned.
 FREE_ON_RESUME = (
     "model", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device", "eval-interval",
-    "eval-examples", "checkpoint-interval", "controls", "out",
+    "eval-examples", "eval-dataset", "epochs", "max-forward-equivalents", "max-seconds", "max-tokens",
+    "checkpoint-interval", "controls", "out", "bp-dataset",
 )  # fmt: skip
 
 
 def pinned(settings: Settings) -> dict[str, Any]:
-    """The settings that decide what a run's steps are, by key."""
-    return {key: value for key, value in settings.model_dump(by_alias=True).items() if key not in FREE_ON_RESUME}
+    """The settings that decide what a run's steps are, by key; the length too where the rate follows it."""
+    lengths = ("steps", "rounds", "epochs") if settings.schedule == "cosine" else ()
+    free = set(FREE_ON_RESUME).difference(lengths)
+    return {key: value for key, value in settings.model_dump(by_alias=True).items() if key not in free}
 
 
 def absolute(path: str | Path, key: str) -> Path:

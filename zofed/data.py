@@ -32,6 +32,7 @@ __all__ = [
     "Document",
     "Examples",
     "batch",
+    "bytes_per_token",
     "classification_examples",
     "default_cache",
     "documents_digest",
@@ -119,8 +120,10 @@ def classification_examples(
     }
 
 
-def batch(examples: Examples, *, seed: int, client: int, step: int, batch_size: int) -> Examples:
-    """The examples of one step, a pure function of (seed, client, step): nothing needs keeping to resume.
+def batch(
+    examples: Examples, *, seed: int, client: int, step: int, batch_size: int, purpose: str = "batch"
+) -> Examples:
+    """The examples of one step, a pure function of (purpose, seed, client, step): nothing needs keeping to resume.
 
     Steps walk through one permutation an epoch, each drawn from (seed, client, epoch), so every epoch visits each
     example once; a batch may cross the end of an epoch, or of several when it is larger than the data.
@@ -132,7 +135,7 @@ def batch(examples: Examples, *, seed: int, client: int, step: int, batch_size: 
     if count == 0:
         raise UserError("0 examples cannot fill a batch: use a data set of at least 1 example")
     positions = range(step * batch_size, (step + 1) * batch_size)
-    chosen = [int(random_order(count, "batch", seed, client, at // count)[at % count]) for at in positions]
+    chosen = [int(random_order(count, purpose, seed, client, at // count)[at % count]) for at in positions]
     index = torch.tensor(chosen)
     return {name: tensor[index] for name, tensor in examples.items()}
 
@@ -154,6 +157,11 @@ def unigram_loss(train: Examples, held_out: Examples, vocabulary: int) -> float:
     """
     counts = torch.bincount(_predicted(train), minlength=vocabulary).to(torch.float64) + 1
     return float((counts.sum().log() - counts.log())[_predicted(held_out)].mean())
+
+
+def bytes_per_token(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> float:
+    """UTF-8 bytes of the documents' texts a token, the end-of-sequence token of each counted."""
+    return sum(len(document.text.encode()) for document in documents) / len(_joined_tokens(documents, tokenizer))
 
 
 def _predicted(examples: Examples) -> Tensor:

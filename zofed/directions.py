@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
-from math import prod, sqrt
+from math import isqrt, prod, sqrt
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from zofed.errors import UserError
 
 GENERATOR = "philox4x32-10/1"  # part of every journal's genesis: another stream must have another name
 
-Kind = str  # rank1, rank2, ... (sums of so many outer products), rademacher or gaussian
+Kind = str  # rank1, rank2, ... (sums of so many outer products), rademacher, gaussian; core: all pairs of factors
 KIND_PATTERN = r"rank[1-9][0-9]?|rademacher|gaussian"
 
 Factors = tuple[Tensor, ...]  # of one tensor's directions: (a, b) of a matrix, (z,) of a vector
@@ -104,8 +104,13 @@ def direction_seeds(run_seed: int, step: int, client: int, queries: int, local_s
 
 
 def terms(kind: Kind) -> int:
-    """Outer products that make up a direction of a matrix: R for rankR, 0 for the dense kinds."""
-    return int(kind.removeprefix("rank")) if kind.startswith("rank") else 0
+    """Outer products that make up a direction of a matrix: R for rankR, 1 for core, 0 for the dense kinds."""
+    return 1 if kind == "core" else int(kind.removeprefix("rank")) if kind.startswith("rank") else 0
+
+
+def seeds_needed(kind: Kind, coefficients: int) -> int:
+    """How many seeds so many coefficients belong to: of a core each stands for a pair of two seeds' factors."""
+    return isqrt(coefficients) if kind == "core" else coefficients
 
 
 def unit(kind: Kind) -> float:
@@ -146,16 +151,17 @@ def signs(seeds: Sequence[int], tensor: int, component: int, count: int, start: 
 
 
 def draw(kind: Kind, seeds: Sequence[int], shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Factors]]:
-    """What the rankR directions of each named tensor are made of, for each seed: int8 tensors on the CPU.
+    """What the rankR or core directions of each named tensor are made of, for each seed: int8 tensors on the CPU.
 
     For a matrix a (seeds, R, rows) and b (seeds, R, columns) with z = sum over R of outer(a, b); for a vector
-    z (seeds, R, entries), to be summed over R. A tensor of more than two dimensions counts as a matrix of its first
-    dimension by all others. The generator runs once for as many tensors as `DRAWN_TOGETHER` entries hold.
+    z (seeds, R, entries), to be summed over R; of a core two such, whose entries are multiplied. A tensor of more than
+    two dimensions counts as a matrix of its first dimension by all others. The generator runs once for as many tensors
+    as `DRAWN_TOGETHER` entries hold.
     """
     waiting: list[tuple[str, list[tuple[int, int, int]]]] = []
     entries = 0
     for name, shape in shapes.items():
-        sizes = (shape[0], prod(shape[1:])) if len(shape) > 1 else (prod(shape),)
+        sizes = (shape[0], prod(shape[1:])) if len(shape) > 1 else (prod(shape),) * (2 if kind == "core" else 1)
         tensor = tensor_id(name)
         streams = [(tensor, 2 * j + side, size) for side, size in enumerate(sizes) for j in range(terms(kind))]
         waiting.append((name, streams))
@@ -270,6 +276,31 @@ class WeightedSum:
             entries = _dense(self.kind, seed, self.tensor, (stop - start) * self.columns, start * self.columns)
             total += torch.from_numpy(entries).to(self.device, torch.float64).reshape(total.shape).mul_(weight)
         return total.to(torch.float32)
+
+
+class CoreSum:
+    """Sum over all pairs (i, j) of core_ij * direction_ij for one tensor, as `WeightedSum` gives it, a block at a time.
+
+    direction_ij is the outer product of the left factor of seed i and the right factor of seed j, for a vector the
+    product of their entries. coefficients: row by row, as many as the square of the number of seeds; sums are exact in
+    float64.
+    """
+
+    def __init__(
+        self, coefficients: Sequence[int], shape: Sequence[int], device: torch.device | str, drawn: Factors
+    ) -> None:
+        self.is_vector = len(shape) < 2
+        self.device = torch.device("cpu" if torch.device(device).type == "mps" else device)
+        self.left, right = (part[:, 0].to(self.device, torch.float64) for part in drawn)
+        core = torch.tensor(coefficients, dtype=torch.float64, device=self.device).view(len(right), len(right))
+        self.right = core @ right
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """float32 (stop - start, columns); a vector counts as rows of one entry."""
+        left = self.left[:, start:stop]
+        if self.is_vector:
+            return (left * self.right[:, start:stop]).sum(0).unsqueeze(1).to(torch.float32)
+        return (left.T @ self.right).to(torch.float32)
 
 
 def _exact_parts(coefficients: Sequence[int]) -> list[slice]:

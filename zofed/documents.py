@@ -91,11 +91,13 @@ def documents_digest(documents: Sequence[Document]) -> str:
     return digest.hexdigest()
 
 
-def split_held_out(documents: Sequence[Document], share: float, seed: int) -> tuple[list[Document], list[Document]]:
+def split_held_out(
+    documents: Sequence[Document], share: float, seed: int, purpose: str = "held out"
+) -> tuple[list[Document], list[Document]]:
     """Split into (train, held out) by document, each side in the given order.
 
-    Held out are the round(share * n) documents, at least one and at most n - 1, whose hash of (seed, position) is
-    smallest. Raises UserError unless 0 < share < 1 and there are at least two documents.
+    Held out are the round(share * n) documents, at least one and at most n - 1, that a permutation drawn from
+    (purpose, seed) puts first. Raises UserError unless 0 < share < 1 and there are at least two documents.
     """
     if not 0 < share < 1:
         raise UserError(f"held-out share {share} is not between 0 and 1: use a fraction such as 0.1")
@@ -105,7 +107,7 @@ def split_held_out(documents: Sequence[Document], share: float, seed: int) -> tu
             "use a larger data set, or separate the paragraphs of a .txt file by blank lines"
         )
     count = min(max(round(share * len(documents)), 1), len(documents) - 1)
-    held_out = set(random_order(len(documents), "held out", seed)[:count].tolist())
+    held_out = set(random_order(len(documents), purpose, seed)[:count].tolist())
     train = [document for position, document in enumerate(documents) if position not in held_out]
     return train, [documents[position] for position in sorted(held_out)]
 

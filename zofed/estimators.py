@@ -158,13 +158,13 @@ def materialised_losses(
     rows: list[list[Tensor]] = []
     with kept(parameters) as saved:
         for query, seed in enumerate(seeds):
-            ask = _asked(loss, examples, query)
+            ask = asked(loss, examples, query)
             rows.append([])
             for step in steps:
                 for name, parameter in parameters.items():
                     size = (sizes or {}).get(name, 1.0) * directions.unit(kind)
                     _shift(parameter, saved[name], kind, seed, name, step * size)
-                rows[-1].append(_scalar(ask()))
+                rows[-1].append(scalar(ask()))
     return torch.stack([torch.stack(row) for row in rows])
 
 
@@ -182,7 +182,7 @@ def _shift(parameter: Tensor, saved: Tensor, kind: directions.Kind, seed: int, n
 def check_used(loss: Loss, parameters: Parameters, examples: Any = None) -> None:
     """Raise UserError where the loss never uses some parameter; runs it once, and twice for each one it hides."""
     with torch.no_grad(), perturbed.Watch() as watch:
-        _asked(loss, examples, 0)()
+        asked(loss, examples, 0)()
     hidden = [name for name, parameter in parameters.items() if id(parameter) not in watch.seen]
     unused = [name for name in hidden if not _is_used(loss, parameters, name, examples)]
     if unused:
@@ -193,7 +193,7 @@ def _is_used(loss: Loss, parameters: Parameters, name: str, examples: Any) -> bo
     """Whether the loss changes when every entry of a parameter does."""
     one = {name: parameters[name]}
     with torch.no_grad(), kept(one):
-        ask = _asked(loss, examples, 0)
+        ask = asked(loss, examples, 0)
         before = ask()
         one[name].mul_(1.5).add_(0.5)
         return not torch.equal(torch.as_tensor(ask()), torch.as_tensor(before))
@@ -204,11 +204,11 @@ def _base_losses(loss: Loss, count: int, examples: Any) -> list[Tensor]:
     """Losses at the present weights: one for all queries, or one for each query's own examples."""
     with perturbed.in_pieces():
         if examples is None:
-            return [_scalar(loss())] * count
-        return [_scalar(_asked(loss, examples, query)()) for query in range(count)]
+            return [scalar(loss())] * count
+        return [scalar(asked(loss, examples, query)()) for query in range(count)]
 
 
-def _asked(loss: Loss, examples: Any, query: int) -> Callable[[], Any]:
+def asked(loss: Loss, examples: Any, query: int) -> Callable[[], Any]:
     """The loss of one query's examples."""
     if examples is None:
         return loss
@@ -216,7 +216,7 @@ def _asked(loss: Loss, examples: Any, query: int) -> Callable[[], Any]:
     return lambda: loss(own)
 
 
-def _scalar(value: Any) -> Tensor:
+def scalar(value: Any) -> Tensor:
     """A loss on the CPU, in float32 at least; any Python number will do."""
     tensor = torch.as_tensor(value).detach().cpu().reshape(())
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else torch.float64)

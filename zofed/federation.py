@@ -7,16 +7,17 @@ a closed list of reasons and merges the good ones into one record. Central train
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from zofed import data, directions, journal, metrics, records
+from zofed import data, directions, journal, metrics, records, schedules
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.estimators import Estimate, Points, degrees_of_freedom
 from zofed.journal import Entry
-from zofed.records import Dense, Seeded, Spread
-from zofed.worker import Worker
+from zofed.perturbed import Loss
+from zofed.records import Seeded, Spread
+from zofed.worker import Worker, update_digest
 
 # Why a reply was not used. `late` and `error` are told by the server's loop, the others by `check`.
 Reason = Literal[
@@ -52,6 +53,8 @@ class Plan:
     threads: int
     copies_per_pass: int
     forward_dtype: str
+    examples_per_query: int = 0  # of each query's own; 0: all share one batch
+    objective: str = "loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +80,23 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Slopes of one client in one step, as integers, with the mean loss and the forward passes spent."""
+    """Slopes of one client in one step, as integers, with the mean loss and the forward passes spent.
+
+    sequences: examples that these passes ran, all together.
+    """
 
     coefficients: tuple[int, ...]
     exponent: int
     loss: float
     forward_passes: int
+    sequences: int = 0
 
     @classmethod
-    def of(cls, estimate: Estimate) -> "Measured":
+    def of(cls, estimate: Estimate, batch_size: int = 0) -> "Measured":
         """The estimate with its slopes as integers. Raises ValueError when one is not finite."""
         coefficients, exponent = records.to_integers(estimate.slopes)
-        return cls(coefficients, exponent, estimate.loss, estimate.forward_passes)
+        sequences = estimate.forward_passes * batch_size
+        return cls(coefficients, exponent, estimate.loss, estimate.forward_passes, sequences)
 
 
 def measure(worker: Worker, examples: Examples, plan: Plan) -> Measured:
@@ -97,16 +105,23 @@ def measure(worker: Worker, examples: Examples, plan: Plan) -> Measured:
     Batch and seeds are functions of (run seed, round, client) alone. Raises ValueError when a loss is not finite.
     """
     seed = worker.genesis["seed"]
-    batch = data.batch(examples, seed=seed, client=plan.client, step=plan.round, batch_size=plan.batch_size)
     seeds = directions.direction_seeds(seed, plan.round, plan.client, plan.queries)
-    estimate = worker.ask(
-        lambda: metrics.loss_of(worker.model, batch, plan.forward_dtype),
-        seeds,
-        plan.epsilon,
-        plan.copies_per_pass,
-        "one-sided" if plan.points == "one-sided" else "two-point",
-    )
-    return Measured.of(estimate)
+    loss, own = query_loss(worker, examples, plan)
+    points: Points = "one-sided" if plan.points == "one-sided" else "two-point"
+    estimate = worker.ask(loss, seeds, plan.epsilon, plan.copies_per_pass, points, own)
+    return Measured.of(estimate, plan.examples_per_query or plan.batch_size)
+
+
+def query_loss(worker: Worker, examples: Examples, plan: Plan) -> tuple[Loss, Examples | None]:
+    """The loss that a plan's queries measure, and the examples handed to it: those of each query, or None."""
+    chosen = {"seed": worker.genesis["seed"], "client": plan.client, "step": plan.round}
+    how = (plan.forward_dtype, plan.objective)
+    if not plan.examples_per_query:
+        shared = data.batch(examples, **chosen, batch_size=plan.batch_size)
+        return lambda: metrics.loss_of(worker.model, shared, *how), None
+    drawn = data.batch(examples, **chosen, batch_size=plan.queries * plan.examples_per_query)
+    own = {name: tensor.unflatten(0, (plan.queries, -1)) for name, tensor in drawn.items()}
+    return lambda batch: metrics.loss_of(worker.model, batch, *how), own
 
 
 def merge(
@@ -138,11 +153,22 @@ def merge(
     return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor)
 
 
-def record_of(settings: Settings, worker: Worker, measured: Mapping[int, Measured | Answer]) -> Seeded:
-    """The record of the round that follows the worker's, from what its clients measured."""
+def record_of(settings: Settings, worker: Worker, measured: Mapping[int, Measured | Answer], total: int) -> Seeded:
+    """The record of the round that follows the worker's, from what its clients measured; total: rounds of the run."""
     spread = worker.spread if settings.normalise else None
-    round_, queries = worker.round + 1, settings.queries
-    return merge(round_, settings.learning_rate, queries, measured, settings.estimator, spread)
+    round_ = worker.round + 1
+    rate = schedules.learning_rate(settings, round_, total)
+    record = merge(round_, rate, settings.queries, measured, settings.estimator, spread)
+    norm = estimate_norm(record, sum(parameter.numel() for parameter in worker.parameters.values()))
+    if not 0.0 < settings.clip_norm < norm:
+        return record
+    return replace(record, divisor=record.divisor * (norm / settings.clip_norm))
+
+
+def estimate_norm(record: Seeded, parameters: int) -> float:
+    """Euclidean norm of a seeded record's gradient estimate, its directions taken as orthogonal, as they nearly are."""
+    squares = sum(value * value for value in record.coefficients)
+    return math.ldexp(math.sqrt(squares * parameters) / record.divisor, record.exponent)
 
 
 def plan_for(
@@ -165,7 +191,14 @@ def plan_for(
         threads=settings.threads,
         copies_per_pass=settings.copies_per_pass,
         forward_dtype=settings.forward_dtype,
+        examples_per_query=examples_per_query(settings),
+        objective=settings.objective,
     )
+
+
+def examples_per_query(settings: Settings) -> int:
+    """Examples that each query has of its own; 0: all share one batch."""
+    return (settings.zo_query_batch_size or settings.batch_size) if settings.zo_data == "per-query" else 0
 
 
 def position(entries: Sequence[Entry], genesis: bytes, head: bytes) -> int | None:
@@ -186,8 +219,8 @@ def catch_up(worker: Worker, after: bytes, head: bytes, raw: bytes) -> bool:
         entries = list(journal.parse_entries(raw, after))
     except ValueError:
         return False
-    if any(isinstance(entry.record, Dense) for entry in entries):
-        return False  # a first-order step does not replay
+    if any(update_digest(entry.record) is not None for entry in entries):
+        return False  # a step by backpropagation does not replay
     start = position(entries, after, worker.head)
     if start is None or not entries or entries[-1].chain != head:
         return False

@@ -12,9 +12,9 @@ from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.journal import Journal, read
 from zofed.runs import RunFolder, peak_memory_bytes, read_table, versions
-from zofed.task import Task, device, prepare_process
+from zofed.task import ALL, Task, device, prepare_process
 from zofed.trainer import Totals, replay, restore, with_random_slopes
-from zofed.worker import Worker
+from zofed.worker import Worker, update_digest
 
 
 @contextmanager
@@ -42,17 +42,23 @@ def finish(
     """
     from zofed.plots import plot_loss  # pictures need pandas and matplotlib, which clients never load
 
-    score, digest = task.evaluate(worker.model), worker.digest()
+    scores, digest = task.evaluate(worker.model), worker.digest()
+    score = scores.pop(ALL)
     cost = totals.columns()
-    replayed = None if task.settings.mode == "fo" else replay_run(folder, threads=task.settings.threads)[0].digest()
+    does_replay = all(
+        digest is None or folder.has_update(digest) for digest in (update_digest(e.record) for e in journal.entries)
+    )
+    replayed = replay_run(folder, threads=task.settings.threads)[0].digest() if does_replay else None
     baselines = task.baselines()
     summary: dict[str, Any] = {
         "status": "completed",
         "eval_loss_start": float(read_table(folder.path / "metrics.csv")[0]["eval_loss"]),
         "eval_loss_end": score.loss,
-        **({"accuracy": score.accuracy} if score.accuracy is not None else {}),
+        "stopped_by": "" if worker.round >= task.settings.steps else totals.spent(task.settings),
+        **{key: value for key, value in score.columns().items() if key != "loss"},
+        **({"sources": {name: own.columns() for name, own in scores.items()}} if scores else {}),
         "baselines": baselines,
-        "controls": _controls(task, journal) if task.settings.controls and task.settings.mode == "zo" else {},
+        "controls": _controls(task, journal) if task.settings.controls else {},
         "digest": digest,
         "replay_digest": replayed,
         "journal_head": journal.head.hex(),
@@ -90,21 +96,28 @@ def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Wor
     where first-order steps lie behind the last checkpoint.
     """
     prepare_process(threads)
-    worker, settings = base_worker(folder, base)
+    worker, _ = base_worker(folder, base)
     entries = read(folder.journal).entries
-    if settings.mode == "fo" and entries:
+    lost = [e for e in entries if (digest := update_digest(e.record)) is not None and not folder.has_update(digest)]
+    if lost:
         restore(worker, entries, folder, latest=entries[-1].record.round)
     start = worker.round
-    replay(worker, [entry.record for entry in entries if entry.record.round > start])
+    replay(worker, [entry.record for entry in entries if entry.record.round > start], folder.update)
     return worker, start
 
 
 def _controls(task: Task, journal: Journal) -> dict[str, float]:
-    """Held-out losses of what did not learn: the base weights, and steps of the same size with random slopes."""
+    """Held-out losses of what did not learn: the base weights, and steps of the same size with random slopes.
+
+    The latter where every step is a function of seeds.
+    """
     control = task.worker()
-    frozen = task.evaluate(control.model).loss
-    replay(control, with_random_slopes([entry.record for entry in journal.entries], task.settings.seed))
-    return {"frozen": frozen, "random_slopes": task.evaluate(control.model).loss}
+    found = {"frozen": task.evaluate(control.model)[ALL].loss}
+    records = [entry.record for entry in journal.entries]
+    if all(update_digest(record) is None for record in records):
+        replay(control, with_random_slopes(records, task.settings.seed))
+        found["random_slopes"] = task.evaluate(control.model)[ALL].loss
+    return found
 
 
 def _count(worker: Worker) -> int:

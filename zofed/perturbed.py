@@ -44,10 +44,11 @@ class Unseen(UserError):  # noqa: N818
 class Perturbation(TorchFunctionMode):
     """While active, every use of a listed parameter sees parameter + sum over r of scale_r * direction_r.
 
-    factors: by id of the parameter. scale: (r,), shared by all parameters; with one that requires a gradient, the loss
-    can be differentiated by it. The products a linear map or an embedding needs are added to its output; in any other
-    call the perturbed tensor stands in for the parameter, which is cheap for vectors and correct for all. `seen`
-    collects the ids met. Where no gradient is wanted, large output layers become `Logits`.
+    factors: by id of the parameter. scale: (r,), shared by all parameters, or (r, r) for all pairs of left and right
+    factors; with one that requires a gradient, the loss can be differentiated by it. The products a linear map or an
+    embedding needs are added to its output; in any other call the perturbed tensor stands in for the parameter, which
+    is cheap for vectors and correct for all. `seen` collects the ids met. Where no gradient is wanted, large output
+    layers become `Logits`.
     """
 
     def __init__(self, factors: Mapping[int, Factors], scale: Tensor, seen: set[int]) -> None:
@@ -70,7 +71,7 @@ class Perturbation(TorchFunctionMode):
                 return self._linear(x, weight, bias, is_transposed=True)
         if func is F.embedding and self._is_matrix(args[1]):
             a, b = self._factors(args[1])
-            left = a[:, args[0]].movedim(0, -1) * self.scale
+            left = self._scaled(a[:, args[0]].movedim(0, -1))
             return add_product(F.embedding(*args, **kwargs), left, b)
         if func is F.cross_entropy and isinstance(args[0], Logits) and not args[0].is_whole:
             logits, target, reduction, ignored = _cross_entropy_arguments(*args, **kwargs)
@@ -87,7 +88,7 @@ class Perturbation(TorchFunctionMode):
             out, into = self._factors(weight)
             if is_transposed:
                 into, out = out, into
-            left, right = [(x @ into.T) * self.scale], [out]
+            left, right = [self._scaled(x @ into.T, from_right=not is_transposed)], [out]
         plain = weight.T if is_transposed else weight
         if bias is not None:
             left.append(x.new_ones(*x.shape[:-1], 1))
@@ -101,8 +102,14 @@ class Perturbation(TorchFunctionMode):
             return Logits(x, plain.detach(), columns, rows, x.dtype)  # an object of its own: not a listed parameter
         return add_product(F.linear(x, plain), columns, rows)
 
+    def _scaled(self, along: Tensor, from_right: bool = False) -> Tensor:
+        """What lies along the factors of one side (..., r), as it lies along those of the other."""
+        if self.scale.dim() < 2:
+            return along * self.scale
+        return along @ (self.scale.T if from_right else self.scale)
+
     def _is_matrix(self, value: Any) -> bool:
-        return len(self.factors.get(id(value), ())) == 2
+        return len(self.factors.get(id(value), ())) == 2 and value.dim() > 1
 
     def _factors(self, parameter: Tensor) -> Factors:
         self.seen.add(id(parameter))
@@ -118,7 +125,12 @@ class Perturbation(TorchFunctionMode):
         if id(value) not in self.factors:
             return value
         first, *second = self._factors(value)
-        shift = (first.T * self.scale) @ second[0] if second else self.scale @ first
+        if not second:
+            shift = self.scale @ first
+        elif value.dim() > 1:
+            shift = self._scaled(first.T) @ second[0]
+        else:
+            shift = (self._scaled(first.T) * second[0].T).sum(-1)
         return value + shift.reshape(value.shape)
 
 
@@ -334,10 +346,13 @@ def along(
     """loss(w + sum over k of coefficient_k * z_k), which can be differentiated by the coefficients (K,).
 
     Neither weights nor gradients of their size are written; the derivative at zero coefficients is the exact slope
-    along each direction. kind: rankR.
+    along each direction. kind: rankR, or core with one coefficient for each pair of seeds, row by row.
     """
     like = next(iter(parameters.values()))
-    scale = coefficients.repeat_interleave(directions.terms(kind)) * directions.unit(kind)
+    if kind == "core":
+        scale = coefficients.view(len(seeds), len(seeds))
+    else:
+        scale = coefficients.repeat_interleave(directions.terms(kind)) * directions.unit(kind)
     factors = {
         id(parameter): tuple(part.flatten(0, 1).to(like) for part in parts)
         for parameter, parts in zip(parameters.values(), _factors(kind, seeds, parameters, sizes), strict=True)

@@ -15,21 +15,20 @@ from zofed.runs import RunFolder
 
 AXES = {
     "step": "step",
-    "forward-equivalents": "forward-equivalents (a backward pass counts two)",
+    "forward-equivalents": "forward-equivalents (examples run forward, a backward pass counts two)",
     "seconds": "seconds",
     "bytes": "bytes up and down, all clients",
 }
 
 
 def read_metrics(folder: RunFolder) -> pd.DataFrame:
-    """The run's metrics with the derived column `forward-equivalents`. Raises UserError when there are none."""
+    """The run's metrics. Raises UserError when there are none."""
     path = folder.path / "metrics.csv"
     try:
         table = pd.read_csv(path)
     except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"cannot read {path}: {error}; give the folder of a run") from error
-    table["forward-equivalents"] = table["forward_passes"] + 2 * table["backward_passes"]
-    return table
+    return table.rename(columns={"forward_equivalents": "forward-equivalents"})
 
 
 def plot_loss(folder: RunFolder, baselines: Mapping[str, float]) -> Path:

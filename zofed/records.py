@@ -83,6 +83,32 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
+class Guided:
+    """One step along directions that a backprop gradient shaped: gradient estimate = kept * guide where its entries
+    are at least `threshold` in size + whole * guide + the estimate of `seeded`.
+
+    guide: SHA-256 of the guide's tensors, kept in a file beside the journal or else found again by backprop. masked:
+    the seeded part counts only where the guide's entries are below the threshold.
+    """
+
+    kind: ClassVar[int] = 4
+    seeded: Seeded
+    guide: bytes
+    threshold: float
+    kept: float
+    whole: float
+    masked: bool
+
+    @property
+    def round(self) -> int:
+        return self.seeded.round
+
+    @property
+    def rate(self) -> float:
+        return self.seeded.rate
+
+
+@dataclass(frozen=True, slots=True)
 class Skipped:
     """A round that moved nothing: too few usable replies."""
 
@@ -90,11 +116,12 @@ class Skipped:
     round: int
 
 
-Record = Seeded | Dense | Skipped
+Record = Seeded | Dense | Skipped | Guided
 
 _HEAD = struct.Struct("<BQ")  # kind, round
 _SEEDED = struct.Struct("<ddHHIhd")  # rate, privacy, clients, local steps, queries, exponent, divisor
 _DENSE = struct.Struct("<d32s")
+_GUIDED = struct.Struct("<32sddd?")  # guide, threshold, kept, whole, masked
 
 
 def encode(record: Record) -> bytes:
@@ -121,6 +148,9 @@ def encode(record: Record) -> bytes:
             return head + fixed + numbers + struct.pack(f"<{len(record.coefficients)}i", *record.coefficients)
         case Dense():
             return head + _DENSE.pack(record.rate, record.update)
+        case Guided():
+            fixed = _GUIDED.pack(record.guide, record.threshold, record.kept, record.whole, record.masked)
+            return head + fixed + encode(record.seeded)[_HEAD.size :]
         case Skipped():
             return head
 
@@ -134,6 +164,8 @@ def decode(body: bytes) -> Record:
             record = _decode_seeded(round_, rest)
         elif kind == Dense.kind:
             record = Dense(round_, *_DENSE.unpack(rest))
+        elif kind == Guided.kind:
+            record = _decode_guided(round_, rest)
         elif kind == Skipped.kind and not rest:
             record = Skipped(round_)
         else:
@@ -153,6 +185,13 @@ def _decode_seeded(round_: int, rest: memoryview) -> Seeded:
     coefficients = struct.unpack(f"<{count * local_steps * queries}i", rest[_SEEDED.size + 4 * count :])
     _check_size(coefficients)
     return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor, local_steps, privacy)
+
+
+def _decode_guided(round_: int, rest: memoryview) -> Guided:
+    guide, threshold, kept, whole, masked = _GUIDED.unpack_from(rest)
+    if rest[_GUIDED.size - 1] > 1 or not all(map(math.isfinite, (threshold, kept, whole))):
+        raise ValueError(f"a guided record with the weights {kept} and {whole} moves nothing that is finite")
+    return Guided(_decode_seeded(round_, rest[_GUIDED.size :]), guide, threshold, kept, whole, masked)
 
 
 def _check_size(coefficients: Sequence[int]) -> None:

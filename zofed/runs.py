@@ -26,8 +26,10 @@ from zofed.worker import tensors_digest
 
 METRICS = (
     "timestamp", "epoch", "step", "mode", "scope", "q", "lr", "batch_size", "optimizer", "bp_interval", "loss",
-    "grad_norm", "eval_loss", "forward_passes", "backward_passes", "seconds", "bytes",
+    "grad_norm", "eval_loss", "forward_passes", "backward_passes", "forward_equivalents", "tokens", "seconds", "bytes",
+    "cosine_kept", "cosine_direction", "share_kept",
 )  # fmt: skip
+EVALUATIONS = ("step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1")
 CHECKPOINTS_KEPT = 2
 
 Row = dict[str, Any]
@@ -105,22 +107,40 @@ class RunFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def save_update(self, digest: bytes, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the gradient or guide that a record names by its digest, whole on disk before this returns."""
+        self._save(self.path / "updates", digest.hex(), tensors, {})
+
+    def has_update(self, digest: bytes) -> bool:
+        """Whether the gradient or guide of a digest was kept."""
+        return bool(digest) and self._update_path(digest).is_file()
+
+    def _update_path(self, digest: bytes) -> Path:
+        return self.path / "updates" / f"{digest.hex()}.safetensors"
+
+    def update(self, digest: bytes) -> dict[str, Tensor] | None:
+        """The gradient or guide of a digest, None where it was not kept or is damaged."""
+        found = read_checkpoint(self._update_path(digest)) if digest else None
+        return found[0] if found else None
+
     def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Save tensors and facts whole or not at all; the oldest checkpoints go once the new one is on disk."""
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
+        self._save(self.path / "checkpoints", name, tensors, facts)
+        for old in self.checkpoints()[:-CHECKPOINTS_KEPT]:
+            old.unlink()
+
+    def _save(self, folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         temporary = folder / f".{name}.new"
         held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         try:
+            folder.mkdir(exist_ok=True)
             save_file(held, temporary, {"facts": json.dumps(facts), "digest": tensors_digest(held)})
         except SafetensorError as error:
-            raise UserError(f"cannot write checkpoint {temporary}: {error}; free some space, then --resume") from error
+            raise UserError(f"cannot write {temporary}: {error}; free some space, then --resume") from error
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.rename(folder / f"{name}.safetensors")
         sync_folder(folder)
-        for old in self.checkpoints()[:-CHECKPOINTS_KEPT]:
-            old.unlink()
 
     def checkpoints(self) -> list[Path]:
         """Files of all checkpoints, oldest first."""

@@ -55,7 +55,14 @@ def main(grid: Grid, context: Context) -> None:
 def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
     """One federated run over `grid`; returns its summary. name: of its folder, where settings.out is empty."""
     if settings.mode != "zo":
-        raise UserError(f"mode = {settings.mode!r} does not run in a federation yet: use zofed train --mode fo")
+        raise UserError(
+            f"mode = {settings.mode!r} does not run in a federation yet: use zofed train --mode {settings.mode}"
+        )
+    if ":" in settings.objective:
+        raise UserError(
+            f"objective = {settings.objective!r} would have clients run code the server names: a federation takes "
+            "loss, accuracy or f1"
+        )
     out = config.absolute(settings.out or Path.home() / "zofed-runs" / name, "out")
     if settings.out and not Path(os.path.expanduser(settings.out)).is_absolute():
         raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
@@ -226,14 +233,20 @@ class Server:
             )
         record: Record = Skipped(round_)
         if len(good) >= need:
-            record = federation.record_of(self.settings, self.worker, good)
-        batch = self.settings.batch_size
+            record = federation.record_of(self.settings, self.worker, good, self.settings.rounds)
+        own = federation.examples_per_query(self.settings)
+        batch = own * self.settings.queries or self.settings.batch_size
+        passes = len(good) * (
+            2 * self.settings.queries if own else forward_passes(self.settings.estimator, self.settings.queries)
+        )
         return Step(
             record=record,
             loss=sum(answer.loss for answer in good.values()) / len(good) if good else math.nan,
             epoch=round_ * batch * len(good) / max(1, sum(answer.examples for answer in good.values())),
             batch_size=batch * len(good),
-            forward_passes=forward_passes(self.settings.estimator, self.settings.queries) * len(good),
+            forward_passes=passes,
+            forward_equivalents=passes * (own or self.settings.batch_size),
+            tokens=batch * len(good) * self.settings.block_size,
             bytes=self.traffic.up + self.traffic.down,
         )
 

@@ -2,9 +2,10 @@
 
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -20,35 +21,46 @@ from zofed.memory import keep_freed_memory
 from zofed.optimizers import Optimizer
 from zofed.worker import Worker
 
+ALL = "all"  # the held-out part as a whole, among its sources
+WITH_BACKPROP = ("instruct", "calibrate")  # modes of zeroth order that backpropagation helps
+
 
 @dataclass(frozen=True)
 class Task:
     """One run's data and model, the same for whoever builds it from the same settings.
 
-    train: documents any client may hold a shard of; held_out: documents nobody trains on.
+    train: documents any client may hold a shard of; held_out: documents nobody trains on; backprop: those that
+    backpropagation sees beside zeroth order (instruct, calibrate).
     """
 
     settings: Settings
     tokenizer: PreTrainedTokenizerBase
     train: list[Document]
     held_out: list[Document]
+    backprop: list[Document]
 
     @classmethod
     def load(cls, settings: Settings) -> "Task":
         """Read tokenizer and documents. Raises UserError for what is missing or unusable."""
         tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
-        found = data.load_documents(settings.dataset)
-        if settings.task == "classification":
-            _check_labels(found, settings.dataset)
-        train, held_out = data.split_held_out(found, settings.held_out, settings.seed)
-        return cls(settings, tokenizer, train, held_out)
+        found = _documents(settings, settings.dataset)
+        if settings.eval_dataset:
+            train, held_out = found, _documents(settings, settings.eval_dataset)
+        else:
+            train, held_out = data.split_held_out(found, settings.held_out, settings.seed)
+        backprop = train
+        if settings.mode in WITH_BACKPROP and settings.bp_dataset:
+            backprop = _documents(settings, settings.bp_dataset)
+        elif settings.mode in WITH_BACKPROP and settings.split_dataset_for_bp_zo:
+            train, backprop = data.split_held_out(train, settings.split_dataset_for_bp_zo, settings.seed, "backprop")
+        return cls(settings, tokenizer, train, held_out, backprop)
 
     @property
     def labels(self) -> int:
         """Number of classes of a classification task, 0 for a language model."""
         if self.settings.task == "language-model":
             return 0
-        return 1 + max(document.label or 0 for document in (*self.train, *self.held_out))
+        return 1 + max(document.label or 0 for document in (*self.train, *self.held_out, *self.backprop))
 
     def check_held_out(self) -> None:
         """Raise UserError when the held-out part is too short, before a run has written anything."""
@@ -72,9 +84,43 @@ class Task:
         except UserError as error:
             raise UserError(f"held-out part: {error}, or set held-out above {self.settings.held_out:g}") from error
 
-    def evaluate(self, model: nn.Module) -> metrics.Score:
-        """Score on the held-out examples."""
-        return metrics.evaluate(model, self.held_out_examples, self.settings.eval_examples)
+    @cached_property
+    def backprop_examples(self) -> Examples:
+        """What backpropagation sees. Raises UserError where its part of the data is smaller than one batch."""
+        settings = self.settings
+        need = settings.gradient_accumulation * (settings.bp_batch_size or settings.batch_size)
+        try:
+            found = self.examples(self.backprop)
+        except UserError as error:
+            raise UserError(f"backprop's part of the data: {error}") from error
+        if len(found["labels"]) < need and self.backprop is not self.train:
+            raise UserError(
+                f"backprop's part of the data has {len(found['labels'])} examples, less than one batch of {need}: "
+                "raise split-dataset-for-bp-zo, give more data, or lower bp-batch-size"
+            )
+        return found
+
+    def evaluate(self, model: nn.Module) -> dict[str, metrics.Score]:
+        """Scores on the held-out examples: of `all`, and of each source where there are several."""
+        limit = self.settings.eval_examples
+        return {
+            name: metrics.evaluate(model, examples, limit, bytes_per_token=density)
+            for name, (examples, density) in self._held_out_by_source.items()
+        }
+
+    @cached_property
+    def _held_out_by_source(self) -> dict[str, tuple[Examples, float | None]]:
+        """Examples, and bytes a token of a language model's text; a source too short for one example is left out."""
+        found = {ALL: (self.held_out_examples, self._density(self.held_out))}
+        sources = sorted({document.source for document in self.held_out})
+        for source in sources if len(sources) > 1 else ():
+            own = [document for document in self.held_out if document.source == source]
+            with suppress(UserError):
+                found[source] = (self.examples(own), self._density(own))
+        return found
+
+    def _density(self, documents: list[Document]) -> float | None:
+        return None if self.labels else data.bytes_per_token(documents, self.tokenizer)
 
     def baselines(self) -> dict[str, float]:
         """Held-out losses (nats) of knowing nothing: uniform guesses, and the training set's frequencies."""
@@ -92,6 +138,7 @@ class Task:
         """SHA-256 of the documents and of the tokenizer: what the run read."""
         return {
             "documents": data.documents_digest([*self.train, *self.held_out]),
+            **({"backprop": data.documents_digest(self.backprop)} if self.backprop is not self.train else {}),
             "tokenizer": data.tokenizer_digest(self.tokenizer),
         }
 
@@ -100,22 +147,37 @@ class Task:
         model = models.create_model(self.settings, self.tokenizer, self.labels)
         settings = self.settings
         names = models.trainable_names(model, settings.scope)
-        matrices = models.inner_matrices(model, names) if settings.optimizer == "mudamw" else []
-        optimizer = Optimizer(
-            settings.optimizer, settings.momentum, settings.weight_decay, settings.cautious, frozenset(matrices)
-        )
+        matrices = frozenset(models.inner_matrices(model, names))
+
+        def rule(name: Literal["sgd", "adamw", "mudamw"]) -> Optimizer:
+            orthogonal = matrices if name == "mudamw" else frozenset[str]()
+            return Optimizer(name, settings.momentum, settings.weight_decay, settings.cautious, orthogonal)
+
+        # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are.
+        outer = Optimizer("sgd", weight_decay=settings.weight_decay)
         parameters = worker.named_parameters(model)
-        in_proportion = settings.mode == "zo" and settings.direction_sizes == "rms"
+        in_proportion = settings.mode != "fo" and settings.direction_sizes == "rms"
+        is_core = settings.mode == "subspace" and settings.subspace_variant == "core"
         genesis = worker.make_genesis(
             model,
             models.describe(settings.model, model),
             names,
             seed=settings.seed,
-            kind=settings.directions,
-            optimizer=optimizer,
+            kind="core" if is_core else settings.directions,
+            optimizer=outer if settings.mode == "subspace" else rule(settings.optimizer),
+            backprop_optimizer=(
+                rule(settings.bp_optimizer or settings.optimizer) if settings.mode in WITH_BACKPROP else None
+            ),
             size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
         )
         return Worker(nn.Module.to(model, device(settings)), genesis)
+
+
+def _documents(settings: Settings, dataset: str) -> list[Document]:
+    found = data.load_documents(dataset)
+    if settings.task == "classification":
+        _check_labels(found, dataset)
+    return found
 
 
 def _check_labels(documents: list[Document], dataset: str) -> None:
@@ -134,7 +196,13 @@ def _check_labels(documents: list[Document], dataset: str) -> None:
         )
 
 
-NAMES = {"model": tuple(models.SIZES), "dataset": documents.KNOWN_NAMES, "tokenizer": tokenizers.KNOWN_NAMES}
+NAMES = {
+    "model": tuple(models.SIZES),
+    "dataset": documents.KNOWN_NAMES,
+    "bp_dataset": documents.KNOWN_NAMES,
+    "eval_dataset": documents.KNOWN_NAMES,
+    "tokenizer": tokenizers.KNOWN_NAMES,
+}
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
@@ -142,7 +210,7 @@ def with_absolute_paths(settings: Settings) -> Settings:
     update = {}
     for key, names in NAMES.items():
         path = os.path.expanduser(getattr(settings, key))
-        if path not in names and os.path.exists(path):
+        if path and path not in names and os.path.exists(path):
             update[key] = os.path.abspath(path)
     return settings.model_copy(update=update)
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,16 +12,17 @@ from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.journal import Entry, Journal, link
 from zofed.metrics import Score
-from zofed.records import Dense, Record, Seeded
-from zofed.runs import METRICS, Row, RunFolder, Table, cut_table, read_checkpoint, timestamp
-from zofed.worker import Update, Worker
+from zofed.records import Record, Seeded, Skipped
+from zofed.runs import EVALUATIONS, METRICS, Row, RunFolder, Table, cut_table, read_checkpoint, timestamp
+from zofed.worker import Update, Worker, update_digest
 
 
 @dataclass(frozen=True)
 class Step:
     """What one step found out: the record to write down, the update a dense record needs, and what it cost.
 
-    bytes: sent up and down by all clients, payload as serialised.
+    bytes: sent up and down by all clients, payload as serialised. forward_equivalents: examples run forward, a
+    backward pass counting two. tokens: of training data read. facts: further columns of the metrics.
     """
 
     record: Record
@@ -31,11 +32,18 @@ class Step:
     update: Update | None = None
     forward_passes: int = 0
     backward_passes: int = 0
+    forward_equivalents: int = 0
+    tokens: int = 0
     bytes: int = 0
+    facts: Row = field(default_factory=dict)
 
 
 Ask = Callable[[int], Step]  # round -> step; must not move the weights
-Evaluate = Callable[[torch.nn.Module], Score]
+Evaluate = Callable[[torch.nn.Module], Mapping[str, Score]]
+
+# Modes whose journal does not replay from the start unless gradients are kept beside it.
+NEEDS_CHECKPOINTS = ("fo", "instruct", "calibrate")
+SUMS = ("forward_passes", "backward_passes", "forward_equivalents", "tokens", "bytes")
 
 
 @dataclass
@@ -44,6 +52,8 @@ class Totals:
 
     forward_passes: int = 0
     backward_passes: int = 0
+    forward_equivalents: int = 0
+    tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
@@ -52,22 +62,28 @@ class Totals:
     def of(cls, row: dict[str, str] | None) -> "Totals":
         if row is None:
             return cls()
-        names = ("forward_passes", "backward_passes", "bytes")
-        counts = {name: int(row[name]) for name in names}
-        return cls(**counts, seconds=float(row["seconds"]))
+        return cls(**{name: int(row[name]) for name in SUMS}, seconds=float(row["seconds"]))
 
     def add(self, step: Step) -> None:
-        self.forward_passes += step.forward_passes
-        self.backward_passes += step.backward_passes
-        self.bytes += step.bytes
+        for name in SUMS:
+            setattr(self, name, getattr(self, name) + getattr(step, name))
 
     def columns(self) -> Row:
-        return {
-            "forward_passes": self.forward_passes,
-            "backward_passes": self.backward_passes,
-            "bytes": self.bytes,
-            "seconds": round(self.seconds + time.monotonic() - self.began, 3),
-        }
+        return {name: getattr(self, name) for name in SUMS} | {"seconds": round(self.now, 3)}
+
+    @property
+    def now(self) -> float:
+        """Seconds of training so far, those before a resumption included."""
+        return self.seconds + time.monotonic() - self.began
+
+    def spent(self, settings: Settings) -> str:
+        """The budget that is used up, in words; empty while none is."""
+        budgets = (
+            ("max-forward-equivalents", settings.max_forward_equivalents, self.forward_equivalents),
+            ("max-tokens", settings.max_tokens, self.tokens),
+            ("max-seconds", settings.max_seconds, self.now),
+        )
+        return next((f"{key} = {limit:g}" for key, limit, used in budgets if limit and used >= limit), "")
 
 
 @dataclass
@@ -86,9 +102,13 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._rows = cut_table(self.folder.path / "metrics.csv", "step", self._last_round())
+        told = int(self._rows[-1]["step"]) if self._rows else -1
+        cut_table(self.folder.path / "evaluations.csv", "step", told)
 
     def run(self, total: int, ask: Ask) -> Totals:
-        """Catch up with the journal, then train up to round `total`. Returns what the whole run cost.
+        """Catch up with the journal, then train up to round `total`, or until a budget is spent.
+
+        Returns what the whole run cost.
 
         Raises UserError when the loss is no longer finite.
         """
@@ -102,13 +122,17 @@ class Trainer:
             for entry in self._behind(told):
                 round_ = entry.record.round
                 is_new = round_ > told
-                # A first-order step is asked again to get its gradient back, any other only for its line of metrics.
-                step = ask(round_) if is_new or isinstance(entry.record, Dense) else None
-                norm = self.worker.apply(entry, step.update if step else None)
+                # A step is asked again for its line of metrics, or for a gradient that was not kept.
+                digest = update_digest(entry.record)
+                update = self.folder.update(digest) if digest else None
+                step = ask(round_) if is_new or (digest is not None and update is None) else None
+                norm = self.worker.apply(entry, update if update or step is None else step.update)
                 if step and is_new:
                     self._account(table, totals, step, norm, total)
-            for round_ in range(self.worker.round + 1, total + 1):
-                step = ask(round_)
+            while self.worker.round < total and not totals.spent(self.settings):
+                step = ask(self.worker.round + 1)
+                if self.settings.keep_gradients and step.update and (digest := update_digest(step.record)):
+                    self.folder.save_update(digest, step.update)
                 norm = self.worker.apply(self.journal.append(step.record), step.update)
                 self._account(table, totals, step, norm, total)
         finally:
@@ -120,16 +144,22 @@ class Trainer:
         round_ = step.record.round
         totals.add(step)
         row = self._row(round_, totals, step, norm)
-        if round_ % self.settings.eval_interval == 0 or round_ == total:
+        is_last = round_ == total or bool(totals.spent(self.settings))
+        if round_ % self.settings.eval_interval == 0 or is_last:
             row["eval_loss"] = self._score(round_)
         self._tell(table, row)
-        self._save_checkpoint(round_, round_ == total)
+        self._save_checkpoint(round_, is_last)
 
     def _score(self, round_: int) -> float:
-        loss = self.evaluate(self.worker.model).loss
-        if not math.isfinite(loss):
+        """The held-out loss of all sources together; what else the scores tell goes into evaluations.csv."""
+        scores = self.evaluate(self.worker.model)
+        whole = next(iter(scores.values())).loss
+        if not math.isfinite(whole):
             raise diverged(round_, self.settings)
-        return loss
+        with Table(self.folder.path / "evaluations.csv", EVALUATIONS) as table:
+            for source, score in scores.items():
+                table.write({"step": round_, "source": source} | score.columns())
+        return whole
 
     def _last_round(self) -> int:
         return self.journal.entries[-1].record.round if self.journal.entries else 0
@@ -155,20 +185,23 @@ class Trainer:
             "step": round_,
             "mode": settings.mode,
             "scope": settings.scope,
-            "q": settings.queries if settings.mode == "zo" else 0,
-            "lr": settings.learning_rate,
+            "q": 0 if settings.mode in ("fo", "subspace") else settings.queries,
             "batch_size": settings.batch_size,
             "optimizer": settings.optimizer,
-            "bp_interval": 1 if settings.mode == "fo" else 0,
+            "bp_interval": {"fo": 1, "instruct": settings.bp_interval, "calibrate": settings.bp_interval}.get(
+                settings.mode, 0
+            ),
             "grad_norm": norm,
         }
         if step is not None:
-            row |= {"epoch": step.epoch, "loss": step.loss, "batch_size": step.batch_size}
+            row |= {"epoch": step.epoch, "batch_size": step.batch_size} | step.facts
+            row["loss"] = step.loss if math.isfinite(step.loss) else None
+            row["lr"] = None if isinstance(step.record, Skipped) else step.record.rate
         return row | totals.columns()
 
     def _save_checkpoint(self, round_: int, is_last: bool) -> None:
         interval = self.settings.checkpoint_interval
-        if not interval or (round_ % interval and not (is_last and self.settings.mode == "fo")):
+        if not interval or (round_ % interval and not (is_last and self.settings.mode in NEEDS_CHECKPOINTS)):
             return
         worker = self.worker
         tensors = {f"weight/{name}": tensor for name, tensor in worker.parameters.items()}
@@ -205,8 +238,11 @@ def diverged(round_: int, settings: Settings) -> UserError:
     )
 
 
-def replay(worker: Worker, records: Iterable[Record]) -> None:
-    """Move the worker through the records; a first-order one raises UserError, since its gradient is not kept."""
+def replay(worker: Worker, records: Iterable[Record], kept: Callable[[bytes], Update | None] = lambda _: None) -> None:
+    """Move the worker through the records. kept: the gradient or guide of a digest, where there is one.
+
+    Raises UserError for a record that needs one which was not kept.
+    """
 
     def linked() -> Iterator[Entry]:
         head = worker.head
@@ -215,7 +251,7 @@ def replay(worker: Worker, records: Iterable[Record]) -> None:
             head = entry.chain
             yield entry
 
-    worker.replay(linked())
+    worker.replay(linked(), kept)
 
 
 def with_random_slopes(records: Iterable[Record], run_seed: int) -> list[Record]:

@@ -4,7 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf, ldexp, prod, sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from zofed.errors import UserError
 from zofed.estimators import Estimate, FiniteDifference, Points, check_used
 from zofed.journal import Entry, Genesis, genesis_chain, link
 from zofed.perturbed import CannotBatch, Loss
-from zofed.records import Dense, Record, Seeded, Spread
+from zofed.records import Dense, Guided, Record, Seeded, Skipped, Spread
 
 LARGEST_ROUNDING = 0.1  # share of a slope that the resolution of the losses may have
 PROBE_POSITIONS = 1024  # elements of each tensor that a probe reads
@@ -23,7 +23,10 @@ DIRECTIONS_AT_ONCE = 1024  # of consecutive records that move a block one after 
 
 TRAINABLE_DTYPES = (torch.float32, torch.bfloat16)  # moved in float32: float64 would lose bits, float16 overflow
 
-Update = dict[str, Tensor]  # a first-order step's gradient, by parameter name
+BACKPROP = "backprop/"  # before the names of a second optimizer's state
+
+Update = dict[str, Tensor]  # a first-order step's gradient or a guide, by parameter name
+T = TypeVar("T")
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -45,11 +48,14 @@ def make_genesis(
     kind: directions.Kind,
     optimizer: optimizers.Optimizer,
     size_exponents: Mapping[str, int] | None = None,
+    backprop_optimizer: optimizers.Optimizer | None = None,
 ) -> Genesis:
     """All that a replay depends on: the base weights, what trains, how seeds become directions, the optimizer.
 
-    size_exponents: the power of two that multiplies each tensor's direction and step; 0 where absent. Raises UserError
-    for a trainable tensor of another type than float32 and bfloat16, the two whose steps are exact.
+    size_exponents: the power of two that multiplies each tensor's direction and step; 0 where absent.
+    backprop_optimizer: the rule, with a state of its own, of the steps that are no function of seeds alone; None: the
+    same. Raises UserError for a trainable tensor of another type than float32 and bfloat16, the two whose steps are
+    exact.
     """
     parameters = named_parameters(model)
     trainable = list(trainable)
@@ -69,15 +75,26 @@ def make_genesis(
             [name, str(parameters[name].dtype).removeprefix("torch."), list(parameters[name].shape)]
             for name in trainable
         ],
-        "optimizer": {
-            "name": optimizer.name,
-            "momentum": optimizer.momentum,
-            "weight-decay": optimizer.weight_decay,
-            "cautious": optimizer.cautious,
-            "orthogonal": sorted(optimizer.orthogonal),
-        },
+        "optimizer": _described(optimizer),
         "size-exponents": {name: exponent for name, exponent in (size_exponents or {}).items() if exponent},
+        **({"backprop-optimizer": _described(backprop_optimizer)} if backprop_optimizer else {}),
     }
+
+
+def _described(optimizer: optimizers.Optimizer) -> dict[str, Any]:
+    return {
+        "name": optimizer.name,
+        "momentum": optimizer.momentum,
+        "weight-decay": optimizer.weight_decay,
+        "cautious": optimizer.cautious,
+        "orthogonal": sorted(optimizer.orthogonal),
+    }
+
+
+def _optimizer(rule: Mapping[str, Any]) -> optimizers.Optimizer:
+    return optimizers.Optimizer(
+        rule["name"], rule["momentum"], rule["weight-decay"], rule["cautious"], frozenset(rule["orthogonal"])
+    )
 
 
 class Worker:
@@ -97,18 +114,18 @@ class Worker:
         everything = named_parameters(model)
         self.model = model
         self.genesis = genesis
+        self.kind: directions.Kind = genesis["directions"]
         self.parameters: dict[str, Tensor] = {name: everything[name] for name, _, _ in genesis["trainable"]}
         for name, parameter in everything.items():
             parameter.requires_grad_(name in self.parameters)
-        rule = genesis["optimizer"]
-        self.optimizer = optimizers.Optimizer(
-            rule["name"], rule["momentum"], rule["weight-decay"], rule["cautious"], frozenset(rule["orthogonal"])
-        )
+        self.optimizer = _optimizer(genesis["optimizer"])
+        own = genesis.get("backprop-optimizer")
+        self.backprop_optimizer = _optimizer(own) if own else self.optimizer
         self.sizes = {name: 2.0**exponent for name, exponent in genesis["size-exponents"].items()}
         self.spread = Spread()
         self.round = 0
         self.head = genesis_chain(genesis)
-        self._batches, self._warned = directions.terms(genesis["directions"]) > 0, False
+        self._batches, self._warned = directions.terms(self.kind) > 0, False
         self._checked = False  # that the loss uses every parameter; a batched pass finds out by itself
 
     def ask(
@@ -125,21 +142,32 @@ class Worker:
         examples: one batch for every seed, handed to `loss`; None: all share the batch that `loss` holds. A loss that
         cannot run for many copies at once is measured one direction after the other, which is said once.
         """
-        how = FiniteDifference(self.genesis["directions"], epsilon, points, copies_per_pass, self.sizes)
+        how = FiniteDifference(self.kind, epsilon, points, copies_per_pass, self.sizes)
+
+        def slopes(batched: bool) -> Estimate:
+            return self._guarded(how.slopes(loss, self.parameters, seeds, examples, batched=batched), epsilon)
+
+        return self.batched_or_not(slopes, loss, examples)
+
+    def batched_or_not(self, run: Callable[[bool], T], loss: Loss, examples: Any = None) -> T:
+        """`run(True)`, or `run(False)` where the loss cannot run for many perturbed copies at once, which is said once.
+
+        Raises UserError where the loss never uses some parameter.
+        """
         if self._batches:
             try:
-                return self._guarded(how.slopes(loss, self.parameters, seeds, examples), epsilon)
+                return run(True)
             except CannotBatch as reason:
                 self._batches = False
                 warnings.warn(
                     f"the loss cannot run for many perturbed copies at once ({reason}): each direction is written into "
                     "the weights instead, which takes longer and the memory of a second copy of what trains",
-                    stacklevel=2,
+                    stacklevel=3,
                 )
         if not self._checked:
             check_used(loss, self.parameters, examples)
             self._checked = True
-        return self._guarded(how.slopes(loss, self.parameters, seeds, examples, batched=False), epsilon)
+        return run(False)
 
     def _guarded(self, estimate: Estimate, epsilon: float) -> Estimate:
         """The estimate; a word, once, when the losses' own resolution drowns the slopes."""
@@ -165,19 +193,26 @@ class Worker:
     def apply(self, entry: Entry, update: Update | None = None) -> float:
         """Move the weights as the entry's record says.
 
-        update: the gradient a dense record stands for; seeded records need none. Returns the Euclidean norm of the
-        gradient estimate. Raises UserError for a dense record without its update, or one of another history.
+        update: the gradient a dense record stands for, or the guide of a guided one; seeded records need none. Returns
+        the Euclidean norm of the gradient estimate. Raises UserError for a record without its update or with another
+        than its own, or one of another history.
         """
         return self._move([entry], update)[0]
 
-    def replay(self, entries: Iterable[Entry]) -> None:
+    def replay(self, entries: Iterable[Entry], kept: Callable[[bytes], Update | None] = lambda _: None) -> None:
         """Apply entries one after the other, to the same bits as `apply` does, streaming many through each block.
 
-        Raises UserError for a dense record.
+        kept: the update or guide of a digest, where it was kept. Raises UserError for a record without it.
         """
         group: list[Entry] = []
         count = 0
         for entry in entries:
+            if (digest := update_digest(entry.record)) is not None:
+                if group:
+                    self._move(group)
+                self._move([entry], kept(digest))
+                group, count = [], 0
+                continue
             size = len(entry.record.coefficients) if isinstance(entry.record, Seeded) else 1
             if group and count + size > DIRECTIONS_AT_ONCE:
                 self._move(group)
@@ -191,34 +226,36 @@ class Worker:
     def _move(self, entries: Sequence[Entry], update: Update | None = None) -> list[float]:
         """Move the weights through consecutive entries; the only place where weights change. Returns their norms."""
         self._check_follow(entries, update)
-        moving = [entry.record for entry in entries if isinstance(entry.record, Seeded | Dense)]
+        moving = [entry.record for entry in entries if not isinstance(entry.record, Skipped)]
         if not moving:  # rounds that were skipped move the head alone
             self.round, self.head = entries[-1].record.round, entries[-1].chain
             return [0.0] * len(entries)
-        steps = [(record, self.optimizer.begin_step()) for record in moving]
+        rules = [self.optimizer if isinstance(record, Seeded) else self.backprop_optimizer for record in moving]
+        steps = [(record, rule, rule.begin_step()) for record, rule in zip(moving, rules, strict=True)]
         squares = [0.0] * len(steps)
-        seeds = [record.seeds(self.genesis["seed"]) if isinstance(record, Seeded) else [] for record in moving]
+        seeds = [self._seeds(record) for record in moving]
         for (name, parameter), drawn in zip(self.parameters.items(), self._drawn(seeds), strict=True):
             whole = parameter.detach() if parameter.dim() else parameter.detach().unsqueeze(0)
             estimates = [
                 self._estimate(record, own, name, parameter, update, parts)
                 for record, own, parts in zip(moving, seeds, drawn, strict=True)
             ]
-            moments = self.optimizer.moments(name, whole)
+            moments = {id(rule): rule.moments(name, whole) for rule in rules}
             columns = prod(whole.shape[1:])
-            at_once = len(whole) if self.optimizer.needs_whole(name) else max(1, BLOCK // max(1, columns))
+            must_be_whole = any(rule.needs_whole(name) for rule in rules)
+            at_once = len(whole) if must_be_whole else max(1, BLOCK // max(1, columns))
             size = self.sizes.get(name, 1.0)
             for start in range(0, len(whole), at_once):
                 some = slice(start, min(start + at_once, len(whole)))
                 kept = whole[some]
                 weight = kept.to(torch.float32)  # float32 weights themselves, else a copy
-                state = {moment: tensor[some] for moment, tensor in moments.items()}
-                for index, ((record, corrections), estimate) in enumerate(zip(steps, estimates, strict=True)):
+                for index, ((record, rule, corrections), estimate) in enumerate(zip(steps, estimates, strict=True)):
+                    state = {moment: tensor[some] for moment, tensor in moments[id(rule)].items()}
                     gradient = estimate(some.start, some.stop).view(weight.shape)
                     flat = gradient.flatten()
                     squares[index] += float(torch.dot(flat, flat))
                     own = size if isinstance(record, Seeded) else 1.0
-                    self.optimizer.move(name, weight, gradient, state, record.rate, corrections, own)
+                    rule.move(name, weight, gradient, state, record.rate, corrections, own)
                     if kept.dtype != torch.float32:
                         weight = self._rounded(weight, name, record.round, some.start * columns)
                 if kept.dtype != torch.float32:
@@ -228,11 +265,18 @@ class Worker:
                 self.spread = self.spread.after(record.coefficients, record.exponent)
         self.round, self.head = entries[-1].record.round, entries[-1].chain
         norms = iter(squares)
-        return [sqrt(next(norms)) if isinstance(entry.record, Seeded | Dense) else 0.0 for entry in entries]
+        return [0.0 if isinstance(entry.record, Skipped) else sqrt(next(norms)) for entry in entries]
+
+    def _seeds(self, record: Record) -> list[int]:
+        """The seeds of the directions of a record's seeded part."""
+        part = record.seeded if isinstance(record, Guided) else record
+        if not isinstance(part, Seeded):
+            return []
+        return part.seeds(self.genesis["seed"])[: directions.seeds_needed(self.kind, len(part.coefficients))]
 
     def _drawn(self, seeds: Sequence[Sequence[int]]) -> Iterator[list[directions.Factors]]:
         """For each parameter the factors of each record's directions, all drawn together; nothing for dense kinds."""
-        kind = self.genesis["directions"]
+        kind = self.kind
         together = [seed for own in seeds for seed in own]
         if not directions.terms(kind) or not together:
             yield from ([()] * len(seeds) for _ in self.parameters)
@@ -251,10 +295,16 @@ class Worker:
                 raise UserError(
                     f"the record of round {record.round} does not follow the history these weights come from"
                 )
-            if isinstance(record, Dense) and update is None:
+            digest = update_digest(record)
+            if digest is not None and update is None:
                 raise UserError(
-                    f"round {record.round} is a first-order step, its gradient is not kept: it needs a checkpoint "
-                    "behind it to replay from, and there is none"
+                    f"round {record.round} is a step by backpropagation whose gradient is not kept: it needs a "
+                    "checkpoint behind it to replay from, and there is none; keep-gradients = true keeps them"
+                )
+            if digest and update is not None and bytes.fromhex(tensors_digest(update)) != digest:
+                raise UserError(
+                    f"the gradient at hand is not the one round {record.round} was taken with: go on with the machine, "
+                    "the threads and the versions it began with"
                 )
             head = entry.chain
 
@@ -272,13 +322,20 @@ class Worker:
         Of a seeded record: an exact sum, rounded once, times one float32.
         """
         if isinstance(record, Seeded):
-            kind = self.genesis["directions"]
-            shape = tuple(parameter.shape)
-            total = directions.WeightedSum(kind, seeds, record.coefficients, name, shape, parameter.device, drawn)
-            scale = ldexp(directions.unit(kind) / record.divisor, record.exponent)
-            return lambda start, stop: total.rows(start, stop).mul_(scale).to(parameter.device)
+            shape, device, coefficients = tuple(parameter.shape), parameter.device, record.coefficients
+            if self.kind == "core":
+                total = directions.CoreSum(coefficients, shape, device, drawn)
+            else:
+                total = directions.WeightedSum(self.kind, seeds, coefficients, name, shape, device, drawn)
+            scale = ldexp(directions.unit(self.kind) / record.divisor, record.exponent)
+            return lambda start, stop: total.rows(start, stop).mul_(scale).to(device)
         assert update is not None
         gradient = update[name] if parameter.dim() else update[name].unsqueeze(0)
+        if isinstance(record, Guided):
+            noise = self._estimate(record.seeded, seeds, name, parameter, None, drawn) if seeds else None
+            return lambda start, stop: guided_estimate(
+                record, gradient[start:stop], noise and noise(start, stop).view(gradient[start:stop].shape)
+            )
         return lambda start, stop: gradient[start:stop].to(torch.float32, copy=True)
 
     def _rounded(self, moved: Tensor, name: str, round_: int, start: int) -> Tensor:
@@ -288,9 +345,13 @@ class Worker:
         return optimizers.stochastic_round(moved, bits).to(torch.float32)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a checkpoint holds beside the weights: the optimizer's state, and the spread of the slopes."""
+        """What a checkpoint holds beside the weights: the optimizers' states, and the spread of the slopes."""
         spread = torch.tensor([self.spread.mean_square, self.spread.weight], dtype=torch.float64)
-        return self.optimizer.state_dict() | {"spread": spread}
+        state = self.optimizer.state_dict() | {"spread": spread}
+        if self.backprop_optimizer is not self.optimizer:
+            own = self.backprop_optimizer.state_dict()
+            state |= {f"{BACKPROP}{key}": value for key, value in own.items()}
+        return state
 
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], *, round_: int, head: bytes) -> None:
@@ -300,9 +361,11 @@ class Worker:
         state = dict(state)
         self.spread = Spread(*state.pop("spread").tolist())
         device = next(iter(self.parameters.values())).device
-        self.optimizer.load_state_dict(
-            {key: value if key == "powers" else value.to(device) for key, value in state.items()}
-        )
+        state = {key: value if key.endswith("powers") else value.to(device) for key, value in state.items()}
+        own = {key.removeprefix(BACKPROP): state.pop(key) for key in list(state) if key.startswith(BACKPROP)}
+        self.optimizer.load_state_dict(state)
+        if own:
+            self.backprop_optimizer.load_state_dict(own)
         self.round, self.head = round_, head
 
     def digest(self) -> str:
@@ -320,6 +383,27 @@ class Worker:
             chosen = directions.positions(seed, name, parameter.numel(), PROBE_POSITIONS)
             hashed.update(raw_bytes(parameter.detach().reshape(-1)[torch.from_numpy(chosen).to(parameter.device)]))
         return hashed.digest()
+
+
+def update_digest(record: Record) -> bytes | None:
+    """SHA-256 of the tensors a record needs beside itself, empty where it does not say; None: it needs none."""
+    if isinstance(record, Guided):
+        return record.guide
+    return (record.update if any(record.update) else b"") if isinstance(record, Dense) else None
+
+
+def guided_estimate(record: Guided, guide: Tensor, noise: Tensor | None) -> Tensor:
+    """A guided record's gradient estimate of some rows of a tensor: float32 of their shape.
+
+    guide: those rows of the guide, float32. noise: the estimate of the record's seeded part, overwritten.
+    """
+    keeps = guide.abs() >= record.threshold
+    estimate = (guide * keeps).mul_(record.kept)
+    if record.whole:
+        estimate.add_(guide * record.whole)
+    if noise is None:
+        return estimate
+    return estimate.add_(noise.mul_(~keeps) if record.masked else noise)
 
 
 def weights_digest(model: nn.Module) -> str:

@@ -1,0 +1,297 @@
+"""From a backprop gradient to directions, and from slopes along them to a record.
+
+A guide g is a backprop gradient on a grid of its own. A guided direction is v = g_S + sigma n: g_S holds the guide's
+largest coordinates, n is noise of a seeded kind. Its slope needs forward passes only, on data that may be other and far
+more than backpropagation's.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zofed import directions, perturbed
+from zofed.estimators import Parameters, asked, degrees_of_freedom, kept, materialised_losses, scalar
+from zofed.perturbed import Loss
+from zofed.records import Guided, Seeded, to_integers
+from zofed.worker import Update, Worker, tensors_digest
+
+GUIDE_BITS = 15
+ARMS = ("guide-only", "line")  # instruct kinds that tell what the noise adds to the guide
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How a guide shapes directions and how slopes along them are weighed: the settings of the same names."""
+
+    kind: str
+    weighting: str
+    blend: bool
+    cosine_target: float
+    noise_scale: float
+    step: float
+    epsilon: float
+    copies_per_pass: int
+
+
+@dataclass(frozen=True, slots=True)
+class Guidance:
+    """A guide and what is kept of it.
+
+    square, kept_square: |g|^2 and |g_S|^2. noise: standard deviation sigma of the noise in each coordinate that has
+    some; noisy: how many have. masked: the noise spares the kept coordinates.
+    """
+
+    guide: Update
+    threshold: float
+    square: float
+    kept_square: float
+    size: int
+    kept_count: int
+    noise: float
+    noisy: int
+    masked: bool
+
+    @property
+    def direction_square(self) -> float:
+        """|v|^2, exact for entries of +-1 that spare the kept coordinates, else its mean."""
+        return self.kept_square + self.noise**2 * self.noisy
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Cosines with the guide of its kept part and of a whole direction, and the share of coordinates kept."""
+        whole = math.sqrt(self.square)
+        return {
+            "cosine_kept": math.sqrt(self.kept_square) / whole,
+            "cosine_direction": self.kept_square / (whole * math.sqrt(self.direction_square)),
+            "share_kept": self.kept_count / self.size,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A record with what measuring it took: the mean loss of the passes (NaN without any) and their number."""
+
+    record: Guided
+    loss: float
+    forward_passes: int
+
+
+def on_grid(gradient: Mapping[str, Tensor]) -> Update:
+    """The gradient as a guide: of each tensor 15-bit integers times a power of two, as float32.
+
+    Raises ValueError when an entry is not finite or all are zero.
+    """
+    guide: Update = {}
+    for name, tensor in gradient.items():
+        value = tensor.detach().to(torch.float32)
+        peak = float(value.abs().max()) if value.numel() else 0.0
+        if not math.isfinite(peak):
+            raise ValueError(f"the gradient of {name} is not finite")
+        step = 2.0 ** max(math.frexp(peak)[1] - GUIDE_BITS, -126) if peak else 1.0
+        guide[name] = (value * (1.0 / step)).round_().mul_(step)
+    if not any(bool(tensor.any()) for tensor in guide.values()):
+        raise ValueError("the gradient is zero everywhere: it shapes no direction")
+    return guide
+
+
+def threshold_of(guide: Mapping[str, Tensor], energy: float) -> float:
+    """The largest t for which the coordinates of at least t in size hold a share `energy` of the guide's square sum.
+
+    Those are the fewest coordinates that do, with all that tie. Bits of a float32, read as an integer, grow with its
+    size: a histogram over their upper half finds the bin in which t lies, and only that bin is sorted.
+    """
+    sums = torch.zeros(2**15, dtype=torch.float64)
+    for tensor in guide.values():
+        size = tensor.abs().flatten()
+        sums += torch.bincount((size.view(torch.int32) >> 16).cpu(), size.double().square_().cpu(), minlength=2**15)
+    above = sums.flip(0).cumsum(0).flip(0)  # energy of each bin and all larger ones
+    wanted = energy * float(above[0])
+    last = int((above >= wanted).sum()) - 1
+    inside = [
+        size[size.view(torch.int32) >> 16 == last] for size in (tensor.abs().flatten() for tensor in guide.values())
+    ]
+    ordered = torch.cat([size.cpu() for size in inside]).sort(descending=True).values
+    reached = (float(above[last]) - float(sums[last])) + ordered.double().square().cumsum(0)
+    return float(ordered[min(int((reached < wanted).sum()), len(ordered) - 1)])
+
+
+def guidance(guide: Update, shape: Shape) -> Guidance:
+    """What a shape keeps of a guide. The kind `cosine` keeps all of it and bends it by noise to the target cosine."""
+    size = sum(tensor.numel() for tensor in guide.values())
+    bends = shape.kind == "cosine"
+    threshold = 0.0 if bends else threshold_of(guide, shape.cosine_target**2)
+    square = kept_square = 0.0
+    kept_count = 0
+    for tensor in guide.values():
+        keeps = tensor.abs() >= threshold
+        squares = tensor.double().square_()
+        square += float(squares.sum())
+        kept_square += float((squares * keeps).sum())
+        kept_count += int(keeps.sum())
+    scale = math.tan(math.acos(shape.cosine_target)) if bends else shape.noise_scale
+    masked = shape.kind == "hybrid"
+    noisy = 0 if shape.kind in ARMS else size - kept_count if masked else size
+    noise = scale * math.sqrt(square / size)
+    return Guidance(guide, threshold, square, kept_square, size, kept_count, noise, noisy, masked)
+
+
+def guided(
+    worker: Worker,
+    loss: Loss,
+    guide: Update,
+    shape: Shape,
+    seeds: Sequence[int],
+    *,
+    round_: int,
+    rate: float,
+    examples: Any = None,
+) -> tuple[Found, Guidance]:
+    """One guided step: slopes of `loss` along the guide's directions, weighed into a record.
+
+    examples: one batch for every seed, handed to `loss`; None: all share the batch that `loss` holds. The worker's
+    weights are afterwards what they were. Raises ValueError when a loss is not finite.
+    """
+    own = guidance(guide, shape)
+    if shape.kind == "guide-only":
+        found = Found(_record(own, round_, rate, (), 1.0, kept_weight=1.0, blend=shape.blend), math.nan, 0)
+    elif shape.kind == "line":
+        found = _line(worker, loss, own, shape, seeds, round_, rate, examples)
+    else:
+        found = _along(worker, loss, own, shape, seeds, round_, rate, examples)
+    return found, own
+
+
+def _along(
+    worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Sequence[int], round_: int, rate: float, batch: Any
+) -> Found:
+    """The kinds with noise: slopes along v_i = g_S + sigma n_i by central differences of Euclidean length `step`."""
+    step = shape.step / math.sqrt(own.direction_square)
+    if own.masked:
+        found = _masked_losses(worker, loss, own, seeds, (step, -step), batch)
+    else:
+
+        def run(batched: bool) -> Tensor:
+            copies = shape.copies_per_pass if batched else None
+            return torch.cat([_side(worker, loss, own, seeds, end, batch, copies) for end in (step, -step)], 1)
+
+        found = worker.batched_or_not(run, loss, batch)
+    values: list[list[float]] = found.to(torch.float64).tolist()
+    slopes = [(plus - minus) / (2 * step) for plus, minus in values]
+    mean = math.fsum(slopes) / len(slopes)
+    if shape.weighting == "unbiased":
+        slopes = [slope - mean for slope in slopes]
+        kept_weight, divisor = mean / own.kept_square, own.noise * degrees_of_freedom("one-sided", len(seeds))
+    else:
+        square = own.direction_square if shape.weighting == "projected" else 1.0
+        kept_weight, divisor = mean / square, len(seeds) * square / own.noise
+    masked = own.masked or (shape.weighting == "unbiased" and shape.kind != "cosine")
+    record = _record(own, round_, rate, slopes, divisor, kept_weight=kept_weight, blend=shape.blend, masked=masked)
+    if shape.weighting == "unbiased" and shape.kind == "cosine":
+        record = _without_overlap(worker, record, own)
+    return Found(record, math.fsum(map(math.fsum, values)) / (2 * len(seeds)), 2 * len(seeds))
+
+
+def _line(
+    worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Sequence[int], round_: int, rate: float, batch: Any
+) -> Found:
+    """The arm `line`: the slope along the guide's kept part alone, and plain two-point queries beside it."""
+    step = shape.step / math.sqrt(own.kept_square)
+    ask = asked(loss, batch, 0)
+    ends = []
+    with torch.no_grad(), kept(worker.parameters) as saved, perturbed.in_pieces():
+        for length in (step, -step):
+            _write(worker.parameters, saved, own, length)
+            ends.append(float(scalar(ask())))
+    slope = (ends[0] - ends[1]) / (2 * step)
+    plain = worker.ask(loss, seeds, shape.epsilon, shape.copies_per_pass, "two-point", batch)
+    weight = slope / own.kept_square
+    record = _record(own, round_, rate, plain.slopes, len(seeds), kept_weight=weight, blend=shape.blend)
+    return Found(record, plain.loss, plain.forward_passes + 2)
+
+
+def _record(
+    own: Guidance,
+    round_: int,
+    rate: float,
+    slopes: Sequence[float],
+    divisor: float,
+    *,
+    kept_weight: float,
+    blend: bool,
+    masked: bool = False,
+) -> Guided:
+    coefficients, exponent = to_integers(slopes)
+    share = 0.5 if blend else 1.0
+    seeded = Seeded(round_, rate, (0,), len(slopes), coefficients, exponent, divisor / share)
+    digest = bytes.fromhex(tensors_digest(own.guide))
+    if not math.isfinite(kept_weight):
+        raise ValueError(f"the slope along the guide is {kept_weight}")
+    return Guided(seeded, digest, own.threshold, share * kept_weight, 0.5 if blend else 0.0, masked)
+
+
+@contextmanager
+def _guide_written(worker: Worker, own: Guidance, length: float) -> Iterator[None]:
+    """While active, the weights are shifted by length * g_S."""
+    with kept(worker.parameters) as saved:
+        _write(worker.parameters, saved, own, length)
+        yield
+
+
+def _write(parameters: Parameters, saved: Parameters, own: Guidance, length: float) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            guide = own.guide[name]
+            torch.add(saved[name], (guide * (guide.abs() >= own.threshold)).mul_(length), out=parameter)
+
+
+def _side(
+    worker: Worker, loss: Loss, own: Guidance, seeds: Sequence[int], step: float, batch: Any, copies: int | None
+) -> Tensor:
+    """Losses at w + step * (g_S + sigma n_i), float (seeds, 1): the guide written once, the noise batched.
+
+    copies: perturbed copies in one pass; None: one after the other, in the weights.
+    """
+    asked_of, noise = (loss, worker.parameters, worker.kind, seeds), (step * own.noise,)
+    with _guide_written(worker, own, step):
+        if copies:
+            return perturbed.losses(*asked_of, noise, copies, examples=batch)
+        return materialised_losses(*asked_of, noise, examples=batch)
+
+
+@torch.no_grad()
+def _masked_losses(
+    worker: Worker, loss: Loss, own: Guidance, seeds: Sequence[int], steps: Sequence[float], batch: Any
+) -> Tensor:
+    """Losses at w + step * (g_S + sigma n_i), n_i zero where the guide is kept: float (seeds, steps)."""
+    rows = []
+    unit = directions.unit(worker.kind) * own.noise
+    with kept(worker.parameters) as saved, perturbed.in_pieces():
+        for query, seed in enumerate(seeds):
+            ask = asked(loss, batch, query)
+            rows.append([])
+            for step in steps:
+                for name, parameter in worker.parameters.items():
+                    guide = own.guide[name]
+                    drawn = directions.direction(worker.kind, seed, name, tuple(parameter.shape)).to(parameter)
+                    shift = torch.where(guide.abs() >= own.threshold, guide, drawn.mul_(unit))
+                    torch.add(saved[name], shift.mul_(step), out=parameter)
+                rows[-1].append(scalar(ask()))
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def _without_overlap(worker: Worker, record: Guided, own: Guidance) -> Guided:
+    """The record less the projection of its noise on the guide, which the slope along the guide tells already."""
+    part = record.seeded
+    scale = math.ldexp(directions.unit(worker.kind) / part.divisor, part.exponent)
+    seeds = part.seeds(worker.genesis["seed"])
+    overlap = math.fsum(
+        float((directions.weighted_sum(worker.kind, seeds, part.coefficients, name, guide.shape) * guide.cpu()).sum())
+        for name, guide in own.guide.items()
+    )
+    kept_weight = record.kept - overlap * scale / own.square
+    return Guided(part, record.guide, record.threshold, kept_weight, record.whole, record.masked)
