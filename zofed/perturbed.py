@@ -331,7 +331,7 @@ def _one_pass(
         return torch.vmap(one, in_dims=(0, 0, by_copy))(scale.to(like), chosen, batch)
     except (torch.OutOfMemoryError, UserError, CannotBatch):
         raise
-    except Exception as error:  # whatever vmap cannot do; a fault of the loss itself shows again without it
+    except (RuntimeError, TypeError, ValueError) as error:  # vmap's limits; a fault of the loss shows again without it
         raise CannotBatch((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
 
 

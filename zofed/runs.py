@@ -121,7 +121,7 @@ class RunFolder:
     def update(self, digest: bytes) -> dict[str, Tensor] | None:
         """The gradient or guide of a digest, None where it was not kept or is damaged."""
         found = read_checkpoint(self._update_path(digest)) if digest else None
-        return found[0] if found else None
+        return found[0] if found and tensors_digest(found[0]) == digest.hex() else None
 
     def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Save tensors and facts whole or not at all; the oldest checkpoints go once the new one is on disk."""

@@ -301,9 +301,9 @@ class Worker:
                     f"round {record.round} is a step by backpropagation whose gradient is not kept: it needs a "
                     "checkpoint behind it to replay from, and there is none; keep-gradients = true keeps them"
                 )
-            if digest and update is not None and bytes.fromhex(tensors_digest(update)) != digest:
+            if isinstance(record, Guided) and update and bytes.fromhex(tensors_digest(update)) != digest:
                 raise UserError(
-                    f"the gradient at hand is not the one round {record.round} was taken with: go on with the machine, "
+                    f"the guide at hand is not the one round {record.round} was taken with: go on with the machine, "
                     "the threads and the versions it began with"
                 )
             head = entry.chain
