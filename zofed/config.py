@@ -139,7 +139,7 @@ class Settings(BaseModel):
     keep_gradients: bool = Field(
         False, description="keep every gradient and guide beside the journal, so that it replays in every mode (large)"
     )
-    controls: bool = Field(False, description="after the run, also report random slopes of the same size (zo)")
+    controls: bool = Field(False, description="after the run, also report random slopes of the same size")
     out: str = Field("", description="folder of the run; empty: a new one, printed at the start")
 
     @field_validator("mode", mode="before")

@@ -11,6 +11,7 @@ from zofed import models
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.journal import Journal, read
+from zofed.records import Guided, Seeded
 from zofed.runs import RunFolder, peak_memory_bytes, read_table, versions
 from zofed.task import ALL, Task, device, prepare_process
 from zofed.trainer import Totals, replay, restore, with_random_slopes
@@ -58,7 +59,7 @@ def finish(
         **{key: value for key, value in score.columns().items() if key != "loss"},
         **({"sources": {name: own.columns() for name, own in scores.items()}} if scores else {}),
         "baselines": baselines,
-        "controls": _controls(task, journal) if task.settings.controls else {},
+        "controls": _controls(task, journal, folder) if task.settings.controls else {},
         "digest": digest,
         "replay_digest": replayed,
         "journal_head": journal.head.hex(),
@@ -106,16 +107,19 @@ def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Wor
     return worker, start
 
 
-def _controls(task: Task, journal: Journal) -> dict[str, float]:
+def _controls(task: Task, journal: Journal, folder: RunFolder) -> dict[str, float]:
     """Held-out losses of what did not learn: the base weights, and steps of the same size with random slopes.
 
-    The latter where every step is a function of seeds.
+    The latter where the journal replays from the start and some step has slopes.
     """
     control = task.worker()
     found = {"frozen": task.evaluate(control.model)[ALL].loss}
     records = [entry.record for entry in journal.entries]
-    if all(update_digest(record) is None for record in records):
-        replay(control, with_random_slopes(records, task.settings.seed))
+    digests = [update_digest(record) for record in records]
+    if any(isinstance(record, Seeded | Guided) for record in records) and all(
+        digest is None or folder.has_update(digest) for digest in digests
+    ):
+        replay(control, with_random_slopes(records, task.settings.seed), folder.update)
         found["random_slopes"] = task.evaluate(control.model)[ALL].loss
     return found
 

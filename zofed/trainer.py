@@ -12,7 +12,7 @@ from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.journal import Entry, Journal, link
 from zofed.metrics import Score
-from zofed.records import Record, Seeded, Skipped
+from zofed.records import Guided, Record, Seeded, Skipped
 from zofed.runs import EVALUATIONS, METRICS, Row, RunFolder, Table, cut_table, read_checkpoint, timestamp
 from zofed.worker import Update, Worker, update_digest
 
@@ -258,12 +258,15 @@ def with_random_slopes(records: Iterable[Record], run_seed: int) -> list[Record]
     """The control: the same records with the sign of every coefficient drawn at random.
 
     Steps of the same size along the same directions, but uninformed: what remains of a run's gain under it was not
-    learnt.
+    learnt. Of a guided record the noise alone is so treated, not the guide.
     """
 
     def flipped(record: Record) -> Record:
-        if not isinstance(record, Seeded):
-            return record
+        if isinstance(record, Guided):
+            return replace(record, seeded=flipped_seeded(record.seeded))
+        return flipped_seeded(record) if isinstance(record, Seeded) else record
+
+    def flipped_seeded(record: Seeded) -> Seeded:
         seed = directions.derive_seed("zofed-control", run_seed, record.round)
         coins: list[int] = directions.signs([seed], 0, 0, len(record.coefficients))[0].tolist()
         return replace(record, coefficients=tuple(c * coin for c, coin in zip(record.coefficients, coins, strict=True)))
