@@ -141,6 +141,8 @@ def ready(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):  # the same function in one pass over memory instead of eight
                 setattr(module, name, nn.GELU(approximate="tanh"))
+    # Looks at the ids for padding only to warn, by a branch that cannot run for many queries' examples at once.
+    model.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]
     nn.Module.to(model, dtype=getattr(torch, dtype))
     return model.eval()
 
