@@ -138,11 +138,12 @@ def ready(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     """The model as it is trained and scored: no dropout, no cache, fast activations, weights in `dtype`; in place."""
     model.config.use_cache = False  # keys and values of generation are of no use to a loss
     for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            # Looks at the ids for padding only to warn, by a branch that many queries' own examples cannot take at once.
+            module.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):  # the same function in one pass over memory instead of eight
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    # Looks at the ids for padding only to warn, by a branch that cannot run for many queries' examples at once.
-    model.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]
     nn.Module.to(model, dtype=getattr(torch, dtype))
     return model.eval()
 
