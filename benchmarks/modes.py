@@ -25,16 +25,22 @@ from zofed.runs import Row, RunFolder, read_table
 
 Values = dict[str, Any]
 
-GUIDED: Values = {"mode": "instruct", "bp-interval": 1, "queries": 64, "zo-data": "per-query", "zo-query-batch-size": 2}
+GUIDED: Values = {"mode": "instruct", "bp-interval": 1, "queries": 16, "zo-data": "per-query", "zo-query-batch-size": 2}
 BACKPROP: Values = {"batch-size": 2, "bp-batch-size": 2, "optimizer": "mudamw"}
-# Name: first rate to try, settings. A guided step runs 6 + 256 examples forward, a backward pass counting two.
+# Name: first rate to try, settings. A guided step costs 6 + 64 examples run forward, a backward pass counting two; with
+# 64 queries 6 + 256.
 ARMS: dict[str, tuple[float, Values]] = {
     "fo": (1e-2, {"mode": "fo"}),
-    "fo, accumulated to equal cost": (1e-2, {"mode": "fo", "gradient-accumulation": 43}),
-    "fo, more steps to equal cost": (3e-3, {"mode": "fo", "length": 43}),
+    "fo, accumulated to equal cost": (1e-2, {"mode": "fo", "gradient-accumulation": 12}),
+    "fo, more steps to equal cost": (3e-3, {"mode": "fo", "length": 12}),
     "guide alone": (1e-2, GUIDED | {"instruct-kind": "guide-only", "blend": False}),
     "instruct hybrid": (1e-2, GUIDED | {"instruct-kind": "hybrid"}),
     "instruct hybrid-rank1": (1e-2, GUIDED),
+    "instruct hybrid-rank1, 64 queries": (1e-2, GUIDED | {"queries": 64}),
+    "instruct hybrid-rank1, 64 queries share 128 examples": (
+        1e-2,
+        GUIDED | {"queries": 64, "zo-data": "shared", "batch-size": 128, "length": 0.2},
+    ),
     "instruct hybrid-rank1, not blended": (1e-2, GUIDED | {"blend": False}),
     "instruct hybrid-rank1, raw": (1e-2, GUIDED | {"blend": False, "instruct-weighting": "raw"}),
     "instruct hybrid-rank1, unbiased": (1e-2, GUIDED | {"instruct-weighting": "unbiased"}),
@@ -45,7 +51,7 @@ ARMS: dict[str, tuple[float, Values]] = {
     "idea: a guide for ten steps": (1e-2, GUIDED | {"bp-interval": 10, "bp-batch-size": 20}),
     "calibrate": (
         1e-2,
-        {"mode": "calibrate", "bp-interval": 5, "queries": 64, "optimizer": "sgd", "bp-optimizer": "mudamw"},
+        {"mode": "calibrate", "bp-interval": 5, "queries": 16, "optimizer": "sgd", "bp-optimizer": "mudamw"},
     ),
     "zo": (1e-2, {"mode": "zo", "queries": 64, "batch-size": 4, "optimizer": "sgd"}),
     "subspace": (3e-4, {"mode": "subspace", "optimizer": "adamw", "subspace-interval": 16, "length": 1 / 16}),

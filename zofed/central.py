@@ -1,7 +1,7 @@
 """Train on this machine alone: a new run, or one that goes on from its folder."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zofed import budget, data, directions, federation, metrics
-from zofed.config import Settings
+from zofed.config import Settings, resolve
 from zofed.data import Examples
 from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
@@ -89,6 +89,32 @@ def steps_of(settings: Settings, examples: Examples) -> int:
     seen = settings.batch_size * (passes if settings.mode in ("fo", "subspace") else 1)
     seen = federation.examples_per_query(settings) * settings.queries or seen
     return max(1, math.ceil(settings.epochs * len(examples["labels"]) / seen))
+
+
+def score(settings: Settings) -> dict[str, metrics.Score]:
+    """Scores of a model that is not trained further, of all held-out examples and of each source."""
+    task, worker = _loaded(settings)
+    return task.evaluate(worker.model)
+
+
+def score_run(path: Path, changes: Mapping[str, Any], *, best: bool = False) -> dict[str, metrics.Score]:
+    """Scores of a run's model as it ended, or at its lowest held-out loss.
+
+    changes: settings, by key, that differ from the run's: other data, more examples. Raises UserError for a run without
+    a model, or without a best checkpoint.
+    """
+    folder = RunFolder.open(path)
+    values = folder.settings().model_dump(by_alias=True) | dict(changes)
+    if not best and not folder.model.is_dir():
+        raise UserError(f"{folder.path} has no model yet: let the run end, with zofed train --resume {folder.path}")
+    settings = resolve(values | ({} if best else {"model": str(folder.model)}))
+    task, worker = _loaded(settings)
+    if best:
+        tensors, _ = folder.best()
+        with torch.no_grad():
+            for name, parameter in worker.parameters.items():
+                parameter.copy_(tensors[f"weight/{name}"])
+    return task.evaluate(worker.model)
 
 
 def diagnosis(settings: Settings, batches: int) -> Diagnosis:

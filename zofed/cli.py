@@ -120,7 +120,7 @@ def train(
     *,
     options: dict[str, str],
 ) -> None:
-    """Train on this machine alone: zeroth order (forward passes only) or first order (backpropagation)."""
+    """Train on this machine alone: by forward passes (zo), backpropagation (fo), or both (see --mode)."""
     if resume is not None and (file or options):
         raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
     if resume is not None:
@@ -177,9 +177,18 @@ def tell_end(folder: RunFolder, summary: dict[str, Any]) -> None:
     for name, loss in summary["controls"].items():
         table.add_row(f"control {name.replace('_', ' ')}", f"{loss:.4f}")
     console.print(table)
+    if summary["stopped_by"]:
+        console.print(f"stopped by {summary['stopped_by']}")
+    if "perplexity" in summary:
+        console.print(f"perplexity {summary['perplexity']:.2f}, {summary['bits_per_byte']:.4f} bits per byte")
     if "accuracy" in summary:
         majority = summary["baselines"]["majority_accuracy"]
-        console.print(f"accuracy {summary['accuracy']:.4f} (always the most frequent label: {majority:.4f})")
+        console.print(
+            f"accuracy {summary['accuracy']:.4f} (always the most frequent label: {majority:.4f}), "
+            f"F1 {summary['f1']:.4f}"
+        )
+    for source, found in summary.get("sources", {}).items():
+        console.print(f"  {source}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
     console.print(f"weights SHA-256 {summary['digest']}")
     if summary["replay_digest"]:
         equal = "equal" if summary["replay_digest"] == summary["digest"] else "DIFFERENT"
@@ -187,19 +196,21 @@ def tell_end(folder: RunFolder, summary: dict[str, Any]) -> None:
     console.print(f"results in {folder.path}:")
     for name, what in CONTENTS.items():
         if (folder.path / name).exists():
-            console.print(f"  {name:15}{what}")
+            console.print(f"  {name:17}{what}")
     console.print(f"next: zofed journal replay {folder.path}")
 
 
 CONTENTS = {
     "summary.json": "losses, baselines, cost, digests, versions",
     "metrics.csv": "one line a step",
+    "evaluations.csv": "one line an evaluation and source",
     "rounds.csv": "one line a round: replies, bytes, where the time went",
     "clients.csv": "one line a reply",
     "loss.png": "the losses as a picture",
     "journal.zofed": "every step as seeds and integers; base weights + journal = final weights",
     "model": "the trained model: AutoModelForCausalLM.from_pretrained loads it",
     "checkpoints": "the newest states, to resume from",
+    "updates": "every gradient and guide, for the replay",
     "settings.toml": "all settings: zofed train settings.toml --out NEW runs it again",
 }
 
@@ -280,6 +291,30 @@ def journal_replay(
             f"the run's weights are {expected}, the journal gives others: it was cut or exchanged; "
             "zofed journal verify tells more, restore it from a copy"
         )
+
+
+@app.command("eval")
+@with_settings
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, or of a saved model")],
+    best: Annotated[bool, typer.Option("--best", help="a run's weights at its lowest held-out loss")] = False,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Score a run's model, or any saved one, on held-out text or labels; options choose other data."""
+    from zofed import central
+
+    if (folder / "settings.toml").exists():
+        scores = central.score_run(folder, options, best=best)
+    elif best:
+        raise UserError(f"{folder} is not the folder of a run: --best goes with one")
+    else:
+        scores = central.score(config.resolve({**options, "model": str(folder)}))
+    columns = list(next(iter(scores.values())).columns())
+    table = Table("data", *columns, box=None)
+    for source, score in scores.items():
+        table.add_row(source, *(f"{value:.4f}" for value in score.columns().values()))
+    console.print(table)
 
 
 @app.command("compare")

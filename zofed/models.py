@@ -139,7 +139,7 @@ def ready(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
     model.config.use_cache = False  # keys and values of generation are of no use to a loss
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
-            # Looks at the ids for padding only to warn, by a branch that many queries' own examples cannot take at once.
+            # Looks at the ids only to warn of padding, by a branch that many queries' own examples cannot take.
             module.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):  # the same function in one pass over memory instead of eight

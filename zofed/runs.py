@@ -30,7 +30,7 @@ METRICS = (
     "cosine_kept", "cosine_direction", "share_kept",
 )  # fmt: skip
 EVALUATIONS = ("step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1")
-CHECKPOINTS_KEPT = 2
+BEST = "best"  # name of the checkpoint with the lowest held-out loss
 
 Row = dict[str, Any]
 
@@ -123,11 +123,22 @@ class RunFolder:
         found = read_checkpoint(self._update_path(digest)) if digest else None
         return found[0] if found and tensors_digest(found[0]) == digest.hex() else None
 
-    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Save tensors and facts whole or not at all; the oldest checkpoints go once the new one is on disk."""
+    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> None:
+        """Save tensors and facts whole or not at all; all but the newest `keep` go once the new one is on disk."""
         self._save(self.path / "checkpoints", name, tensors, facts)
-        for old in self.checkpoints()[:-CHECKPOINTS_KEPT]:
+        for old in self.checkpoints()[:-keep]:
             old.unlink()
+
+    def save_best(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep what scored best so far, in place of what did before."""
+        self._save(self.path / "checkpoints", BEST, tensors, facts)
+
+    def best(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and facts of the best checkpoint. Raises UserError where there is none or it is damaged."""
+        found = read_checkpoint(self.path / "checkpoints" / f"{BEST}.safetensors")
+        if found is None:
+            raise UserError(f"{self.path} holds no best checkpoint: train with keep-best = true")
+        return found
 
     def _save(self, folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         temporary = folder / f".{name}.new"
@@ -135,16 +146,17 @@ class RunFolder:
         try:
             folder.mkdir(exist_ok=True)
             save_file(held, temporary, {"facts": json.dumps(facts), "digest": tensors_digest(held)})
-        except SafetensorError as error:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        except (SafetensorError, OSError) as error:
+            temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write {temporary}: {error}; free some space, then --resume") from error
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
         temporary.rename(folder / f"{name}.safetensors")
         sync_folder(folder)
 
     def checkpoints(self) -> list[Path]:
-        """Files of all checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("*.safetensors"))
+        """Files of all checkpoints to go on from, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

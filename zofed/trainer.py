@@ -103,6 +103,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._rows = cut_table(self.folder.path / "metrics.csv", "step", self._last_round())
         told = int(self._rows[-1]["step"]) if self._rows else -1
+        self._best = min((float(row["eval_loss"]) for row in self._rows if row["eval_loss"]), default=math.inf)
         cut_table(self.folder.path / "evaluations.csv", "step", told)
 
     def run(self, total: int, ask: Ask) -> Totals:
@@ -147,6 +148,10 @@ class Trainer:
         is_last = round_ == total or bool(totals.spent(self.settings))
         if round_ % self.settings.eval_interval == 0 or is_last:
             row["eval_loss"] = self._score(round_)
+            if self.settings.keep_best and row["eval_loss"] < self._best:
+                self._best = row["eval_loss"]
+                tensors = {f"weight/{name}": tensor for name, tensor in self.worker.parameters.items()}
+                self.folder.save_best(tensors, {"round": round_, "eval_loss": self._best})
         self._tell(table, row)
         self._save_checkpoint(round_, is_last)
 
@@ -207,7 +212,7 @@ class Trainer:
         tensors = {f"weight/{name}": tensor for name, tensor in worker.parameters.items()}
         tensors |= {f"state/{key}": tensor for key, tensor in worker.state_dict().items()}
         facts = {"round": round_, "head": worker.head.hex()}
-        self.folder.save_checkpoint(f"step-{round_:08d}", tensors, facts)
+        self.folder.save_checkpoint(f"step-{round_:08d}", tensors, facts, self.settings.keep_checkpoints)
 
 
 def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest: int) -> None:
@@ -233,7 +238,7 @@ def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest:
 def diverged(round_: int, settings: Settings) -> UserError:
     """What to say when a loss is no number any more."""
     return UserError(
-        f"the loss of step {round_} is not finite: training diverged with learning-rate = "
+        f"the loss of step {round_} (seed {settings.seed}) is not finite: training diverged with learning-rate = "
         f"{settings.learning_rate:g}; start again with a tenth of it"
     )
 
