@@ -5,13 +5,14 @@ import sys
 
 import torch
 
-from benchmarks import common, gpu, memory, query, replay
+from benchmarks import common, first_order, gpu, memory, query, replay
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     kinds = parser.add_subparsers(dest="what", required=True)
-    for name, text in (("query", query.__doc__), ("scopes", query.report_scopes.__doc__), ("replay", replay.__doc__)):
+    timed = (query.__doc__, query.report_scopes.__doc__, replay.__doc__, first_order.__doc__)
+    for name, text in zip(("query", "scopes", "replay", "first-order"), timed, strict=True):
         one = kinds.add_parser(name, help=text)
         one.add_argument("--size", choices=common.SIZES, default="124M")
         one.add_argument("--threads", type=int, default=2)
@@ -51,6 +52,9 @@ def main() -> None:
     elif given.what == "scopes":
         print("| model | batch | scope and kind | query / 2 forwards |\n| --- | --- | --- | --- |", flush=True)
         query.report_scopes(given.size, tuple(given.shape or (2, 128)), given.threads, given.pairs)  # type: ignore[arg-type]
+    elif given.what == "first-order":
+        print("| model | batch | optimizer | plain step | ours / plain |\n| --- | --- | --- | --- | --- |", flush=True)
+        first_order.report(given.size, tuple(given.shape or (4, 64)), given.threads, given.pairs)  # type: ignore[arg-type]
     elif given.what == "replay":
         print("| model | records x directions | directions a second | over torch.randn |\n| --- | --- | --- | --- |")
         replay.report(given.size, given.threads, given.pairs)

@@ -41,6 +41,7 @@ ARMS: dict[str, tuple[float, Values]] = {
         1e-2,
         GUIDED | {"queries": 64, "zo-data": "shared", "batch-size": 128, "length": 0.2},
     ),
+    "instruct hybrid-rank1, queries share 2 examples": (1e-2, GUIDED | {"zo-data": "shared"}),
     "instruct hybrid-rank1, not blended": (1e-2, GUIDED | {"blend": False}),
     "instruct hybrid-rank1, raw": (1e-2, GUIDED | {"blend": False, "instruct-weighting": "raw"}),
     "instruct hybrid-rank1, unbiased": (1e-2, GUIDED | {"instruct-weighting": "unbiased"}),
@@ -51,7 +52,14 @@ ARMS: dict[str, tuple[float, Values]] = {
     "idea: a guide for ten steps": (1e-2, GUIDED | {"bp-interval": 10, "bp-batch-size": 20}),
     "calibrate": (
         1e-2,
-        {"mode": "calibrate", "bp-interval": 5, "queries": 16, "optimizer": "sgd", "bp-optimizer": "mudamw"},
+        {
+            "mode": "calibrate",
+            "length": 5,
+            "bp-interval": 5,
+            "queries": 16,
+            "optimizer": "sgd",
+            "bp-optimizer": "mudamw",
+        },
     ),
     "zo": (1e-2, {"mode": "zo", "queries": 64, "batch-size": 4, "optimizer": "sgd"}),
     "subspace": (3e-4, {"mode": "subspace", "optimizer": "adamw", "subspace-interval": 16, "length": 1 / 16}),
@@ -64,9 +72,11 @@ for optimizer, momentum in (("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0), ("mudamw
         ARMS[f"zo {label}, q = {count}"] = (first, {"mode": "zo", "batch-size": 4, **own})
         ARMS[f"instruct {label}, q = {count}"] = (1e-2 if optimizer != "sgd" else 1.0, GUIDED | own)
 
+# Steps of a run that only tunes the rate, and the most that any run takes, where the whole length is too dear.
+TUNING, MOST = {"20M": 40}, {"20M": 300}
 SIZES: dict[str, Values] = {
     "tiny": {"model": "tiny", "steps": 150, "eval-examples": 256, "scope": "full"},
-    "20M": {"model": "20M", "steps": 500, "eval-examples": 64, "scope": "full"},
+    "20M": {"model": "20M", "steps": 300, "eval-examples": 64, "scope": "full"},
 }
 
 
@@ -84,14 +94,15 @@ def merged(out: Path) -> Path:
     return path
 
 
-def run(out: Path, size: str, arm: str, rate: float, seed: int) -> float:
-    """Final held-out loss of one run; infinite where it diverged."""
+def run(out: Path, size: str, arm: str, rate: float, seed: int, *, tuning: bool = False) -> float:
+    """Final held-out loss of one run; infinite where it diverged. tuning: a run that only tells which rate is good."""
     own = dict(ARMS[arm][1])
     shared = dict(SIZES[size])
     steps = max(1, round(shared.pop("steps") * own.pop("length", 1)))
+    steps = min(steps, TUNING.get(size, steps) if tuning else MOST.get(size, steps))
     values = BACKPROP | shared | own
     if "bp-optimizer" in own and own["mode"] == "calibrate":  # the zeroth-order rate is that arm's own
-        values |= {"bp-learning-rate": rate, "learning-rate": 0.01, "steps": 5 * steps}
+        values |= {"bp-learning-rate": rate, "learning-rate": 0.01, "steps": steps}
     else:
         values |= {"learning-rate": rate, "steps": steps}
     values |= {
@@ -130,7 +141,7 @@ def tune(out: Path, size: str, arm: str) -> float:
 
     def loss(power: int) -> float:
         if power not in losses:
-            losses[power] = run(out, size, arm, first * 3.0**power, 0)
+            losses[power] = run(out, size, arm, first * 3.0**power, 0, tuning=True)
         return losses[power]
 
     best = min((-1, 0, 1), key=loss)
@@ -160,9 +171,9 @@ def report(out: Path) -> None:
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for arm, rate in found.items():
             stem = out / size / arm.replace(" ", "_").replace(":", "").replace(",", "").replace("=", "")
-            folders = [RunFolder(path) for path in sorted(stem.glob(f"{rate:.3g}-*"))]
+            folders = [RunFolder(path) for path in sorted(stem.glob(f"{rate:.3g}-[0-9]*"))]
             done = [(f.path.name.split("-")[-1], f.summary()) for f in folders if f.summary().get("digest")]
-            reported = [summary for seed, summary in done if seed != "0"] or [summary for _, summary in done]
+            reported = [summary for seed, summary in done if seed != "tuning"]
             if not reported:
                 continue
             losses = [summary["eval_loss_end"] for summary in reported]
@@ -191,7 +202,7 @@ def draw(out: Path, size: str, found: dict[str, float]) -> None:
     styles = ["-", "--", "-.", ":"]
     for index, arm in enumerate(name for name in SHOWN if name in found):
         stem = out / size / arm.replace(" ", "_").replace(":", "").replace(",", "").replace("=", "")
-        tables = [read_table(path / "metrics.csv") for path in sorted(stem.glob(f"{found[arm]:.3g}-*"))]
+        tables = [read_table(path / "metrics.csv") for path in sorted(stem.glob(f"{found[arm]:.3g}-[0-9]*"))]
         rows = [[row for row in table if row["eval_loss"]] for table in tables]
         length = min(map(len, rows), default=0)
         if not length:
