@@ -46,13 +46,11 @@ class PooledClassifier(nn.Module):
     encoder that cannot be pooled so.
     """
 
-    classifier: nn.Linear
-
     def __init__(self, encoder: Any, pooling: Pooling, classes: int, is_frozen: bool) -> None:
         super().__init__()
         self.encoder, self.config = encoder, encoder.config
         self.pooling, self.is_frozen = pooling, is_frozen
-        self.classifier = nn.utils.skip_init(nn.Linear, self._width(), classes)
+        self.classifier = nn.Linear(self._width(), classes, device="meta").to_empty(device="cpu")
 
     @torch.no_grad()
     def _width(self) -> int:
