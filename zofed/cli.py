@@ -208,7 +208,7 @@ CONTENTS = {
     "clients.csv": "one line a reply",
     "loss.png": "the losses as a picture",
     "journal.zofed": "every step as seeds and integers; base weights + journal = final weights",
-    "model": "the trained model: AutoModelForCausalLM.from_pretrained loads it",
+    "model": "the trained model: a Hugging Face folder, which --model takes too",
     "checkpoints": "the newest states, to resume from",
     "updates": "every gradient and guide, for the replay",
     "settings.toml": "all settings: zofed train settings.toml --out NEW runs it again",

@@ -38,6 +38,13 @@ class Settings(BaseModel):
     task: Literal["language-model", "classification"] = Field(
         "language-model", description="predict the next token, or the label of each document"
     )
+    freeze_encoder: bool = Field(
+        False, description="train a classifier's head alone, on features of the encoder computed once"
+    )
+    pooling: Literal["auto", "mean", "pooler", "last-token"] = Field(
+        "auto",
+        description="what a classifier's head reads; auto: as the model's own does, mean if the encoder is frozen",
+    )
     dataset: str = Field(
         "sample-dclm", description="sample-dclm, sample-pubmedqa, sample-sst2, pydoc, or a local file or folder"
     )

@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,6 +36,7 @@ __all__ = [
     "classification_examples",
     "default_cache",
     "documents_digest",
+    "kept",
     "language_model_examples",
     "load_documents",
     "load_tokenizer",
@@ -46,7 +47,7 @@ __all__ = [
 ]
 
 # Tensors of one leading dimension n: 'input_ids' int64 (n, block); 'labels' int64, (n, block) for language models and
-# (n,) for classification, which adds 'attention_mask' int64 (n, block).
+# (n,) for classification, which adds 'attention_mask' int64 (n, block); or 'features' float32 (n, width) and 'labels'.
 Examples = dict[str, Tensor]
 
 _DOCUMENTS_AT_ONCE = 1000  # Python lists of token ids take ten times the room of the array they end in
@@ -67,12 +68,8 @@ def language_model_examples(
     """
     if block_size < 2:
         raise UserError(f"block size {block_size} leaves no token to predict: use at least 2")
-    file = None
-    if cache is not None:
-        parts = ("blocks 1", documents_digest(documents), tokenizer_digest(tokenizer), str(block_size))
-        file = cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()}.safetensors"
-    blocks = None if file is None else _read_blocks(file, block_size)
-    if blocks is None:
+
+    def cut() -> Tensor:
         tokens = _joined_tokens(documents, tokenizer)
         count = len(tokens) // block_size
         if count == 0:
@@ -80,10 +77,27 @@ def language_model_examples(
                 f"{len(documents)} document(s) give {len(tokens)} tokens, less than one block of {block_size}: "
                 "use a smaller block size or a larger data set"
             )
-        blocks = torch.from_numpy(tokens[: count * block_size].reshape(count, block_size))
-        if file is not None:
-            _write_blocks(file, blocks)
+        return torch.from_numpy(tokens[: count * block_size].reshape(count, block_size))
+
+    if cache is None:
+        blocks = cut()
+    else:
+        parts = ("blocks 2", documents_digest(documents), tokenizer_digest(tokenizer), str(block_size))
+        blocks = kept(cache, parts, cut)
     return {"input_ids": blocks, "labels": blocks}
+
+
+def kept(cache: Path, parts: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
+    """What `make` gives, or gave an earlier process: one tensor in a file of the folder `cache`.
+
+    parts: all that the tensor depends on. A damaged file is made anew.
+    """
+    file = cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()}.safetensors"
+    found = _read(file)
+    if found is None:
+        found = make()
+        _write(file, found)
+    return found
 
 
 def classification_examples(
@@ -131,7 +145,7 @@ def batch(
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is below 1: use at least 1")
-    count = len(examples["input_ids"])
+    count = len(next(iter(examples.values())))
     if count == 0:
         raise UserError("0 examples cannot fill a batch: use a data set of at least 1 example")
     positions = range(step * batch_size, (step + 1) * batch_size)
@@ -183,25 +197,25 @@ def _joined_tokens(documents: Sequence[Document], tokenizer: "PreTrainedTokenize
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
 
-def _read_blocks(file: Path, block_size: int) -> Tensor | None:
-    """The cached blocks, or None where there is no file, or one that is not what was written."""
+def _read(file: Path) -> Tensor | None:
+    """The cached tensor, or None where there is no file, or one that is not what was written."""
     from safetensors import SafetensorError, safe_open
 
     if not file.is_file():
         return None
     try:
         with safe_open(file, framework="pt") as opened:
-            blocks, metadata = opened.get_tensor("input_ids"), opened.metadata() or {}
+            tensor, metadata = opened.get_tensor("tensor"), opened.metadata() or {}
     except (SafetensorError, OSError):
         return None
-    return blocks if metadata.get("sha256") == _blocks_digest(blocks) else None
+    return tensor if metadata.get("sha256") == _digest(tensor) else None
 
 
-def _write_blocks(file: Path, blocks: Tensor) -> None:
+def _write(file: Path, tensor: Tensor) -> None:
     """Write beside the target, then rename, so that no reader and no crash ever meets half a file."""
     from safetensors.torch import save
 
-    data = save({"input_ids": blocks}, metadata={"sha256": _blocks_digest(blocks)})
+    data = save({"tensor": tensor}, metadata={"sha256": _digest(tensor)})
     temporary = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -215,5 +229,5 @@ def _write_blocks(file: Path, blocks: Tensor) -> None:
             os.unlink(temporary)
 
 
-def _blocks_digest(blocks: Tensor) -> str:
-    return hashlib.sha256(blocks.numpy().tobytes()).hexdigest()
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()

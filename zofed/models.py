@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPT2Model,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
 
-from zofed import directions
+from zofed import classifier, directions
+from zofed.classifier import PooledClassifier, Pooling
 from zofed.config import Settings, unknown
 from zofed.errors import UserError
 from zofed.worker import named_parameters
@@ -69,15 +72,19 @@ def tokenizer_name(settings: Settings) -> str:
     return settings.tokenizer or str(_model_folder(settings.model))
 
 
-def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0) -> PreTrainedModel:
+def create_model(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0
+) -> PreTrainedModel | PooledClassifier:
     """The model of a run on the CPU, in evaluation mode (no dropout), in the run's dtype.
 
     A named size is built fresh: each tensor drawn from (run seed, its name), so that it is equal on all machines.
-    Anything else is a folder with a Hugging Face model in safetensors. labels: number of classes of a classifier.
+    Anything else is a folder with a Hugging Face model in safetensors. labels: number of classes of a classifier, which
+    is the library's own, or pooled as the settings say.
     Raises UserError for an unknown model, a pickle, missing weights, a vocabulary or block the model cannot hold, a
     language model whose predictions see the token they predict.
     """
-    classes: dict[str, Any] = {"num_labels": labels} if labels else {}
+    pooling = _pooling(settings) if labels else None
+    classes: dict[str, Any] = {"num_labels": labels} if labels and not pooling else {}
     if settings.model in SIZES:
         size = SIZES[settings.model]
         end = tokenizer.eos_token_id
@@ -91,50 +98,92 @@ def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels:
             **tokens,
             **classes,
         )
-        model = _fresh(GPT2ForSequenceClassification if labels else GPT2LMHeadModel, config, settings.seed)
+        kind = GPT2ForSequenceClassification if labels else GPT2LMHeadModel
+        model = _fresh(GPT2Model if pooling else kind, config, settings.seed)
     else:
-        if labels:
+        if classes:
             classes["pad_token_id"] = tokenizer.pad_token_id
         kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-        model = _load(settings.model, kind, classes, settings.seed)
+        model = _load(settings.model, AutoModel if pooling else kind, classes, settings.seed, pooling)
         if not labels:
             _check_causal(model, settings.model)
     _check_fits(model, tokenizer, settings)
+    if pooling:
+        model = _with_head(model, pooling, labels, settings.seed, settings.model, settings.freeze_encoder)
     return ready(model, settings.dtype)
 
 
-def describe(name: str, model: PreTrainedModel) -> dict[str, Any]:
+def _pooling(settings: Settings) -> Pooling | None:
+    """How a classifier's encoder is pooled; None: the library's own classifier for this kind of model decides."""
+    if settings.pooling != "auto":
+        return settings.pooling
+    saved = None if settings.model in SIZES else classifier.saved_pooling(_model_folder(settings.model))
+    return saved or ("mean" if settings.freeze_encoder else None)
+
+
+def _with_head(
+    encoder: PreTrainedModel, pooling: Pooling, classes: int, seed: int, name: str, is_frozen: bool = False
+) -> PooledClassifier:
+    """The encoder with the head its folder holds, else with one drawn from the seed."""
+    model = PooledClassifier(encoder, pooling, classes, is_frozen)
+    if name not in SIZES and classifier.saved_pooling(_model_folder(name)):
+        classifier.load_head(model, _model_folder(name))
+    else:
+        _draw(model, seed, {"classifier.weight", "classifier.bias"})
+    return model
+
+
+def describe(name: str, model: PreTrainedModel | PooledClassifier) -> dict[str, Any]:
     """What `rebuild` needs to make the same model again, for the journal's genesis; no path of any machine."""
     config = model.config.to_diff_dict()
     for changing in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
         config.pop(changing, None)
-    return {"name": name if name in SIZES else SAVED, "architecture": type(model).__name__, "config": config}
+    described = {"name": name if name in SIZES else SAVED, "architecture": type(model).__name__, "config": config}
+    if isinstance(model, PooledClassifier):
+        described |= {"pooling": model.pooling, "classes": model.classifier.out_features}
+    return described
 
 
-def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str = "") -> PreTrainedModel:
+def rebuild(
+    description: Mapping[str, Any], seed: int, dtype: str, folder: str = ""
+) -> PreTrainedModel | PooledClassifier:
     """The model that `describe` described, before any training, from the seed or from its folder.
 
     folder: where a saved model lies; of no use to a named size. Raises UserError as `create_model` does.
     """
-    if description["name"] in SIZES:
-        kind = {kind.__name__: kind for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)}
+    pooling: Pooling | None = description.get("pooling")
+    name = description["name"] if description["name"] in SIZES else folder
+    if name in SIZES:
+        kinds = {kind.__name__: kind for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)}
         config = GPT2Config(**{key: value for key, value in description["config"].items() if key != "model_type"})
-        return ready(_fresh(kind[description["architecture"]], config, seed), dtype)
-    classifier = "SequenceClassification" in description["architecture"]
-    kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
-    keys = ("num_labels", "id2label", "label2id", "pad_token_id") if classifier else ()
-    extra = {key: description["config"][key] for key in keys if key in description["config"]}
-    return ready(_load(folder, kind, extra, seed), dtype)
+        model = _fresh(GPT2Model if pooling else kinds[description["architecture"]], config, seed)
+    elif pooling:
+        model = _load(folder, AutoModel, {}, seed, pooling)
+    else:
+        is_classifier = "SequenceClassification" in description["architecture"]
+        kind = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        keys = ("num_labels", "id2label", "label2id", "pad_token_id") if is_classifier else ()
+        extra = {key: description["config"][key] for key in keys if key in description["config"]}
+        model = _load(folder, kind, extra, seed)
+    if pooling:
+        model = _with_head(model, pooling, description["classes"], seed, name)
+    return ready(model, dtype)
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A folder that `AutoModelForCausalLM` (or its kin for classifiers) and `AutoTokenizer` load; safetensors."""
-    assert isinstance(model, PreTrainedModel)
-    model.save_pretrained(folder)
+    """A folder that `AutoModelForCausalLM` (or its kin for classifiers) and `AutoTokenizer` load; safetensors.
+
+    Of a pooled classifier `AutoModel` loads the encoder; its head lies beside it, where `create_model` finds it.
+    """
+    encoder = model.encoder if isinstance(model, PooledClassifier) else model
+    assert isinstance(encoder, PreTrainedModel)
+    encoder.save_pretrained(folder)
+    if isinstance(model, PooledClassifier):
+        classifier.save_head(model, folder)
     tokenizer.save_pretrained(folder)
 
 
-def ready(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+def ready(model: PreTrainedModel | PooledClassifier, dtype: str) -> PreTrainedModel | PooledClassifier:
     """The model as it is trained and scored: no dropout, no cache, fast activations, weights in `dtype`; in place."""
     model.config.use_cache = False  # keys and values of generation are of no use to a loss
     for module in model.modules():
@@ -162,8 +211,13 @@ def _model_folder(name: str) -> Path:
     return folder
 
 
-def _load(name: str, kind: Any, overrides: dict[str, Any], seed: int) -> PreTrainedModel:
-    """The saved model; a classification head that its folder does not hold is drawn from the seed."""
+def _load(
+    name: str, kind: Any, overrides: dict[str, Any], seed: int, pooling: Pooling | None = None
+) -> PreTrainedModel:
+    """The saved model; a classification head that its folder does not hold is drawn from the seed.
+
+    pooling: what becomes of an encoder without a head; only where it is not `pooler` may the folder lack the pooler.
+    """
     folder = _model_folder(name)
     where = f"model folder {str(folder)!r}"
     if not (folder / "config.json").is_file():
@@ -194,7 +248,11 @@ def _load(name: str, kind: Any, overrides: dict[str, Any], seed: int) -> PreTrai
             f"{where} holds {tensor} of shape {tuple(saved)}, but {tuple(wanted)} is needed: bring back the config "
             "it was saved with or, for a classifier, give data of as many classes as it has"
         )
-    _check_complete(where, missing, head_may_miss=kind is AutoModelForSequenceClassification)
+    if kind is AutoModelForSequenceClassification:
+        may_miss = r"^(?!.*\.\d+\.)"  # all outside the blocks: a new task's head begins anew
+    else:
+        may_miss = r"^pooler\." if pooling in ("mean", "last-token") else r"(?!)"  # what the pass does not use; nothing
+    _check_complete(where, missing, may_miss)
     _draw(model, seed, missing)
     if broken := [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]:
         raise UserError(f"{where} holds {broken[0]} with values that are not finite: give an undamaged copy")
@@ -207,13 +265,14 @@ def _reason(error: Exception) -> str:
     return "it needs code of its own, which zofed does not run" if "custom code" in first else first[:200].rstrip(".")
 
 
-def _check_complete(where: str, missing: Collection[str], head_may_miss: bool) -> None:
-    """Refuse a model that would begin with untrained parts; only a new task's head begins anew."""
-    lost = sorted(name for name in missing if not head_may_miss or re.search(r"\.\d+\.", name))
+def _check_complete(where: str, missing: Collection[str], may_miss: str) -> None:
+    """Refuse a model that would begin with untrained parts, other than those the expression `may_miss` finds."""
+    lost = sorted(name for name in missing if not re.search(may_miss, name))
     if lost:
+        other = "; or set pooling to mean or last-token" if lost[0].startswith("pooler.") else ""
         raise UserError(
             f"{where} lacks {len(lost)} of its model's tensors, such as {lost[0]}: save the whole model with "
-            "save_pretrained, or correct its config.json"
+            f"save_pretrained, or correct its config.json{other}"
         )
 
 
@@ -244,7 +303,7 @@ def _check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sett
         )
 
 
-def _draw(model: PreTrainedModel, seed: int, fresh: set[str] | None) -> None:
+def _draw(model: PreTrainedModel | PooledClassifier, seed: int, fresh: set[str] | None) -> None:
     """Draw the tensors in `fresh` (None: all) from (seed, name) in GPT-2's manner."""
     residual = INITIAL_STD / (2 * getattr(model.config, "num_hidden_layers", 1)) ** 0.5
     key = directions.derive_seed("zofed-initial", seed)
@@ -268,7 +327,7 @@ def trainable_names(model: nn.Module, scope: str) -> list[str]:
     last-K (the last K blocks and what follows them); or a regular expression searched in the names. A tied tensor goes
     by its first name. Raises UserError when nothing is left to train.
     """
-    everything = named_parameters(model)
+    everything = model.may_train(scope) if isinstance(model, PooledClassifier) else named_parameters(model)
     blocks = _block_numbers(everything)
     last = max((number for number in blocks.values() if number is not None), default=None)
     top = _after_blocks(everything, blocks)

@@ -1,5 +1,6 @@
 """What a run's settings mean: its tokenizer, its documents and examples, its model."""
 
+import json
 import math
 import os
 from contextlib import suppress
@@ -12,7 +13,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zofed import config, data, documents, metrics, models, tokenizers, worker
+from zofed import classifier, config, data, documents, metrics, models, tokenizers, worker
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
@@ -42,6 +43,7 @@ class Task:
     @classmethod
     def load(cls, settings: Settings) -> "Task":
         """Read tokenizer and documents. Raises UserError for what is missing or unusable."""
+        classifier.check(settings)
         tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
         found = _documents(settings, settings.dataset)
         if settings.eval_dataset:
@@ -67,11 +69,33 @@ class Task:
         _ = self.held_out_examples
 
     def examples(self, documents: list[Document]) -> Examples:
-        """Documents as the integer tensors the model reads."""
+        """Documents as the tensors the model reads."""
+        return self._read_by_model(self._tokens(documents))
+
+    def _tokens(self, documents: list[Document]) -> Examples:
         size = self.settings.block_size
         if self.labels:
             return data.classification_examples(documents, self.tokenizer, size)
         return data.language_model_examples(documents, self.tokenizer, size, data.default_cache())
+
+    def _read_by_model(self, tokens: Examples) -> Examples:
+        """The tokens; of a frozen encoder its features, computed once and kept beside the token caches."""
+        if not self.settings.freeze_encoder:
+            return tokens
+        # Not the worker's model, which a shard does not know; this one goes when the features are there.
+        model = models.create_model(self.settings, self.tokenizer, self.labels)
+        assert isinstance(model, classifier.PooledClassifier)
+        chosen = device(self.settings)
+        depends_on = (
+            "features 1",
+            worker.tensors_digest(tokens),
+            worker.weights_digest(model.encoder),
+            json.dumps(models.describe(self.settings.model, model), sort_keys=True),
+            f"{self.settings.dtype} {chosen.type} {torch.get_num_threads()} {torch.__version__}",
+        )
+        nn.Module.to(model, chosen)
+        found = data.kept(data.default_cache(), depends_on, lambda: classifier.features(model, tokens))
+        return {"features": found, "labels": tokens["labels"]}
 
     def shard(self, client: int, clients: int) -> Examples:
         """The examples of one client out of `clients`; disjoint from every other client's."""
@@ -80,9 +104,10 @@ class Task:
     @cached_property
     def held_out_examples(self) -> Examples:
         try:
-            return self.examples(self.held_out)
+            tokens = self._tokens(self.held_out)
         except UserError as error:
             raise UserError(f"held-out part: {error}, or set held-out above {self.settings.held_out:g}") from error
+        return self._read_by_model(tokens)
 
     @cached_property
     def backprop_examples(self) -> Examples:
@@ -124,7 +149,7 @@ class Task:
 
     def baselines(self) -> dict[str, float]:
         """Held-out losses (nats) of knowing nothing: uniform guesses, and the training set's frequencies."""
-        train, held_out = self.examples(self.train), self.held_out_examples
+        train, held_out = self._tokens(self.train), self.held_out_examples
         if self.labels:
             return metrics.class_baselines(train["labels"], held_out["labels"], self.labels)
         vocabulary = len(self.tokenizer)
