@@ -25,7 +25,10 @@ class Settings(BaseModel):
 
     mode: Literal["zo", "fo"] = Field("zo", description="zo: forward passes only; fo: backpropagation")
     model: str = Field(
-        "tiny", description="tiny, 20M, 200M, 500M, 1B (fresh, GPT-2 shaped) or the folder of a saved model"
+        "tiny", description="tiny, 20M, 200M, 500M, 1B (fresh, GPT-2 shaped), a saved model's folder, or OWNER/NAME of the hub"
+    )
+    revision: str = Field(
+        "", description="commit, branch or tag of a hub model; empty: main as it is cached; a run records the commit"
     )
     task: Literal["language-model", "classification"] = Field(
         "language-model", description="predict the next token, or the label of each document"
@@ -123,7 +126,7 @@ def unknown(name: str, known: list[str], what: str) -> str:
 
 # What may change when a run goes on: its length and place, what it reports; and names whose content is pinned.
 FREE_ON_RESUME = (
-    "model", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device", "eval-interval",
+    "model", "revision", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device", "eval-interval",
     "eval-examples", "checkpoint-interval", "controls", "out",
 )  # fmt: skip
 

@@ -21,11 +21,12 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
-from zofed import directions
+from zofed import directions, hub
 from zofed.config import Settings, unknown
 from zofed.errors import UserError
 from zofed.worker import named_parameters
 
+BLOCK = 2**20  # entries of a fresh tensor that are drawn together: all at once would take several times the tensor
 INITIAL_STD = 0.02  # Radford et al., "Language models are unsupervised multitask learners", 2019
 
 
@@ -66,41 +67,69 @@ def tokenizer_name(settings: Settings) -> str:
     """Which tokenizer a run uses: the one named, else the one that fits the model. Raises UserError for no model."""
     if settings.model in SIZES:
         return settings.tokenizer or SIZES[settings.model].tokenizer
-    return settings.tokenizer or str(_model_folder(settings.model))
+    return settings.tokenizer or str(model_folder(settings.model, settings.revision))
 
 
 def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0) -> PreTrainedModel:
     """The model of a run on the CPU, in evaluation mode (no dropout), in the run's dtype.
 
     A named size is built fresh: each tensor drawn from (run seed, its name), so that it is equal on all machines.
-    Anything else is a folder with a Hugging Face model in safetensors. labels: number of classes of a classifier.
+    Anything else is a Hugging Face model in safetensors, in a folder or in the hub's local cache. labels: number of
+    classes of a classifier.
     Raises UserError for an unknown model, a pickle, missing weights, a vocabulary or block the model cannot hold, a
     language model whose predictions see the token they predict.
     """
-    classes: dict[str, Any] = {"num_labels": labels} if labels else {}
+    kind, wanted = _kind_and_config(settings, tokenizer, labels)
     if settings.model in SIZES:
-        size = SIZES[settings.model]
-        end = tokenizer.eos_token_id
-        tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
-        config = GPT2Config(
-            vocab_size=len(tokenizer),
-            n_layer=size.layers,
-            n_head=size.heads,
-            n_embd=size.width,
-            n_positions=size.positions,
-            **tokens,
-            **classes,
-        )
-        model = _fresh(GPT2ForSequenceClassification if labels else GPT2LMHeadModel, config, settings.seed)
+        model = _fresh(kind, wanted, settings.seed)
     else:
-        if labels:
-            classes["pad_token_id"] = tokenizer.pad_token_id
-        kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-        model = _load(settings.model, kind, classes, settings.seed)
+        model = _load(_Saved.at(settings.model, settings.revision), kind, wanted, settings.seed)
         if not labels:
             _check_causal(model, settings.model)
     _check_fits(model, tokenizer, settings)
     return ready(model, settings.dtype)
+
+
+def outline(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0) -> PreTrainedModel:
+    """The model `create_model` would make, its shapes without its memory: on the meta device.
+
+    Raises UserError for an unknown model or config, a vocabulary or block the model cannot hold.
+    """
+    kind, wanted = _kind_and_config(settings, tokenizer, labels)
+    with torch.device("meta"):
+        if settings.model in SIZES:
+            model = kind(wanted)
+        else:
+            saved = _Saved.at(settings.model, settings.revision)
+            shape = saved.config(wanted)
+            try:
+                model = kind.from_config(shape, dtype=torch.float32, trust_remote_code=False)
+            except Exception as error:  # the library raises many types; each means that this folder cannot be used
+                raise saved.spoilt(error) from error
+    _check_fits(model, tokenizer, settings)
+    return ready(model, settings.dtype)
+
+
+def _kind_and_config(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int) -> tuple[Any, Any]:
+    """The class of a run's model, and its config if it is a named size, else what overrides the saved config."""
+    classes: dict[str, Any] = {"num_labels": labels} if labels else {}
+    if settings.model not in SIZES:
+        if labels:
+            classes["pad_token_id"] = tokenizer.pad_token_id
+        return AutoModelForSequenceClassification if labels else AutoModelForCausalLM, classes
+    size = SIZES[settings.model]
+    end = tokenizer.eos_token_id
+    tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_layer=size.layers,
+        n_head=size.heads,
+        n_embd=size.width,
+        n_positions=size.positions,
+        **tokens,
+        **classes,
+    )
+    return GPT2ForSequenceClassification if labels else GPT2LMHeadModel, config
 
 
 def describe(name: str, model: PreTrainedModel) -> dict[str, Any]:
@@ -111,10 +140,12 @@ def describe(name: str, model: PreTrainedModel) -> dict[str, Any]:
     return {"name": name if name in SIZES else SAVED, "architecture": type(model).__name__, "config": config}
 
 
-def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str = "") -> PreTrainedModel:
-    """The model that `describe` described, before any training, from the seed or from its folder.
+def rebuild(
+    description: Mapping[str, Any], seed: int, dtype: str, source: str = "", revision: str = ""
+) -> PreTrainedModel:
+    """The model that `describe` described, before any training, from the seed or from where it was saved.
 
-    folder: where a saved model lies; of no use to a named size. Raises UserError as `create_model` does.
+    source, revision: a saved model's folder, or its hub id and commit; of no use to a named size. Raises UserError as `create_model` does.
     """
     if description["name"] in SIZES:
         kind = {kind.__name__: kind for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)}
@@ -124,7 +155,7 @@ def rebuild(description: Mapping[str, Any], seed: int, dtype: str, folder: str =
     kind = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
     keys = ("num_labels", "id2label", "label2id", "pad_token_id") if classifier else ()
     extra = {key: description["config"][key] for key in keys if key in description["config"]}
-    return ready(_load(folder, kind, extra, seed), dtype)
+    return ready(_load(_Saved.at(source, revision), kind, extra, seed), dtype)
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -152,28 +183,74 @@ def _fresh(kind: type[PreTrainedModel], config: GPT2Config, seed: int) -> PreTra
     return model
 
 
-def _model_folder(name: str) -> Path:
+def model_folder(name: str, revision: str = "") -> Path:
+    """Where a saved model lies: its folder, or its snapshot in the hub's cache. Raises UserError for none."""
     folder = Path(os.path.expanduser(name))
-    if not name or not folder.is_dir():
-        raise UserError(f"{unknown(name, list(SIZES), 'model')}; or give the folder of a saved model")
-    return folder
+    if name and folder.is_dir():
+        return folder
+    if hub.is_id(name):
+        return hub.snapshot(name, revision)
+    raise UserError(f"{unknown(name, list(SIZES), 'model')}; or give the folder of a saved model, or OWNER/NAME")
 
 
-def _load(name: str, kind: Any, overrides: dict[str, Any], seed: int) -> PreTrainedModel:
+def commit(settings: Settings) -> str:
+    """The commit a run's hub model is at in the local cache; empty for any other model.
+
+    Raises UserError where it is not cached, and for the revision of a model that has none.
+    """
+    is_local = settings.model in SIZES or Path(os.path.expanduser(settings.model)).is_dir()
+    if hub.is_id(settings.model) and not is_local:
+        return hub.snapshot(settings.model, settings.revision).name
+    if settings.revision:
+        raise UserError(
+            f"revision = {settings.revision!r}: model {settings.model!r} is not of the hub, so it has no revision; "
+            "leave revision out"
+        )
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A saved model: its folder, what to call it, and the remedy for one that is spoilt."""
+
+    folder: Path
+    where: str
+    remedy: str
+
+    @classmethod
+    def at(cls, name: str, revision: str) -> "_Saved":
+        folder = model_folder(name, revision)
+        if Path(os.path.expanduser(name)).is_dir():
+            return cls(folder, f"model folder {str(folder)!r}", "save it again with save_pretrained")
+        again = f"remove {str(folder)!r} and run zofed models download {name}, or choose another model"
+        return cls(folder, f"hub model {name!r} at {folder.name}", again)
+
+    def config(self, overrides: Mapping[str, Any]) -> Any:
+        """Its config, with some values overridden. Raises UserError where it has none or one that cannot be used."""
+        if not (self.folder / "config.json").is_file():
+            raise UserError(f"{self.where} has no config.json: give a folder written by save_pretrained")
+        try:
+            return AutoConfig.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=False, **overrides
+            )
+        except Exception as error:  # the library raises many types; each means that this folder cannot be used
+            raise self.spoilt(error) from error
+
+    def spoilt(self, error: Exception) -> UserError:
+        return UserError(f"{self.where} cannot be loaded ({_reason(error)}): {self.remedy}")
+
+
+def _load(saved: _Saved, kind: Any, overrides: Mapping[str, Any], seed: int) -> PreTrainedModel:
     """The saved model; a classification head that its folder does not hold is drawn from the seed."""
-    folder = _model_folder(name)
-    where = f"model folder {str(folder)!r}"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{where} has no config.json: give a folder written by save_pretrained")
-    if not list(folder.glob("*.safetensors")):
-        pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
+    where, config = saved.where, saved.config(overrides)
+    if not list(saved.folder.glob("*.safetensors")):
+        pickles = [path.name for path in (*saved.folder.glob("*.bin"), *saved.folder.glob("*.pt"))]
         found = f"only the pickle {pickles[0]!r}, which can run code when read" if pickles else "no weights"
         raise UserError(f"{where} holds {found}: save it as safetensors with save_pretrained")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **overrides)
         with torch.random.fork_rng(devices=[]):
             model, report = kind.from_pretrained(
-                folder,
+                saved.folder,
                 config=config,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -183,7 +260,7 @@ def _load(name: str, kind: Any, overrides: dict[str, Any], seed: int) -> PreTrai
                 ignore_mismatched_sizes=True,  # told below, by name: the library only points to a table it printed
             )
     except Exception as error:  # the library raises many types; each means that this folder cannot be used
-        raise UserError(f"{where} cannot be loaded ({_reason(error)}): save it again with save_pretrained") from error
+        raise saved.spoilt(error) from error
     missing, misshapen = set(report["missing_keys"]), sorted(report["mismatched_keys"])
     if misshapen:
         tensor, saved, wanted = misshapen[0]
@@ -255,7 +332,10 @@ def _draw(model: PreTrainedModel, seed: int, fresh: set[str] | None) -> None:
                 parameter.fill_(1.0)
             else:
                 std = residual if name.endswith("c_proj.weight") else INITIAL_STD
-                parameter.copy_(directions.normal(key, name, parameter.shape) * std)
+                flat = parameter.view(-1)
+                for start in range(0, len(flat), BLOCK):
+                    some = flat[start : start + BLOCK]
+                    some.copy_(directions.normal(key, name, some.shape, start) * std)
 
 
 def trainable_names(model: nn.Module, scope: str) -> list[str]:

@@ -138,12 +138,16 @@ NAMES = {"model": tuple(models.SIZES), "dataset": documents.KNOWN_NAMES, "tokeni
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """The settings with local paths absolute, so that they mean the same from every folder and later."""
+    """The settings with local paths absolute and a hub model's commit, so that they mean the same everywhere and later.
+
+    Raises UserError for a revision that is not there.
+    """
     update = {}
     for key, names in NAMES.items():
         path = os.path.expanduser(getattr(settings, key))
         if path not in names and os.path.exists(path):
             update[key] = os.path.abspath(path)
+    update["revision"] = models.commit(settings)
     return settings.model_copy(update=update)
 
 
