@@ -71,11 +71,16 @@ def _run(
     task: Task, worker: Worker, examples: Examples, journal: Journal, folder: RunFolder, show: Show
 ) -> dict[str, Any]:
     settings = task.settings
-    ask = _zo(worker, examples, settings) if settings.mode == "zo" else _fo(worker, examples, settings)
+    ask = step_of(worker, examples, settings)
     trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
         totals = trainer.run(settings.steps, ask)
         return finish(task, worker, journal, folder, totals)
+
+
+def step_of(worker: Worker, examples: Examples, settings: Settings) -> Ask:
+    """What a central run asks of its worker in each step, by its mode."""
+    return _zo(worker, examples, settings) if settings.mode == "zo" else _fo(worker, examples, settings)
 
 
 def _epoch(round_: int, examples: Examples, batch_size: int) -> float:

@@ -25,7 +25,8 @@ class Settings(BaseModel):
 
     mode: Literal["zo", "fo"] = Field("zo", description="zo: forward passes only; fo: backpropagation")
     model: str = Field(
-        "tiny", description="tiny, 20M, 200M, 500M, 1B (fresh, GPT-2 shaped), a saved model's folder, or OWNER/NAME of the hub"
+        "tiny",
+        description="tiny, 20M, 200M, 500M, 1B (fresh, GPT-2 shaped), a saved model's folder, or OWNER/NAME of the hub",
     )
     revision: str = Field(
         "", description="commit, branch or tag of a hub model; empty: main as it is cached; a run records the commit"

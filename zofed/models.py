@@ -230,9 +230,7 @@ class _Saved:
         if not (self.folder / "config.json").is_file():
             raise UserError(f"{self.where} has no config.json: give a folder written by save_pretrained")
         try:
-            return AutoConfig.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=False, **overrides
-            )
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False, **overrides)
         except Exception as error:  # the library raises many types; each means that this folder cannot be used
             raise self.spoilt(error) from error
 

@@ -37,7 +37,11 @@ class Task:
     def load(cls, settings: Settings) -> "Task":
         """Read tokenizer and documents. Raises UserError for what is missing or unusable."""
         tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
-        found = data.load_documents(settings.dataset)
+        return cls.of(settings, tokenizer, data.load_documents(settings.dataset))
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, found: list[Document]) -> "Task":
+        """A task whose tokenizer and documents were read already. Raises UserError for what is unusable."""
         if settings.task == "classification":
             _check_labels(found, settings.dataset)
         train, held_out = data.split_held_out(found, settings.held_out, settings.seed)
@@ -54,12 +58,12 @@ class Task:
         """Raise UserError when the held-out part is too short, before a run has written anything."""
         _ = self.held_out_examples
 
-    def examples(self, documents: list[Document]) -> Examples:
-        """Documents as the integer tensors the model reads."""
+    def examples(self, documents: list[Document], cache: bool = True) -> Examples:
+        """Documents as the integer tensors the model reads. cache: keep and find them in the user's cache."""
         size = self.settings.block_size
         if self.labels:
             return data.classification_examples(documents, self.tokenizer, size)
-        return data.language_model_examples(documents, self.tokenizer, size, data.default_cache())
+        return data.language_model_examples(documents, self.tokenizer, size, data.default_cache() if cache else None)
 
     def shard(self, client: int, clients: int) -> Examples:
         """The examples of one client out of `clients`; disjoint from every other client's."""

@@ -107,10 +107,12 @@ class Trainer:
                 norm = self.worker.apply(entry, step.update if step else None)
                 if step and is_new:
                     self._account(table, totals, step, norm, total)
+                del step  # its gradient would stay while the next one is made
             for round_ in range(self.worker.round + 1, total + 1):
                 step = ask(round_)
                 norm = self.worker.apply(self.journal.append(step.record), step.update)
                 self._account(table, totals, step, norm, total)
+                del step
         finally:
             table.close()
         return totals
