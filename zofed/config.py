@@ -127,8 +127,8 @@ def unknown(name: str, known: list[str], what: str) -> str:
 
 # What may change when a run goes on: its length and place, what it reports; and names whose content is pinned.
 FREE_ON_RESUME = (
-    "model", "revision", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device", "eval-interval",
-    "eval-examples", "checkpoint-interval", "controls", "out",
+    "model", "revision", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device",
+    "eval-interval", "eval-examples", "checkpoint-interval", "controls", "out",
 )  # fmt: skip
 
 

@@ -310,10 +310,8 @@ def normal(seed: int, name: str, shape: Sequence[int], start: int = 0) -> Tensor
 
     start: how many entries of the tensor's stream come before these.
     """
-    entries = _normal_table()[_halves(seed, tensor_id(name), prod(shape), start)].astype(np.float32) * np.float32(
-        2.0**-16
-    )
-    return torch.from_numpy(entries).reshape(tuple(shape))
+    chosen = _normal_table()[_halves(seed, tensor_id(name), prod(shape), start)]
+    return torch.from_numpy(chosen.astype(np.float32) * np.float32(2.0**-16)).reshape(tuple(shape))
 
 
 def random_bits(seed: int, name: str, shape: Sequence[int], start: int = 0) -> Tensor:

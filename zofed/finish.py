@@ -84,9 +84,8 @@ def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
     """A fresh replica at the base weights of a run's journal, from the run's files alone."""
     settings = folder.settings()
     genesis = read(folder.journal).genesis
-    model = models.rebuild(
-        genesis["model"], genesis["seed"], settings.dtype, *([base] if base else [settings.model, settings.revision])
-    )
+    place = (base, "") if base else (settings.model, settings.revision)
+    model = models.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)
     return Worker(nn.Module.to(model, device(settings)), genesis), settings
 
 

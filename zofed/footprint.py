@@ -7,11 +7,11 @@ under torch's FakeTensorMode, so that a model of any size costs a second and no 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from zofed import directions, metrics, perturbed
 from zofed.budget import peak_bytes
@@ -151,7 +151,7 @@ def _move(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> int:
     shape = tuple(parameters[name].shape)
     rows, columns = (shape or (1,))[0], prod(shape[1:])
     at_once = rows if optimizer.needs_whole(name) else min(rows, max(1, BLOCK // max(1, columns)))
-    with torch.utils._python_dispatch._disable_current_modes():  # real numbers: some rules look at them
+    with _disable_current_modes():  # real numbers: some rules look at them
         kept = torch.ones((at_once, *shape[1:]), dtype=parameters[name].dtype)
         trial = Optimizer(
             optimizer.name, optimizer.momentum, optimizer.weight_decay, optimizer.cautious, optimizer.orthogonal

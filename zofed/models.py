@@ -145,7 +145,8 @@ def rebuild(
 ) -> PreTrainedModel:
     """The model that `describe` described, before any training, from the seed or from where it was saved.
 
-    source, revision: a saved model's folder, or its hub id and commit; of no use to a named size. Raises UserError as `create_model` does.
+    source, revision: a saved model's folder, or its hub id and commit; of no use to a named size. Raises UserError as
+    `create_model` does.
     """
     if description["name"] in SIZES:
         kind = {kind.__name__: kind for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)}
@@ -261,9 +262,9 @@ def _load(saved: _Saved, kind: Any, overrides: Mapping[str, Any], seed: int) -> 
         raise saved.spoilt(error) from error
     missing, misshapen = set(report["missing_keys"]), sorted(report["mismatched_keys"])
     if misshapen:
-        tensor, saved, wanted = misshapen[0]
+        tensor, found, wanted = misshapen[0]
         raise UserError(
-            f"{where} holds {tensor} of shape {tuple(saved)}, but {tuple(wanted)} is needed: bring back the config "
+            f"{where} holds {tensor} of shape {tuple(found)}, but {tuple(wanted)} is needed: bring back the config "
             "it was saved with or, for a classifier, give data of as many classes as it has"
         )
     _check_complete(where, missing, head_may_miss=kind is AutoModelForSequenceClassification)
