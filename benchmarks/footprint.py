@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,18 @@ SIZES = ("20M", "200M")
 MODES = ("zo", "fo")  # a mode that trains is measured by adding its name here
 SHAPES = ((4, 64), (8, 128))
 OPTIMIZERS = ("sgd", "adamw")
-STEPS = 3
+STEPS, QUERIES = 2, 8
 GIVE_BACK = str(2**20)  # bytes from which a block is the system's own and returns to it when freed
 
 
 def options(size: str, mode: str, optimizer: str, examples: int, tokens: int) -> dict[str, Any]:
     """Settings of a cell, everything else as it comes."""
-    return {"model": size, "mode": mode, "optimizer": optimizer, "batch-size": examples, "block-size": tokens}
+    shape = {"batch-size": examples, "block-size": tokens}
+    return {"model": size, "mode": mode, "optimizer": optimizer, "queries": QUERIES, **shape}
 
 
 def measure(given: dict[str, Any]) -> int:
-    """High-water mark of this process, less its size after the imports, once a model was made and moved three times."""
+    """High-water mark of this process, less its size after the imports, once a model was made and moved twice."""
     from zofed import config, data, models
     from zofed.task import prepare_process
 
@@ -71,7 +73,7 @@ def measured(given: dict[str, Any], keep: bool) -> int:
     return int(subprocess.run(one, check=True, capture_output=True, text=True, env=environment).stdout.split()[-1])
 
 
-def cells(sizes: tuple[str, ...]) -> list[dict[str, Any]]:
+def cells(sizes: Sequence[str], shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """Predicted and measured MiB of every size, shape, optimizer and mode."""
     from zofed import config, model_info
     from zofed.task import prepare_process
@@ -79,7 +81,7 @@ def cells(sizes: tuple[str, ...]) -> list[dict[str, Any]]:
     prepare_process(1)
     rows = []
     for size in sizes:
-        for shape in SHAPES:
+        for shape in shapes:
             for optimizer in OPTIMIZERS:
                 for mode in MODES:
                     given = options(size, mode, optimizer, *shape)
@@ -97,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.footprint", description=__doc__)
     parser.add_argument("--json", type=Path, help="file to write the cells to")
     parser.add_argument("--sizes", nargs="+", default=SIZES, help="sizes of `zofed models`")
+    parser.add_argument("--shape", nargs=2, type=int, metavar=("EXAMPLES", "TOKENS"), help="one shape only")
     parser.add_argument("--cell", help="settings of one cell as JSON, measured in this process")
     given = parser.parse_args()
     if given.cell:
@@ -104,7 +107,7 @@ def main() -> None:
         return
     print("| model | batch | optimizer | mode | predicted MiB | measured MiB | error | freed memory kept |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    rows = cells(tuple(given.sizes))
+    rows = cells(given.sizes, [tuple(given.shape)] if given.shape else SHAPES)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
 

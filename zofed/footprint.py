@@ -109,7 +109,8 @@ def _forward(loss: perturbed.Loss, parameters: Mapping[str, Tensor], settings: S
             )
             return one + (drawn - asked) * of_a_query  # entries of a byte
     copy = sum(map(_bytes, parameters.values()))
-    return copy + peak_bytes(torch.no_grad()(loss)) + 2 * 4 * BLOCK  # a block's integers and their float32
+    block = min(BLOCK, max(parameter.numel() for parameter in parameters.values()))
+    return copy + max(peak_bytes(torch.no_grad()(loss)), 2 * 4 * block)  # a block's integers and their float32
 
 
 def _backward(loss: perturbed.Loss, parameters: Mapping[str, Tensor]) -> Callable[[], None]:

@@ -60,7 +60,9 @@ def download(name: str, revision: str = "") -> Path:
                 name, revision=revision or None, allow_patterns=[*WANTED], ignore_patterns=[*BELOW]
             )
         )
-    except (OSError, ValueError) as error:  # each error of the library is one of the two
+    except UserError:
+        raise
+    except Exception as error:  # of the library or of what it reads the network with
         raise UserError(f"{what} cannot be had ({_reason(error)}): {_remedy(error)}") from error
 
 
