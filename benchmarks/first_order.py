@@ -44,7 +44,7 @@ def _ratios(size: str, shape: tuple[int, int], threads: int, pairs: int, optimiz
     )
     task = Task.load(settings)
     worker, examples = task.worker(), task.shard(0, 1)
-    ask = asker(task, worker, examples, 10**6)
+    ask = asker(settings, worker, examples, 10**6)
     with (
         tempfile.TemporaryDirectory() as folder,
         Journal.create(Path(folder) / "journal.zofed", worker.genesis) as journal,

@@ -19,14 +19,15 @@ ROOT = PACKAGE.parent
 KNOWN_TO = {
     "flwr": {"messages", "server", "client", "grid"},
     "ray": set(),
-    "transformers": {"models", "tokenizers", "data", "task", "generate"},
+    "transformers": {"models", "tokenizers", "data", "task", "generate", "model_info"},
+    "huggingface_hub": {"hub"},
     "tokenizers": {"generate"},
     "datasets": {"rows"},
     "pandas": {"rows", "plots"},
     "matplotlib": {"plots"},
     "seaborn": {"plots"},
-    "typer": {"cli"},
-    "rich": {"cli"},
+    "typer": {"cli", "options", "model_commands"},
+    "rich": {"cli", "options", "model_commands"},
     "pydantic": {"config"},
 }
 CORE = ("directions", "records", "journal", "optimizers", "perturbed", "estimators", "worker")

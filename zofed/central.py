@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zofed import budget, data, directions, federation, metrics
-from zofed.config import Settings, resolve
+from zofed.config import WITH_BACKPROP, Settings, resolve
 from zofed.data import Examples
 from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
@@ -74,7 +74,8 @@ def _run(
 ) -> dict[str, Any]:
     settings = task.settings
     total = steps_of(settings, examples)
-    ask = asker(task, worker, examples, total)
+    backprop_examples = task.backprop_examples if settings.mode in WITH_BACKPROP else None
+    ask = asker(settings, worker, examples, total, backprop_examples)
     trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
         totals = trainer.run(total, ask)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from zofed import directions
 from zofed.errors import UserError
 
+WITH_BACKPROP = ("instruct", "calibrate")  # modes of zeroth order that backpropagation helps
 OBJECTIVES = ("loss", "accuracy", "f1")
 
 
@@ -33,7 +34,11 @@ class Settings(BaseModel):
         "calibrate: zo with a backprop step now and then; subspace: backprop on the coefficients of seeded directions",
     )
     model: str = Field(
-        "tiny", description="tiny, 20M, 200M, 500M, 1B (fresh, GPT-2 shaped) or the folder of a saved model"
+        "tiny",
+        description="tiny, 20M, 200M, 500M, 1B (fresh, GPT-2 shaped), a saved model's folder, or OWNER/NAME of the hub",
+    )
+    revision: str = Field(
+        "", description="commit, branch or tag of a hub model; empty: main as it is cached; a run records the commit"
     )
     task: Literal["language-model", "classification"] = Field(
         "language-model", description="predict the next token, or the label of each document"
@@ -235,8 +240,8 @@ def unknown(name: str, known: list[str], what: str) -> str:
 
 # What may change when a run goes on: its length and place, what it reports; and names whose content is pinned.
 FREE_ON_RESUME = (
-    "model", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device", "eval-interval",
-    "eval-examples", "eval-dataset", "epochs", "max-forward-equivalents", "max-seconds", "max-tokens",
+    "model", "revision", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device",
+    "eval-interval", "eval-examples", "eval-dataset", "epochs", "max-forward-equivalents", "max-seconds", "max-tokens",
     "checkpoint-interval", "keep-checkpoints", "keep-best", "controls", "out", "bp-dataset",
 )  # fmt: skip
 

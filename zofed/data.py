@@ -87,11 +87,13 @@ def language_model_examples(
     return {"input_ids": blocks, "labels": blocks}
 
 
-def kept(cache: Path, parts: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
+def kept(cache: Path | None, parts: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
     """What `make` gives, or gave an earlier process: one tensor in a file of the folder `cache`.
 
-    parts: all that the tensor depends on. A damaged file is made anew.
+    parts: all that the tensor depends on. A damaged file is made anew. Without a cache nothing is kept.
     """
+    if cache is None:
+        return make()
     file = cache / f"{hashlib.sha256(' '.join(parts).encode()).hexdigest()}.safetensors"
     found = _read(file)
     if found is None:

@@ -336,10 +336,13 @@ def _normal_table() -> NDArray[np.int32]:
     return np.array([-value for value in reversed(upper)] + upper, dtype=np.int32)
 
 
-def normal(seed: int, name: str, shape: Sequence[int]) -> Tensor:
-    """Standard normal entries (65,536 levels, largest 4.3) for a fresh tensor: float32 on the CPU, of `shape`."""
-    entries = _normal_table()[_halves(seed, tensor_id(name), prod(shape))].astype(np.float32) * np.float32(2.0**-16)
-    return torch.from_numpy(entries).reshape(tuple(shape))
+def normal(seed: int, name: str, shape: Sequence[int], start: int = 0) -> Tensor:
+    """Standard normal entries (65,536 levels, largest 4.3) for a fresh tensor: float32 on the CPU, of `shape`.
+
+    start: how many entries of the tensor's stream come before these.
+    """
+    chosen = _normal_table()[_halves(seed, tensor_id(name), prod(shape), start)]
+    return torch.from_numpy(chosen.astype(np.float32) * np.float32(2.0**-16)).reshape(tuple(shape))
 
 
 def random_bits(seed: int, name: str, shape: Sequence[int], start: int = 0) -> Tensor:

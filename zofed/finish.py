@@ -67,6 +67,11 @@ def finish(
         "bytes_down_per_client_round": 0.0,
         **cost,
         "peak_memory_bytes": peak_memory_bytes(),
+        "base": {
+            "model": task.settings.model,
+            "revision": task.settings.revision,
+            "weights": worker.genesis["weights"],
+        },
         "parameters": {"total": models.true_count(worker.model), "trainable": _count(worker)},
         "data": task.digests(),
         "versions": versions(),
@@ -86,7 +91,8 @@ def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
     """A fresh replica at the base weights of a run's journal, from the run's files alone."""
     settings = folder.settings()
     genesis = read(folder.journal).genesis
-    model = models.rebuild(genesis["model"], genesis["seed"], settings.dtype, base or settings.model)
+    place = (base, "") if base else (settings.model, settings.revision)
+    model = models.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)
     return Worker(nn.Module.to(model, device(settings)), genesis), settings
 
 

@@ -1,6 +1,7 @@
 """Freed memory kept for the next forward pass instead of going back to the system."""
 
 import ctypes
+import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt(3)
 _KEEP_BYTES = 2**30
@@ -11,8 +12,11 @@ def keep_freed_memory() -> bool:
 
     By default every tensor of more than 32 MiB is mapped anew and its pages are zeroed by the kernel at first touch:
     a query with materialised weights took 2.7 instead of 1.6 times its two forward passes (benchmarks/RESULTS.md).
-    No number changes.
+    No number changes. The price is memory, since what is freed is not always of use for what comes next; who would
+    rather wait sets glibc's own MALLOC_MMAP_THRESHOLD_=1048576, which is then left as it is.
     """
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ:
+        return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False

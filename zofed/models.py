@@ -23,12 +23,13 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
-from zofed import classifier, directions
+from zofed import classifier, directions, hub
 from zofed.classifier import PooledClassifier, Pooling
 from zofed.config import Settings, unknown
 from zofed.errors import UserError
 from zofed.worker import named_parameters
 
+BLOCK = 2**20  # entries of a fresh tensor that are drawn together: all at once would take several times the tensor
 INITIAL_STD = 0.02  # Radford et al., "Language models are unsupervised multitask learners", 2019
 
 
@@ -62,6 +63,8 @@ SIZES = {
 }
 
 
+Model = PreTrainedModel | PooledClassifier
+
 SAVED = "saved"  # what the genesis calls a model that came from a folder; its weights' digest tells which
 
 
@@ -69,47 +72,30 @@ def tokenizer_name(settings: Settings) -> str:
     """Which tokenizer a run uses: the one named, else the one that fits the model. Raises UserError for no model."""
     if settings.model in SIZES:
         return settings.tokenizer or SIZES[settings.model].tokenizer
-    return settings.tokenizer or str(_model_folder(settings.model))
+    return settings.tokenizer or str(model_folder(settings.model, settings.revision))
 
 
-def create_model(
-    settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0
-) -> PreTrainedModel | PooledClassifier:
+def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0) -> Model:
     """The model of a run on the CPU, in evaluation mode (no dropout), in the run's dtype.
 
     A named size is built fresh: each tensor drawn from (run seed, its name), so that it is equal on all machines.
-    Anything else is a folder with a Hugging Face model in safetensors. labels: number of classes of a classifier, which
-    is the library's own, or pooled as the settings say.
+    Anything else is a Hugging Face model in safetensors, in a folder or in the hub's local cache. labels: number of
+    classes of a classifier, which is the library's own, or pooled as the settings say.
     Raises UserError for an unknown model, a pickle, missing weights, a vocabulary or block the model cannot hold, a
     language model whose predictions see the token they predict.
     """
     pooling = _pooling(settings) if labels else None
-    classes: dict[str, Any] = {"num_labels": labels} if labels and not pooling else {}
+    kind, wanted = _kind_and_config(settings, tokenizer, labels, pooling)
     if settings.model in SIZES:
-        size = SIZES[settings.model]
-        end = tokenizer.eos_token_id
-        tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
-        config = GPT2Config(
-            vocab_size=len(tokenizer),
-            n_layer=size.layers,
-            n_head=size.heads,
-            n_embd=size.width,
-            n_positions=size.positions,
-            **tokens,
-            **classes,
-        )
-        kind = GPT2ForSequenceClassification if labels else GPT2LMHeadModel
-        model = _fresh(GPT2Model if pooling else kind, config, settings.seed)
+        model = _fresh(kind, wanted, settings.seed)
     else:
-        if classes:
-            classes["pad_token_id"] = tokenizer.pad_token_id
-        kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
-        model = _load(settings.model, AutoModel if pooling else kind, classes, settings.seed, pooling)
+        model = _load(_Saved.at(settings.model, settings.revision), kind, wanted, settings.seed, pooling)
         if not labels:
             _check_causal(model, settings.model)
     _check_fits(model, tokenizer, settings)
     if pooling:
-        model = _with_head(model, pooling, labels, settings.seed, settings.model, settings.freeze_encoder)
+        folder = None if settings.model in SIZES else model_folder(settings.model, settings.revision)
+        model = _with_head(model, pooling, labels, settings.seed, folder, settings.freeze_encoder)
     return ready(model, settings.dtype)
 
 
@@ -117,23 +103,77 @@ def _pooling(settings: Settings) -> Pooling | None:
     """How a classifier's encoder is pooled; None: the library's own classifier for this kind of model decides."""
     if settings.pooling != "auto":
         return settings.pooling
-    saved = None if settings.model in SIZES else classifier.saved_pooling(_model_folder(settings.model))
+    saved = None
+    if settings.model not in SIZES:
+        saved = classifier.saved_pooling(model_folder(settings.model, settings.revision))
     return saved or ("mean" if settings.freeze_encoder else None)
 
 
 def _with_head(
-    encoder: PreTrainedModel, pooling: Pooling, classes: int, seed: int, name: str, is_frozen: bool = False
+    encoder: PreTrainedModel, pooling: Pooling, classes: int, seed: int, folder: Path | None, is_frozen: bool = False
 ) -> PooledClassifier:
     """The encoder with the head its folder holds, else with one drawn from the seed."""
     model = PooledClassifier(encoder, pooling, classes, is_frozen)
-    if name not in SIZES and classifier.saved_pooling(_model_folder(name)):
-        classifier.load_head(model, _model_folder(name))
+    if folder and classifier.saved_pooling(folder):
+        classifier.load_head(model, folder)
     else:
         _draw(model, seed, {"classifier.weight", "classifier.bias"})
     return model
 
 
-def describe(name: str, model: PreTrainedModel | PooledClassifier) -> dict[str, Any]:
+def outline(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0) -> Model:
+    """The model `create_model` would make, its shapes without its memory: on the meta device.
+
+    Raises UserError for an unknown model or config, a vocabulary or block the model cannot hold.
+    """
+    pooling = _pooling(settings) if labels else None
+    kind, wanted = _kind_and_config(settings, tokenizer, labels, pooling)
+    with torch.device("meta"):
+        if settings.model in SIZES:
+            model = kind(wanted)
+        else:
+            saved = _Saved.at(settings.model, settings.revision)
+            shape = saved.config(wanted)
+            try:
+                model = kind.from_config(shape, dtype=torch.float32, trust_remote_code=False)
+            except Exception as error:  # the library raises many types; each means that this folder cannot be used
+                raise saved.spoilt(error) from error
+    _check_fits(model, tokenizer, settings)
+    if pooling:
+        with torch.device("meta"):
+            model = PooledClassifier(model, pooling, labels, settings.freeze_encoder)
+        nn.Module.to(model, "meta")
+    return ready(model, settings.dtype)
+
+
+def _kind_and_config(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int, pooling: Pooling | None
+) -> tuple[Any, Any]:
+    """The class of a run's model, of a pooled one its encoder's, and its config if it is a named size, else what
+    overrides the saved config."""
+    classes: dict[str, Any] = {"num_labels": labels} if labels and not pooling else {}
+    if settings.model not in SIZES:
+        if classes:
+            classes["pad_token_id"] = tokenizer.pad_token_id
+        kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+        return AutoModel if pooling else kind, classes
+    size = SIZES[settings.model]
+    end = tokenizer.eos_token_id
+    tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_layer=size.layers,
+        n_head=size.heads,
+        n_embd=size.width,
+        n_positions=size.positions,
+        **tokens,
+        **classes,
+    )
+    kind = GPT2ForSequenceClassification if labels else GPT2LMHeadModel
+    return GPT2Model if pooling else kind, config
+
+
+def describe(name: str, model: Model) -> dict[str, Any]:
     """What `rebuild` needs to make the same model again, for the journal's genesis; no path of any machine."""
     config = model.config.to_diff_dict()
     for changing in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
@@ -144,29 +184,28 @@ def describe(name: str, model: PreTrainedModel | PooledClassifier) -> dict[str, 
     return described
 
 
-def rebuild(
-    description: Mapping[str, Any], seed: int, dtype: str, folder: str = ""
-) -> PreTrainedModel | PooledClassifier:
-    """The model that `describe` described, before any training, from the seed or from its folder.
+def rebuild(description: Mapping[str, Any], seed: int, dtype: str, source: str = "", revision: str = "") -> Model:
+    """The model that `describe` described, before any training, from the seed or from where it was saved.
 
-    folder: where a saved model lies; of no use to a named size. Raises UserError as `create_model` does.
+    source, revision: a saved model's folder, or its hub id and commit; of no use to a named size. Raises UserError as
+    `create_model` does.
     """
     pooling: Pooling | None = description.get("pooling")
-    name = description["name"] if description["name"] in SIZES else folder
-    if name in SIZES:
+    if description["name"] in SIZES:
         kinds = {kind.__name__: kind for kind in (GPT2LMHeadModel, GPT2ForSequenceClassification)}
         config = GPT2Config(**{key: value for key, value in description["config"].items() if key != "model_type"})
+        folder = None
         model = _fresh(GPT2Model if pooling else kinds[description["architecture"]], config, seed)
-    elif pooling:
-        model = _load(folder, AutoModel, {}, seed, pooling)
     else:
+        saved = _Saved.at(source, revision)
+        folder = saved.folder
         is_classifier = "SequenceClassification" in description["architecture"]
         kind = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
         keys = ("num_labels", "id2label", "label2id", "pad_token_id") if is_classifier else ()
         extra = {key: description["config"][key] for key in keys if key in description["config"]}
-        model = _load(folder, kind, extra, seed)
+        model = _load(saved, AutoModel if pooling else kind, extra, seed, pooling)
     if pooling:
-        model = _with_head(model, pooling, description["classes"], seed, name)
+        model = _with_head(model, pooling, description["classes"], seed, folder)
     return ready(model, dtype)
 
 
@@ -183,7 +222,7 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
     tokenizer.save_pretrained(folder)
 
 
-def ready(model: PreTrainedModel | PooledClassifier, dtype: str) -> PreTrainedModel | PooledClassifier:
+def ready(model: Model, dtype: str) -> Model:
     """The model as it is trained and scored: no dropout, no cache, fast activations, weights in `dtype`; in place."""
     model.config.use_cache = False  # keys and values of generation are of no use to a loss
     for module in model.modules():
@@ -204,33 +243,77 @@ def _fresh(kind: type[PreTrainedModel], config: GPT2Config, seed: int) -> PreTra
     return model
 
 
-def _model_folder(name: str) -> Path:
+def model_folder(name: str, revision: str = "") -> Path:
+    """Where a saved model lies: its folder, or its snapshot in the hub's cache. Raises UserError for none."""
     folder = Path(os.path.expanduser(name))
-    if not name or not folder.is_dir():
-        raise UserError(f"{unknown(name, list(SIZES), 'model')}; or give the folder of a saved model")
-    return folder
+    if name and folder.is_dir():
+        return folder
+    if hub.is_id(name):
+        return hub.snapshot(name, revision)
+    raise UserError(f"{unknown(name, list(SIZES), 'model')}; or give the folder of a saved model, or OWNER/NAME")
+
+
+def commit(settings: Settings) -> str:
+    """The commit a run's hub model is at in the local cache; empty for any other model.
+
+    Raises UserError where it is not cached, and for the revision of a model that has none.
+    """
+    is_local = settings.model in SIZES or Path(os.path.expanduser(settings.model)).is_dir()
+    if hub.is_id(settings.model) and not is_local:
+        return hub.snapshot(settings.model, settings.revision).name
+    if settings.revision:
+        raise UserError(
+            f"revision = {settings.revision!r}: model {settings.model!r} is not of the hub, so it has no revision; "
+            "leave revision out"
+        )
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A saved model: its folder, what to call it, and the remedy for one that is spoilt."""
+
+    folder: Path
+    where: str
+    remedy: str
+
+    @classmethod
+    def at(cls, name: str, revision: str) -> "_Saved":
+        folder = model_folder(name, revision)
+        if Path(os.path.expanduser(name)).is_dir():
+            return cls(folder, f"model folder {str(folder)!r}", "save it again with save_pretrained")
+        again = f"remove {str(folder)!r} and run zofed models download {name}, or choose another model"
+        return cls(folder, f"hub model {name!r} at {folder.name}", again)
+
+    def config(self, overrides: Mapping[str, Any]) -> Any:
+        """Its config, with some values overridden. Raises UserError where it has none or one that cannot be used."""
+        if not (self.folder / "config.json").is_file():
+            raise UserError(f"{self.where} has no config.json: give a folder written by save_pretrained")
+        try:
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False, **overrides)
+        except Exception as error:  # the library raises many types; each means that this folder cannot be used
+            raise self.spoilt(error) from error
+
+    def spoilt(self, error: Exception) -> UserError:
+        return UserError(f"{self.where} cannot be loaded ({_reason(error)}): {self.remedy}")
 
 
 def _load(
-    name: str, kind: Any, overrides: dict[str, Any], seed: int, pooling: Pooling | None = None
+    saved: _Saved, kind: Any, overrides: Mapping[str, Any], seed: int, pooling: Pooling | None = None
 ) -> PreTrainedModel:
     """The saved model; a classification head that its folder does not hold is drawn from the seed.
 
     pooling: what becomes of an encoder without a head; only where it is not `pooler` may the folder lack the pooler.
     """
-    folder = _model_folder(name)
-    where = f"model folder {str(folder)!r}"
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{where} has no config.json: give a folder written by save_pretrained")
-    if not list(folder.glob("*.safetensors")):
-        pickles = [path.name for path in (*folder.glob("*.bin"), *folder.glob("*.pt"))]
+    where, config = saved.where, saved.config(overrides)
+    if not list(saved.folder.glob("*.safetensors")):
+        pickles = [path.name for path in (*saved.folder.glob("*.bin"), *saved.folder.glob("*.pt"))]
         found = f"only the pickle {pickles[0]!r}, which can run code when read" if pickles else "no weights"
         raise UserError(f"{where} holds {found}: save it as safetensors with save_pretrained")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **overrides)
         with torch.random.fork_rng(devices=[]):
             model, report = kind.from_pretrained(
-                folder,
+                saved.folder,
                 config=config,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -240,12 +323,12 @@ def _load(
                 ignore_mismatched_sizes=True,  # told below, by name: the library only points to a table it printed
             )
     except Exception as error:  # the library raises many types; each means that this folder cannot be used
-        raise UserError(f"{where} cannot be loaded ({_reason(error)}): save it again with save_pretrained") from error
+        raise saved.spoilt(error) from error
     missing, misshapen = set(report["missing_keys"]), sorted(report["mismatched_keys"])
     if misshapen:
-        tensor, saved, wanted = misshapen[0]
+        tensor, found, wanted = misshapen[0]
         raise UserError(
-            f"{where} holds {tensor} of shape {tuple(saved)}, but {tuple(wanted)} is needed: bring back the config "
+            f"{where} holds {tensor} of shape {tuple(found)}, but {tuple(wanted)} is needed: bring back the config "
             "it was saved with or, for a classifier, give data of as many classes as it has"
         )
     if kind is AutoModelForSequenceClassification:
@@ -303,7 +386,7 @@ def _check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sett
         )
 
 
-def _draw(model: PreTrainedModel | PooledClassifier, seed: int, fresh: set[str] | None) -> None:
+def _draw(model: Model, seed: int, fresh: set[str] | None) -> None:
     """Draw the tensors in `fresh` (None: all) from (seed, name) in GPT-2's manner."""
     residual = INITIAL_STD / (2 * getattr(model.config, "num_hidden_layers", 1)) ** 0.5
     key = directions.derive_seed("zofed-initial", seed)
@@ -317,7 +400,10 @@ def _draw(model: PreTrainedModel | PooledClassifier, seed: int, fresh: set[str] 
                 parameter.fill_(1.0)
             else:
                 std = residual if name.endswith("c_proj.weight") else INITIAL_STD
-                parameter.copy_(directions.normal(key, name, parameter.shape) * std)
+                flat = parameter.view(-1)
+                for start in range(0, len(flat), BLOCK):
+                    some = flat[start : start + BLOCK]
+                    some.copy_(directions.normal(key, name, some.shape, start) * std)
 
 
 def trainable_names(model: nn.Module, scope: str) -> list[str]:

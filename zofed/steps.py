@@ -6,23 +6,24 @@ from collections.abc import Sequence
 import torch
 
 from zofed import data, directions, federation, instruct, metrics, schedules, subspace
-from zofed.config import Settings
+from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Examples
 from zofed.optimizers import Optimizer
 from zofed.perturbed import Loss
 from zofed.records import Dense, Seeded, to_integers
-from zofed.task import WITH_BACKPROP, Task
 from zofed.trainer import Ask, Step, diverged
 from zofed.worker import Update, Worker, tensors_digest
 
 
-def asker(task: Task, worker: Worker, examples: Examples, total: int) -> Ask:
-    """What asks one round of the task's mode, out of `total`.
+def asker(
+    settings: Settings, worker: Worker, examples: Examples, total: int, backprop_examples: Examples | None = None
+) -> Ask:
+    """What asks one round of a mode, out of `total`.
 
-    examples: what zeroth order sees, and everything else where the mode has no other data for backpropagation.
+    examples: what zeroth order sees; backprop_examples: what backpropagation sees, None: the same.
     """
-    steps = Steps(task, worker, examples, total)
-    mode, interval = task.settings.mode, task.settings.bp_interval
+    steps = Steps(settings, worker, examples, total, backprop_examples or examples)
+    mode, interval = settings.mode, settings.bp_interval
 
     def ask(round_: int) -> Step:
         try:
@@ -32,7 +33,7 @@ def asker(task: Task, worker: Worker, examples: Examples, total: int) -> Ask:
                 return steps.guided(round_)
             return steps.in_subspace(round_) if mode == "subspace" else steps.zeroth_order(round_)
         except ValueError as error:
-            raise diverged(round_, task.settings) from error
+            raise diverged(round_, settings) from error
 
     return ask
 
@@ -40,10 +41,11 @@ def asker(task: Task, worker: Worker, examples: Examples, total: int) -> Ask:
 class Steps:
     """Steps of every kind for one worker. All raise ValueError when a loss or a gradient is not finite."""
 
-    def __init__(self, task: Task, worker: Worker, examples: Examples, total: int) -> None:
-        self.settings: Settings = task.settings
-        self.worker, self.examples, self.total = worker, examples, total
-        self.backprop_examples = task.backprop_examples if task.settings.mode in WITH_BACKPROP else examples
+    def __init__(
+        self, settings: Settings, worker: Worker, examples: Examples, total: int, backprop_examples: Examples
+    ) -> None:
+        self.settings, self.worker, self.total = settings, worker, total
+        self.examples, self.backprop_examples = examples, backprop_examples
 
     def zeroth_order(self, round_: int) -> Step:
         """A federated round with this machine as its only client."""

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zofed import classifier, config, data, documents, metrics, models, tokenizers, worker
-from zofed.config import Settings
+from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
 from zofed.estimators import size_exponents
@@ -23,7 +23,6 @@ from zofed.optimizers import Optimizer
 from zofed.worker import Worker
 
 ALL = "all"  # the held-out part as a whole, among its sources
-WITH_BACKPROP = ("instruct", "calibrate")  # modes of zeroth order that backpropagation helps
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,11 @@ class Task:
         """Read tokenizer and documents. Raises UserError for what is missing or unusable."""
         classifier.check(settings)
         tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
-        found = _documents(settings, settings.dataset)
+        return cls.of(settings, tokenizer, _documents(settings, settings.dataset))
+
+    @classmethod
+    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, found: list[Document]) -> "Task":
+        """A task whose tokenizer and documents were read already. Raises UserError for what is unusable."""
         if settings.eval_dataset:
             train, held_out = found, _documents(settings, settings.eval_dataset)
         else:
@@ -68,17 +71,17 @@ class Task:
         """Raise UserError when the held-out part is too short, before a run has written anything."""
         _ = self.held_out_examples
 
-    def examples(self, documents: list[Document]) -> Examples:
-        """Documents as the tensors the model reads."""
-        return self._read_by_model(self._tokens(documents))
+    def examples(self, documents: list[Document], cache: bool = True) -> Examples:
+        """Documents as the tensors the model reads. cache: keep and find them in the user's cache."""
+        return self._read_by_model(self._tokens(documents, cache), cache)
 
-    def _tokens(self, documents: list[Document]) -> Examples:
+    def _tokens(self, documents: list[Document], cache: bool = True) -> Examples:
         size = self.settings.block_size
         if self.labels:
             return data.classification_examples(documents, self.tokenizer, size)
-        return data.language_model_examples(documents, self.tokenizer, size, data.default_cache())
+        return data.language_model_examples(documents, self.tokenizer, size, data.default_cache() if cache else None)
 
-    def _read_by_model(self, tokens: Examples) -> Examples:
+    def _read_by_model(self, tokens: Examples, cache: bool = True) -> Examples:
         """The tokens; of a frozen encoder its features, computed once and kept beside the token caches."""
         if not self.settings.freeze_encoder:
             return tokens
@@ -94,7 +97,9 @@ class Task:
             f"{self.settings.dtype} {chosen.type} {torch.get_num_threads()} {torch.__version__}",
         )
         nn.Module.to(model, chosen)
-        found = data.kept(data.default_cache(), depends_on, lambda: classifier.features(model, tokens))
+        found = data.kept(
+            data.default_cache() if cache else None, depends_on, lambda: classifier.features(model, tokens)
+        )
         return {"features": found, "labels": tokens["labels"]}
 
     def shard(self, client: int, clients: int) -> Examples:
@@ -169,33 +174,36 @@ class Task:
 
     def worker(self) -> Worker:
         """A new replica at the base weights, on the run's device, with the genesis that pins it."""
-        model = models.create_model(self.settings, self.tokenizer, self.labels)
-        settings = self.settings
-        names = models.trainable_names(model, settings.scope)
-        matrices = frozenset(models.inner_matrices(model, names))
+        return worker_of(self.settings, models.create_model(self.settings, self.tokenizer, self.labels))
 
-        def rule(name: Literal["sgd", "adamw", "mudamw"]) -> Optimizer:
-            orthogonal = matrices if name == "mudamw" else frozenset[str]()
-            return Optimizer(name, settings.momentum, settings.weight_decay, settings.cautious, orthogonal)
 
-        # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are.
-        outer = Optimizer("sgd", weight_decay=settings.weight_decay)
-        parameters = worker.named_parameters(model)
-        in_proportion = settings.mode != "fo" and settings.direction_sizes == "rms"
-        is_core = settings.mode == "subspace" and settings.subspace_variant == "core"
-        genesis = worker.make_genesis(
-            model,
-            models.describe(settings.model, model),
-            names,
-            seed=settings.seed,
-            kind="core" if is_core else settings.directions,
-            optimizer=outer if settings.mode == "subspace" else rule(settings.optimizer),
-            backprop_optimizer=(
-                rule(settings.bp_optimizer or settings.optimizer) if settings.mode in WITH_BACKPROP else None
-            ),
-            size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
-        )
-        return Worker(nn.Module.to(model, device(settings)), genesis)
+def worker_of(settings: Settings, model: models.Model) -> Worker:
+    """A replica of a model at its base weights, with the genesis that the settings give it, on their device."""
+    names = models.trainable_names(model, settings.scope)
+    matrices = frozenset(models.inner_matrices(model, names))
+
+    def rule(name: Literal["sgd", "adamw", "mudamw"]) -> Optimizer:
+        orthogonal = matrices if name == "mudamw" else frozenset[str]()
+        return Optimizer(name, settings.momentum, settings.weight_decay, settings.cautious, orthogonal)
+
+    # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are.
+    outer = Optimizer("sgd", weight_decay=settings.weight_decay)
+    parameters = worker.named_parameters(model)
+    in_proportion = settings.mode != "fo" and settings.direction_sizes == "rms"
+    is_core = settings.mode == "subspace" and settings.subspace_variant == "core"
+    genesis = worker.make_genesis(
+        model,
+        models.describe(settings.model, model),
+        names,
+        seed=settings.seed,
+        kind="core" if is_core else settings.directions,
+        optimizer=outer if settings.mode == "subspace" else rule(settings.optimizer),
+        size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
+        backprop_optimizer=(
+            rule(settings.bp_optimizer or settings.optimizer) if settings.mode in WITH_BACKPROP else None
+        ),
+    )
+    return Worker(nn.Module.to(model, device(settings)), genesis)
 
 
 def _documents(settings: Settings, dataset: str) -> list[Document]:
@@ -231,12 +239,16 @@ NAMES = {
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """The settings with local paths absolute, so that they mean the same from every folder and later."""
+    """The settings with local paths absolute and a hub model's commit, so that they mean the same everywhere and later.
+
+    Raises UserError for a revision that is not there.
+    """
     update = {}
     for key, names in NAMES.items():
         path = os.path.expanduser(getattr(settings, key))
         if path and path not in names and os.path.exists(path):
             update[key] = os.path.abspath(path)
+    update["revision"] = models.commit(settings)
     return settings.model_copy(update=update)
 
 

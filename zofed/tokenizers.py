@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 SHIPPED_TOKENIZER = Path(__file__).resolve().parent.parent / "tokenizer"
 
-_GPT2_PROBE = ("Hello world", [15496, 995])
+PROBE = "Hello world"
+_GPT2_PROBE = (PROBE, [15496, 995])
 _GPT2_END_OF_TEXT = 50256
 
 
@@ -83,10 +84,10 @@ def _from_folder(folder: Path) -> "PreTrainedTokenizerBase":
         raise UserError(f"folder {str(folder)!r} holds no tokenizer.json or tokenizer_config.json: {remedy}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        usable = bool(tokenizer("Hello world", add_special_tokens=False)["input_ids"])
+        usable = bool(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
     except Exception as error:  # the Rust library raises plain Exception on a damaged tokenizer.json
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"folder {str(folder)!r} holds no readable tokenizer ({reason}): {remedy}") from error
     if not usable:
-        raise UserError(f"the tokenizer in {str(folder)!r} turns 'Hello world' into no tokens: {remedy}")
+        raise UserError(f"the tokenizer in {str(folder)!r} turns {PROBE!r} into no tokens: {remedy}")
     return tokenizer

@@ -130,12 +130,14 @@ class Trainer:
                 norm = self.worker.apply(entry, update if update or step is None else step.update)
                 if step and is_new:
                     self._account(table, totals, step, norm, total)
+                del step  # its gradient would stay while the next one is made
             while self.worker.round < total and not totals.spent(self.settings):
                 step = ask(self.worker.round + 1)
                 if self.settings.keep_gradients and step.update and (digest := update_digest(step.record)):
                     self.folder.save_update(digest, step.update)
                 norm = self.worker.apply(self.journal.append(step.record), step.update)
                 self._account(table, totals, step, norm, total)
+                del step
         finally:
             table.close()
         return totals

@@ -1,0 +1,234 @@
+"""Predicted memory against watched steps; `zofed models`; `zofed check` finds every fault and leaves nothing behind."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zofed
+from zofed import check, cli, config, data, footprint, model_info, models
+from zofed.budget import peak_bytes
+from zofed.config import Settings
+from zofed.errors import UserError
+from zofed.journal import link
+from zofed.runs import peak_memory_bytes
+from zofed.steps import asker
+from zofed.task import worker_of
+
+Zofed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def zofed_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Zofed]:
+    """The command itself, in this process: status, standard output and standard error."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["zofed", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else 0
+        out, errors = capfd.readouterr()
+        return status, out, errors
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def watched(settings: Settings) -> int:
+    """Bytes of weights and optimizer, and the most that a real second step's tensors take besides."""
+    tokenizer = data.load_tokenizer("shipped")
+    model = models.create_model(settings, tokenizer)
+    ids = torch.randint(0, 512, (settings.batch_size, settings.block_size), generator=torch.Generator().manual_seed(1))
+    worker = worker_of(settings, model)
+    ask = asker(settings, worker, {"input_ids": ids, "labels": ids}, 10)
+
+    def step() -> None:
+        asked = ask(worker.round + 1)
+        worker.apply(link(worker.head, asked.record), asked.update)
+
+    step()
+    state = worker.optimizer.state_dict().values()
+    kept = [*model.parameters(), *(tensor for tensor in state if tensor.dtype != torch.float64)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept) + peak_bytes(step)
+
+
+@pytest.mark.parametrize("mode", ["zo", "fo"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {},
+        {"optimizer": "adamw", "scope": "reduced"},
+        {"optimizer": "mudamw"},
+        {"momentum": 0.9, "estimator": "two-point", "copies-per-pass": 3},
+        {"queries": 40, "copies-per-pass": 16, "directions": "rank2"},
+        {"directions": "rademacher", "queries": 2},
+        {"dtype": "bfloat16", "forward-dtype": "bfloat16"},
+    ],
+    ids=lambda other: "-".join(map(str, other.values())) or "plain",
+)
+def test_predicted_memory_is_that_of_a_real_step(mode: str, other: dict[str, Any]) -> None:
+    settings = config.resolve({"mode": mode, "batch-size": 8, "block-size": 128, "device": "cpu"} | other)
+    predicted = model_info.info(settings, (mode,)).memory[mode].peak
+    assert predicted == pytest.approx(watched(settings), rel=0.1)
+
+
+def test_other_modes_are_made_of_the_same_parts() -> None:
+    found = zofed.get_model_info("tiny", optimizer="adamw", batch_size=2).memory
+    weights = 4 * 141_056
+    assert {mode: memory.state for mode, memory in found.items()} == dict.fromkeys(found, 2 * weights) | {
+        "calibrate": 4 * weights
+    }
+    assert found["calibrate"].step == max(found["zo"].step, found["fo"].step)
+    assert found["instruct"].step == max(found["fo"].step, found["zo"].step + 2 * weights)
+    assert found["subspace"].step > 0
+    with pytest.raises(UserError, match="unknown mode 'both': known are zo, fo"):
+        zofed.get_model_info("tiny", modes=("both",))
+
+
+def test_the_subspace_writes_no_gradient_of_the_weights() -> None:
+    found = zofed.get_model_info("200M", batch_size=1, block_size=4, modes=("fo", "subspace")).memory
+    assert found["fo"].step >= found["fo"].weights > 5 * found["subspace"].step
+
+
+def test_the_largest_size_is_predicted_without_its_memory() -> None:
+    before = peak_memory_bytes()
+    found = zofed.get_model_info("1B", modes=("fo",))
+    memory = found.memory["fo"]
+    assert found.parameters == 774_030_080 and memory.weights == 4 * 774_030_080
+    assert memory.peak > 2 * memory.weights
+    assert peak_memory_bytes() - before < 2**29
+
+
+def test_parameters_are_counted_by_scope() -> None:
+    found = zofed.get_model_info("tiny", modes=())
+    block = 4 * 64 * 64 + 4 * 64 + 2 * 4 * 64 * 64 + 4 * 64 + 64 + 2 * 2 * 64
+    assert found.by_scope["last-1"] == block + 2 * 64
+    assert found.by_scope["full"] == found.parameters == 512 * 64 + 128 * 64 + 2 * block + 2 * 64
+    assert "head" not in found.by_scope  # tied to the embedding
+    assert (found.tokenizer, found.entries, found.vocabulary, found.positions) == ("shipped", 512, 512, 128)
+
+
+def test_a_model_by_name_is_that_of_a_run() -> None:
+    same, other = (zofed.create_model("tiny", seed=seed).state_dict() for seed in (3, 4))
+    run = models.create_model(config.resolve({"seed": 3}), data.load_tokenizer("shipped")).state_dict()
+    assert all(torch.equal(same[name], run[name]) for name in run)
+    assert not torch.equal(other["transformer.wte.weight"], run["transformer.wte.weight"])
+    classifier = zofed.create_model("tiny", labels=3, dtype="bfloat16")
+    assert classifier(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.shape == (1, 3)
+    assert classifier.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="did you mean 'tiny'"):
+        zofed.create_model("tinny")
+    with pytest.raises(UserError, match="did you mean 'batch-size'"):
+        zofed.get_model_info("tiny", batch_sise=3)
+
+
+def test_the_listing_names_every_size_and_counts_all_settings(zofed_command: Zofed) -> None:
+    status, out, _ = zofed_command("models", "--model", "tiny", "--batch-size", "8", "--optimizer", "adamw")
+    assert status == 0
+    assert "GPT2LMHeadModel, vocabulary 512, tokenizer shipped" in out
+    assert "8x64 tokens, adamw" in out and "141,056" in out
+    expected = zofed.get_model_info("tiny", batch_size=8, optimizer="adamw").memory
+    row = next(line for line in out.splitlines()[::-1] if line.startswith("tiny")).split()[1:]
+    assert row == [f"{size / 2**20:,.0f}" for size in (4 * 141_056, *(expected[m].peak for m in footprint.MODES))]
+    status, _, errors = zofed_command("models", "--model", "20m")
+    assert status == 2 and "did you mean '20M'" in errors
+    status, _, errors = zofed_command("models", "--seed", "1", "download", "a/b")
+    assert status == 2 and "--seed" in errors
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+def verdicts(settings: Settings, *modes: str) -> dict[str, check.Line]:
+    return {line.what: line for line in check.check(settings, modes or (settings.mode,))}
+
+
+def test_a_sound_run_is_green_and_nothing_is_written(
+    zofed_command: Zofed, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOFED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    given = ["--dataset", corpus, "--batch-size", "2", "--queries", "3", "--out", tmp_path / "new"]
+    status, out, errors = zofed_command("check", "--all-modes", *given)
+    assert (status, errors) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+    told = {line[5:17].strip() for line in out.splitlines()[:-1]}
+    assert told >= {"versions", "device", "out", "tokenizer", "data", "model", "memory", "federation"}
+    assert told >= {f"{what} {mode}" for what in ("step", "time") for mode in check.TRAINABLE_MODES}
+    assert "fix" not in {line[:3] for line in out.splitlines()}
+
+
+def test_all_faults_are_found_at_once(zofed_command: Zofed, tmp_path: Path) -> None:
+    (tmp_path / "held").write_text("")
+    given = ["--device", "cuda:9", "--out", tmp_path, "--model", "tinny", "--dataset", "nowhere"]
+    status, out, errors = zofed_command("check", *given)
+    assert status == 2
+    assert errors.splitlines() == [
+        "zofed: 4 to fix before this run, each told above with its remedy: device, out, model, data"
+    ]
+    for remedy in ("set device to cpu", "choose another folder", "did you mean 'tiny'", "use one of sample-dclm"):
+        assert remedy in out
+
+
+@pytest.mark.parametrize(
+    ("values", "what", "told"),
+    [
+        ({"tokenizer": "gpt2"}, "model", "50257 entries but model tiny only"),
+        ({"block_size": 129}, "model", "set block-size to 128 or less"),
+        ({"scope": "head"}, "model", "leaves nothing to train"),
+        ({"tokenizer": "gpt3"}, "tokenizer", "use 'shipped'"),
+        ({"held_out": 0.01, "block_size": 64, "dataset": "short"}, "data", "held-out part"),
+        ({"task": "classification"}, "data", "set task to language-model"),
+        ({"clients": 41}, "data", "use fewer clients"),
+        ({"clients": 2, "quorum": 3}, "federation", "set it to clients = 2 or less"),
+        ({"clients": 2, "mode": "fo"}, "federation", "set mode to zo, or clients to 0"),
+    ],
+)
+def test_a_fault_is_told_with_its_remedy(
+    quick: Callable[..., Settings], tmp_path: Path, values: dict[str, Any], what: str, told: str
+) -> None:
+    if values.get("tokenizer") == "gpt2":  # a model's own vocabulary is smaller
+        zofed.create_model("tiny").save_pretrained(tmp_path / "model")
+        values, told = values | {"model": str(tmp_path / "model")}, "50257 entries but model"
+    if values.get("dataset") == "short":
+        (tmp_path / "short.jsonl").write_text('{"text": "a few words"}\n' * 40)
+        values = values | {"dataset": str(tmp_path / "short.jsonl")}
+    found = verdicts(quick(**values))
+    assert found[what].verdict == "fix", found
+    assert told in found[what].told
+    assert [line.what for line in found.values() if line.verdict == "fix"] == [what]
+
+
+def test_memory_that_is_not_there_is_told_and_no_step_is_taken(
+    quick: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peak = zofed.get_model_info("tiny", modes=("zo",), batch_size=2, block_size=16, queries=3).memory["zo"].peak
+    for free, verdict, steps in ((peak // 2, "fix", False), (3 * peak // 2, "note", True), (9 * peak, "ok", True)):
+        monkeypatch.setattr(check, "free_bytes", lambda settings, free=free: free)
+        found = verdicts(quick())
+        assert found["memory"].verdict == verdict
+        assert ("step zo" in found) is steps
+
+
+def test_predicted_bytes_of_a_round_are_those_of_a_federation(quick: Callable[..., Settings], tmp_path: Path) -> None:
+    from zofed import client, server
+    from zofed.grid import LocalGrid
+
+    settings = quick(clients=2, rounds=4, queries=16, out=str(tmp_path / "run"))
+    told = verdicts(quick(clients=2, rounds=4, queries=16))["federation"].told
+    up, down = [int(word.replace(",", "")) for word in told.split() if word.replace(",", "").isdigit()][:2]
+    summary = server.run(LocalGrid(client.app, 2, settings.model_dump(by_alias=True)), settings, "")
+    assert "needs 2 nodes" in told
+    assert summary["bytes_up_per_client_round"] == pytest.approx(up, rel=0.05)
+    assert summary["bytes_down_per_client_round"] == pytest.approx(down, rel=0.15)  # the first brings no record

@@ -1,0 +1,295 @@
+"""Everything a run needs, looked at in seconds before anything long begins; nothing is written to the disk."""
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from zofed import config, data, documents, federation, metrics, models, runs, tokenizers
+from zofed.config import Settings
+from zofed.data import Document, Examples
+from zofed.errors import UserError
+from zofed.estimators import forward_passes
+from zofed.journal import link
+from zofed.model_info import ModelInfo, info
+from zofed.records import Seeded
+from zofed.steps import asker
+from zofed.task import Task, device, prepare_process, with_absolute_paths
+from zofed.worker import Worker
+
+TRAINABLE_MODES: tuple[str, ...] = get_args(Settings.model_fields["mode"].annotation)
+SAMPLED = 500_000  # characters that are tokenised to count blocks; the rest is taken to be like them
+QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only one
+
+Verdict = Literal["ok", "fix", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One finding. verdict: `fix` for what would stop the run, `note` for what is good to know."""
+
+    verdict: Verdict
+    what: str
+    told: str
+
+
+def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
+    """Findings, one after the other as they are made; every fault is told, not only the first.
+
+    modes: those in which a step is taken. What builds on something that is missing is left out.
+    """
+    prepare_process(settings.threads)
+    faults: list[Line] = []
+    versions = ", ".join(f"{name} {version}" for name, version in runs.versions().items())
+    yield Line("ok", "versions", versions)
+    with _collect(faults, "device"):
+        faults.append(_device(settings))
+    if faults[0].verdict == "fix":
+        settings = settings.model_copy(update={"device": "cpu"})  # for all that can be looked at without it
+    if settings.out:
+        with _collect(faults, "out"):
+            faults.append(_out(settings))
+    with _collect(faults, "model"):
+        settings = with_absolute_paths(settings)
+    tokenizer = None
+    if not any(line.what == "model" for line in faults):
+        try:
+            tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
+            faults.append(_tokenizer(tokenizer, models.tokenizer_name(settings)))
+        except UserError as error:
+            # A name that is no model is no tokenizer's fault.
+            is_size = settings.model in models.SIZES or settings.tokenizer
+            faults.append(Line("fix", "tokenizer" if is_size else "model", str(error)))
+    found: list[Document] = []
+    with _collect(faults, "data"):
+        found = documents.load_documents(settings.dataset)
+    yield from faults
+    task, examples = None, None
+    if tokenizer is not None and found:
+        faults = []
+        with _collect(faults, "data"):
+            task = Task.of(settings, tokenizer, found)
+            examples, line = _data(task)
+            faults.append(line)
+        yield from faults
+    if tokenizer is not None:
+        yield from _model(settings, modes, task, examples)
+
+
+@contextmanager
+def _collect(lines: list[Line], what: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        lines.append(Line("fix", what, str(error)))
+
+
+def _device(settings: Settings) -> Line:
+    chosen, here = device(settings), os.cpu_count() or 1
+    if chosen.type == "cuda":
+        return Line("ok", "device", torch.cuda.get_device_name(chosen))
+    if settings.threads > here:
+        return Line("note", "device", f"threads = {settings.threads}, but this machine has {here} CPUs")
+    return Line("ok", "device", f"cpu, {settings.threads} of {here} threads")
+
+
+def _out(settings: Settings) -> Line:
+    out = config.absolute(settings.out, "out")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out = {str(out)!r} is not empty: choose another folder with --out")
+    above = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise UserError(f"out = {str(out)!r} cannot be written: choose another --out")
+    return Line("ok", "out", str(out))
+
+
+def _tokenizer(tokenizer: Any, name: str) -> Line:
+    ids = tokenizer(tokenizers.PROBE, add_special_tokens=False)["input_ids"]
+    if not ids or max(ids) >= len(tokenizer):
+        raise UserError(f"tokenizer {name!r} gives {ids} for {tokenizers.PROBE!r}: give one that is whole")
+    told = f"{name}, {len(tokenizer)} entries, {tokenizers.PROBE!r} is {ids}"
+    if tokenizer.decode(ids) != tokenizers.PROBE:
+        return Line("note", "tokenizer", f"{told}, which reads back as {tokenizer.decode(ids)!r}")
+    return Line("ok", "tokenizer", told)
+
+
+def _data(task: Task) -> tuple[Examples, Line]:
+    """Examples to take a step on, and whether there are enough. Raises UserError for less than one."""
+    size, clients = task.settings.block_size, max(1, task.settings.clients)
+    examples, blocks = _count(task, task.train)
+    try:
+        _, held = _count(task, task.held_out)
+    except UserError as error:
+        raise UserError(f"held-out part: {error}, or set held-out above {task.settings.held_out:g}") from error
+    smallest = min(
+        (data.shard(task.train, client, clients, task.settings.seed) for client in range(clients)), key=_size
+    )
+    _count(task, smallest)  # the client that holds least needs one example, too
+    what = f"documents of {task.labels} classes" if task.labels else f"blocks of {size} tokens"
+    told = f"{len(task.train)} documents, about {blocks:,} {what}; held out {len(task.held_out)}, about {held:,}"
+    if blocks < task.settings.batch_size:
+        return examples, Line("note", "data", f"{told}; a batch of {task.settings.batch_size} holds some of them twice")
+    return examples, Line("ok", "data", told)
+
+
+def _count(task: Task, part: list[Document]) -> tuple[Examples, int]:
+    """Examples of the first documents, and about how many all of them give."""
+    some, characters, total = 0, 0, _size(part)
+    while some < len(part) and characters < SAMPLED:
+        characters += len(part[some].text)
+        some += 1
+    examples = task.examples(part[:some], cache=False)
+    count = len(examples["labels"])
+    return examples, len(part) if task.labels else round(count * total / max(1, characters))
+
+
+def _size(part: list[Document]) -> int:
+    return sum(len(document.text) for document in part)
+
+
+def _model(settings: Settings, modes: Sequence[str], task: Task | None, examples: Examples | None) -> Iterator[Line]:
+    """Findings on the model, its memory, a step of each mode, the time and the federation."""
+    try:
+        of = info(settings, tuple(modes), task.labels if task else 2)
+    except UserError as error:
+        yield Line("fix", "model", str(error))
+        return
+    at = f" at {of.revision}" if of.revision else ""
+    yield Line("ok", "model", f"{of.name}{at}, {of.architecture}, {of.parameters:,} parameters")
+    free, fits = free_bytes(settings), []
+    for mode in modes:
+        line = _memory(of, mode, free)
+        fits += [mode] if line.verdict != "fix" else []
+        yield line
+    if task is None or examples is None or not fits:
+        return
+    try:
+        worker = task.worker()
+    except UserError as error:
+        yield Line("fix", "model", str(error))
+        return
+    for mode in fits:
+        lines: list[Line] = []
+        with _collect(lines, f"step {mode}"):
+            lines += _step(task, worker, examples, mode)
+        yield from lines
+    yield from _federation(settings, worker)
+
+
+def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
+    memory = of.memory[mode]
+    end = 2 * (memory.weights + memory.state) if mode == "zo" else 0  # the replay that proves the run
+    peak = max(memory.peak, memory.peak - memory.step + memory.evaluation, end)
+    told = f"{mode}: predicted {_mib(memory.peak)} a step, {_mib(peak)} in all"
+    if free is None:
+        return Line("note", "memory", f"{told}; how much is free this system does not tell")
+    if peak > free:
+        mend = (
+            "take a smaller batch-size, block-size or model, or mode zo"
+            if mode != "zo"
+            else ("take a smaller copies-per-pass, batch-size, block-size or model")
+        )
+        return Line("fix", "memory", f"{told}, but {_mib(free)} are free: {mend}")
+    if 2 * peak > free:
+        keep = "freed memory is kept for speed and may double it: MALLOC_MMAP_THRESHOLD_=1048576 gives it back"
+        return Line("note", "memory", f"{told} of {_mib(free)} free; {keep}")
+    return Line("ok", "memory", f"{told} of {_mib(free)} free")
+
+
+def free_bytes(settings: Settings) -> int | None:
+    """Bytes a new process may take: on the run's GPU, else in RAM and in this process's container; None: not told."""
+    chosen = device(settings)
+    if chosen.type == "cuda":
+        return torch.cuda.mem_get_info(chosen)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+
+
+def _step(task: Task, worker: Worker, examples: Examples, mode: str) -> list[Line]:
+    """Take a short step in one mode, and tell from it how long a run takes. May move the worker."""
+    full = task.settings
+    queries = min(2, task.settings.queries)
+    short = {"mode": mode, "queries": queries, "subspace_interval": 1}
+    settings = task.settings.model_copy(update=short)
+    task = replace(task, settings=settings)
+    if mode != full.mode:  # another mode may have other directions, and another optimizer
+        worker = task.worker()
+    seconds, loss, moving = _timed(task, worker, examples)
+    passes = forward_passes(settings.estimator, queries)
+    if seconds < QUICK_SECONDS:  # once more, warm, with as many queries as share a pass
+        queries = min(full.queries, max(queries, settings.copies_per_pass))
+        task = replace(task, settings=settings.model_copy(update={"queries": queries}))
+        seconds, loss, moving = _timed(task, worker, examples)
+        passes = forward_passes(settings.estimator, queries)
+    if mode == "subspace":
+        seconds *= full.subspace_interval
+    elif mode != "fo":
+        seconds *= forward_passes(settings.estimator, full.queries) / passes
+    began = time.monotonic()
+    read = min(8, len(examples["labels"]))
+    metrics.evaluate(worker.model, examples, read)
+    evaluation = (time.monotonic() - began) / read * settings.eval_examples
+    count = settings.rounds if settings.clients else settings.steps
+    total = count * (seconds + moving * (2 if mode == "zo" else 1)) + (count / settings.eval_interval + 2) * evaluation
+    return [
+        Line("ok", f"step {mode}", f"loss {loss:.4f}, about {_duration(seconds + moving)} a step"),
+        Line("ok", f"time {mode}", f"{count} steps and their evaluations about {_duration(total)}"),
+    ]
+
+
+def _timed(task: Task, worker: Worker, examples: Examples) -> tuple[float, float, float]:
+    """(seconds of asking, loss, seconds of moving) of the worker's next step."""
+    began = time.monotonic()
+    step = asker(task.settings, worker, examples, task.settings.steps)(worker.round + 1)
+    asked = time.monotonic()
+    worker.apply(link(worker.head, step.record), step.update)
+    return asked - began, step.loss, time.monotonic() - asked
+
+
+def _federation(settings: Settings, worker: Worker) -> Iterator[Line]:
+    """Bytes a client sends and gets each round, as Flower serialises them, and the nodes that must be there."""
+    if settings.mode != "zo":
+        if settings.clients:
+            told = f"mode = {settings.mode!r} with clients = {settings.clients}: only zo runs in a federation; "
+            yield Line("fix", "federation", told + "set mode to zo, or clients to 0")
+        return
+    from zofed import messages  # Flower takes a while to load
+
+    clients = max(1, settings.clients)
+    values = tuple([2**17] * settings.queries)
+    record = Seeded(
+        worker.round, settings.learning_rate, tuple(range(clients)), settings.queries, values * clients, -17, 1.0
+    )
+    entry = link(worker.head, record)
+    plan = federation.plan_for(settings, worker, worker.head, [entry], client=0)
+    answer = federation.Answer(plan.genesis, plan.round, 1, 0, plan.head, plan.probe, values, -17, 1.0, 1, 1.0)
+    up, down = (messages.size(messages.pack(content)) for content in (answer, plan))
+    told = f"{up:,} bytes up and {down:,} down for each client and round"
+    if settings.quorum > settings.clients > 0:
+        yield Line("fix", "federation", f"quorum = {settings.quorum}: set it to clients = {settings.clients} or less")
+        return
+    nodes = f"{clients} nodes" if settings.clients else "at least 1 node, all that are there"
+    yield Line("note", "federation", f"{told} (with {clients} clients); needs {nodes}")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

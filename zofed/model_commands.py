@@ -1,0 +1,91 @@
+"""Commands that look before a run: `zofed models` and `zofed check`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from zofed.errors import UserError
+from zofed.options import console, settings_from, with_settings
+
+models_app = typer.Typer(help="The models there are: parameters that train by scope, memory of a step by mode.")
+SettingsFile = Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.add_typer(models_app, name="models")
+    app.command("check")(with_settings(check))
+
+
+@models_app.callback(invoke_without_command=True)
+@with_settings
+def list_models(context: typer.Context, *, options: dict[str, str]) -> None:
+    """The named sizes, or the one given with --model: parameters by scope, and memory of a step by mode.
+
+    All settings count: --batch-size 8 --block-size 128 --optimizer adamw tells what such a run takes.
+    """
+    if context.invoked_subcommand is not None:
+        if options:
+            raise UserError(f"--{next(iter(options))} stands before {context.invoked_subcommand}: put it behind")
+        return
+    from zofed import hub, model_info, models
+    from zofed.task import prepare_process, with_absolute_paths
+
+    prepare_process(1)
+    settings = settings_from(None, options)
+    names = [settings.model] if "model" in options else list(models.SIZES)
+    parameters = Table("model", "positions", *model_info.SCOPES, box=None, pad_edge=False)
+    memory = Table("model", "weights", *model_info.MODES, box=None, pad_edge=False)
+    for name in names:
+        chosen = settings.model_copy(update={"model": name})
+        found = model_info.info(with_absolute_paths(chosen), model_info.MODES)
+        counts = (f"{found.by_scope[scope]:,}" if scope in found.by_scope else "-" for scope in model_info.SCOPES)
+        parameters.add_row(name, str(found.positions or "-"), *counts)
+        peaks = [found.memory[mode].peak for mode in model_info.MODES]
+        weights = found.memory[model_info.MODES[0]].weights
+        memory.add_row(name, *(f"{size / 2**20:,.0f}" for size in (weights, *peaks)))
+        if name == settings.model and "model" in options:
+            console.print(f"{found.architecture}, vocabulary {found.vocabulary}, tokenizer {found.tokenizer}")
+            if found.revision:
+                console.print(f"commit {found.revision}")
+    console.print("parameters that train, by scope")
+    console.print(parameters)
+    how = f"{settings.batch_size}x{settings.block_size} tokens, {settings.optimizer}, scope {settings.scope}"
+    console.print(f"\npredicted peak of a step in MiB, by mode ({how})")
+    console.print(memory)
+    if "model" not in options and (cached := hub.cached()):
+        console.print(f"\nin the hub's cache: {', '.join(cached)}")
+
+
+@models_app.command("download")
+def download(
+    name: Annotated[str, typer.Argument(help="hub id, OWNER/NAME")],
+    revision: Annotated[str, typer.Option(help="commit, branch or tag; empty: main")] = "",
+) -> None:
+    """Fetch a model of the Hugging Face hub into the local cache: safetensors, configs and tokenizer, nothing else."""
+    from zofed import hub
+
+    folder = hub.download(name, revision)
+    console.print(f"{name} at commit {folder.name}")
+    console.print(f"next: zofed train --model {name} --revision {folder.name}")
+
+
+def check(
+    file: SettingsFile = None,
+    all_modes: Annotated[bool, typer.Option("--all-modes", help="take a step in every mode")] = False,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Look at everything a run needs, in seconds and without writing a file: versions, data, model, memory, time."""
+    settings = settings_from(file, options)
+    from zofed import check as checks
+
+    faults = []
+    for line in checks.check(settings, checks.TRAINABLE_MODES if all_modes else (settings.mode,)):
+        console.print(f"{line.verdict:5}{line.what:12}{line.told}", markup=False)
+        faults += [line.what] if line.verdict == "fix" else []
+    if faults:
+        raise UserError(f"{len(faults)} to fix before this run, each told above with its remedy: {', '.join(faults)}")
+    console.print("ready: zofed train with the same settings")

@@ -1,0 +1,99 @@
+"""Models by name: what there is, how large, what a step of each mode takes; and the model itself, for a script."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from zofed import config, data, footprint, hub, models
+from zofed.classifier import PooledClassifier
+from zofed.config import Settings
+from zofed.errors import UserError
+from zofed.footprint import MODES, Footprint
+from zofed.task import with_absolute_paths
+from zofed.worker import named_parameters
+
+SCOPES = ("full", "reduced", "last-1", "norms", "biases", "head")
+CLASSES = 2  # of a classifier whose data nobody has looked at
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What is known of a model without its weights.
+
+    revision: the commit of a hub model, else empty. parameters: all of them, a tied tensor once. by_scope: those that
+    train in each scope; a scope that leaves nothing to train is left out. tokenizer: its name or folder. entries: of
+    the tokenizer. vocabulary: rows of the model's embedding. positions: tokens of the longest block, None where the
+    model sets no limit. memory: bytes by mode, for the settings asked about.
+    """
+
+    name: str
+    revision: str
+    architecture: str
+    parameters: int
+    by_scope: dict[str, int]
+    tokenizer: str
+    entries: int
+    vocabulary: int | None
+    positions: int | None
+    memory: dict[str, Footprint]
+
+
+def list_available_models() -> list[str]:
+    """Names that need no download: the fresh sizes, then the hub models in the local cache."""
+    return [*models.SIZES, *hub.cached()]
+
+
+def get_model_info(name: str, *, modes: tuple[str, ...] = MODES, **settings: Any) -> ModelInfo:
+    """What a model holds and takes; no weights are read.
+
+    name: a size, a folder or a hub id. modes: those whose memory is wanted. settings: of the run, as of `zofed train`
+    with underscores (`batch_size=8`). Raises UserError for a model or settings that cannot be used.
+    """
+    return info(_settings(name, settings), modes)
+
+
+def create_model(name: str, *, labels: int = 0, **settings: Any) -> PreTrainedModel | PooledClassifier:
+    """The torch module a run with these settings starts from, on the CPU, in evaluation mode.
+
+    name: a size (fresh, a function of `seed`), a folder or a hub id. labels: classes of a classifier, 0 for a language
+    model. settings: `seed`, `dtype`, `tokenizer`, `revision`, ... as of `zofed train` with underscores. Raises
+    UserError for a model or settings that cannot be used.
+    """
+    chosen = _settings(name, {"task": "classification" if labels else "language-model"} | settings)
+    tokenizer = data.load_tokenizer(models.tokenizer_name(chosen))
+    return models.create_model(chosen, tokenizer, labels)
+
+
+def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> ModelInfo:
+    """`get_model_info` of a run's settings; labels: classes, where the task is classification."""
+    tokenizer_name = models.tokenizer_name(settings)
+    tokenizer = data.load_tokenizer(tokenizer_name)
+    outline = models.outline(settings, tokenizer, labels if settings.task == "classification" else 0)
+    parameters = named_parameters(outline)
+    by_scope = {}
+    for scope in SCOPES:
+        try:
+            names = models.trainable_names(outline, scope)
+        except UserError:  # this model has nothing of the kind
+            continue
+        by_scope[scope] = sum(parameters[name].numel() for name in names)
+    trainable = models.trainable_names(outline, settings.scope)
+    matrices = models.inner_matrices(outline, trainable) if settings.optimizer == "mudamw" else []
+    return ModelInfo(
+        name=settings.model,
+        revision=settings.revision,
+        architecture=type(outline).__name__,
+        parameters=models.true_count(outline),
+        by_scope=by_scope,
+        tokenizer=tokenizer_name,
+        entries=len(tokenizer),
+        vocabulary=getattr(outline.config, "vocab_size", None),
+        positions=getattr(outline.config, "max_position_embeddings", None),
+        memory=footprint.footprints(outline, settings, trainable, matrices, modes),
+    )
+
+
+def _settings(name: str, settings: dict[str, Any]) -> Settings:
+    values = {key.replace("_", "-"): value for key, value in settings.items()}
+    return with_absolute_paths(config.resolve(values | {"model": name}))
