@@ -77,7 +77,7 @@ def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
             faults.append(line)
         yield from faults
     if tokenizer is not None:
-        yield from _model(settings, modes, task, examples)
+        yield from _model(settings, modes, tokenizer, task, examples)
 
 
 @contextmanager
@@ -151,7 +151,9 @@ def _size(part: list[Document]) -> int:
     return sum(len(document.text) for document in part)
 
 
-def _model(settings: Settings, modes: Sequence[str], task: Task | None, examples: Examples | None) -> Iterator[Line]:
+def _model(
+    settings: Settings, modes: Sequence[str], tokenizer: Any, task: Task | None, examples: Examples | None
+) -> Iterator[Line]:
     """Findings on the model, its memory, a step of each mode, the time and the federation."""
     try:
         of = info(settings, tuple(modes), task.labels if task else 2)
@@ -166,6 +168,11 @@ def _model(settings: Settings, modes: Sequence[str], task: Task | None, examples
         fits += [mode] if line.verdict != "fix" else []
         yield line
     if task is None or examples is None or not fits:
+        if settings.model not in models.SIZES and settings.task == "language-model":  # its weights can be read at least
+            lines: list[Line] = []
+            with _collect(lines, "weights"):
+                models.create_model(settings, tokenizer)
+            yield from lines
         return
     try:
         worker = task.worker()
@@ -173,7 +180,7 @@ def _model(settings: Settings, modes: Sequence[str], task: Task | None, examples
         yield Line("fix", "model", str(error))
         return
     for mode in fits:
-        lines: list[Line] = []
+        lines = []
         with _collect(lines, f"step {mode}"):
             lines += _step(task, worker, examples, mode)
         yield from lines
