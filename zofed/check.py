@@ -1,29 +1,24 @@
 """Everything a run needs, looked at in seconds before anything long begins; nothing is written to the disk."""
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
-from zofed import central, config, data, documents, federation, metrics, models, runs, tokenizers
+from zofed import config, data, documents, models, runs, tokenizers
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
-from zofed.estimators import forward_passes
-from zofed.journal import link
+from zofed.forecast import bytes_of_a_round, free_bytes, pace
 from zofed.model_info import ModelInfo, info
-from zofed.records import Seeded
 from zofed.task import Task, device, prepare_process, with_absolute_paths
 from zofed.worker import Worker
 
 TRAINABLE_MODES: tuple[str, ...] = get_args(Settings.model_fields["mode"].annotation)
 SAMPLED = 500_000  # characters that are tokenised to count blocks; the rest is taken to be like them
-QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only one
 
 Verdict = Literal["ok", "fix", "note"]
 
@@ -182,9 +177,15 @@ def _model(
     for mode in fits:
         lines = []
         with _collect(lines, f"step {mode}"):
-            lines += _step(task, worker, examples, mode)
+            found = pace(task.settings, worker, examples, mode)
+            count = settings.rounds if settings.clients else settings.steps
+            told = f"loss {found.loss:.4f}, about {_duration(found.step)} a step"
+            lines.append(Line("ok", f"step {mode}", told))
+            told = f"{count} steps and their evaluations about {_duration(found.total)}"
+            lines.append(Line("ok", f"time {mode}", told))
         yield from lines
-    yield from _federation(settings, worker)
+    if line := _federation(settings, worker):
+        yield line
 
 
 def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
@@ -207,79 +208,18 @@ def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
     return Line("ok", "memory", f"{told} of {_mib(free)} free")
 
 
-def free_bytes(settings: Settings) -> int | None:
-    """Bytes a new process may take: on the run's GPU, else in RAM and in this process's container; None: not told."""
-    chosen = device(settings)
-    if chosen.type == "cuda":
-        return torch.cuda.mem_get_info(chosen)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-
-
-def _step(task: Task, worker: Worker, examples: Examples, mode: str) -> list[Line]:
-    """Take a short step in one mode, and tell from it how long a run takes. Moves the worker."""
-    settings = task.settings.model_copy(update={"mode": mode, "queries": 1})
-    seconds, loss, moving = _timed(worker, examples, settings)
-    passes = forward_passes(settings.estimator, 1)
-    if seconds < QUICK_SECONDS:  # once more, warm, with as many queries as share a pass
-        settings = settings.model_copy(update={"queries": min(task.settings.queries, settings.copies_per_pass)})
-        seconds, loss, moving = _timed(worker, examples, settings)
-        passes = forward_passes(settings.estimator, settings.queries)
-    if mode != "fo":
-        seconds *= forward_passes(settings.estimator, task.settings.queries) / passes
-    began = time.monotonic()
-    read = min(8, len(examples["labels"]))
-    metrics.evaluate(worker.model, examples, read)
-    evaluation = (time.monotonic() - began) / read * settings.eval_examples
-    count = settings.rounds if settings.clients else settings.steps
-    total = count * (seconds + moving * (2 if mode == "zo" else 1)) + (count / settings.eval_interval + 2) * evaluation
-    return [
-        Line("ok", f"step {mode}", f"loss {loss:.4f}, about {_duration(seconds + moving)} a step"),
-        Line("ok", f"time {mode}", f"{count} steps and their evaluations about {_duration(total)}"),
-    ]
-
-
-def _timed(worker: Worker, examples: Examples, settings: Settings) -> tuple[float, float, float]:
-    """(seconds of asking, loss, seconds of moving) of the worker's next step."""
-    began = time.monotonic()
-    step = central.step_of(worker, examples, settings)(worker.round + 1)
-    asked = time.monotonic()
-    worker.apply(link(worker.head, step.record), step.update)
-    return asked - began, step.loss, time.monotonic() - asked
-
-
-def _federation(settings: Settings, worker: Worker) -> Iterator[Line]:
-    """Bytes a client sends and gets each round, as Flower serialises them, and the nodes that must be there."""
+def _federation(settings: Settings, worker: Worker) -> Line | None:
+    """Bytes a client sends and gets each round, and the nodes that must be there."""
+    clients = settings.clients
     if settings.mode != "zo":
-        if settings.clients:
-            told = f"mode = {settings.mode!r} with clients = {settings.clients}: only zo runs in a federation; "
-            yield Line("fix", "federation", told + "set mode to zo, or clients to 0")
-        return
-    from zofed import messages  # Flower takes a while to load
-
-    clients = max(1, settings.clients)
-    values = tuple([2**17] * settings.queries)
-    record = Seeded(
-        worker.round, settings.learning_rate, tuple(range(clients)), settings.queries, values * clients, -17, 1.0
-    )
-    entry = link(worker.head, record)
-    plan = federation.plan_for(settings, worker, worker.head, [entry], client=0)
-    answer = federation.Answer(plan.genesis, plan.round, 1, 0, plan.head, plan.probe, values, -17, 1.0, 1, 1.0)
-    up, down = (messages.size(messages.pack(content)) for content in (answer, plan))
-    told = f"{up:,} bytes up and {down:,} down for each client and round"
-    if settings.quorum > settings.clients > 0:
-        yield Line("fix", "federation", f"quorum = {settings.quorum}: set it to clients = {settings.clients} or less")
-        return
-    nodes = f"{clients} nodes" if settings.clients else "at least 1 node, all that are there"
-    yield Line("note", "federation", f"{told} (with {clients} clients); needs {nodes}")
+        told = f"mode = {settings.mode!r} with clients = {clients}: only zo runs in a federation; set mode to zo, "
+        return Line("fix", "federation", f"{told}or clients to 0") if clients else None
+    if settings.quorum > clients > 0:
+        return Line("fix", "federation", f"quorum = {settings.quorum}: set it to clients = {clients} or less")
+    up, down = bytes_of_a_round(settings, worker)
+    nodes = f"{clients} nodes" if clients else "at least 1 node, all that are there"
+    told = f"{up:,} bytes up and {down:,} down for each client and round (with {max(1, clients)} clients)"
+    return Line("note", "federation", f"{told}; needs {nodes}")
 
 
 def _mib(size: int) -> str:
