@@ -181,6 +181,15 @@ def test_all_faults_are_found_at_once(zofed_command: Zofed, tmp_path: Path) -> N
         assert remedy in out
 
 
+def test_a_pickle_is_found_beside_missing_data(quick: Callable[..., Settings], tmp_path: Path) -> None:
+    zofed.create_model("tiny").save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    found = verdicts(quick(model=str(tmp_path / "model"), tokenizer="shipped", dataset="nowhere"))
+    faults = {line.what: line.told for line in found.values() if line.verdict == "fix"}
+    assert "only the pickle 'pytorch_model.bin'" in faults.pop("weights")
+    assert list(faults) == ["data"]
+
+
 @pytest.mark.parametrize(
     ("values", "what", "told"),
     [

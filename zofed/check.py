@@ -1,30 +1,24 @@
 """Everything a run needs, looked at in seconds before anything long begins; nothing is written to the disk."""
 
 import os
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
-from zofed import config, data, documents, federation, metrics, models, runs, tokenizers
+from zofed import config, data, documents, models, runs, tokenizers
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
-from zofed.estimators import forward_passes
-from zofed.journal import link
+from zofed.forecast import bytes_of_a_round, free_bytes, pace
 from zofed.model_info import ModelInfo, info
-from zofed.records import Seeded
-from zofed.steps import asker
 from zofed.task import Task, device, prepare_process, with_absolute_paths
 from zofed.worker import Worker
 
 TRAINABLE_MODES: tuple[str, ...] = get_args(Settings.model_fields["mode"].annotation)
 SAMPLED = 500_000  # characters that are tokenised to count blocks; the rest is taken to be like them
-QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only one
 
 Verdict = Literal["ok", "fix", "note"]
 
@@ -78,7 +72,7 @@ def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
             faults.append(line)
         yield from faults
     if tokenizer is not None:
-        yield from _model(settings, modes, task, examples)
+        yield from _model(settings, modes, tokenizer, task, examples)
 
 
 @contextmanager
@@ -152,7 +146,9 @@ def _size(part: list[Document]) -> int:
     return sum(len(document.text) for document in part)
 
 
-def _model(settings: Settings, modes: Sequence[str], task: Task | None, examples: Examples | None) -> Iterator[Line]:
+def _model(
+    settings: Settings, modes: Sequence[str], tokenizer: Any, task: Task | None, examples: Examples | None
+) -> Iterator[Line]:
     """Findings on the model, its memory, a step of each mode, the time and the federation."""
     try:
         of = info(settings, tuple(modes), task.labels if task else 2)
@@ -167,6 +163,11 @@ def _model(settings: Settings, modes: Sequence[str], task: Task | None, examples
         fits += [mode] if line.verdict != "fix" else []
         yield line
     if task is None or examples is None or not fits:
+        if settings.model not in models.SIZES and settings.task == "language-model":  # its weights can be read at least
+            lines: list[Line] = []
+            with _collect(lines, "weights"):
+                models.create_model(settings, tokenizer)
+            yield from lines
         return
     try:
         worker = task.worker()
@@ -174,11 +175,17 @@ def _model(settings: Settings, modes: Sequence[str], task: Task | None, examples
         yield Line("fix", "model", str(error))
         return
     for mode in fits:
-        lines: list[Line] = []
+        lines = []
         with _collect(lines, f"step {mode}"):
-            lines += _step(task, worker, examples, mode)
+            found = pace(task, worker, examples, mode)
+            count = settings.rounds if settings.clients else settings.steps
+            told = f"loss {found.loss:.4f}, about {_duration(found.step)} a step"
+            lines.append(Line("ok", f"step {mode}", told))
+            told = f"{count} steps and their evaluations about {_duration(found.total)}"
+            lines.append(Line("ok", f"time {mode}", told))
         yield from lines
-    yield from _federation(settings, worker)
+    if line := _federation(settings, worker):
+        yield line
 
 
 def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
@@ -201,88 +208,18 @@ def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
     return Line("ok", "memory", f"{told} of {_mib(free)} free")
 
 
-def free_bytes(settings: Settings) -> int | None:
-    """Bytes a new process may take: on the run's GPU, else in RAM and in this process's container; None: not told."""
-    chosen = device(settings)
-    if chosen.type == "cuda":
-        return torch.cuda.mem_get_info(chosen)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
-    try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no container, or one without a limit
-        return free
-
-
-def _step(task: Task, worker: Worker, examples: Examples, mode: str) -> list[Line]:
-    """Take a short step in one mode, and tell from it how long a run takes. May move the worker."""
-    full = task.settings
-    queries = min(2, task.settings.queries)
-    short = {"mode": mode, "queries": queries, "subspace_interval": 1}
-    settings = task.settings.model_copy(update=short)
-    task = replace(task, settings=settings)
-    if mode != full.mode:  # another mode may have other directions, and another optimizer
-        worker = task.worker()
-    seconds, loss, moving = _timed(task, worker, examples)
-    passes = forward_passes(settings.estimator, queries)
-    if seconds < QUICK_SECONDS:  # once more, warm, with as many queries as share a pass
-        queries = min(full.queries, max(queries, settings.copies_per_pass))
-        task = replace(task, settings=settings.model_copy(update={"queries": queries}))
-        seconds, loss, moving = _timed(task, worker, examples)
-        passes = forward_passes(settings.estimator, queries)
-    if mode == "subspace":
-        seconds *= full.subspace_interval
-    elif mode != "fo":
-        seconds *= forward_passes(settings.estimator, full.queries) / passes
-    began = time.monotonic()
-    read = min(8, len(examples["labels"]))
-    metrics.evaluate(worker.model, examples, read)
-    evaluation = (time.monotonic() - began) / read * settings.eval_examples
-    count = settings.rounds if settings.clients else settings.steps
-    total = count * (seconds + moving * (2 if mode == "zo" else 1)) + (count / settings.eval_interval + 2) * evaluation
-    return [
-        Line("ok", f"step {mode}", f"loss {loss:.4f}, about {_duration(seconds + moving)} a step"),
-        Line("ok", f"time {mode}", f"{count} steps and their evaluations about {_duration(total)}"),
-    ]
-
-
-def _timed(task: Task, worker: Worker, examples: Examples) -> tuple[float, float, float]:
-    """(seconds of asking, loss, seconds of moving) of the worker's next step."""
-    began = time.monotonic()
-    step = asker(task.settings, worker, examples, task.settings.steps)(worker.round + 1)
-    asked = time.monotonic()
-    worker.apply(link(worker.head, step.record), step.update)
-    return asked - began, step.loss, time.monotonic() - asked
-
-
-def _federation(settings: Settings, worker: Worker) -> Iterator[Line]:
-    """Bytes a client sends and gets each round, as Flower serialises them, and the nodes that must be there."""
+def _federation(settings: Settings, worker: Worker) -> Line | None:
+    """Bytes a client sends and gets each round, and the nodes that must be there."""
+    clients = settings.clients
     if settings.mode != "zo":
-        if settings.clients:
-            told = f"mode = {settings.mode!r} with clients = {settings.clients}: only zo runs in a federation; "
-            yield Line("fix", "federation", told + "set mode to zo, or clients to 0")
-        return
-    from zofed import messages  # Flower takes a while to load
-
-    clients = max(1, settings.clients)
-    values = tuple([2**17] * settings.queries)
-    record = Seeded(
-        worker.round, settings.learning_rate, tuple(range(clients)), settings.queries, values * clients, -17, 1.0
-    )
-    entry = link(worker.head, record)
-    plan = federation.plan_for(settings, worker, worker.head, [entry], client=0)
-    answer = federation.Answer(plan.genesis, plan.round, 1, 0, plan.head, plan.probe, values, -17, 1.0, 1, 1.0)
-    up, down = (messages.size(messages.pack(content)) for content in (answer, plan))
-    told = f"{up:,} bytes up and {down:,} down for each client and round"
-    if settings.quorum > settings.clients > 0:
-        yield Line("fix", "federation", f"quorum = {settings.quorum}: set it to clients = {settings.clients} or less")
-        return
-    nodes = f"{clients} nodes" if settings.clients else "at least 1 node, all that are there"
-    yield Line("note", "federation", f"{told} (with {clients} clients); needs {nodes}")
+        told = f"mode = {settings.mode!r} with clients = {clients}: only zo runs in a federation; set mode to zo, "
+        return Line("fix", "federation", f"{told}or clients to 0") if clients else None
+    if settings.quorum > clients > 0:
+        return Line("fix", "federation", f"quorum = {settings.quorum}: set it to clients = {clients} or less")
+    up, down = bytes_of_a_round(settings, worker)
+    nodes = f"{clients} nodes" if clients else "at least 1 node, all that are there"
+    told = f"{up:,} bytes up and {down:,} down for each client and round (with {max(1, clients)} clients)"
+    return Line("note", "federation", f"{told}; needs {nodes}")
 
 
 def _mib(size: int) -> str:

@@ -6,6 +6,7 @@ under torch's FakeTensorMode, so that a model of any size costs a second and no 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from zofed import directions, metrics, perturbed
 from zofed.budget import peak_bytes
-from zofed.config import Settings
+from zofed.config import WITH_BACKPROP, Settings
 from zofed.errors import UserError
 from zofed.optimizers import Optimizer
 from zofed.subspace import frozen
@@ -73,26 +74,27 @@ def footprints(
         evaluation = peak_bytes(_evaluation(outline, settings))
         whole, gradient = sum(map(_bytes, everything.values())), sum(map(_bytes, parameters.values()))
         state = sum(_bytes(kept) for name in trainable for kept in optimizer.moments(name, parameters[name]).values())
-        own = settings.bp_batch_size if settings.mode in ("instruct", "calibrate") else 0
-        backprop_size = own or settings.batch_size
-        # Watched when first wanted: backpropagation through the largest models takes a second of its own.
-        forward, backward = (
-            _once(lambda: _forward(loss, parameters, settings)),
-            _once(lambda: peak_bytes(_backward(_loss(outline, settings, backprop_size, "weights"), parameters))),
-        )
         move = _move(optimizer, parameters)
 
-        def of(mode: str) -> Footprint:
-            by_order = {"zo": lambda: max(forward(), move), "fo": lambda: max(backward(), gradient + move)}
-            steps: dict[str, Callable[[], int]] = by_order | {
-                "instruct": lambda: max(by_order["fo"](), by_order["zo"]() + 2 * gradient),
-                "calibrate": lambda: max(by_order["fo"](), by_order["zo"]()),
-                "subspace": lambda: max(peak_bytes(_subspace(loss, parameters, settings)), move),
-            }
-            states = {"calibrate": 2, "subspace": 0}.get(mode, 1)
-            return Footprint(whole, state * states, steps[mode](), evaluation)
+        @cache  # watched when first wanted: backpropagation through the largest models takes a second of its own
+        def forward() -> int:
+            return max(_forward(loss, parameters, settings), move)
 
-        return {mode: of(mode) for mode in modes}
+        @cache
+        def backward() -> int:
+            own_size = settings.bp_batch_size if settings.mode in WITH_BACKPROP else 0
+            own = _loss(outline, settings, own_size or settings.batch_size, "weights")
+            return max(peak_bytes(_backward(own, parameters)), gradient + move)
+
+        steps: dict[str, Callable[[], int]] = {
+            "zo": forward,
+            "fo": backward,
+            "instruct": lambda: max(backward(), forward() + 2 * gradient),
+            "calibrate": lambda: max(backward(), forward()),
+            "subspace": lambda: max(peak_bytes(_subspace(loss, parameters, settings)), move),
+        }
+        states = {mode: state * {"calibrate": 2, "subspace": 0}.get(mode, 1) for mode in modes}
+        return {mode: Footprint(whole, states[mode], steps[mode](), evaluation) for mode in modes}
 
 
 def _forward(loss: perturbed.Loss, parameters: Mapping[str, Tensor], settings: Settings) -> int:
@@ -195,14 +197,3 @@ def _without_storage(model: nn.Module) -> None:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _once(find: Callable[[], int]) -> Callable[[], int]:
-    found: list[int] = []
-
-    def again() -> int:
-        if not found:
-            found.append(find())
-        return found[0]
-
-    return again

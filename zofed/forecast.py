@@ -1,0 +1,93 @@
+"""What a run will cost, from one short step: seconds, free memory, bytes of a round."""
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from zofed import federation, metrics
+from zofed.config import Settings
+from zofed.data import Examples
+from zofed.estimators import forward_passes
+from zofed.journal import link
+from zofed.records import Seeded
+from zofed.steps import asker
+from zofed.task import Task, device
+from zofed.worker import Worker
+
+QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only one
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """loss: of the short step's batch. step: seconds of a whole step. total: of all the run's steps and evaluations."""
+
+    loss: float
+    step: float
+    total: float
+
+
+def free_bytes(settings: Settings) -> int | None:
+    """Bytes a new process may take: on the run's GPU, else in RAM and in this process's container; None: not told."""
+    chosen = device(settings)
+    if chosen.type == "cuda":
+        return torch.cuda.mem_get_info(chosen)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+
+
+def pace(task: Task, worker: Worker, examples: Examples, mode: str) -> Pace:
+    """Take a short step in one mode, and tell from it how long a run takes. May move the worker."""
+    settings = task.settings
+    if mode != settings.mode:  # another mode may have other directions and optimizers
+        worker = replace(task, settings=settings.model_copy(update={"mode": mode})).worker()
+    queries = min(2, settings.queries)
+    trial = settings.model_copy(update={"mode": mode, "queries": queries, "subspace_interval": 1})
+    seconds, loss, moving = _timed(worker, examples, trial)
+    if seconds < QUICK_SECONDS:  # once more, warm, with as many queries as share a pass
+        trial = trial.model_copy(update={"queries": min(settings.queries, max(queries, settings.copies_per_pass))})
+        seconds, loss, moving = _timed(worker, examples, trial)
+    if mode == "subspace":
+        seconds *= settings.subspace_interval
+    elif mode != "fo":
+        of_all, of_trial = (forward_passes(settings.estimator, some.queries) for some in (settings, trial))
+        seconds *= of_all / of_trial
+    began = time.monotonic()
+    read = min(8, len(examples["labels"]))
+    metrics.evaluate(worker.model, examples, read)
+    evaluation = (time.monotonic() - began) / read * settings.eval_examples
+    count = settings.rounds if settings.clients else settings.steps
+    replayed = moving if mode in ("zo", "subspace") else 0.0  # the replay that proves the run
+    total = count * (seconds + moving + replayed) + (count / settings.eval_interval + 2) * evaluation
+    return Pace(loss, seconds + moving, total)
+
+
+def _timed(worker: Worker, examples: Examples, settings: Settings) -> tuple[float, float, float]:
+    """(seconds of asking, loss, seconds of moving) of the worker's next step."""
+    began = time.monotonic()
+    step = asker(settings, worker, examples, settings.steps)(worker.round + 1)
+    asked = time.monotonic()
+    worker.apply(link(worker.head, step.record), step.update)
+    return asked - began, step.loss, time.monotonic() - asked
+
+
+def bytes_of_a_round(settings: Settings, worker: Worker) -> tuple[int, int]:
+    """(up, down) of each client in a zeroth-order round, as Flower serialises them."""
+    from zofed import messages  # Flower takes a while to load
+
+    values = (2**17,) * settings.queries
+    clients = tuple(range(max(1, settings.clients)))
+    record = Seeded(worker.round, settings.learning_rate, clients, settings.queries, values * len(clients), -17, 1.0)
+    plan = federation.plan_for(settings, worker, worker.head, [link(worker.head, record)], client=0)
+    answer = federation.Answer(plan.genesis, plan.round, 1, 0, plan.head, plan.probe, values, -17, 1.0, 1, 1.0)
+    up, down = (messages.size(messages.pack(content)) for content in (answer, plan))
+    return up, down
