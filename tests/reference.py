@@ -1,5 +1,6 @@
 """Plain twins of zofed's arithmetic, slow and written from the papers, for the tests to compare with."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -105,3 +106,61 @@ def mudamw(
         wide = wide - rate * step - rate * decay * wide
         path.append(wide)
     return path
+
+
+def core_sum(core: Sequence[Sequence[int]], seeds: Sequence[int], tensor: int, shape: Sequence[int]) -> list[list[int]]:
+    """Sum over all pairs of core_ij * (left factor of seed i) (right factor of seed j)^T in Python integers.
+
+    Row by row; a tensor of one dimension or none has one product an entry, and counts as one row.
+    """
+    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (math.prod(shape),) * 2
+    left = [sign_stream(seed, tensor, 0, rows) for seed in seeds]
+    right = [sign_stream(seed, tensor, 1, columns) for seed in seeds]
+
+    def entry(row: int, column: int) -> int:
+        return sum(core[i][j] * left[i][row] * right[j][column] for i in range(len(seeds)) for j in range(len(seeds)))
+
+    if len(shape) > 1:
+        return [[entry(row, column) for column in range(columns)] for row in range(rows)]
+    return [[entry(at, at) for at in range(rows)]]
+
+
+def fewest(values: Sequence[float], share: float) -> float:
+    """The size of the smallest of the fewest largest entries that hold `share` of the square sum; by sorting."""
+    ordered = sorted((abs(value) for value in values), reverse=True)
+    wanted, reached = share * math.fsum(value * value for value in ordered), 0.0
+    for value in ordered:
+        reached += value * value
+        if reached >= wanted:
+            return value
+    return ordered[-1]
+
+
+def guided(
+    kind: str,
+    weighting: str,
+    guide: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    gradient: NDArray[np.float64],
+    scale: float,
+    cosine: float,
+) -> NDArray[np.float64]:
+    """The guided estimate of a linear loss with this gradient, from all directions written out: v_i = g_S + sigma n_i.
+
+    noise: unit noise (queries, size). The formulas of the design: raw mean(s v), projected the same over mean |v|^2,
+    unbiased s/|g_S|^2 g_S + sum (s_i - s) n_i / (sigma (q - 1)) off S; the kind cosine takes away what overlaps g.
+    """
+    kept = np.abs(guide) >= (0.0 if kind == "cosine" else fewest(guide.tolist(), cosine**2))
+    part = guide * kept
+    ratio = math.tan(math.acos(cosine)) if kind == "cosine" else scale
+    sigma = ratio * math.sqrt((guide**2).sum() / guide.size)
+    drawn = noise * ~kept if kind == "hybrid" else noise
+    noisy = int((~kept).sum()) if kind == "hybrid" else guide.size
+    along = part + sigma * drawn
+    slopes = along @ gradient
+    if weighting == "unbiased":
+        rest = ((slopes - slopes.mean()) @ drawn) / (sigma * (len(noise) - 1))
+        rest = rest - (rest @ guide) / (guide @ guide) * guide if kind == "cosine" else rest * ~kept
+        return slopes.mean() / (part @ part) * part + rest
+    mean = (slopes @ along) / len(noise)
+    return mean if weighting == "raw" else mean / (part @ part + sigma**2 * noisy)

@@ -126,7 +126,7 @@ WRONG_VALUES = [
     ("threads", "0", "greater than or equal to 1"),
     ("device", "tpu", "cuda"),
     ("dtype", "float16", "'bfloat16'"),
-    ("mode", "ZO", "'zo' or 'fo'"),
+    ("mode", "zf", "'calibrate' or 'subspace'"),
     ("optimizer", "adam", "'adamw'"),
     ("controls", "maybe", "valid boolean"),
 ]
@@ -146,7 +146,7 @@ def test_a_wrong_value_is_named_with_its_limit_and_default(
     [
         ("learning-rte = 1", "'learning-rte'", "did you mean 'learning-rate'"),
         ("learning_rate = 1", "'learning_rate'", "did you mean 'learning-rate'"),
-        ("colour = 1", "'colour'", "known are"),
+        ("wxyz = 1", "'wxyz'", "known are"),
         ("queries = 'many'", "'many'", "valid integer"),
         ("queries = true", "true and false are not allowed", "the default is 32"),
         ("queries = [1, 2]", "[1, 2]", "valid integer"),
@@ -171,7 +171,7 @@ def test_a_settings_file_with_a_mistake_is_refused(
 
 def test_every_wrong_value_of_a_settings_file_is_named_at_once(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text("steps = 0\nfoo = 1\nmode = 3\n")
-    message = refused("train", tmp_path / "settings.toml", value="steps = 0", remedy="'zo' or 'fo'")
+    message = refused("train", tmp_path / "settings.toml", value="steps = 0", remedy="'zo', 'fo'")
     assert "'foo'" in message
 
 
@@ -469,14 +469,20 @@ def test_the_journal_of_another_run_is_told(refused: Refused, copy_of: Callable[
 def test_a_first_order_run_without_checkpoints_names_what_it_cannot_rebuild(
     refused: Refused, copy_of: Callable[[str], Path]
 ) -> None:
-    refused("journal", "replay", copy_of("bare"), value="round 1 is a first-order step", remedy="checkpoint")
+    refused(
+        "journal",
+        "replay",
+        copy_of("bare"),
+        value="round 1 is a step by backpropagation",
+        remedy="keep-gradients = true",
+    )
 
 
 def test_damaged_checkpoints_are_told(refused: Refused, zofed: Zofed, copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("fo")
     for path in (folder / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-100])
-    refused("journal", "replay", folder, value="round 1 is a first-order step", remedy="checkpoint")
+    refused("journal", "replay", folder, value="round 1 is a step by backpropagation", remedy="keep-gradients")
     before = json.loads((folder / "summary.json").read_text())["digest"]
     assert zofed("train", "--resume", folder)[0] == 0  # from the start, to the same weights
     assert json.loads((folder / "summary.json").read_text())["digest"] == before

@@ -247,11 +247,12 @@ def test_a_normalised_step_does_not_depend_on_the_scale_of_the_loss() -> None:
 @pytest.mark.parametrize("normalise", [False, True])
 def test_the_record_of_a_round_follows_the_settings_and_the_worker(points: Points, normalise: bool) -> None:
     chosen = config.resolve(
-        {"estimator": points, "normalise": normalise, "queries": 3, "learning-rate": 0.25, "quorum": 1}
+        {"estimator": points, "normalise": normalise, "queries": 3, "learning-rate": 0.5, "quorum": 1}
+        | {"schedule": "cosine"}
     )
     worker = standing_at(3)
     answers = {4: measured((9, -8, 7), -12), 1: measured((1, 2**17, 3), -17)}
-    record = record_of(chosen, worker, answers)
+    record = record_of(chosen, worker, answers, total=8)
     assert (record.round, record.rate, record.queries, record.clients) == (4, 0.25, 3, (1, 4))
     assert record == merge(4, 0.25, 3, answers, points, worker.spread if normalise else None)
     degrees = 2 * (3 if points == "two-point" else 2)
@@ -441,7 +442,7 @@ def test_measuring_is_a_function_of_seed_round_and_client_alone() -> None:
 def test_a_client_measures_in_the_forward_type_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def loss_of(model: nn.Module, batch: Any, forward_dtype: str = "weights") -> torch.Tensor:
+    def loss_of(model: nn.Module, batch: Any, forward_dtype: str, objective: str) -> torch.Tensor:
         asked.append(forward_dtype)
         return model(batch["input_ids"]).square().mean()
 

@@ -236,8 +236,8 @@ def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
     whole = federate(quick(), tmp_path / "whole", clients=2)
     replay = Worker.replay
 
-    def faulty(self: Worker, entries: Iterable[journal.Entry]) -> None:
-        replay(self, entries)
+    def faulty(self: Worker, entries: Iterable[journal.Entry], *arguments: Any) -> None:
+        replay(self, entries, *arguments)
         if self.round == 2 and self in clients and not done:
             done.append(True)
             with torch.no_grad():

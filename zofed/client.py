@@ -115,6 +115,8 @@ def train(plan: Plan, context: Context) -> Answer:
             seconds=time.monotonic() - began,
         )
 
+    if ":" in plan.objective:
+        raise UserError(f"objective = {plan.objective!r}: no server names code that runs here")
     if not here.catch_up(plan):
         return answer()
     torch.set_num_threads(plan.threads)

@@ -55,7 +55,7 @@ def finish(
         "status": "completed",
         "eval_loss_start": float(read_table(folder.path / "metrics.csv")[0]["eval_loss"]),
         "eval_loss_end": score.loss,
-        "stopped_by": "" if worker.round >= task.settings.steps else totals.spent(task.settings),
+        "stopped_by": totals.stopped_by,
         **{key: value for key, value in score.columns().items() if key != "loss"},
         **({"sources": {name: own.columns() for name, own in scores.items()}} if scores else {}),
         "baselines": baselines,

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from zofed import directions, perturbed
-from zofed.estimators import Parameters, asked, degrees_of_freedom, kept, materialised_losses, scalar
+from zofed.estimators import (
+    FiniteDifference,
+    Parameters,
+    asked,
+    degrees_of_freedom,
+    kept,
+    materialised_losses,
+    scalar,
+)
 from zofed.perturbed import Loss
 from zofed.records import Guided, Seeded, to_integers
 from zofed.worker import Update, Worker, tensors_digest
@@ -208,7 +216,10 @@ def _line(
             _write(worker.parameters, saved, own, length)
             ends.append(float(scalar(ask())))
     slope = (ends[0] - ends[1]) / (2 * step)
-    plain = worker.ask(loss, seeds, shape.epsilon, shape.copies_per_pass, "two-point", batch)
+    how = FiniteDifference(worker.kind, shape.epsilon, "two-point", shape.copies_per_pass)  # as long as the record's
+    plain = worker.batched_or_not(
+        lambda batched: how.slopes(loss, worker.parameters, seeds, batch, batched=batched), loss, batch
+    )
     weight = slope / own.kept_square
     record = _record(own, round_, rate, plain.slopes, len(seeds), kept_weight=weight, blend=shape.blend)
     return Found(record, plain.loss, plain.forward_passes + 2)

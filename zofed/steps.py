@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,7 +11,7 @@ from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Examples
 from zofed.optimizers import Optimizer
 from zofed.perturbed import Loss
-from zofed.records import Dense, Seeded, to_integers
+from zofed.records import Dense, Guided, Seeded, to_integers
 from zofed.trainer import Ask, Step, diverged
 from zofed.worker import Update, Worker, tensors_digest
 
@@ -103,7 +104,7 @@ class Steps:
         seen = self._zeroth_order_examples() if found.forward_passes else 0
         per_pass = plan.examples_per_query or plan.batch_size
         return Step(
-            record=found.record,
+            record=_clipped(found.record, guidance, settings.clip_norm),
             loss=backprop_loss if math.isnan(found.loss) else found.loss,
             epoch=self._epoch(round_, self._zeroth_order_examples()),
             batch_size=size,
@@ -135,7 +136,8 @@ class Steps:
         coefficients, exponent = to_integers([-value for value in trained.coefficients])
         # The weights move by rate * the sum / divisor, hence by the coefficients themselves; the decay takes the rate.
         step = rate * count
-        record = Seeded(round_, step, (0,), size, coefficients, exponent, step)
+        # A rate of 0, at which a cosine may end, leaves all of them 0.
+        record = Seeded(round_, step, (0,), size, coefficients, exponent, step or 1.0)
         seen = count * settings.batch_size
         return Step(
             record=record,
@@ -192,6 +194,18 @@ class Steps:
 
     def _epoch(self, round_: int, seen: int, examples: Examples | None = None) -> float:
         return round_ * seen / len((examples or self.examples)["labels"])
+
+
+def _clipped(record: Guided, own: instruct.Guidance, limit: float) -> Guided:
+    """The record with a norm of at most `limit` (0: any); noise counts as orthogonal to the guide, as it nearly is."""
+    noise = federation.estimate_norm(record.seeded, own.size - own.kept_count if record.masked else own.size)
+    kept, spared = (record.kept + record.whole) ** 2 * own.kept_square, own.square - own.kept_square
+    norm = math.sqrt(kept + record.whole**2 * spared + noise**2)
+    if not 0.0 < limit < norm:
+        return record
+    share = limit / norm
+    seeded = replace(record.seeded, divisor=record.seeded.divisor / share)
+    return replace(record, seeded=seeded, kept=record.kept * share, whole=record.whole * share)
 
 
 def _shape(settings: Settings) -> instruct.Shape:

@@ -258,6 +258,8 @@ def prepare_process(threads: int) -> None:
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    # A warning for which GPT-2 looks for padding in the input, which copies with examples of their own cannot.
+    transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]
 
 
 def device(settings: Settings) -> torch.device:

@@ -48,7 +48,11 @@ SUMS = ("forward_passes", "backward_passes", "forward_equivalents", "tokens", "b
 
 @dataclass
 class Totals:
-    """What the run has cost so far; the metrics file holds running sums, so any row tells the whole cost."""
+    """What the run has cost so far; the metrics file holds running sums, so any row tells the whole cost.
+
+    seconds: of training up to the last step's end, those before a resumption included: with them a budget is spent for
+    the row, the loop and a later resumption alike. stopped_by: the budget that ended the run before its last step.
+    """
 
     forward_passes: int = 0
     backward_passes: int = 0
@@ -56,7 +60,8 @@ class Totals:
     tokens: int = 0
     bytes: int = 0
     seconds: float = 0.0
-    began: float = field(default_factory=time.monotonic)
+    stopped_by: str = field(default="", init=False)
+    _told: float = field(default_factory=time.monotonic, init=False)
 
     @classmethod
     def of(cls, row: dict[str, str] | None) -> "Totals":
@@ -67,21 +72,18 @@ class Totals:
     def add(self, step: Step) -> None:
         for name in SUMS:
             setattr(self, name, getattr(self, name) + getattr(step, name))
+        now = time.monotonic()
+        self.seconds, self._told = round(self.seconds + now - self._told, 3), now
 
     def columns(self) -> Row:
-        return {name: getattr(self, name) for name in SUMS} | {"seconds": round(self.now, 3)}
-
-    @property
-    def now(self) -> float:
-        """Seconds of training so far, those before a resumption included."""
-        return self.seconds + time.monotonic() - self.began
+        return {name: getattr(self, name) for name in SUMS} | {"seconds": self.seconds}
 
     def spent(self, settings: Settings) -> str:
         """The budget that is used up, in words; empty while none is."""
         budgets = (
             ("max-forward-equivalents", settings.max_forward_equivalents, self.forward_equivalents),
             ("max-tokens", settings.max_tokens, self.tokens),
-            ("max-seconds", settings.max_seconds, self.now),
+            ("max-seconds", settings.max_seconds, self.seconds),
         )
         return next((f"{key} = {limit:g}" for key, limit, used in budgets if limit and used >= limit), "")
 
@@ -127,6 +129,11 @@ class Trainer:
                 digest = update_digest(entry.record)
                 update = self.folder.update(digest) if digest else None
                 step = ask(round_) if is_new or (digest is not None and update is None) else None
+                if step and digest and update is None and update_digest(step.record) != digest:
+                    raise UserError(
+                        f"the gradient of round {round_} comes out otherwise than the journal says: go on with the "
+                        "machine, the threads and the versions it began with"
+                    )
                 norm = self.worker.apply(entry, update if update or step is None else step.update)
                 if step and is_new:
                     self._account(table, totals, step, norm, total)
@@ -140,6 +147,7 @@ class Trainer:
                 del step
         finally:
             table.close()
+        totals.stopped_by = totals.spent(self.settings) if self.worker.round < total else ""
         return totals
 
     def _account(self, table: Table, totals: Totals, step: Step, norm: float, total: int) -> None:
