@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zofed import config, data, documents, metrics, models, tokenizers, worker
+from zofed import config, data, documents, metrics, models, subsets, tokenizers, worker
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
@@ -119,7 +120,8 @@ class Task:
 
 
 def _check_labels(documents: list[Document], dataset: str) -> None:
-    labels = {document.label for document in documents}
+    counts = Counter(document.label for document in documents)
+    labels = set(counts)
     if None in labels:
         raise UserError(
             f"dataset = {dataset!r} has documents without a label: "
@@ -132,6 +134,12 @@ def _check_labels(documents: list[Document], dataset: str) -> None:
             f"dataset = {dataset!r} has the labels {shown}: classification takes at least 2 classes, numbered from 0 "
             "without gaps; renumber them"
         )
+    label, count = min(counts.items(), key=lambda item: (item[1], item[0]))
+    if count < 2:
+        raise UserError(
+            f"dataset = {dataset!r} has a single document with the label {label}: a class takes at least 2, one to learn "
+            "from and one to hold out; add more or drop the class"
+        )
 
 
 NAMES = {"model": tuple(models.SIZES), "dataset": documents.KNOWN_NAMES, "tokenizer": tokenizers.KNOWN_NAMES}
@@ -140,7 +148,11 @@ NAMES = {"model": tuple(models.SIZES), "dataset": documents.KNOWN_NAMES, "tokeni
 def with_absolute_paths(settings: Settings) -> Settings:
     """The settings with local paths absolute, so that they mean the same from every folder and later."""
     update = {}
+    if settings.dataset not in NAMES["dataset"] and (folder := subsets.find(settings.dataset)):
+        update["dataset"] = str(folder)
     for key, names in NAMES.items():
+        if key in update:
+            continue
         path = os.path.expanduser(getattr(settings, key))
         if path not in names and os.path.exists(path):
             update[key] = os.path.abspath(path)
