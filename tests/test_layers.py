@@ -21,12 +21,13 @@ KNOWN_TO = {
     "ray": set(),
     "transformers": {"models", "tokenizers", "data", "task", "generate"},
     "tokenizers": {"generate"},
-    "datasets": {"rows"},
+    "datasets": {"rows", "download"},
+    "huggingface_hub": {"download"},
     "pandas": {"rows", "plots"},
     "matplotlib": {"plots"},
     "seaborn": {"plots"},
-    "typer": {"cli"},
-    "rich": {"cli"},
+    "typer": {"cli", "data_commands"},
+    "rich": {"cli", "data_commands"},
     "pydantic": {"config"},
 }
 CORE = ("directions", "records", "journal", "optimizers", "perturbed", "estimators", "worker")

@@ -3,13 +3,19 @@
 from typing import Any
 
 __version__ = "0.1.0"
-_LIBRARY = ("ZerothOrder", "replay")
+_HOMES = {
+    "ZerothOrder": "library",
+    "replay": "library",
+    "get_dataloader": "data",
+    "get_dataset_info": "catalog",
+    "list_available_datasets": "catalog",
+}
 
 
 def __getattr__(name: str) -> Any:
     """The names for use in scripts, loaded (with torch) when first asked for."""
-    if name not in _LIBRARY:
+    if name not in _HOMES:
         raise AttributeError(f"module 'zofed' has no attribute {name!r}")
-    from zofed import library
+    from importlib import import_module
 
-    return getattr(library, name)
+    return getattr(import_module(f"zofed.{_HOMES[name]}"), name)

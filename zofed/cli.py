@@ -16,12 +16,14 @@ from rich.table import Table
 
 from zofed import __version__, config
 from zofed.config import SETTINGS, Settings
+from zofed.data_commands import app as data_app
 from zofed.errors import UserError
 from zofed.runs import Row, RunFolder, timestamp
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
 app.add_typer(journal_app, name="journal")
+app.add_typer(data_app, name="data")
 
 QUICKSTART_ROUNDS = 150
 

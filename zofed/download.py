@@ -30,8 +30,9 @@ def download(
 ) -> dict[str, Any]:
     """Write the first `samples` rows that hold text (0: all) to the subset in `folder`; returns its info.
 
-    `source`, a local folder of parquet or JSON-lines files in the hub's schema, stands in for the hub. Rows are streamed.
-    After an interruption the same request goes on from the last state written; a finished one is returned at once.
+    `source`, a local folder of parquet or JSON-lines files in the hub's schema, stands in for the hub. Rows are
+    streamed. After an interruption the same request goes on from the last state written; a finished one is returned at
+    once.
     Raises UserError for a request other than the one that lies there (`force` begins anew; the old subset stays until
     the new one is whole), no network, a wrong schema, no rows, a full disk.
     """
@@ -54,7 +55,12 @@ def download(
             raise UserError(f"the files in {place!r} changed since the download began: --force begins anew")
         rows = _stream(entry, source, config, found)
         state |= {"request": request, "revision": found}
-        state = _write(folder, entry, rows, state, samples, progress)
+        try:
+            state = _write(folder, entry, rows, state, samples, progress)
+        except UserError:
+            if not (folder / "rows.state.json").exists():
+                (folder / "rows.part").unlink(missing_ok=True)
+            raise
         about = {key: state[key] for key in ("request", "revision", "rows", "blank")}
         described = subsets.publish(folder, folder / "rows.part", about)
         (folder / "rows.state.json").unlink()
@@ -100,8 +106,8 @@ def _resolved(repository: str, revision: str) -> str:
         raise UserError(f"{repository} is not on the hub, or not open to you: log in with `hf auth login`") from error
     except (httpx.HTTPError, OSError) as error:
         raise UserError(
-            f"the hub cannot be reached for {repository} ({one_line(error)}): go online (unset HF_HUB_OFFLINE), or give "
-            "a local copy by --from FOLDER"
+            f"the hub cannot be reached for {repository} ({one_line(error)}): go online (unset HF_HUB_OFFLINE), or "
+            "give a local copy by --from FOLDER"
         ) from error
 
 
@@ -157,14 +163,15 @@ def _write(
                 if (state["rows"] + state["blank"]) % _ROWS_BETWEEN_STATES == 0:
                     _save(folder, part, state | {"position": rows.state_dict()})
                     progress(state["rows"], samples)
-            _save(folder, part, state)
+            _save(folder, part, state | {"position": rows.state_dict()})
     except OSError as error:
         raise UserError(
-            f"{str(folder)!r} cannot be written after {state['rows']} rows ({error.strerror}): free some space and give "
-            "the same command again, it goes on from there"
+            f"{str(folder)!r} cannot be written after {state['rows']} rows ({error.strerror}): free some space and "
+            "give the same command again, it goes on from there"
         ) from error
     progress(state["rows"], samples)
     if not state["rows"]:
+        (folder / "rows.state.json").unlink()
         raise UserError(f"{state['request']['from']} gave no row with text: check --config and --from")
     return state
 
@@ -174,8 +181,8 @@ def _next(source: Any, state: dict[str, Any], entry: DatasetInfo) -> dict[str, A
         return next(source, None)
     except Exception as error:  # network and damaged files alike; what was written stays
         raise UserError(
-            f"{entry.name} broke off after {state['rows']} rows ({one_line(error)[:200]}): give the same command again, it "
-            "goes on from the last rows kept"
+            f"{entry.name} broke off after {state['rows']} rows ({one_line(error)[:200]}): give the same command "
+            "again, it goes on from the last rows kept"
         ) from error
 
 

@@ -73,7 +73,7 @@ def _label_rows(path: Path) -> list[Row]:
     """The rows of a file of `label text` lines, UTF-8 or else Latin-1, or none where it is no such file.
 
     Of TREC's `DESC:manner` only the coarse DESC counts. Labels that are not all integers are numbered in sorted order.
-    In a .txt file every line must begin with the same kind of label and labels must recur, since a numbered list is text.
+    In a .txt file every line must begin with the same kind of label and labels must recur: a numbered list is text.
     """
     data = path.read_bytes()
     try:
@@ -95,12 +95,9 @@ def _label_rows(path: Path) -> list[Row]:
     numbers = {name: number for number, name in enumerate(known)}
     if all(_is_integer(name) for name in known):
         numbers = {name: int(name) for name in known}
-    rows = zip(lines, matches, names, strict=True)
-    return [
-        (f"line {line[0]} of {str(path)!r}", {"text": match[2], "label": numbers[name]})
-        for line, match, name in rows
-        if match
-    ]
+    texts = [match[2] for match in matches if match]
+    found = zip(lines, texts, names, strict=True)
+    return [(f"line {at[0]} of {str(path)!r}", {"text": text, "label": numbers[name]}) for at, text, name in found]
 
 
 def _grouped(text: str) -> Iterator[tuple[int, str]]:

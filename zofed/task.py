@@ -137,8 +137,8 @@ def _check_labels(documents: list[Document], dataset: str) -> None:
     label, count = min(counts.items(), key=lambda item: (item[1], item[0]))
     if count < 2:
         raise UserError(
-            f"dataset = {dataset!r} has a single document with the label {label}: a class takes at least 2, one to learn "
-            "from and one to hold out; add more or drop the class"
+            f"dataset = {dataset!r} has a single document with the label {label}: a class takes at least 2, one to "
+            "learn from and one to hold out; add more or drop the class"
         )
 
 
