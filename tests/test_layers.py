@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 KNOWN_TO = {
     "flwr": {"messages", "server", "client", "grid"},
     "ray": set(),
-    "transformers": {"models", "tokenizers", "data", "task", "generate"},
+    "transformers": {"mixing", "models", "tokenizers", "data", "task", "generate"},
     "tokenizers": {"generate"},
     "datasets": {"rows", "download"},
     "huggingface_hub": {"download"},

@@ -150,7 +150,7 @@ def get_dataloader(
     """A DataLoader over all examples of a data set (a name or a path), in an order of its own for each epoch.
 
     Batches are dictionaries as `Examples`, of leading dimension `batch_size`, or less in the last one. The order is
-    drawn from `seed` alone; no global random state is touched. Raises UserError for what cannot be loaded or is no size.
+    drawn from `seed` alone; no global random state is touched. Raises UserError for what cannot be loaded.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is below 1: use at least 1")

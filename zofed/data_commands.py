@@ -166,10 +166,11 @@ def distribution(
     from zofed import documents, mixing
 
     found = mixing.distribution(documents.load_documents(name), chunks)
-    table = Table("source", "all", *(f"chunk {number}" for number in range(1, found.counts.shape[1] + 1)), box=None)
+    table = Table("source", "all", *(str(number) for number in range(1, found.counts.shape[1] + 1)), box=None)
     for source, row in zip(found.sources, found.counts, strict=True):
         table.add_row(source, f"{row.sum():,}", *(f"{count:,}" for count in row))
     console.print(table)
+    console.print(f"documents of each source in {found.counts.shape[1]} consecutive chunks")
     console.print(f"chi-square {found.chi_square:.2f} at {found.freedom} degrees of freedom, p = {found.p_value:.4g}")
     if found.even:
         console.print(f"evenly mixed: p is {mixing.SIGNIFICANCE} or more")
