@@ -19,15 +19,15 @@ ROOT = PACKAGE.parent
 KNOWN_TO = {
     "flwr": {"messages", "server", "client", "grid"},
     "ray": set(),
-    "transformers": {"models", "tokenizers", "data", "task", "generate", "model_info"},
-    "huggingface_hub": {"hub"},
+    "transformers": {"mixing", "models", "tokenizers", "data", "task", "generate", "model_info"},
     "tokenizers": {"generate"},
-    "datasets": {"rows"},
+    "datasets": {"rows", "download"},
+    "huggingface_hub": {"download", "hub"},
     "pandas": {"rows", "plots"},
     "matplotlib": {"plots"},
     "seaborn": {"plots"},
-    "typer": {"cli", "options", "model_commands"},
-    "rich": {"cli", "options", "model_commands"},
+    "typer": {"cli", "options", "model_commands", "data_commands"},
+    "rich": {"cli", "options", "model_commands", "data_commands"},
     "pydantic": {"config"},
 }
 CORE = ("directions", "records", "journal", "optimizers", "perturbed", "estimators", "worker")

@@ -1,6 +1,5 @@
 """From a data set's name or a local file to documents, and from documents to disjoint parts of them."""
 
-import difflib
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -11,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from zofed import subsets
+from zofed.catalog import CATALOG, suggestion
 from zofed.errors import UserError
 from zofed.rows import PUBMEDQA_COLUMNS, TEXT_COLUMNS, Row, one_line, rows_of_file, rows_of_folder
 
@@ -39,21 +40,25 @@ def load_documents(dataset: str) -> list[Document]:
     """Read every document of a data set, in a fixed order.
 
     `dataset` is a shipped sample ('sample-dclm', 'sample-pubmedqa', 'sample-sst2': train rows, then validation rows),
-    'pydoc' (Python's own reference prose, one document a topic, sorted by topic name), or a path:
+    'pydoc' (Python's own reference prose, one document a topic, sorted by topic name), the name of a subset that
+    `zofed data` put under the data root, or a path:
 
     - .txt: paragraphs, which blank lines separate, are grouped into documents of about 2,000 characters; a longer
-      paragraph stays whole;
+      paragraph stays whole; a file of nothing but `label text` lines gives one document a line, see `zofed.rows`;
+    - .label: `label text` lines;
     - .tsv: tabs separate, quotes mean nothing; the header may be missing when there are one or two columns (the text,
       and an integer label on either side of it);
     - .csv: with a header;
     - .json: an array of rows, or an object of rows keyed by id;
     - .jsonl: one row a line;
     - .parquet;
-    - a folder written by the library datasets' `save_to_disk`: of several splits, train and then validation.
+    - a folder written by the library datasets' `save_to_disk`: of several splits, train and then validation;
+    - a folder written by `zofed data download` or `merge`.
 
     The text is the first of the columns text, sentence, content; a PubMedQA row (either spelling) gives its question,
     contexts and long answer as one text, and the label 0, 1 or 2 for yes, no or maybe. The column label, if there, is
-    an integer; -1 marks a hidden label and counts as none. Rows whose text is blank are left out.
+    an integer; -1 marks a hidden label and counts as none. The column source, if there, names where a row came from.
+    Rows whose text is blank are left out.
 
     Raises UserError where the name is unknown, nothing is found, or a row cannot be read.
     """
@@ -61,13 +66,13 @@ def load_documents(dataset: str) -> list[Document]:
         from pydoc_data.topics import topics
 
         return [Document(topics[name], dataset) for name in sorted(topics)]
-    path = Path(os.path.expanduser(dataset))
+    path = subsets.find(dataset) or Path(os.path.expanduser(dataset))
     if dataset not in _SHIPPED_FILES and (not dataset or not path.exists()):
-        close = difflib.get_close_matches(dataset.lower(), KNOWN_NAMES, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
+        if dataset in CATALOG:
+            raise UserError(f"data set {dataset!r} is not on this machine: zofed data download {dataset} fetches it")
         raise UserError(
-            f"data set {dataset!r} is neither a known name nor an existing path: {hint}"
-            f"use one of {', '.join(KNOWN_NAMES)}, or the path of a local file or folder"
+            f"data set {dataset!r} is neither a known name nor an existing path: {suggestion(dataset)}"
+            f"use one of {', '.join(KNOWN_NAMES)}, a name of zofed data list, or the path of a local file or folder"
         )
     try:
         if dataset in _SHIPPED_FILES:
@@ -145,15 +150,23 @@ def random_order(count: int, purpose: str, *numbers: int) -> np.ndarray:
 def _documents(rows: Iterable[Row], source: str) -> list[Document]:
     documents = []
     for place, row in rows:
-        text, label = _text_and_label(place, row)
+        text, label = text_and_label(place, row)
         if text.strip():
-            documents.append(Document(text, source, label))
+            documents.append(Document(text, _source(place, row, source), label))
     if not documents:
         raise UserError(f"data set {source!r} is empty: 0 rows hold text, at least 1 is needed; use another data set")
     return documents
 
 
-def _text_and_label(place: str, row: dict[str, Any]) -> tuple[str, int | None]:
+def _source(place: str, row: dict[str, Any], dataset: str) -> str:
+    source = row.get("source", dataset)
+    if not isinstance(source, str) or not source.strip():
+        raise UserError(f"{place} has an empty source ({source!r}): name where the row came from, or drop the column")
+    return source
+
+
+def text_and_label(place: str, row: dict[str, Any]) -> tuple[str, int | None]:
+    """A row's text ('' where it has none) and class; `place` names the row in the UserError of a wrong one."""
     for first, columns in PUBMEDQA_COLUMNS.items():
         if first in row and columns[1] in row:
             return _pubmedqa_text(place, row, columns), _decision(place, row.get("final_decision"))

@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from zofed import subsets
 from zofed.errors import UserError
 
 TEXT_COLUMNS = ("text", "sentence", "content")
@@ -15,9 +17,12 @@ PUBMEDQA_COLUMNS = {
     "question": ("question", "context", "long_answer"),  # the hub's spelling
     "QUESTION": ("QUESTION", "CONTEXTS", "LONG_ANSWER"),  # the original repository's spelling
 }
-_READ_COLUMNS = {*TEXT_COLUMNS, "label", "final_decision"}.union(*PUBMEDQA_COLUMNS.values())
+_READ_COLUMNS = {*TEXT_COLUMNS, "label", "final_decision", "source"}.union(*PUBMEDQA_COLUMNS.values())
 
-_SUFFIXES = (".txt", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
+_SUFFIXES = (".txt", ".label", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
+
+# What begins every line of a .txt file of `label text` lines: an integer, fastText's mark, or TREC's coarse:fine.
+_LABELS = (r"\d{1,6}", r"__label__\S+", r"[A-Z]+:[a-z]+")
 
 _TEXT_FILE_DOCUMENT = 2000  # characters
 
@@ -25,7 +30,7 @@ Row = tuple[str, dict[str, Any]]  # where the row stands, for error messages ("l
 
 
 def rows_of_file(path: Path) -> Iterator[Row]:
-    """The rows of a .txt, .tsv, .csv, .json, .jsonl or .parquet file, in file order.
+    """The rows of a .txt, .label, .tsv, .csv, .json, .jsonl or .parquet file, in file order.
 
     Raises UserError for another suffix, a missing file and whatever cannot be decoded or parsed, the latter while the
     rows are drawn; OSError where the system refuses to read.
@@ -37,7 +42,11 @@ def rows_of_file(path: Path) -> Iterator[Row]:
         raise UserError(f"file {str(path)!r} is missing: restore it, or name another data set")
     if suffix == ".parquet":
         return _parquet_rows(path)
+    if suffix in (".txt", ".label") and (labelled := _label_rows(path)):
+        return iter(labelled)
     text = _decoded(path)
+    if suffix == ".label":
+        raise UserError(f"{str(path)!r} has a line without a label and a text: begin every line with its label")
     if suffix == ".txt":
         return ((f"document {number} of {str(path)!r}", {"text": text}) for number, text in _grouped(text))
     if suffix == ".jsonl":
@@ -58,6 +67,37 @@ def _decoded(path: Path) -> str:
             "convert the file to UTF-8"
         ) from error
     return text.replace("\r\n", "\n")
+
+
+def _label_rows(path: Path) -> list[Row]:
+    """The rows of a file of `label text` lines, UTF-8 or else Latin-1, or none where it is no such file.
+
+    Of TREC's `DESC:manner` only the coarse DESC counts. Labels that are not all integers are numbered in sorted order.
+    In a .txt file every line must begin with the same kind of label and labels must recur: a numbered list is text.
+    """
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = data.decode("latin-1")
+    lines = [(number, line.rstrip("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    kinds = (r"\S+",) if path.suffix.lower() == ".label" else _LABELS
+    for kind in kinds:
+        matches = [re.match(rf"({kind})[ \t]+(\S.*)", line) for _, line in lines]
+        if lines and all(matches):
+            break
+    else:
+        return []
+    names = [match[1].split(":")[0].removeprefix("__label__") for match in matches if match]
+    known = sorted(set(names))
+    if kinds is _LABELS and 2 * len(known) > len(names):
+        return []
+    numbers = {name: number for number, name in enumerate(known)}
+    if all(_is_integer(name) for name in known):
+        numbers = {name: int(name) for name in known}
+    texts = [match[2] for match in matches if match]
+    found = zip(lines, texts, names, strict=True)
+    return [(f"line {at[0]} of {str(path)!r}", {"text": text, "label": numbers[name]}) for at, text, name in found]
 
 
 def _grouped(text: str) -> Iterator[tuple[int, str]]:
@@ -169,10 +209,14 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def rows_of_folder(path: Path) -> Iterator[Row]:
-    """The rows of a folder written by `save_to_disk`: of several splits, train and then validation, never test.
+    """The rows of a subset that zofed made, or of a folder written by `save_to_disk`.
 
-    Raises UserError while the rows are drawn, where the folder is none, is damaged or has neither split.
+    Of several splits it gives train and then validation, never test. Raises UserError while the rows are drawn, where
+    the folder is none, is damaged or has neither split.
     """
+    if subsets.is_subset(path):
+        yield from rows_of_file(subsets.rows_file(path))
+        return
     from datasets import DatasetDict, load_from_disk
 
     if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):

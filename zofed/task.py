@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zofed import classifier, config, data, documents, metrics, models, tokenizers, worker
+from zofed import classifier, config, data, documents, metrics, models, subsets, tokenizers, worker
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
@@ -214,7 +215,8 @@ def _documents(settings: Settings, dataset: str) -> list[Document]:
 
 
 def _check_labels(documents: list[Document], dataset: str) -> None:
-    labels = {document.label for document in documents}
+    counts = Counter(document.label for document in documents)
+    labels = set(counts)
     if None in labels:
         raise UserError(
             f"dataset = {dataset!r} has documents without a label: "
@@ -226,6 +228,12 @@ def _check_labels(documents: list[Document], dataset: str) -> None:
         raise UserError(
             f"dataset = {dataset!r} has the labels {shown}: classification takes at least 2 classes, numbered from 0 "
             "without gaps; renumber them"
+        )
+    label, count = min(counts.items(), key=lambda item: (item[1], item[0]))
+    if count < 2:
+        raise UserError(
+            f"dataset = {dataset!r} has a single document with the label {label}: a class takes at least 2, one to "
+            "learn from and one to hold out; add more or drop the class"
         )
 
 
@@ -245,8 +253,11 @@ def with_absolute_paths(settings: Settings) -> Settings:
     """
     update = {}
     for key, names in NAMES.items():
-        path = os.path.expanduser(getattr(settings, key))
-        if path and path not in names and os.path.exists(path):
+        name = getattr(settings, key)
+        path = os.path.expanduser(name)
+        if key.endswith("dataset") and name and name not in names and (folder := subsets.find(name)):
+            update[key] = str(folder)
+        elif path and path not in names and os.path.exists(path):
             update[key] = os.path.abspath(path)
     update["revision"] = models.commit(settings)
     return settings.model_copy(update=update)
