@@ -28,7 +28,8 @@ from zofed.worker import weights_digest
 
 ID = "some-owner/small.model-1"
 FIRST, SECOND = "1" * 40, "2" * 40
-SHAPE = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+TOKENS = {"bos_token_id": 0, "eos_token_id": 0}
+SHAPE: dict[str, Any] = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 64} | TOKENS
 
 
 def write_model(folder: Path, seed: int, vocabulary: int = 512) -> None:
@@ -223,7 +224,7 @@ class FakeHub(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815, names the server looks for
 
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
 
