@@ -95,7 +95,7 @@ class Task:
             worker.tensors_digest(tokens),
             worker.weights_digest(model.encoder),
             json.dumps(models.describe(self.settings.model, model), sort_keys=True),
-            f"{self.settings.dtype} {chosen.type} {torch.get_num_threads()} {torch.__version__}",
+            f"{chosen.type} {torch.get_num_threads()} {torch.__version__}",
         )
         nn.Module.to(model, chosen)
         found = data.kept(
