@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zofed import budget, data, directions, federation, metrics
+from zofed import budget, data, directions, federation, metrics, pool
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.diagnostics import Diagnosis, diagnose
@@ -74,10 +74,10 @@ def _run(
 ) -> dict[str, Any]:
     settings = task.settings
     total = steps_of(settings, examples)
-    ask = asker(task, worker, examples, total)
     trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
-        totals = trainer.run(total, ask)
+        with pool.opened(task, worker, journal, folder.path) as split:
+            totals = trainer.run(total, asker(task, worker, examples, total, split))
         return finish(task, worker, journal, folder, totals)
 
 

@@ -8,6 +8,7 @@ import torch
 from zofed import data, directions, federation, instruct, metrics, schedules, subspace
 from zofed.config import Settings
 from zofed.data import Examples
+from zofed.estimators import Split
 from zofed.optimizers import Optimizer
 from zofed.perturbed import Loss
 from zofed.records import Dense, Seeded, to_integers
@@ -16,12 +17,13 @@ from zofed.trainer import Ask, Step, diverged
 from zofed.worker import Update, Worker, tensors_digest
 
 
-def asker(task: Task, worker: Worker, examples: Examples, total: int) -> Ask:
+def asker(task: Task, worker: Worker, examples: Examples, total: int, split: Split | None = None) -> Ask:
     """What asks one round of the task's mode, out of `total`.
 
     examples: what zeroth order sees, and everything else where the mode has no other data for backpropagation.
+    split: measures shares of a step's queries in several places (zo).
     """
-    steps = Steps(task, worker, examples, total)
+    steps = Steps(task, worker, examples, total, split)
     mode, interval = task.settings.mode, task.settings.bp_interval
 
     def ask(round_: int) -> Step:
@@ -40,8 +42,9 @@ def asker(task: Task, worker: Worker, examples: Examples, total: int) -> Ask:
 class Steps:
     """Steps of every kind for one worker. All raise ValueError when a loss or a gradient is not finite."""
 
-    def __init__(self, task: Task, worker: Worker, examples: Examples, total: int) -> None:
+    def __init__(self, task: Task, worker: Worker, examples: Examples, total: int, split: Split | None = None) -> None:
         self.settings: Settings = task.settings
+        self.split = split
         self.worker, self.examples, self.total = worker, examples, total
         self.backprop_examples = task.backprop_examples if task.settings.mode in WITH_BACKPROP else examples
 
@@ -49,7 +52,7 @@ class Steps:
         """A federated round with this machine as its only client."""
         settings = self.settings
         plan = federation.plan_for(settings, self.worker, self.worker.head, (), client=0)
-        measured = federation.measure(self.worker, self.examples, plan)
+        measured = federation.measure(self.worker, self.examples, plan, self.split)
         seen = self._zeroth_order_examples()
         return Step(
             record=federation.record_of(settings, self.worker, {0: measured}, self.total),
