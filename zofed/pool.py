@@ -74,9 +74,9 @@ class Pool:
         digests = task.digests() if others else {}
         base = genesis_chain(worker.genesis)
         try:
-            for device in others:
-                place = f"process {len(self.members) + 1} of {len(others)}, on {device},"
-                self.members.append(Member(task.settings, str(device), digests, base, place, folder))
+            for index, device in enumerate(others):
+                place = f"process {index + 1} of {len(others)}, on {device},"
+                self.members.append(Member(*start(task.settings, str(device), digests), base, place, folder))
         except BaseException:
             self.close()
             raise
@@ -119,29 +119,11 @@ class Pool:
 
 
 class Member:
-    """One process and the pipe to it.
+    """One process, and the pipe to it. head: chain of a fresh replica. place: how messages call this one."""
 
-    digests: of the data the run read. head: the chain of a fresh replica. place: how messages call this one.
-    """
-
-    def __init__(
-        self, settings: Settings, device: str, digests: dict[str, str], head: bytes, place: str, folder: Path
-    ) -> None:
-        self.head, self.place, self.folder = head, place, folder
+    def __init__(self, process: BaseProcess, pipe: Connection, head: bytes, place: str, folder: Path) -> None:
+        self.process, self.pipe, self.head, self.place, self.folder = process, pipe, head, place, folder
         self._sent = 0  # entries of the journal
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        written = settings.model_copy(update={"device": device, "devices": ""}).model_dump_json(by_alias=True)
-        self.process: BaseProcess = context.Process(target=serve, args=(theirs, written, digests), daemon=True)
-        # Ctrl-C reaches the whole group of processes, but is for this one to answer. Python's own helper comes first:
-        # starting it may unblock the signal.
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
 
     def ask(self, journal: Journal, head: bytes, probe: bytes, batched: bool, some: slice) -> None:
         """Have it catch up with `head` and measure some of the queries of the round after."""
@@ -181,6 +163,24 @@ class Member:
         self.pipe.close()
         self.process.kill()
         self.process.join()
+
+
+def start(settings: Settings, device: str, digests: dict[str, str]) -> tuple[BaseProcess, Connection]:
+    """A new process that serves a run's requests on a device, and the pipe to it. digests: of the data the run read."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    written = settings.model_copy(update={"device": device, "devices": ""}).model_dump_json(by_alias=True)
+    process = context.Process(target=serve, args=(theirs, written, digests), daemon=True)
+    # Ctrl-C reaches the whole group of processes, but is for this one to answer. Python's own helper comes first:
+    # starting it unblocks the signal.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+    return process, ours
 
 
 def serve(pipe: Connection, written: str, digests: dict[str, str]) -> None:
