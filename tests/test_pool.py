@@ -307,23 +307,32 @@ def test_no_process_outlives_the_run(corpus: Path, tmp_path: Path, ending: str) 
     command += ["--steps", "100000", "--queries", "4", "--copies-per-pass", "1", "--devices", "cpu,cpu,cpu"]
     command += ["--eval-examples", "4", "--checkpoint-interval", "0", "--out", str(run)]
     command += ["--block-size", "64", "--batch-size", "256"] if ending == "killed in a pass" else ["--block-size", "16"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
     rows = 0 if ending in ("interrupted at the start", "killed in a pass") else 3
-    deadline = time.monotonic() + 120
-    while len(descendants(process.pid)) < 3 or len((run / "metrics.csv").read_text().splitlines()) < 1 + rows:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    if ending == "killed in a pass":
-        time.sleep(15)  # until the processes have loaded and measure
-    below = descendants(process.pid)
-    if ending.startswith("killed"):
-        process.kill()
-    else:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    _, errors = process.communicate(timeout=30)
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + 120
+            while len(descendants(process.pid)) < 3 or lines_of(run / "metrics.csv") < 1 + rows:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            if ending == "killed in a pass":
+                time.sleep(15)  # until the processes have loaded and measure
+            below = descendants(process.pid)
+            if ending.startswith("killed"):
+                process.kill()
+            else:
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == (-signal.SIGKILL if ending.startswith("killed") else 130)
     assert b"Traceback" not in errors, errors.decode()
     deadline = time.monotonic() + 5
     while left := {pid for pid in below if is_alive(pid)}:
         assert time.monotonic() < deadline, left
         time.sleep(0.05)
+
+
+def lines_of(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
