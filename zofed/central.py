@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zofed import budget, data, directions, federation, metrics
+from zofed import budget, data, directions, federation, metrics, pool
 from zofed.config import WITH_BACKPROP, Settings, resolve
 from zofed.data import Examples
 from zofed.diagnostics import Diagnosis, diagnose
@@ -75,10 +75,10 @@ def _run(
     settings = task.settings
     total = steps_of(settings, examples)
     backprop_examples = task.backprop_examples if settings.mode in WITH_BACKPROP else None
-    ask = asker(settings, worker, examples, total, backprop_examples)
     trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
-        totals = trainer.run(total, ask)
+        with pool.opened(task, worker, journal, folder.path) as split:
+            totals = trainer.run(total, asker(settings, worker, examples, total, backprop_examples, split))
         return finish(task, worker, journal, folder, totals)
 
 

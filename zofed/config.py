@@ -136,6 +136,12 @@ class Settings(BaseModel):
     quorum: int = Field(0, ge=0, description="replies a round needs; 0: all clients")
     seed: int = Field(0, ge=0, lt=2**63, description="names every random choice of the run")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    devices: str = Field(
+        "",
+        pattern=r"^((cpu|cuda(:\d+)?)(, ?(cpu|cuda(:\d+)?))*)?$",
+        description="instead of device: several, as cuda:0,cuda:1 or cpu,cpu, each with a process that measures its "
+        "share of the queries (zo, central); the first is the run's own",
+    )
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="type the weights are kept and run in")
     forward_dtype: Literal["weights", "bfloat16"] = Field(
         "weights", description="type of the forward passes; bfloat16: autocast (part of the result)"
@@ -198,6 +204,8 @@ def _clashes(settings: Settings) -> list[str]:
         found.append(f"{unknown(settings.objective, list(OBJECTIVES), 'objective')}, or module:function")
     if settings.objective != "loss" and settings.mode != "zo":
         found.append(f"objective = {settings.objective!r} takes mode = zo: backprop follows the loss alone")
+    if settings.devices and settings.mode != "zo":
+        found.append(f"devices = {settings.devices!r} takes mode = zo: {settings.mode} runs on one; set device")
     if settings.bp_dataset and settings.split_dataset_for_bp_zo:
         found.append("bp-dataset and split-dataset-for-bp-zo both say where backprop's data come from: leave one out")
     if settings.mode == "instruct":
@@ -242,7 +250,7 @@ def unknown(name: str, known: list[str], what: str) -> str:
 FREE_ON_RESUME = (
     "model", "revision", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device",
     "eval-interval", "eval-examples", "eval-dataset", "epochs", "max-forward-equivalents", "max-seconds", "max-tokens",
-    "checkpoint-interval", "keep-checkpoints", "keep-best", "controls", "out", "bp-dataset",
+    "checkpoint-interval", "keep-checkpoints", "keep-best", "controls", "out", "bp-dataset", "devices",
 )  # fmt: skip
 
 

@@ -16,6 +16,11 @@ from zofed.perturbed import CannotBatch, Loss
 Parameters = dict[str, Tensor]  # trainable tensors by canonical name
 Points = Literal["two-point", "one-sided"]
 
+Share = Callable[[slice], Tensor]  # some of the queries -> their losses (queries, steps)
+# Where the losses of all queries come from: how to measure a share of them here, how many there are, how many of them
+# fill whole forward passes, and whether they run batched -> losses (queries, steps).
+Split = Callable[[Share, int, int, bool], Tensor]
+
 SIZE_FLOOR = 0.01
 BLOCK = 2**18  # entries of a dense direction that are expanded together: they stay in the cache
 
@@ -54,20 +59,28 @@ class FiniteDifference:
     sizes: Mapping[str, float] | None = None
 
     def slopes(
-        self, loss: Loss, parameters: Parameters, seeds: Sequence[int], examples: Any = None, *, batched: bool = True
+        self,
+        loss: Loss,
+        parameters: Parameters,
+        seeds: Sequence[int],
+        examples: Any = None,
+        *,
+        batched: bool = True,
+        split: Split | None = None,
     ) -> Estimate:
         """Slopes of `loss` along the direction of each seed; the weights are afterwards what they were, bit for bit.
 
         loss: the scalar loss of one batch at the present weights, of any kind, differentiable or not. examples: one
         batch for every seed, handed to `loss`; None: all share the batch that `loss` holds. batched: run low-rank
         directions many at a time; raises CannotBatch where that cannot be done. Dense directions are written into the
-        weights one after the other.
+        weights one after the other. split: measures shares of the queries in several places; None: all here.
         """
-        steps = (self.epsilon, -self.epsilon) if self.points == "two-point" else (self.epsilon,)
-        if batched and directions.terms(self.kind):
-            found = self._batched(loss, parameters, seeds, steps, examples)
-        else:
-            found = materialised_losses(loss, parameters, self.kind, seeds, steps, self.sizes, examples)
+
+        def share(some: slice) -> Tensor:
+            return self.losses(loss, parameters, seeds, examples, some, batched=batched)
+
+        count = len(seeds)
+        found = split(share, count, self.together(batched), batched) if split else share(slice(0, count))
         resolution = torch.finfo(found.dtype).eps * float(found.abs().mean())
         values: list[list[float]] = found.to(torch.float64).tolist()
         passes = forward_passes(self.points, len(seeds)) if examples is None else 2 * len(seeds)
@@ -85,6 +98,29 @@ class FiniteDifference:
         size = root_mean_square(slopes)
         rounding = resolution / (step * size) if size else math.inf
         return Estimate(tuple(slopes), mean, passes, rounding)
+
+    def losses(
+        self, loss: Loss, parameters: Parameters, seeds: Sequence[int], examples: Any, some: slice, *, batched: bool
+    ) -> Tensor:
+        """Losses at the shifted weights of some of the queries: float32 or float64 (queries, steps), on the CPU.
+
+        To the bits that all queries together give, where `some` begins at a multiple of `together`.
+        """
+        seeds = seeds[some]
+        own = None if examples is None else perturbed.each_tensor(examples, lambda tensor: tensor[some])
+        if batched and directions.terms(self.kind):
+            return self._batched(loss, parameters, seeds, self._steps, own)
+        return materialised_losses(loss, parameters, self.kind, seeds, self._steps, self.sizes, own)
+
+    def together(self, batched: bool) -> int:
+        """The smallest number of queries that fills whole forward passes."""
+        if not (batched and directions.terms(self.kind)):
+            return 1
+        return self.copies_per_pass // math.gcd(self.copies_per_pass, len(self._steps))
+
+    @property
+    def _steps(self) -> tuple[float, ...]:
+        return (self.epsilon, -self.epsilon) if self.points == "two-point" else (self.epsilon,)
 
     def _batched(
         self, loss: Loss, parameters: Parameters, seeds: Sequence[int], steps: Sequence[float], examples: Any

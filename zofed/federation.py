@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from torch import Tensor
+
 from zofed import data, directions, journal, metrics, records, schedules
 from zofed.config import Settings
 from zofed.data import Examples
-from zofed.estimators import Estimate, Points, degrees_of_freedom
+from zofed.estimators import Estimate, FiniteDifference, Points, Split, degrees_of_freedom
 from zofed.journal import Entry
 from zofed.perturbed import Loss
 from zofed.records import Seeded, Spread
@@ -99,17 +101,30 @@ class Measured:
         return cls(coefficients, exponent, estimate.loss, estimate.forward_passes, sequences)
 
 
-def measure(worker: Worker, examples: Examples, plan: Plan) -> Measured:
+def measure(worker: Worker, examples: Examples, plan: Plan, split: Split | None = None) -> Measured:
     """Ask the worker about one batch along one client's directions of a round.
 
-    Batch and seeds are functions of (run seed, round, client) alone. Raises ValueError when a loss is not finite.
+    Batch and seeds are functions of (run seed, round, client) alone. split: measures shares of the queries in several
+    places, as `raw_losses` does. Raises ValueError when a loss is not finite.
     """
-    seed = worker.genesis["seed"]
-    seeds = directions.direction_seeds(seed, plan.round, plan.client, plan.queries)
     loss, own = query_loss(worker, examples, plan)
-    points: Points = "one-sided" if plan.points == "one-sided" else "two-point"
-    estimate = worker.ask(loss, seeds, plan.epsilon, plan.copies_per_pass, points, own)
+    estimate = worker.ask(loss, _seeds(worker, plan), plan.epsilon, plan.copies_per_pass, _points(plan), own, split)
     return Measured.of(estimate, plan.examples_per_query or plan.batch_size)
+
+
+def raw_losses(worker: Worker, examples: Examples, plan: Plan, some: slice, batched: bool) -> Tensor:
+    """Losses at the shifted weights of some of a plan's queries, as `measure` meets them: (queries, steps)."""
+    loss, own = query_loss(worker, examples, plan)
+    how = FiniteDifference(worker.kind, plan.epsilon, _points(plan), plan.copies_per_pass, worker.sizes)
+    return how.losses(loss, worker.parameters, _seeds(worker, plan), own, some, batched=batched)
+
+
+def _seeds(worker: Worker, plan: Plan) -> list[int]:
+    return directions.direction_seeds(worker.genesis["seed"], plan.round, plan.client, plan.queries)
+
+
+def _points(plan: Plan) -> Points:
+    return "one-sided" if plan.points == "one-sided" else "two-point"
 
 
 def query_loss(worker: Worker, examples: Examples, plan: Plan) -> tuple[Loss, Examples | None]:

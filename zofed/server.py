@@ -58,6 +58,11 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
         raise UserError(
             f"mode = {settings.mode!r} does not run in a federation yet: use zofed train --mode {settings.mode}"
         )
+    if settings.devices:
+        raise UserError(
+            f"devices = {settings.devices!r} does not split a federated run, whose clients compute on a device each: "
+            "set device, or use zofed train"
+        )
     if ":" in settings.objective:
         raise UserError(
             f"objective = {settings.objective!r} would have clients run code the server names: a federation takes "

@@ -9,6 +9,7 @@ import torch
 from zofed import data, directions, federation, instruct, metrics, schedules, subspace
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Examples
+from zofed.estimators import Split
 from zofed.optimizers import Optimizer
 from zofed.perturbed import Loss
 from zofed.records import Dense, Guided, Seeded, to_integers
@@ -17,13 +18,19 @@ from zofed.worker import Update, Worker, tensors_digest
 
 
 def asker(
-    settings: Settings, worker: Worker, examples: Examples, total: int, backprop_examples: Examples | None = None
+    settings: Settings,
+    worker: Worker,
+    examples: Examples,
+    total: int,
+    backprop_examples: Examples | None = None,
+    split: Split | None = None,
 ) -> Ask:
     """What asks one round of a mode, out of `total`.
 
-    examples: what zeroth order sees; backprop_examples: what backpropagation sees, None: the same.
+    examples: what zeroth order sees; backprop_examples: what backpropagation sees, None: the same. split: measures
+    shares of a step's queries in several places (zo).
     """
-    steps = Steps(settings, worker, examples, total, backprop_examples or examples)
+    steps = Steps(settings, worker, examples, total, backprop_examples or examples, split)
     mode, interval = settings.mode, settings.bp_interval
 
     def ask(round_: int) -> Step:
@@ -43,16 +50,22 @@ class Steps:
     """Steps of every kind for one worker. All raise ValueError when a loss or a gradient is not finite."""
 
     def __init__(
-        self, settings: Settings, worker: Worker, examples: Examples, total: int, backprop_examples: Examples
+        self,
+        settings: Settings,
+        worker: Worker,
+        examples: Examples,
+        total: int,
+        backprop_examples: Examples,
+        split: Split | None,
     ) -> None:
-        self.settings, self.worker, self.total = settings, worker, total
+        self.settings, self.worker, self.total, self.split = settings, worker, total, split
         self.examples, self.backprop_examples = examples, backprop_examples
 
     def zeroth_order(self, round_: int) -> Step:
         """A federated round with this machine as its only client."""
         settings = self.settings
         plan = federation.plan_for(settings, self.worker, self.worker.head, (), client=0)
-        measured = federation.measure(self.worker, self.examples, plan)
+        measured = federation.measure(self.worker, self.examples, plan, self.split)
         seen = self._zeroth_order_examples()
         return Step(
             record=federation.record_of(settings, self.worker, {0: measured}, self.total),

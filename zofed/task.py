@@ -274,13 +274,20 @@ def prepare_process(threads: int) -> None:
 
 
 def device(settings: Settings) -> torch.device:
-    """The device of a run. Raises UserError for a CUDA device this machine does not have."""
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(settings.device)
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+    """The device of a run, the first of several. Raises UserError for a CUDA device this machine does not have."""
+    return devices(settings)[0]
+
+
+def devices(settings: Settings) -> list[torch.device]:
+    """The devices that share a run's queries, mostly one. Raises UserError for one this machine does not have."""
+    if settings.device == "auto" and not settings.devices:
+        return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    key = "devices" if settings.devices else "device"
+    names = getattr(settings, key)
+    chosen = [torch.device(name.strip()) for name in names.split(",")]
+    if any(one.type == "cuda" and (one.index or 0) >= torch.cuda.device_count() for one in chosen):
         raise UserError(
-            f"device = {settings.device!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
-            "set device to cpu or auto"
+            f"{key} = {names!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            f"set {key} to cpu{' or auto' if key == 'device' else ',cpu or to those it has'}"
         )
     return chosen

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zofed import directions, optimizers
 from zofed.errors import UserError
-from zofed.estimators import Estimate, FiniteDifference, Points, check_used
+from zofed.estimators import Estimate, FiniteDifference, Points, Split, check_used
 from zofed.journal import Entry, Genesis, genesis_chain, link
 from zofed.perturbed import CannotBatch, Loss
 from zofed.records import Dense, Guided, Record, Seeded, Skipped, Spread
@@ -136,16 +136,19 @@ class Worker:
         copies_per_pass: int,
         points: Points = "two-point",
         examples: Any = None,
+        split: Split | None = None,
     ) -> Estimate:
         """Slopes of `loss` along the seeds' directions; the weights are afterwards what they were, bit for bit.
 
         examples: one batch for every seed, handed to `loss`; None: all share the batch that `loss` holds. A loss that
-        cannot run for many copies at once is measured one direction after the other, which is said once.
+        cannot run for many copies at once is measured one direction after the other, which is said once. split:
+        measures shares of the queries in several places; None: all here.
         """
         how = FiniteDifference(self.kind, epsilon, points, copies_per_pass, self.sizes)
 
         def slopes(batched: bool) -> Estimate:
-            return self._guarded(how.slopes(loss, self.parameters, seeds, examples, batched=batched), epsilon)
+            found = how.slopes(loss, self.parameters, seeds, examples, batched=batched, split=split)
+            return self._guarded(found, epsilon)
 
         return self.batched_or_not(slopes, loss, examples)
 
