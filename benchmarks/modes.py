@@ -73,10 +73,12 @@ for optimizer, momentum in (("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0), ("mudamw
         ARMS[f"instruct {label}, q = {count}"] = (1e-2 if optimizer != "sgd" else 1.0, GUIDED | own)
 
 # Steps of a run that only tunes the rate, and the most that any run takes, where the whole length is too dear.
-TUNING, MOST = {"20M": 40}, {"20M": 300}
+TUNING, MOST = {"20M": 30}, {"20M": 300}
+FIRST = {"20M": 0.1}  # times an arm's first rate
 SIZES: dict[str, Values] = {
     "tiny": {"model": "tiny", "steps": 150, "eval-examples": 256, "scope": "full"},
-    "20M": {"model": "20M", "steps": 300, "eval-examples": 64, "scope": "full"},
+    # AdamW: MuDaMW's exact orthogonalisation of 24 matrices takes longer than a step's passes on two cores.
+    "20M": {"model": "20M", "steps": 300, "eval-examples": 64, "scope": "full", "optimizer": "adamw"},
 }
 
 
@@ -100,7 +102,9 @@ def run(out: Path, size: str, arm: str, rate: float, seed: int, *, tuning: bool 
     shared = dict(SIZES[size])
     steps = max(1, round(shared.pop("steps") * own.pop("length", 1)))
     steps = min(steps, TUNING.get(size, steps) if tuning else MOST.get(size, steps))
-    values = BACKPROP | shared | own
+    values = BACKPROP | own | shared if size == "20M" and own["mode"] in ("fo", "instruct") else BACKPROP | shared | own
+    if size == "20M" and own["mode"] == "calibrate":
+        values |= {"bp-optimizer": "adamw"}
     if "bp-optimizer" in own and own["mode"] == "calibrate":  # the zeroth-order rate is that arm's own
         values |= {"bp-learning-rate": rate, "learning-rate": 0.01, "steps": steps}
     else:
@@ -109,7 +113,7 @@ def run(out: Path, size: str, arm: str, rate: float, seed: int, *, tuning: bool 
         "dataset": str(merged(out)),
         "block-size": 64,
         "seed": seed,
-        "eval-interval": max(1, values["steps"] // 15),
+        "eval-interval": max(1, values["steps"] // (15 if size == "tiny" else 6)),
         "checkpoint-interval": 50,
         "device": "cpu",
     }
@@ -136,7 +140,7 @@ def ignore(row: Row) -> None:
 
 def tune(out: Path, size: str, arm: str) -> float:
     """The rate whose neighbours are both worse."""
-    first = ARMS[arm][0]
+    first = ARMS[arm][0] * (FIRST.get(size, 1.0) if ARMS[arm][1]["mode"] in ("fo", "instruct", "calibrate") else 1.0)
     losses: dict[int, float] = {}
 
     def loss(power: int) -> float:
