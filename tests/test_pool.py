@@ -91,9 +91,9 @@ def losses_of(out: Path) -> list[str]:
     return [row["loss"] for row in read_table(out / "metrics.csv")]
 
 
-def as_number(model: torch.nn.Module, batch: dict[str, Tensor]) -> float:
-    """An objective that gives a Python number, no float32, and cannot run for many copies at once."""
-    return float(model(**batch).loss) / 3
+def as_number(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """An objective that gives float64 and, looking at its numbers, cannot run for many copies at once."""
+    return torch.tensor(float(model(**batch).loss) / 3, dtype=torch.float64)
 
 
 WAYS: dict[str, dict[str, Any]] = {
