@@ -20,7 +20,7 @@ from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.estimators import FiniteDifference
 from zofed.perturbed import CannotBatch
-from zofed.runs import Row, RunFolder
+from zofed.runs import Row, RunFolder, read_table
 from zofed.task import Task
 
 Quick = Callable[..., Settings]
@@ -64,7 +64,7 @@ class NearPipe:
 
 @pytest.fixture
 def near(monkeypatch: pytest.MonkeyPatch) -> list[NearPipe]:
-    """Pools without processes; the pipes they made. Those whose index is in `near.refusing` cannot batch."""
+    """Pools without processes; the pipes they made. Those whose index is in `refusing` cannot batch."""
     pipes: list[NearPipe] = []
 
     def start(settings: Settings, device: str, digests: dict[str, str]) -> tuple[Any, Any]:
@@ -87,9 +87,13 @@ def records_of(out: Path) -> list[bytes]:
     return [entry.raw for entry in journal.read(RunFolder(out).journal).entries]
 
 
-def as_number(model: torch.nn.Module, batch: dict[str, Tensor]) -> float:
-    """An objective that gives a Python number, float64, and cannot run for many copies at once."""
-    return float(model(**batch).loss)
+def losses_of(out: Path) -> list[str]:
+    return [row["loss"] for row in read_table(out / "metrics.csv")]
+
+
+def as_number(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """An objective that gives float64 and, looking at its numbers, cannot run for many copies at once."""
+    return torch.tensor(float(model(**batch).loss) / 3, dtype=torch.float64)
 
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -116,6 +120,7 @@ def test_any_number_of_devices_gives_the_same_records(
         assert several["digest"] == alone["digest"] == several["replay_digest"]
         assert several["forward_passes"] == alone["forward_passes"]
         assert records_of(tmp_path / str(count)) == records_of(tmp_path / "1")
+        assert losses_of(tmp_path / str(count)) == losses_of(tmp_path / "1")
     assert len(near) == 3
     assert all(pipe.sizes for pipe in near[:2]), "the others must have had a share"
     assert len(records_of(tmp_path / "1")) == 3
@@ -157,7 +162,7 @@ def test_where_one_cannot_batch_none_does(
     quick: Quick, tmp_path: Path, near: list[NearPipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = quick(steps=2, queries=5, copies_per_pass=2, devices="cpu,cpu,cpu")
-    monkeypatch.setattr(sys.modules[__name__], "refusing", {1})
+    monkeypatch.setattr(sys.modules[__name__], "refusing", {0})
     with pytest.warns(UserWarning, match="it looks at its numbers") as told:
         several = central.train(settings, tmp_path / "several", ignore)
     assert len(told) == 1

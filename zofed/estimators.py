@@ -104,7 +104,8 @@ class FiniteDifference:
     ) -> Tensor:
         """Losses at the shifted weights of some of the queries: float32 or float64 (queries, steps), on the CPU.
 
-        To the bits that all queries together give, where `some` begins at a multiple of `together`.
+        seeds, examples: of all queries. To the bits that these give when all are asked here, where `some` begins and
+        ends at multiples of `together`, or with the last query.
         """
         seeds = seeds[some]
         own = None if examples is None else perturbed.each_tensor(examples, lambda tensor: tensor[some])
