@@ -107,6 +107,11 @@ def test_the_threshold_keeps_the_fewest_coordinates(rows: list[list[int]], energ
     assert threshold_of(guide, energy) == fewest([value * unit for row in rows for value in row], energy)
 
 
+def test_a_share_that_is_just_reached_takes_no_further_coordinate() -> None:
+    """841^2 = 840^2 + 41^2, and the two large ones lie in one bin of the histogram."""
+    assert threshold_of({"a": torch.tensor([41.0, 840.0, -841.0])}, 0.5) == 841.0
+
+
 def test_the_threshold_of_a_large_guide_lies_where_sorting_puts_it() -> None:
     tensors = {name: torch.randn(300, generator=torch.Generator().manual_seed(seed)) for seed, name in enumerate("ab")}
     for energy in (0.01, 0.81, 0.999):

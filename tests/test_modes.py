@@ -17,10 +17,11 @@ from test_law import federate, ignore, records_of
 from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from zofed import central, client, data, directions, federation, journal, metrics, schedules
+from zofed import central, client, data, directions, federation, journal, metrics, schedules, subspace
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.finish import replay_run
+from zofed.optimizers import Optimizer
 from zofed.records import Dense, Guided, Seeded
 from zofed.runs import RunFolder, read_table
 from zofed.steps import Steps, asker
@@ -199,7 +200,9 @@ def test_a_clipped_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]
         assert found == pytest.approx(min(limit, norm), rel=0.02)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"instruct_kind": "hybrid"}, {"instruct_kind": "line", "blend": False}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"instruct_kind": "hybrid"}, {"instruct_kind": "guide-only", "blend": False}]
+)
 def test_a_clipped_guided_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]) -> None:
     settings = quick(mode="instruct", queries=8, **overrides)
     plain, _, worker = steps_of(settings)
@@ -256,6 +259,18 @@ def test_a_subspace_decays_by_its_rate_and_interval_once_a_record(quick: Quick) 
     for name, old in before.items():
         expected = ends[0.0][name] - old * (0.01 * 3 * 0.25)
         assert torch.allclose(ends[0.25][name], expected, rtol=1e-5, atol=1e-7), name
+
+
+def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
+    """The weights go down the estimate, hence the coefficients are written with the sign turned."""
+    steps, _, worker = steps_of(quick(**SUBSPACE))
+    record = steps.in_subspace(1).record
+    assert isinstance(record, Seeded)
+    seeds = directions.direction_seeds(0, 1, 0, 9)[:3]
+    batches = steps._batches(steps.examples, 1, 2, 2)
+    found = subspace.trained(batches, worker.parameters, "core", seeds, 9, Optimizer("adamw"), 0.01)
+    moved = [-math.ldexp(c * record.rate / record.divisor, record.exponent) for c in record.coefficients]
+    assert moved == pytest.approx(found.coefficients, abs=2**-17 * max(map(abs, found.coefficients)))
 
 
 def test_seeds_are_fresh_in_every_round_and_mode(quick: Quick, tmp_path: Path) -> None:
