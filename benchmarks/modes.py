@@ -114,7 +114,7 @@ def run(out: Path, size: str, arm: str, rate: float, seed: int, *, tuning: bool 
         "block-size": 64,
         "seed": seed,
         "eval-interval": max(1, values["steps"] // (15 if size == "tiny" else 6)),
-        "checkpoint-interval": 50,
+        "save-interval": 50,
         "device": "cpu",
     }
     folder = (

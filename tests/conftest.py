@@ -51,7 +51,7 @@ def quick(corpus: Path) -> Callable[..., Settings]:
             "learning-rate": 0.01,
             "eval-interval": 3,
             "eval-examples": 8,
-            "checkpoint-interval": 4,
+            "save-interval": 4,
             "device": "cpu",
         }
         return config.resolve(values | {key.replace("_", "-"): value for key, value in overrides.items()})

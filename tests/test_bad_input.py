@@ -20,7 +20,7 @@ Refused = Callable[..., str]
 
 QUICK = [
     *("--steps", "3", "--rounds", "2", "--queries", "2", "--batch-size", "2", "--block-size", "16"),
-    *("--eval-examples", "4", "--checkpoint-interval", "2", "--device", "cpu"),
+    *("--eval-examples", "4", "--save-interval", "2", "--device", "cpu"),
 ]
 
 
@@ -78,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "zo": ["train"],
         "other": ["train", "--seed", "1"],
         "fo": ["train", "--mode", "fo"],
-        "bare": ["train", "--mode", "fo", "--checkpoint-interval", "0"],
+        "bare": ["train", "--mode", "fo", "--save-interval", "0"],
         "federated": ["simulate", "--clients", "2"],
     }
     for name, (command, *options) in commands.items():

@@ -30,7 +30,7 @@ from zofed.worker import Worker, update_digest
 
 Quick = Callable[..., Settings]
 
-SHORT = {"steps": 5, "checkpoint_interval": 2, "eval_examples": 4, "bp_interval": 2, "eval_interval": 5}
+SHORT = {"steps": 5, "save_interval": 2, "eval_examples": 4, "bp_interval": 2, "eval_interval": 5}
 SUBSPACE = {"mode": "subspace", "optimizer": "adamw", "subspace_size": 9, "subspace_interval": 2}
 WAYS: dict[str, dict[str, Any]] = {
     "fo": {"mode": "fo", "optimizer": "mudamw", "clip_norm": 0.5, "gradient_accumulation": 2},

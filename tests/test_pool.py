@@ -310,7 +310,7 @@ def test_no_process_outlives_the_run(corpus: Path, tmp_path: Path, ending: str) 
     run = tmp_path / "run"
     command = [sys.executable, "-c", "from zofed.cli import main; main()", "train", "--dataset", str(corpus)]
     command += ["--steps", "100000", "--queries", "4", "--copies-per-pass", "1", "--devices", "cpu,cpu,cpu"]
-    command += ["--eval-examples", "4", "--checkpoint-interval", "0", "--out", str(run)]
+    command += ["--eval-examples", "4", "--save-interval", "0", "--out", str(run)]
     command += ["--block-size", "64", "--batch-size", "256"] if ending == "killed in a pass" else ["--block-size", "16"]
     rows = 0 if ending in ("interrupted at the start", "killed in a pass") else 3
     with subprocess.Popen(

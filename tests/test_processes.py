@@ -40,7 +40,7 @@ def summary_of(folder: Path) -> dict[str, object]:
 def test_a_run_killed_again_and_again_resumes_to_the_same_weights(corpus: Path, tmp_path: Path, mode: str) -> None:
     steps = {"zo": "150", "fo": "400"}[mode]
     common = ["--mode", mode, "--dataset", str(corpus), "--steps", steps, "--queries", "4", *QUICK]
-    common += ["--checkpoint-interval", "20", "--optimizer", "adamw", "--learning-rate", "1e-3"]
+    common += ["--save-interval", "20", "--optimizer", "adamw", "--learning-rate", "1e-3"]
     run("train", *common, "--out", str(tmp_path / "whole"))
     folder = tmp_path / "killed"
     command = ["train", *common, "--out", str(folder)]
@@ -106,7 +106,7 @@ def portable_runs(corpus: Path) -> dict[str, Settings]:
         values |= {"cautious": True} if rule == "mudamw" and column % 2 else {}
         values |= {"scope": "last-1"} if kind in ("rademacher", "gaussian") or is_bfloat16 else {}  # the slow ones
         common = {"dataset": str(corpus), "block-size": 16, "batch-size": 2, "eval-examples": 8, "eval-interval": 50}
-        runs[f"{rule}-{kind}"] = config.resolve(common | {"checkpoint-interval": 0, "device": "cpu"} | values)
+        runs[f"{rule}-{kind}"] = config.resolve(common | {"save-interval": 0, "device": "cpu"} | values)
     return runs
 
 

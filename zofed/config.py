@@ -153,7 +153,7 @@ class Settings(BaseModel):
     eval_interval: int = Field(20, ge=1, description="steps or rounds between evaluations on the held-out part")
     eval_examples: int = Field(256, ge=1, description="held-out examples each evaluation reads, at most")
     eval_dataset: str = Field("", description="evaluate on this data set; empty: on the held-out part")
-    checkpoint_interval: int = Field(50, ge=0, description="steps between checkpoints; 0: none (a zo run needs none)")
+    save_interval: int = Field(50, ge=0, description="steps between checkpoints; 0: none (a zo run needs none)")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints that stay")
     keep_best: bool = Field(False, description="also keep the weights with the lowest held-out loss: zofed eval --best")
     keep_gradients: bool = Field(
@@ -250,7 +250,7 @@ def unknown(name: str, known: list[str], what: str) -> str:
 FREE_ON_RESUME = (
     "model", "revision", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device",
     "eval-interval", "eval-examples", "eval-dataset", "epochs", "max-forward-equivalents", "max-seconds", "max-tokens",
-    "checkpoint-interval", "keep-checkpoints", "keep-best", "controls", "out", "bp-dataset", "devices",
+    "save-interval", "keep-checkpoints", "keep-best", "controls", "out", "bp-dataset", "devices",
 )  # fmt: skip
 
 

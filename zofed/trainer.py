@@ -215,7 +215,7 @@ class Trainer:
         return row | totals.columns()
 
     def _save_checkpoint(self, round_: int, is_last: bool) -> None:
-        interval = self.settings.checkpoint_interval
+        interval = self.settings.save_interval
         if not interval or (round_ % interval and not (is_last and self.settings.mode in NEEDS_CHECKPOINTS)):
             return
         worker = self.worker
