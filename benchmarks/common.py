@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from zofed import models
+from zofed import models, scopes
 from zofed.optimizers import Optimizer
 from zofed.worker import Worker, make_genesis
 
@@ -29,7 +29,7 @@ def plain_gpt2(size: str, device: str = "cpu") -> GPT2LMHeadModel:
 
 def worker_of(model: nn.Module, kind: str = "rank1", scope: str = "full", optimizer: Optimizer | None = None) -> Worker:
     """The model as zofed trains it."""
-    names = models.trainable_names(model, scope)
+    names = scopes.trainable_names(model, scope)
     return Worker(model, make_genesis(model, {}, names, seed=1, kind=kind, optimizer=optimizer or Optimizer("sgd")))
 
 

@@ -7,9 +7,9 @@ import torch
 
 from benchmarks import common, query
 from zofed.journal import link
-from zofed.models import inner_matrices
 from zofed.optimizers import Optimizer
 from zofed.records import Seeded
+from zofed.scopes import inner_matrices
 from zofed.worker import Worker, weights_digest
 
 KINDS = ("rank1", "rank4", "rademacher", "gaussian")

@@ -29,8 +29,8 @@ from zofed.directions import Kind, direction
 from zofed.errors import UserError
 from zofed.estimators import Estimate, FiniteDifference, Parameters, Points
 from zofed.logits import DEFER_FROM
-from zofed.models import trainable_names
 from zofed.optimizers import Optimizer
+from zofed.scopes import trainable_names
 from zofed.worker import Worker, make_genesis, named_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")

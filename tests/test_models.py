@@ -25,7 +25,8 @@ from transformers import (
 
 from zofed import config, data, models
 from zofed.errors import UserError
-from zofed.models import create_model, describe, rebuild, trainable_names, true_count
+from zofed.models import create_model, describe, rebuild, true_count
+from zofed.scopes import trainable_names
 from zofed.worker import weights_digest
 
 VOCABULARY = 512

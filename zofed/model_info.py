@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from zofed import config, data, footprint, hub, models
+from zofed import config, data, footprint, hub, models, scopes
 from zofed.classifier import PooledClassifier
 from zofed.config import Settings
 from zofed.errors import UserError
@@ -74,12 +74,12 @@ def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> M
     by_scope = {}
     for scope in SCOPES:
         try:
-            names = models.trainable_names(outline, scope)
+            names = scopes.trainable_names(outline, scope)
         except UserError:  # this model has nothing of the kind
             continue
         by_scope[scope] = sum(parameters[name].numel() for name in names)
-    trainable = models.trainable_names(outline, settings.scope)
-    matrices = models.inner_matrices(outline, trainable) if settings.optimizer == "mudamw" else []
+    trainable = scopes.trainable_names(outline, settings.scope)
+    matrices = scopes.inner_matrices(outline, trainable) if settings.optimizer == "mudamw" else []
     return ModelInfo(
         name=settings.model,
         revision=settings.revision,

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zofed import classifier, config, data, documents, metrics, models, subsets, tokenizers, worker
+from zofed import classifier, config, data, documents, metrics, models, scopes, subsets, tokenizers, worker
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
@@ -180,8 +180,8 @@ class Task:
 
 def worker_of(settings: Settings, model: models.Model) -> Worker:
     """A replica of a model at its base weights, with the genesis that the settings give it, on their device."""
-    names = models.trainable_names(model, settings.scope)
-    matrices = frozenset(models.inner_matrices(model, names))
+    names = scopes.trainable_names(model, settings.scope)
+    matrices = frozenset(scopes.inner_matrices(model, names))
 
     def rule(name: Literal["sgd", "adamw", "mudamw"]) -> Optimizer:
         orthogonal = matrices if name == "mudamw" else frozenset[str]()
@@ -269,8 +269,6 @@ def prepare_process(threads: int) -> None:
     keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    # A warning for which GPT-2 looks for padding in the input, which copies with examples of their own cannot.
-    transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask = lambda *_: None  # type: ignore[method-assign]
 
 
 def device(settings: Settings) -> torch.device:
