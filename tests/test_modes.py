@@ -200,9 +200,7 @@ def test_a_clipped_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]
         assert found == pytest.approx(min(limit, norm), rel=0.02)
 
 
-@pytest.mark.parametrize(
-    "overrides", [{}, {"instruct_kind": "hybrid"}, {"instruct_kind": "guide-only", "blend": False}]
-)
+@pytest.mark.parametrize("overrides", [{}, {"instruct_kind": "hybrid"}, {"blend": False}])
 def test_a_clipped_guided_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]) -> None:
     settings = quick(mode="instruct", queries=8, **overrides)
     plain, _, worker = steps_of(settings)
