@@ -219,6 +219,8 @@ def _clashes(settings: Settings) -> list[str]:
         if settings.dtype == "bfloat16":
             found.append("mode = 'instruct' shifts weights by less than bfloat16 can hold: set dtype to float32")
     if settings.mode == "subspace":
+        if settings.clip_norm:
+            found.append(f"clip-norm = {settings.clip_norm:g}: a subspace has no gradient to clip; leave it out")
         side = math.isqrt(settings.subspace_size)
         if settings.subspace_variant == "core" and side * side != settings.subspace_size:
             found.append(

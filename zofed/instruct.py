@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zofed import directions, perturbed
+from zofed.errors import UserError
 from zofed.estimators import (
     FiniteDifference,
     Parameters,
@@ -92,7 +93,7 @@ class Found:
 def on_grid(gradient: Mapping[str, Tensor]) -> Update:
     """The gradient as a guide: of each tensor 15-bit integers times a power of two, as float32.
 
-    Raises ValueError when an entry is not finite or all are zero.
+    Raises ValueError when an entry is not finite, UserError when all are zero.
     """
     guide: Update = {}
     for name, tensor in gradient.items():
@@ -103,7 +104,9 @@ def on_grid(gradient: Mapping[str, Tensor]) -> Update:
         step = 2.0 ** max(math.frexp(peak)[1] - GUIDE_BITS, -126) if peak else 1.0
         guide[name] = (value * (1.0 / step)).round_().mul_(step)
     if not any(bool(tensor.any()) for tensor in guide.values()):
-        raise ValueError("the gradient is zero everywhere: it shapes no direction")
+        raise UserError(
+            "the backprop gradient is zero everywhere and shapes no direction: set mode to zo, or scope wider"
+        )
     return guide
 
 

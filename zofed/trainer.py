@@ -145,6 +145,8 @@ class Trainer:
                 norm = self.worker.apply(self.journal.append(step.record), step.update)
                 self._account(table, totals, step, norm, total)
                 del step
+            if not (self.folder.path / "checkpoints" / f"{_name(self.worker.round)}.safetensors").exists():
+                self._save_checkpoint(self.worker.round, True)  # killed between the last line and its checkpoint
         finally:
             table.close()
         totals.stopped_by = totals.spent(self.settings) if self.worker.round < total else ""
@@ -222,7 +224,12 @@ class Trainer:
         tensors = {f"weight/{name}": tensor for name, tensor in worker.parameters.items()}
         tensors |= {f"state/{key}": tensor for key, tensor in worker.state_dict().items()}
         facts = {"round": round_, "head": worker.head.hex()}
-        self.folder.save_checkpoint(f"step-{round_:08d}", tensors, facts, self.settings.keep_checkpoints)
+        self.folder.save_checkpoint(_name(round_), tensors, facts, self.settings.keep_checkpoints)
+
+
+def _name(round_: int) -> str:
+    """Name of the checkpoint of a round."""
+    return f"step-{round_:08d}"
 
 
 def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest: int) -> None:
