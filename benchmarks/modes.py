@@ -62,7 +62,7 @@ ARMS: dict[str, tuple[float, Values]] = {
         },
     ),
     "zo": (1e-2, {"mode": "zo", "queries": 64, "batch-size": 4, "optimizer": "sgd"}),
-    "subspace": (3e-4, {"mode": "subspace", "optimizer": "adamw", "subspace-interval": 16, "length": 1 / 16}),
+    "subspace": (1e-2, {"mode": "subspace", "optimizer": "adamw", "subspace-interval": 16, "length": 1 / 16}),
 }
 for optimizer, momentum in (("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0), ("mudamw", 0.0)):
     label = "momentum" if momentum else optimizer

@@ -87,7 +87,8 @@ def test_other_modes_are_made_of_the_same_parts() -> None:
     found = zofed.get_model_info("tiny", optimizer="adamw", batch_size=2).memory
     weights = 4 * 141_056
     assert {mode: memory.state for mode, memory in found.items()} == dict.fromkeys(found, 2 * weights) | {
-        "calibrate": 4 * weights
+        "calibrate": 4 * weights,
+        "subspace": 0,
     }
     assert found["calibrate"].step == max(found["zo"].step, found["fo"].step)
     assert found["instruct"].step == max(found["fo"].step, found["zo"].step + 2 * weights)
@@ -163,7 +164,7 @@ def test_a_sound_run_is_green_and_nothing_is_written(
     status, out, errors = zofed_command("check", "--all-modes", *given)
     assert (status, errors) == (0, "")
     assert list(tmp_path.iterdir()) == []
-    told = {line[5:17].strip() for line in out.splitlines()[:-1]}
+    told = {line[5:21].strip() for line in out.splitlines()[:-1]}
     assert told >= {"versions", "device", "out", "tokenizer", "data", "model", "memory", "federation"}
     assert told >= {f"{what} {mode}" for what in ("step", "time") for mode in check.TRAINABLE_MODES}
     assert "fix" not in {line[:3] for line in out.splitlines()}

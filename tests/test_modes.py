@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 from zofed import central, client, data, directions, federation, journal, metrics, schedules, subspace
-from zofed.config import Settings
+from zofed.config import WITH_BACKPROP, Settings
 from zofed.errors import UserError
 from zofed.finish import replay_run
 from zofed.optimizers import Optimizer
@@ -154,7 +154,9 @@ def steps_of(settings: Settings) -> tuple[Steps, Task, Worker]:
     prepare_process(1)
     task = Task.load(settings)
     worker = task.worker()
-    return Steps(task, worker, task.shard(0, 1), settings.steps), task, worker
+    examples = task.shard(0, 1)
+    own = task.backprop_examples if settings.mode in WITH_BACKPROP else examples
+    return Steps(settings, worker, examples, settings.steps, own, None), task, worker
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(quick: Quick) -> None:
@@ -220,7 +222,7 @@ def test_calibrate_keeps_two_optimizers_apart(quick: Quick) -> None:
         mode="calibrate", bp_interval=2, momentum=0.5, bp_optimizer="adamw", bp_learning_rate=1e-3, normalise=False
     )
     steps, task, worker = steps_of(settings)
-    ask = asker(task, worker, steps.examples, 6)
+    ask = asker(task.settings, worker, steps.examples, 6, steps.backprop_examples)
     name = next(iter(worker.parameters))
     weight = worker.parameters[name].detach().double().clone()
     velocity, mean, square = torch.zeros_like(weight), torch.zeros_like(weight), torch.zeros_like(weight)
@@ -760,7 +762,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(metrics, "loss_of", spoiling)
-        with pytest.raises(UserError, match="the loss of step 4 is not finite") as stopped:
+        with pytest.raises(UserError, match="the loss of step 4 .seed 0. is not finite") as stopped:
             central.train(settings, tmp_path / "run", spoil)
     assert "\n" not in str(stopped.value)
     assert RunFolder(tmp_path / "run").summary()["status"] == "failed"

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from zofed import directions, perturbed, subspace
 from zofed.directions import tensor_id
+from zofed.estimators import exact_slopes
 from zofed.journal import link
 from zofed.optimizers import Optimizer
 from zofed.perturbed import along
@@ -185,7 +186,7 @@ def test_coefficients_are_those_of_adam_on_weights_written_out(kind: str, sizes:
         losses.append(float(loss))
         return torch.autograd.grad(loss, variable)[0]
 
-    expected = adam(gradient, 4, size, 0.01)
+    expected = adam(gradient, 4, size, 0.01 / math.sqrt(size))
     assert list(found.coefficients) == pytest.approx(expected.tolist(), rel=1e-3, abs=2e-6)
     assert found.loss == pytest.approx(sum(losses) / 4, rel=1e-5)
 
@@ -260,3 +261,14 @@ def test_a_pass_along_a_core_leaves_the_weights_out_of_the_graph() -> None:
         value = perturbed.along(loss_of(model), parameters, "core", SEEDS, torch.zeros(9, requires_grad=True))
         value.backward()
     assert all(parameter.grad is None for parameter in parameters.values())
+
+
+def test_rates_are_those_of_the_weights() -> None:
+    """With SGD one pass is a zeroth-order step along exact slopes; with AdamW the weights move by the rate."""
+    model = Odd()
+    parameters = dict(named_parameters(model))
+    slopes = exact_slopes(loss_of(model), parameters, "rank1", SEEDS[:3])
+    found = subspace.trained([loss_of(model)], parameters, "rank1", SEEDS[:3], 3, Optimizer("sgd"), 0.3)
+    assert found.coefficients == pytest.approx([-0.3 / 3 * slope for slope in slopes], rel=1e-5)
+    found = subspace.trained([loss_of(model)], parameters, "rank1", SEEDS[:3], 3, Optimizer("adamw"), 0.3)
+    assert math.fsum(value * value for value in found.coefficients) ** 0.5 == pytest.approx(0.3, rel=1e-4)

@@ -95,7 +95,8 @@ class PooledClassifier(nn.Module):
             assert input_ids is not None and attention_mask is not None
             features = self.pool(input_ids, attention_mask)
         logits = self.classifier(features.to(self.classifier.weight.dtype))
-        return Output(F.cross_entropy(logits.float(), labels), logits)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return Output(F.cross_entropy(exact, labels), logits)
 
     def may_train(self, scope: str) -> dict[str, nn.Parameter]:
         """The parameters a scope chooses from: those of the linear layer where the encoder is frozen, else all used.

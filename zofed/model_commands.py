@@ -84,7 +84,7 @@ def check(
 
     faults = []
     for line in checks.check(settings, checks.TRAINABLE_MODES if all_modes else (settings.mode,)):
-        console.print(f"{line.verdict:5}{line.what:12}{line.told}", markup=False)
+        console.print(f"{line.verdict:5}{line.what:16}{line.told}", markup=False)
         faults += [line.what] if line.verdict == "fix" else []
     if faults:
         raise UserError(f"{len(faults)} to fix before this run, each told above with its remedy: {', '.join(faults)}")

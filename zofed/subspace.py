@@ -39,12 +39,12 @@ def trained(
 ) -> Trained:
     """Train `size` coefficients from zero, one step of the optimizer for each loss (a batch of its own each).
 
-    kind: rankR with one seed a coefficient, or core with their square root. The weights are neither moved nor asked
+    rate: as for the weights themselves, see `coefficient_rate`. kind: rankR with one seed a coefficient, or core with their square root. The weights are neither moved nor asked
     for gradients. Raises ValueError when a loss is not finite.
     """
     device = next(iter(parameters.values())).device
     coefficients = torch.zeros(size, device=device)
-    side = len(seeds) if kind == "core" else 1
+    side, own_rate = len(seeds) if kind == "core" else 1, coefficient_rate(optimizer, rate, size)
     met = []
     with frozen(parameters):
         for step, loss in enumerate(losses):
@@ -58,8 +58,17 @@ def trained(
             with torch.no_grad():
                 view, change = coefficients.view(side, -1), gradient.to(torch.float32).view(side, -1)
                 state = optimizer.moments(NAME, view)
-                optimizer.move(NAME, view, change, state, rate, optimizer.begin_step())
+                optimizer.move(NAME, view, change, state, own_rate, optimizer.begin_step())
     return Trained(tuple(coefficients.tolist()), math.fsum(met) / len(met))
+
+
+def coefficient_rate(optimizer: Optimizer, rate: float, size: int) -> float:
+    """The rate of `size` coefficients that moves the weights as `rate` would.
+
+    Of SGD by the mean over the directions of slope * direction, an estimate of the gradient; of the others by a root
+    mean square of `rate`, every direction's entries having mean square 1.
+    """
+    return rate / size if optimizer.name == "sgd" else rate / math.sqrt(size)
 
 
 @contextmanager

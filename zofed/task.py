@@ -45,11 +45,13 @@ class Task:
         """Read tokenizer and documents. Raises UserError for what is missing or unusable."""
         classifier.check(settings)
         tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
-        return cls.of(settings, tokenizer, _documents(settings, settings.dataset))
+        return cls.of(settings, tokenizer, data.load_documents(settings.dataset))
 
     @classmethod
     def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, found: list[Document]) -> "Task":
         """A task whose tokenizer and documents were read already. Raises UserError for what is unusable."""
+        if settings.task == "classification":
+            _check_labels(found, settings.dataset)
         if settings.eval_dataset:
             train, held_out = found, _documents(settings, settings.eval_dataset)
         else:
