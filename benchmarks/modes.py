@@ -73,7 +73,7 @@ for optimizer, momentum in (("sgd", 0.0), ("sgd", 0.9), ("adamw", 0.0), ("mudamw
         ARMS[f"instruct {label}, q = {count}"] = (1e-2 if optimizer != "sgd" else 1.0, GUIDED | own)
 
 # Steps of a run that only tunes the rate, and the most that any run takes, where the whole length is too dear.
-TUNING, MOST = {"20M": 30}, {"20M": 300}
+TUNING, MOST = {"20M": 15}, {"20M": 100}
 FIRST = {"20M": 0.1}  # times an arm's first rate
 SIZES: dict[str, Values] = {
     "tiny": {"model": "tiny", "steps": 150, "eval-examples": 256, "scope": "full"},
@@ -103,6 +103,8 @@ def run(out: Path, size: str, arm: str, rate: float, seed: int, *, tuning: bool 
     steps = max(1, round(shared.pop("steps") * own.pop("length", 1)))
     steps = min(steps, TUNING.get(size, steps) if tuning else MOST.get(size, steps))
     values = BACKPROP | own | shared if size == "20M" and own["mode"] in ("fo", "instruct") else BACKPROP | shared | own
+    if size == "20M" and own["mode"] == "zo":
+        values |= {"queries": 16}
     if size == "20M" and own["mode"] == "calibrate":
         values |= {"bp-optimizer": "adamw"}
     if "bp-optimizer" in own and own["mode"] == "calibrate":  # the zeroth-order rate is that arm's own

@@ -39,8 +39,9 @@ def trained(
 ) -> Trained:
     """Train `size` coefficients from zero, one step of the optimizer for each loss (a batch of its own each).
 
-    rate: as for the weights themselves, see `coefficient_rate`. kind: rankR with one seed a coefficient, or core with their square root. The weights are neither moved nor asked
-    for gradients. Raises ValueError when a loss is not finite.
+    kind: rankR with one seed a coefficient, or core with their square root. rate: as for the weights themselves, see
+    `coefficient_rate`. The weights are neither moved nor asked for gradients. Raises ValueError when a loss is not
+    finite.
     """
     device = next(iter(parameters.values())).device
     coefficients = torch.zeros(size, device=device)
