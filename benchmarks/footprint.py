@@ -28,7 +28,7 @@ GIVE_BACK = str(2**20)  # bytes from which a block is the system's own and retur
 def options(size: str, mode: str, optimizer: str, examples: int, tokens: int) -> dict[str, Any]:
     """Settings of a cell, everything else as it comes."""
     shape = {"batch-size": examples, "block-size": tokens}
-    return {"model": size, "mode": mode, "optimizer": optimizer, "queries": QUERIES, **shape}
+    return {"model": size, "mode": mode, "optimizer": optimizer, "queries": QUERIES, "bp-interval": STEPS, **shape}
 
 
 def measure(given: dict[str, Any]) -> int:

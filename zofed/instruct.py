@@ -30,6 +30,7 @@ from zofed.records import Guided, Seeded, to_integers
 from zofed.worker import Update, Worker, tensors_digest
 
 GUIDE_BITS = 15
+BLOCK = 2**18  # entries that are worked on together
 ARMS = ("guide-only", "line")  # instruct kinds that tell what the noise adds to the guide
 
 
@@ -93,7 +94,8 @@ class Found:
 def on_grid(gradient: Mapping[str, Tensor]) -> Update:
     """The gradient as a guide: of each tensor 15-bit integers times a power of two, as float32.
 
-    Raises ValueError when an entry is not finite, UserError when all are zero.
+    A float32 gradient is overwritten, so that no second one is held. Raises ValueError when an entry is not finite,
+    UserError when all are zero.
     """
     guide: Update = {}
     for name, tensor in gradient.items():
@@ -102,12 +104,18 @@ def on_grid(gradient: Mapping[str, Tensor]) -> Update:
         if not math.isfinite(peak):
             raise ValueError(f"the gradient of {name} is not finite")
         step = 2.0 ** max(math.frexp(peak)[1] - GUIDE_BITS, -126) if peak else 1.0
-        guide[name] = (value * (1.0 / step)).round_().mul_(step)
+        guide[name] = value.mul_(1.0 / step).round_().mul_(step)
     if not any(bool(tensor.any()) for tensor in guide.values()):
         raise UserError(
             "the backprop gradient is zero everywhere and shapes no direction: set mode to zo, or scope wider"
         )
     return guide
+
+
+def _pieces(guide: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """All entries, a block at a time: what is computed from them in float64 would be several guides large."""
+    for tensor in guide.values():
+        yield from tensor.flatten().split(BLOCK)
 
 
 def threshold_of(guide: Mapping[str, Tensor], energy: float) -> float:
@@ -117,16 +125,14 @@ def threshold_of(guide: Mapping[str, Tensor], energy: float) -> float:
     size: a histogram over their upper half finds the bin in which t lies, and only that bin is sorted.
     """
     sums = torch.zeros(2**15, dtype=torch.float64)
-    for tensor in guide.values():
-        size = tensor.abs().flatten()
-        sums += torch.bincount((size.view(torch.int32) >> 16).cpu(), size.double().square_().cpu(), minlength=2**15)
+    for piece in _pieces(guide):
+        size = piece.abs().cpu()
+        sums += torch.bincount(size.view(torch.int32) >> 16, size.double().square_(), minlength=2**15)
     above = sums.flip(0).cumsum(0).flip(0)  # energy of each bin and all larger ones
     wanted = energy * float(above[0])
     last = int((above >= wanted).sum()) - 1
-    inside = [
-        size[size.view(torch.int32) >> 16 == last] for size in (tensor.abs().flatten() for tensor in guide.values())
-    ]
-    ordered = torch.cat([size.cpu() for size in inside]).sort(descending=True).values
+    sizes = (piece.abs().cpu() for piece in _pieces(guide))
+    ordered = torch.cat([size[size.view(torch.int32) >> 16 == last] for size in sizes]).sort(descending=True).values
     reached = (float(above[last]) - float(sums[last])) + ordered.double().square().cumsum(0)
     return float(ordered[min(int((reached < wanted).sum()), len(ordered) - 1)])
 
@@ -138,9 +144,9 @@ def guidance(guide: Update, shape: Shape) -> Guidance:
     threshold = 0.0 if bends else threshold_of(guide, shape.cosine_target**2)
     square = kept_square = 0.0
     kept_count = 0
-    for tensor in guide.values():
-        keeps = tensor.abs() >= threshold
-        squares = tensor.double().square_()
+    for piece in _pieces(guide):
+        keeps = piece.abs() >= threshold
+        squares = piece.double().square_()
         square += float(squares.sum())
         kept_square += float((squares * keeps).sum())
         kept_count += int(keeps.sum())
@@ -259,8 +265,11 @@ def _guide_written(worker: Worker, own: Guidance, length: float) -> Iterator[Non
 def _write(parameters: Parameters, saved: Parameters, own: Guidance, length: float) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
-            guide = own.guide[name]
-            torch.add(saved[name], (guide * (guide.abs() >= own.threshold)).mul_(length), out=parameter)
+            tensors = (own.guide[name], saved[name], parameter.detach())
+            rows = max(1, BLOCK // max(1, math.prod(parameter.shape[1:])))
+            pieces = ((tensor if tensor.dim() else tensor.view(1)).split(rows) for tensor in tensors)
+            for guide, before, now in zip(*pieces, strict=True):
+                torch.add(before, (guide * (guide.abs() >= own.threshold)).mul_(length), out=now)
 
 
 def _side(

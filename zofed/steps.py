@@ -100,7 +100,6 @@ class Steps:
         settings = self.settings
         gradient, backprop_loss = self._gradient(round_)
         guide = instruct.on_grid(gradient)
-        del gradient
         plan = federation.plan_for(settings, self.worker, self.worker.head, (), client=0)
         loss, own_examples = federation.query_loss(self.worker, self.examples, plan)
         found, guidance = instruct.guided(
