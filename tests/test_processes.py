@@ -92,11 +92,22 @@ RULES = {
     "mudamw": {"optimizer": "mudamw", "weight-decay": 0.01, "learning-rate": 1e-3},
 }
 DIRECTIONS = ("rank1", "rank4", "rademacher", "gaussian")
+# What backpropagation found is kept in files, and moves the weights portably like any record.
+MODES = {
+    "hybrid": {"mode": "instruct", "instruct-kind": "hybrid", "bp-interval": 2, **RULES["adamw"], "scope": "last-1"},
+    "hybrid-rank1": {"mode": "instruct", "bp-interval": 3, **RULES["mudamw"], "zo-data": "per-query"},
+    "cosine": {"mode": "instruct", "instruct-kind": "cosine", "instruct-weighting": "unbiased", **RULES["momentum"]},
+    "calibrate": {"mode": "calibrate", "bp-interval": 3, "bp-optimizer": "mudamw", "bp-learning-rate": 1e-3},
+    "first order": {"mode": "fo", **RULES["adamw"]},
+    "core": {"mode": "subspace", "subspace-size": 64, "subspace-interval": 2, "optimizer": "adamw"},
+    "core in bfloat16": {"mode": "subspace", "subspace-size": 64, "subspace-interval": 2, "dtype": "bfloat16"},
+    "diagonal": {"mode": "subspace", "subspace-variant": "diagonal", "subspace-size": 9, "subspace-interval": 2},
+}
 
 
 def portable_runs(corpus: Path) -> dict[str, Settings]:
     """Fifty steps of every rule along every kind, each pair with one of the two types of weights, half of them with
-    normalised steps and sizes of tensors, so that every two of these choices meet."""
+    normalised steps and sizes of tensors, so that every two of these choices meet; and of every mode."""
     runs: dict[str, Settings] = {}
     for (row, (rule, values)), (column, kind) in itertools.product(enumerate(RULES.items()), enumerate(DIRECTIONS)):
         is_bfloat16, is_normalised = (row + column) % 2 == 1, (row // 2 + column // 2) % 2 == 1
@@ -105,9 +116,11 @@ def portable_runs(corpus: Path) -> dict[str, Settings]:
         values |= {"normalise": True, "direction-sizes": "rms"} if is_normalised else {}
         values |= {"cautious": True} if rule == "mudamw" and column % 2 else {}
         values |= {"scope": "last-1"} if kind in ("rademacher", "gaussian") or is_bfloat16 else {}  # the slow ones
-        common = {"dataset": str(corpus), "block-size": 16, "batch-size": 2, "eval-examples": 8, "eval-interval": 50}
-        runs[f"{rule}-{kind}"] = config.resolve(common | {"save-interval": 0, "device": "cpu"} | values)
-    return runs
+        runs[f"{rule}-{kind}"] = config.resolve(values)
+    runs |= {name: config.resolve(values | {"keep-gradients": True, "queries": 3}) for name, values in MODES.items()}
+    common = {"dataset": str(corpus), "block_size": 16, "batch_size": 2, "eval_examples": 8, "eval_interval": 50}
+    common |= {"save_interval": 0, "device": "cpu", "steps": 50}
+    return {name: settings.model_copy(update=common) for name, settings in runs.items()}
 
 
 def test_fifty_steps_replay_to_one_digest_on_every_kind_of_machine(corpus: Path, tmp_path: Path) -> None:
@@ -120,7 +133,7 @@ def test_fifty_steps_replay_to_one_digest_on_every_kind_of_machine(corpus: Path,
     quiet = {"OMP_WAIT_POLICY": "passive"}  # two threads that spin on shared cores take ten times as long
     for machine in MACHINES:
         command = [sys.executable, "-c", REPLAY, *(str(tmp_path / name) for name in runs)]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | machine | quiet)
+        told = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | machine | quiet)
         assert told.stdout.splitlines() == expected, f"{machine}: {told.stdout}{told.stderr}"
 
 
