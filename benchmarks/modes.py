@@ -96,6 +96,11 @@ def merged(out: Path) -> Path:
     return path
 
 
+def _folder(out: Path, size: str, arm: str) -> Path:
+    """Where the runs of an arm lie."""
+    return out / size / arm.translate(str.maketrans(" ", "_", ":,="))
+
+
 def run(out: Path, size: str, arm: str, rate: float, seed: int, *, tuning: bool = False) -> float:
     """Final held-out loss of one run; infinite where it diverged. tuning: a run that only tells which rate is good."""
     own = dict(ARMS[arm][1])
@@ -119,9 +124,7 @@ def run(out: Path, size: str, arm: str, rate: float, seed: int, *, tuning: bool 
         "save-interval": 50,
         "device": "cpu",
     }
-    folder = (
-        out / size / arm.replace(" ", "_").replace(":", "").replace(",", "").replace("=", "") / f"{rate:.3g}-{seed}"
-    )
+    folder = _folder(out, size, arm) / f"{rate:.3g}-{'tuning' if tuning else seed}"
     try:
         if (folder / "journal.zofed").exists():
             if RunFolder(folder).summary().get("status") == "failed":
@@ -176,7 +179,7 @@ def report(out: Path) -> None:
         print("| arm | rate | held-out loss | seeds | backward passes | forward-equivalents | seconds |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for arm, rate in found.items():
-            stem = out / size / arm.replace(" ", "_").replace(":", "").replace(",", "").replace("=", "")
+            stem = _folder(out, size, arm)
             folders = [RunFolder(path) for path in sorted(stem.glob(f"{rate:.3g}-[0-9]*"))]
             done = [(f.path.name.split("-")[-1], f.summary()) for f in folders if f.summary().get("digest")]
             reported = [summary for seed, summary in done if seed != "tuning"]
@@ -207,7 +210,7 @@ def draw(out: Path, size: str, found: dict[str, float]) -> None:
     figure, panels = plt.subplots(1, 3, figsize=(16, 5), sharey=True)
     styles = ["-", "--", "-.", ":"]
     for index, arm in enumerate(name for name in SHOWN if name in found):
-        stem = out / size / arm.replace(" ", "_").replace(":", "").replace(",", "").replace("=", "")
+        stem = _folder(out, size, arm)
         tables = [read_table(path / "metrics.csv") for path in sorted(stem.glob(f"{found[arm]:.3g}-[0-9]*"))]
         rows = [[row for row in table if row["eval_loss"]] for table in tables]
         length = min(map(len, rows), default=0)
