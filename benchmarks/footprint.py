@@ -21,14 +21,14 @@ SIZES = ("20M", "200M")
 MODES = ("zo", "fo", "instruct", "calibrate", "subspace")
 SHAPES = ((4, 64), (8, 128))
 OPTIMIZERS = ("sgd", "adamw")
-STEPS, QUERIES = 2, 8
+STEPS, QUERIES, INTERVAL = 4, 8, 2
 GIVE_BACK = str(2**20)  # bytes from which a block is the system's own and returns to it when freed
 
 
 def options(size: str, mode: str, optimizer: str, examples: int, tokens: int) -> dict[str, Any]:
     """Settings of a cell, everything else as it comes."""
     shape = {"batch-size": examples, "block-size": tokens}
-    return {"model": size, "mode": mode, "optimizer": optimizer, "queries": QUERIES, "bp-interval": STEPS, **shape}
+    return {"model": size, "mode": mode, "optimizer": optimizer, "queries": QUERIES, "bp-interval": INTERVAL, **shape}
 
 
 def measure(given: dict[str, Any]) -> int:

@@ -88,6 +88,7 @@ def test_other_modes_are_made_of_the_same_parts() -> None:
     weights = 4 * 141_056
     assert {mode: memory.state for mode, memory in found.items()} == dict.fromkeys(found, 2 * weights) | {
         "calibrate": 4 * weights,
+        "instruct": 4 * weights,
         "subspace": 0,
     }
     assert found["calibrate"].step == max(found["zo"].step, found["fo"].step)

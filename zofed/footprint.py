@@ -55,7 +55,8 @@ def footprints(
 
     zo          W + S + max(F, M); directions that are written into the weights need a copy of what trains as well
     fo          W + S + max(B, G + M)
-    instruct    as fo, or as zo with a saved copy of what trains and a gradient as guide, whichever takes more
+    instruct    as fo, or as zo with a saved copy of what trains and a gradient as guide, whichever takes more; 2 S where
+                plain steps come between the guided ones
     calibrate   W + 2 S + the larger step of the two: an optimizer for either kind of step
     subspace    W + max(backpropagation to the subspace's coefficients, M): no gradient of weights, no state for them
     """
@@ -93,7 +94,9 @@ def footprints(
             "calibrate": lambda: max(backward(), forward()),
             "subspace": lambda: max(peak_bytes(_subspace(loss, parameters, settings)), move),
         }
-        states = {mode: state * {"calibrate": 2, "subspace": 0}.get(mode, 1) for mode in modes}
+        guided = 2 if settings.bp_interval > 1 else 1
+        times = {"calibrate": 2, "instruct": guided, "subspace": 0}
+        states = {mode: state * times.get(mode, 1) for mode in modes}
         return {mode: Footprint(whole, states[mode], steps[mode](), evaluation) for mode in modes}
 
 
