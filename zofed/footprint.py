@@ -55,8 +55,8 @@ def footprints(
 
     zo          W + S + max(F, M); directions that are written into the weights need a copy of what trains as well
     fo          W + S + max(B, G + M)
-    instruct    as fo, or as zo with a saved copy of what trains and a gradient as guide, whichever takes more; 2 S where
-                plain steps come between the guided ones
+    instruct    as fo, or as zo with a saved copy of what trains and a gradient as guide, whichever takes more, with 2 S
+                where plain steps come between the guided ones
     calibrate   W + 2 S + the larger step of the two: an optimizer for either kind of step
     subspace    W + max(backpropagation to the subspace's coefficients, M): no gradient of weights, no state for them
     """
