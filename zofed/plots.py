@@ -28,7 +28,10 @@ def read_metrics(folder: RunFolder) -> pd.DataFrame:
         table = pd.read_csv(path)
     except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise UserError(f"cannot read {path}: {error}; give the folder of a run") from error
-    return table.rename(columns={"forward_equivalents": "forward-equivalents"})
+    table = table.rename(columns={"forward_equivalents": "forward-equivalents"})
+    if missing := [axis for axis in AXES if axis not in table]:
+        raise UserError(f"{path} has no column {missing[0]}: another version of zofed wrote it, which can draw it")
+    return table
 
 
 def plot_loss(folder: RunFolder, baselines: Mapping[str, float]) -> Path:
