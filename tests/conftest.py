@@ -1,6 +1,8 @@
 """What tests share: a tiny corpus on disk, quick settings, a cache of their own."""
 
 import json
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from zofed import config, documents
+from zofed import cli, config, documents
 from zofed.config import Settings
 
 
@@ -57,3 +59,25 @@ def quick(corpus: Path) -> Callable[..., Settings]:
         return config.resolve(values | {key.replace("_", "-"): value for key, value in overrides.items()})
 
     return make
+
+
+@pytest.fixture
+def zofed_command(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """The command itself, in this process: status, standard output and standard error."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["zofed", *map(str, arguments)])
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else 0
+        out, errors = capfd.readouterr()
+        return status, out, errors
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)

@@ -2,9 +2,8 @@
 
 import json
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +24,8 @@ QUICK = [
 
 
 @pytest.fixture
-def zofed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Zofed]:
-    """The command itself, in this process: status, standard output and standard error."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["zofed", *map(str, arguments)])
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 0
-        out, errors = capfd.readouterr()
-        return status, out, errors
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+def zofed(zofed_command: Zofed) -> Zofed:
+    return zofed_command
 
 
 def bytes_below(folder: Path) -> dict[str, bytes]:

@@ -1,8 +1,6 @@
 """Predicted memory against watched steps; `zofed models`; `zofed check` finds every fault and leaves nothing behind."""
 
-import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 
 import zofed
-from zofed import check, cli, config, data, footprint, model_info, models
+from zofed import check, config, data, footprint, model_info, models
 from zofed.budget import peak_bytes
 from zofed.config import Settings
 from zofed.errors import UserError
@@ -20,26 +18,6 @@ from zofed.steps import asker
 from zofed.task import worker_of
 
 Zofed = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def zofed_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Zofed]:
-    """The command itself, in this process: status, standard output and standard error."""
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["zofed", *map(str, arguments)])
-        capfd.readouterr()
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            status = ended.code if isinstance(ended.code, int) else 0
-        out, errors = capfd.readouterr()
-        return status, out, errors
-
-    yield run
-    signal.signal(signal.SIGTERM, handler)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

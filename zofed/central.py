@@ -86,9 +86,8 @@ def steps_of(settings: Settings, examples: Examples) -> int:
     """How many steps a run takes: those asked for, or enough to see the data `epochs` times."""
     if not settings.epochs:
         return settings.steps
-    passes = settings.subspace_interval if settings.mode == "subspace" else settings.gradient_accumulation
-    seen = settings.batch_size * (passes if settings.mode in ("fo", "subspace") else 1)
-    seen = federation.examples_per_query(settings) * settings.queries or seen
+    batches = {"fo": settings.gradient_accumulation, "subspace": settings.subspace_interval}.get(settings.mode)
+    seen = batches * settings.batch_size if batches else federation.examples_seen(settings)
     return max(1, math.ceil(settings.epochs * len(examples["labels"]) / seen))
 
 

@@ -15,7 +15,7 @@ from zofed import __version__, config, model_commands
 from zofed.config import SETTINGS, Settings
 from zofed.data_commands import app as data_app
 from zofed.errors import UserError
-from zofed.options import console, settings_from, with_settings
+from zofed.options import Interrupted, console, settings_from, with_settings
 from zofed.runs import Row, RunFolder, timestamp
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
@@ -25,10 +25,6 @@ model_commands.register(app)
 app.add_typer(data_app, name="data")
 
 QUICKSTART_ROUNDS = 150
-
-
-class Interrupted(Exception):  # noqa: N818, not an error
-    """Ctrl-C or SIGTERM ended a command; the text says how to go on."""
 
 
 class Reporter:

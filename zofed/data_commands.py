@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from zofed import catalog, subsets
 from zofed.errors import UserError
+from zofed.options import Interrupted, console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
-console = Console(highlight=False, soft_wrap=True)
 
 Name = Annotated[str, typer.Argument(help="a name of zofed data list, or the path of a local file or folder")]
 Force = Annotated[bool, typer.Option("--force", help="replace what lies there, once the new subset is whole")]
@@ -96,8 +95,6 @@ def download(
                 progress=progress,
             )  # fmt: skip
     except KeyboardInterrupt:
-        from zofed.cli import Interrupted  # the module that adds this one
-
         raise Interrupted("the same command goes on from the last rows kept") from None
     console.print(f"{got['rows']:,} rows in {folder} (revision {got['revision']}, SHA-256 {got['sha256']})")
     if got["blank"]:

@@ -216,6 +216,11 @@ def examples_per_query(settings: Settings) -> int:
     return (settings.zo_query_batch_size or settings.batch_size) if settings.zo_data == "per-query" else 0
 
 
+def examples_seen(settings: Settings) -> int:
+    """Examples that one step of a client reads."""
+    return examples_per_query(settings) * settings.queries or settings.batch_size
+
+
 def position(entries: Sequence[Entry], genesis: bytes, head: bytes) -> int | None:
     """How many of the entries a replica with this head holds; None when it follows another history."""
     if head == genesis:

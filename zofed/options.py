@@ -15,6 +15,10 @@ from zofed.config import SETTINGS, Settings
 console = Console(highlight=False, soft_wrap=True)
 
 
+class Interrupted(Exception):  # noqa: N818, not an error
+    """Ctrl-C or SIGTERM ended a command; the text says how to go on."""
+
+
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option for each setting, made from the one schema; the typed ones arrive as `options`."""
 

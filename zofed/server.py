@@ -240,7 +240,7 @@ class Server:
         if len(good) >= need:
             record = federation.record_of(self.settings, self.worker, good, self.settings.rounds)
         own = federation.examples_per_query(self.settings)
-        batch = own * self.settings.queries or self.settings.batch_size
+        batch = federation.examples_seen(self.settings)
         passes = len(good) * (
             2 * self.settings.queries if own else forward_passes(self.settings.estimator, self.settings.queries)
         )

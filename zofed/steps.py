@@ -66,7 +66,7 @@ class Steps:
         settings = self.settings
         plan = federation.plan_for(settings, self.worker, self.worker.head, (), client=0)
         measured = federation.measure(self.worker, self.examples, plan, self.split)
-        seen = self._zeroth_order_examples()
+        seen = federation.examples_seen(settings)
         return Step(
             record=federation.record_of(settings, self.worker, {0: measured}, self.total),
             loss=measured.loss,
@@ -113,12 +113,12 @@ class Steps:
             examples=own_examples,
         )
         passes, size = settings.gradient_accumulation, self._backprop_batch_size()
-        seen = self._zeroth_order_examples() if found.forward_passes else 0
+        seen = federation.examples_seen(settings) if found.forward_passes else 0
         per_pass = plan.examples_per_query or plan.batch_size
         return Step(
             record=_clipped(found.record, guidance, settings.clip_norm),
             loss=backprop_loss if math.isnan(found.loss) else found.loss,
-            epoch=self._epoch(round_, self._zeroth_order_examples()),
+            epoch=self._epoch(round_, federation.examples_seen(settings)),
             batch_size=size,
             update=guide,
             forward_passes=passes + found.forward_passes,
@@ -200,9 +200,6 @@ class Steps:
     def _backprop_batch_size(self) -> int:
         settings = self.settings
         return (settings.mode in WITH_BACKPROP and settings.bp_batch_size) or settings.batch_size
-
-    def _zeroth_order_examples(self) -> int:
-        return federation.examples_per_query(self.settings) * self.settings.queries or self.settings.batch_size
 
     def _epoch(self, round_: int, seen: int, examples: Examples | None = None) -> float:
         return round_ * seen / len((examples or self.examples)["labels"])
