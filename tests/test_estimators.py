@@ -844,6 +844,20 @@ def test_a_number_that_is_no_tensor_cannot_come_from_many_copies() -> None:
         batched_losses(lambda: model(LINEAR_X).numel() * 1.0, trained(model, "full"), 0.1, 4)  # type: ignore[arg-type]
 
 
+def test_an_interrupt_that_vmap_wraps_stays_an_interrupt() -> None:
+    """Ctrl-C inside vmap's own bookkeeping comes out as a RuntimeError about its stack of levels."""
+    model = a_linear()
+
+    def cut_short() -> Tensor:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("!dynamicLayerStack.empty() INTERNAL ASSERT FAILED")
+
+    with pytest.raises(KeyboardInterrupt):
+        batched_losses(cut_short, trained(model, "full"), 0.1, 4)
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: Callable[..., nn.Module]) -> None:
         super().__init__()

@@ -332,6 +332,10 @@ def _one_pass(
     except (torch.OutOfMemoryError, UserError, CannotBatch):
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # vmap's limits; a fault of the loss shows again without it
+        cause: BaseException | None = error
+        while cause := cause.__context__:
+            if isinstance(cause, KeyboardInterrupt):  # vmap, cut in its middle, fails again on its way out
+                raise cause from None
         raise CannotBatch((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
 
 
