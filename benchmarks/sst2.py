@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import common
-from zofed import config, data, federation, metrics, models
+from zofed import config, data, federation, local, metrics, models
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.documents import random_order
@@ -90,10 +90,9 @@ def train(task: Task, examples: Examples, steps: int) -> tuple[Any, int]:
     settings, worker, passes = task.settings, task.worker(), 0
     for round_ in range(1, steps + 1):
         if settings.mode == "zo":
-            plan = federation.plan_for(settings, worker, worker.head, (), client=0)
-            measured = federation.measure(worker, examples, plan)
+            measured = local.slopes(settings, worker, examples, 0)
             passes += measured.forward_passes
-            worker.apply(link(worker.head, federation.record_of(settings, worker, {0: measured})))
+            worker.apply(link(worker.head, federation.record_of(settings, worker, {0: measured}, steps)))
         else:
             batch = data.batch(examples, seed=settings.seed, client=0, step=round_, batch_size=settings.batch_size)
             update, _ = worker.gradient(lambda batch=batch: metrics.loss_of(worker.model, batch))

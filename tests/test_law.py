@@ -224,7 +224,7 @@ def test_a_replica_that_lost_its_state_catches_up_to_the_same_weights(
             client._replica.cache_clear()  # as if the next message met a new process
         return measured
 
-    monkeypatch.setattr(client.federation, "measure", forgetful)
+    monkeypatch.setattr(client.local, "slopes", forgetful)
     disturbed = federate(quick(), tmp_path / "disturbed", clients=2)
     assert disturbed["digest"] == whole["digest"]
     assert "behind" in [row["result"] for row in read_table(tmp_path / "disturbed" / "clients.csv")]
@@ -252,7 +252,7 @@ def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
         clients.append(worker)
         return measure(worker, examples, plan)
 
-    monkeypatch.setattr(client.federation, "measure", noting)
+    monkeypatch.setattr(client.local, "slopes", noting)
     disturbed = federate(quick(), tmp_path / "disturbed", clients=2)
     assert done
     results = [(row["round"], row["result"]) for row in read_table(tmp_path / "disturbed" / "clients.csv")]
@@ -266,7 +266,7 @@ def test_a_client_that_keeps_failing_ends_the_run_with_its_name(
     def broken(worker: Worker, examples: Any, plan: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(client.federation, "measure", broken)
+    monkeypatch.setattr(client.local, "slopes", broken)
     with pytest.raises(UserError, match=r"round 1: clients \[0, 1\] gave no usable reply in 3 attempts"):
         federate(quick(), tmp_path / "run", clients=2)
     assert RunFolder(tmp_path / "run").summary()["status"] == "failed"
@@ -282,7 +282,7 @@ def test_with_a_quorum_a_failing_client_is_left_out_and_its_absence_is_recorded(
             raise RuntimeError("out of memory")
         return measure(worker, examples, plan)
 
-    monkeypatch.setattr(client.federation, "measure", failing)
+    monkeypatch.setattr(client.local, "slopes", failing)
     summary = federate(quick(quorum=1, rounds=3), tmp_path / "run", clients=2)
     clients = [record.clients for record in seeded_of(tmp_path / "run")]
     assert clients == [(0, 1), (0,), (0, 1)]

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from zofed import budget, data, directions, federation, metrics, pool
+from zofed import budget, data, directions, local, metrics, pool
 from zofed.config import WITH_BACKPROP, Settings, resolve
 from zofed.data import Examples
 from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
 from zofed.finish import finish, status_kept
-from zofed.journal import Journal, differences
+from zofed.journal import Journal
 from zofed.runs import Row, RunFolder, read_table
 from zofed.steps import asker
 from zofed.task import Task, prepare_process, with_absolute_paths
@@ -44,19 +44,14 @@ def resume(path: Path, show: Show) -> dict[str, Any]:
     folder = RunFolder.open(path)
     settings = folder.settings()
     if (folder.path / "rounds.csv").exists():
-        raise UserError(f"{folder.path} is a federated run, which zofed train cannot continue: start it again")
+        raise UserError(
+            f"{folder.path} is a federated run, which zofed train cannot continue: flwr run with the same out does"
+        )
     prepare_process(settings.threads)
     task = Task.load(settings)
     worker = task.worker()
-    before, now = folder.inputs(), task.inputs()
     with Journal.open(folder.journal) as journal:
-        different = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
-        different += differences(journal.genesis, worker.genesis)
-        if different:
-            raise UserError(
-                f"{folder.path} began with another {', '.join(different)} than its settings give today: "
-                "bring back the settings, data, tokenizer and model it began with"
-            )
+        folder.check_unchanged(task.inputs(), journal.genesis, worker.genesis)
         done = journal.entries[-1].record.round if journal.entries else 0
         examples = task.shard(0, 1)
         total = steps_of(settings, examples)
@@ -87,7 +82,7 @@ def steps_of(settings: Settings, examples: Examples) -> int:
     if not settings.epochs:
         return settings.steps
     batches = {"fo": settings.gradient_accumulation, "subspace": settings.subspace_interval}.get(settings.mode)
-    seen = batches * settings.batch_size if batches else federation.examples_seen(settings)
+    seen = batches * settings.batch_size if batches else local.examples_seen(settings)
     return max(1, math.ceil(settings.epochs * len(examples["labels"]) / seen))
 
 

@@ -6,68 +6,105 @@ serves every virtual client of a simulation, a long-lived worker and a process s
 
 import json
 import time
+from collections.abc import Callable
 from functools import lru_cache
-from math import nan
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 import zofed
-from zofed import config, federation, messages
+from zofed import config, federation, guides, local, messages, metrics, partitions, snapshots
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
-from zofed.federation import Answer, Plan
+from zofed.federation import NO_LOSS, Answer, Contribution, Measured, Plan
 from zofed.journal import differences, genesis_chain
-from zofed.messages import Final, Greeting, Introduction
 from zofed.task import Task, prepare_process, with_absolute_paths
+from zofed.wire import Evaluation, Final, Greeting, Introduction
+from zofed.worker import Update, tensors_digest
+
+UPDATES_KEPT = 2  # guides and updates that entries soon to come will name
 
 app = ClientApp()
 
 
 class Replica:
-    """This process's one copy of the model, and the shards of the clients it has served."""
+    """This process's one copy of the model, and the data of the clients it has served."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, own: str) -> None:
         prepare_process(settings.threads)
-        self.task = Task.load(with_absolute_paths(settings))
+        self.settings, self._own = settings, own
+        self.task = Task.own(settings, own) if own else Task.load(with_absolute_paths(settings))
         self.worker = self.task.worker()
         self.genesis = genesis_chain(self.worker.genesis)
-        self._shards: dict[tuple[int, int], Examples] = {}
+        self._parts: dict[tuple[int, int], tuple[Examples, Examples | None]] = {}
+        self._updates: dict[bytes, Update] = {}
 
-    def shard(self, client: int, clients: int) -> Examples:
-        return self._shards.setdefault((client, clients), self.task.shard(client, clients))
+    def _share(self, context: Context) -> tuple[int, int]:
+        """Which share of the task's documents is the node's: all of its own file, or one part of the run's."""
+        return (0, 1) if self._own else place(context)
+
+    def parts(self, context: Context) -> tuple[Examples, Examples | None]:
+        """What the node trains and, with `client-held-out`, evaluates on."""
+        share = self._share(context)
+        if share not in self._parts:
+            self._parts[share] = self.task.client_parts(*share, self.settings.client_held_out)
+        return self._parts[share]
+
+    def counts(self, context: Context) -> dict[str, int]:
+        """Documents of the node's data by label or source."""
+        return partitions.counts(self.task.client_documents(*self._share(context)))
 
     def catch_up(self, plan: Plan) -> bool:
         """Move to the plan's head and weights; from the base, anew, when the plan brings the whole history.
 
         False when this process cannot get there: the answer then tells the server, which sends everything.
         """
-        if self._follow(plan):
+        for raw in guides.split(plan.updates):
+            self.keep(guides.decoded(raw, self.shapes))
+        if not plan.rebuild and not plan.snapshot and self._follow(plan):
             return True
-        if plan.after != self.genesis:
+        if plan.snapshot:
+            snapshots.restore(self.worker, plan.snapshot)
+        elif plan.after == self.genesis:
+            self.worker = self.task.worker()
+        else:
             return False
-        self.worker = self.task.worker()
         return self._follow(plan)
 
+    def keep(self, update: Update) -> None:
+        """Have an update or a guide at hand for the entry that names it."""
+        self._updates[bytes.fromhex(tensors_digest(update))] = update
+        while len(self._updates) > UPDATES_KEPT:
+            del self._updates[next(iter(self._updates))]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.worker.parameters.items()}
+
     def _follow(self, plan: Plan) -> bool:
-        arrived = federation.catch_up(self.worker, plan.after, plan.head, plan.entries)
+        arrived = federation.catch_up(self.worker, plan.after, plan.entries, self._updates)
         return arrived and self.worker.probe() == plan.probe
 
 
 @lru_cache(maxsize=1)
-def _replica(written: str) -> Replica:
-    return Replica(Settings.model_validate_json(written))
+def _replica(written: str, own: str) -> Replica:
+    return Replica(Settings.model_validate_json(written), own)
 
 
 def replica(context: Context) -> Replica:
     """This process's replica for a run's settings: built at their first message, kept until others come."""
-    return _replica(config.resolve(dict(context.run_config)).model_dump_json(by_alias=True))
+    settings = config.resolve(dict(context.run_config))
+    federation.check_settings(settings)
+    if device := context.node_config.get("device"):
+        settings = config.resolve(settings.model_dump(by_alias=True) | {"device": device})
+    return _replica(settings.model_dump_json(by_alias=True), str(context.node_config.get("dataset", "")))
 
 
-def _place(context: Context) -> tuple[int, int]:
+def place(context: Context) -> tuple[int, int]:
     """Index of this client and how many there are, from the node's configuration."""
     try:
         return int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
@@ -77,60 +114,115 @@ def _place(context: Context) -> tuple[int, int]:
         ) from error
 
 
+def capability(context: Context) -> str:
+    """`zo` where the node says that it runs forward passes only, else `fo`: it can backpropagate too."""
+    mode = str(context.node_config.get("mode", "fo")).lower()
+    if mode not in ("fo", "zo"):
+        raise UserError(f"mode = {mode!r} in this node's configuration: use fo or zo")
+    return mode
+
+
 def greet(greeting: Greeting, context: Context) -> Introduction:
     """Say who this client is, or in one line why it cannot take part in the run."""
     code = f"{zofed.__version__} {Path(zofed.__file__).parent}"
+    client = -1
     try:
-        client, clients = _place(context)
+        client, clients = place(context)
         here = replica(context)
         theirs = json.loads(greeting.genesis)
         if different := differences(theirs, here.worker.genesis):
             raise UserError(
                 f"client {client} has another {' and '.join(different)} than the server: give both the same"
             )
-        return Introduction(client, clients, len(here.shard(client, clients)["labels"]), "", code)
+        examples = len(here.parts(context)[0]["labels"])
+        counts = json.dumps(here.counts(context))
+        return Introduction(client, clients, examples, capability(context), here.worker.head, counts, "", code)
     except UserError as error:
-        return Introduction(-1, 0, 0, str(error), code)
+        return Introduction(client, 0, 0, "", b"", "", str(error), code)
 
 
-def train(plan: Plan, context: Context) -> Answer:
-    """Catch up, measure slopes along this client's own directions on its own data, answer with integers."""
+def _report(plan: Plan, context: Context, work: Callable[[Replica, int, Examples], Any]) -> dict[str, Any]:
+    """The fields that all answers have; `found` is what the work gave, None where there was none to do or to give."""
     began = time.monotonic()
-    client, clients = _place(context)
+    client, _ = place(context)
     here = replica(context)
-    examples = here.shard(client, clients)
+    examples = here.parts(context)[0]
+    found, problem = None, ""
+    arrived = here.catch_up(plan)
+    if arrived:
+        torch.set_num_threads(here.settings.threads)
+        try:
+            found = work(here, client, examples)
+        except ValueError:  # a loss or a gradient that is not finite
+            problem = "not_finite"
+    return {
+        "found": found,
+        "genesis": federation.name_of(here.worker.genesis),
+        "round": plan.round,
+        "attempt": plan.attempt,
+        "client": client,
+        "head": b"" if arrived else here.worker.head,
+        "probe": here.worker.probe(),
+        "problem": problem,
+        "examples": len(examples["labels"]),
+        "milliseconds": round(1000 * (time.monotonic() - began)),
+    }
 
-    def answer(coefficients: tuple[int, ...] = (), exponent: int = 0, loss: float = nan) -> Answer:
-        return Answer(
-            genesis=here.genesis,
-            round=plan.round,
-            attempt=plan.attempt,
-            client=client,
-            head=here.worker.head,
-            probe=here.worker.probe(),
-            coefficients=coefficients,
-            exponent=exponent,
-            loss=loss,
-            examples=len(examples["labels"]),
-            seconds=time.monotonic() - began,
-        )
 
-    if ":" in plan.objective:
-        raise UserError(f"objective = {plan.objective!r}: no server names code that runs here")
-    if not here.catch_up(plan):
-        return answer()
-    torch.set_num_threads(plan.threads)
-    try:
-        measured = federation.measure(here.worker, examples, plan)
-    except ValueError:  # a loss that is not finite: no slopes to send
-        return answer()
-    return answer(measured.coefficients, measured.exponent, measured.loss)
+def measure(plan: Plan, context: Context) -> Answer:
+    """Catch up and answer with integers: slopes, or the coefficients of a subspace."""
+    by_backprop = capability(context) == "fo"
+
+    def work(here: Replica, client: int, examples: Examples) -> Measured:
+        settings, worker = here.settings, here.worker
+        if plan.task == "coefficients":
+            total = settings.rounds
+            return local.coefficients(settings, worker, examples, client, total, by_backprop=by_backprop)
+        if plan.task == "guided":
+            guide = guides.decoded(plan.guide, here.shapes)
+            here.keep(guide)
+            return local.guided_slopes(settings, worker, examples, client, guide)
+        return local.slopes(settings, worker, examples, client, plan.steps)
+
+    fields = _report(plan, context, work)
+    found: Measured | None = fields.pop("found")
+    if found is None:
+        return Answer(**fields, coefficients=(), exponent=0, loss=NO_LOSS)
+    loss = NO_LOSS if replica(context).settings.losses_withheld else found.loss
+    return Answer(**fields, coefficients=found.coefficients, exponent=found.exponent, loss=loss)
+
+
+def backpropagate(plan: Plan, context: Context) -> Contribution:
+    """Catch up and answer with a gradient for a guide, or with the update of local training."""
+
+    def work(here: Replica, client: int, examples: Examples) -> tuple[bytes, float]:
+        settings = here.settings
+        if plan.task == "gradient":
+            gradient, loss = local.gradient(settings, here.worker, examples, client)
+            return guides.compressed(gradient, settings.guide_rank), loss
+        update, loss = local.update(settings, here.worker, examples, client)
+        return guides.whole(update), loss
+
+    fields = _report(plan, context, work)
+    update, loss = fields.pop("found") or (b"", NO_LOSS)
+    return Contribution(**fields, update=update, loss=NO_LOSS if replica(context).settings.losses_withheld else loss)
+
+
+def evaluate(plan: Plan, context: Context) -> Evaluation:
+    """Catch up and score the client's own held-out part."""
+    here, (client, _) = replica(context), place(context)
+    held_out = here.parts(context)[1]
+    if held_out is None or not here.catch_up(plan):
+        return Evaluation(client, here.worker.head, NO_LOSS, 0)
+    score = metrics.evaluate(here.worker.model, held_out, here.settings.eval_examples)
+    return Evaluation(client, here.worker.head, score.loss, len(held_out["labels"]))
 
 
 def final(plan: Plan, context: Context) -> Final:
-    """Catch up and name the weights this client ends with."""
+    """Catch up and name the weights this client has."""
     here = replica(context)
-    return Final(_place(context)[0], here.worker.digest() if here.catch_up(plan) else "")
+    arrived = here.catch_up(plan)
+    return Final(place(context)[0], here.worker.digest() if arrived else "", here.worker.head)
 
 
 @app.query("status")
@@ -139,8 +231,23 @@ def on_status(message: Message, context: Context) -> Message:
 
 
 @app.train("zo")
-def on_train(message: Message, context: Context) -> Message:
-    return _reply(message, train(messages.unpack(Plan, message.content), context))
+def on_measure(message: Message, context: Context) -> Message:
+    return _reply(message, measure(messages.unpack(Plan, message.content), context))
+
+
+@app.train("fo")
+def on_update(message: Message, context: Context) -> Message:
+    return _reply(message, backpropagate(messages.unpack(Plan, message.content), context))
+
+
+@app.train("guide")
+def on_guide(message: Message, context: Context) -> Message:
+    return _reply(message, backpropagate(messages.unpack(Plan, message.content), context))
+
+
+@app.evaluate()
+def on_evaluate(message: Message, context: Context) -> Message:
+    return _reply(message, evaluate(messages.unpack(Plan, message.content), context))
 
 
 @app.query("digest")
@@ -148,5 +255,5 @@ def on_digest(message: Message, context: Context) -> Message:
     return _reply(message, final(messages.unpack(Plan, message.content), context))
 
 
-def _reply(message: Message, content: Introduction | Answer | Final) -> Message:
+def _reply(message: Message, content: Answer | Contribution | Introduction | Evaluation | Final) -> Message:
     return Message(content=messages.pack(content), reply_to=message)

@@ -133,7 +133,43 @@ class Settings(BaseModel):
     clients: int = Field(0, ge=0, description="clients a federated run waits for; 0: all nodes that are there")
     round_timeout: float = Field(600.0, gt=0, description="seconds after which a round stops waiting for replies")
     node_timeout: float = Field(60.0, gt=0, description="seconds a federated run waits for its nodes to appear")
-    quorum: int = Field(0, ge=0, description="replies a round needs; 0: all clients")
+    quorum: int = Field(0, ge=0, description="replies a round needs; 0: all clients asked")
+    participation: float = Field(
+        1.0, gt=0, description="clients asked in each round: a share up to 1, or a number above it"
+    )
+    seeds: Literal["distinct", "shared"] = Field(
+        "distinct", description="distinct: each client measures directions of its own; shared: all the same (zo)"
+    )
+    local_steps: int = Field(1, ge=1, le=1024, description="steps a client takes on its own in each round (zo, fo)")
+    local_learning_rate: float = Field(0.0, ge=0, description="step size of plain SGD there; 0: as learning-rate")
+    steps_per_message: int = Field(1, ge=1, le=1024, description="rounds asked for in one exchange (zo)")
+    proximal: float = Field(0.0, ge=0, description="pull of a client's local steps towards the round's start (fo)")
+    weighting: Literal["equal", "examples"] = Field(
+        "equal", description="what a client counts in the merge: all alike, or by its examples up to example-cap"
+    )
+    example_cap: int = Field(10_000, ge=1, description="examples a client can count with at most")
+    merge: Literal["mean", "trimmed", "median"] = Field(
+        "mean", description="how answers along the same directions, or updates, become one; the others bear liars"
+    )
+    trim: float = Field(0.2, gt=0, lt=0.5, description="share of the answers that trimmed leaves out at either end")
+    clip_slopes: float = Field(
+        10.0, ge=0, description="bound on a client's slopes, times the size common among the clients; 0: none"
+    )
+    largest_update: float = Field(0.0, ge=0, description="largest norm of a client's update or gradient; 0: any (fo)")
+    guide_source: Literal["clients", "server"] = Field(
+        "clients", description="who backpropagates: clients that can, or the server on bp-dataset (instruct, calibrate)"
+    )
+    guide_rank: int = Field(
+        4, ge=0, le=1024, description="singular factors of each matrix that a guide keeps on its way; 0: all of it"
+    )
+    client_held_out: float = Field(
+        0.0, ge=0, lt=1, description="share of its data on which each client evaluates; 0: only the server does"
+    )
+    losses_withheld: bool = Field(False, description="clients report no losses")
+    digest_interval: int = Field(
+        50, ge=0, description="rounds between checks of every client's whole weights; 0: the end"
+    )
+    link_megabits: float = Field(10.0, gt=0, description="speed of a client's link, to choose snapshot or replay by")
     seed: int = Field(0, ge=0, lt=2**63, description="names every random choice of the run")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     devices: str = Field(
@@ -252,7 +288,8 @@ def unknown(name: str, known: list[str], what: str) -> str:
 FREE_ON_RESUME = (
     "model", "revision", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device",
     "eval-interval", "eval-examples", "eval-dataset", "epochs", "max-forward-equivalents", "max-seconds", "max-tokens",
-    "save-interval", "keep-checkpoints", "keep-best", "controls", "out", "bp-dataset", "devices",
+    "save-interval", "keep-checkpoints", "keep-best", "controls", "out", "bp-dataset", "devices", "digest-interval",
+    "link-megabits", "clients",
 )  # fmt: skip
 
 

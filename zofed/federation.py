@@ -1,70 +1,76 @@
-"""A federated round as plain functions: plan, answer, check, merge, catch up. Nothing here knows Flower.
+"""A federated round as plain functions: plan, catch up, check, merge. Nothing here knows Flower.
 
 The server plans a round and sends the plan with the journal entries a client lacks; the client catches up by replaying
-them, measures slopes along its own seeded directions and answers with integers; the server checks every answer against
-a closed list of reasons and merges the good ones into one record. Central training is the same with one client.
+them, does its part (`clients`) and answers; the server checks every answer against a closed list of reasons and merges
+the good ones into records. Central training is the same with one client.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
-from torch import Tensor
-
-from zofed import data, directions, journal, metrics, records, schedules
+from zofed import guides, journal, merging, records, schedules
 from zofed.config import Settings
-from zofed.data import Examples
-from zofed.estimators import Estimate, FiniteDifference, Points, Split, degrees_of_freedom
-from zofed.journal import Entry
-from zofed.perturbed import Loss
+from zofed.errors import UserError
+from zofed.estimators import Estimate, Points, degrees_of_freedom
+from zofed.journal import Entry, Genesis
+from zofed.merging import Slopes
 from zofed.records import Seeded, Spread
-from zofed.worker import Worker, update_digest
+from zofed.worker import Update, Worker, update_digest
 
-# Why a reply was not used. `late` and `error` are told by the server's loop, the others by `check`.
+# What a plan asks for: slopes along seeded directions; slopes along directions that the plan's guide shapes; trained
+# coefficients of the round's subspace; a gradient for a guide; an update after local training; nothing but to be there.
+Task = Literal["slopes", "guided", "coefficients", "gradient", "update", "none"]
+
+# Why a reply was not used. `late`, `error`, `malformed` and `duplicate` are told by the server's loop, `unlike` and
+# `implausible` once all are there, the others by `check` or `check_update`.
 Reason = Literal[
-    "error", "late", "malformed", "wrong_genesis", "wrong_round", "stale_attempt", "wrong_client", "duplicate",
-    "wrong_length", "not_finite", "out_of_range", "behind", "desync",
+    "error", "late", "malformed", "duplicate", "wrong_genesis", "wrong_round", "stale_attempt", "wrong_client",
+    "behind", "desync", "not_finite", "wrong_length", "out_of_range", "implausible", "wrong_tensors", "too_large",
 ]  # fmt: skip
 
 LARGEST_LOSS = 1e6  # a mean cross-entropy beyond this is a fault, not a measurement
+LARGEST_EXAMPLES = 2**40
+NAME_BYTES = 4
+NO_LOSS = 0.0  # what a client reports that withholds its losses
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the server asks of one client in one round.
+    """What the server asks of one client in one exchange; how it is to be done, the run's settings say to both.
 
-    genesis, after, head: 16-byte chains; `entries` are the raw journal entries that lead from `after` to `head`, where
-    sound weights have `probe`.
-    Seeds derive from (run seed in the genesis, round, client's index, local step 0, query); `attempt` only marks late
+    round: the first round asked for, the one after the head's. steps: rounds asked for in this exchange.
+    genesis: the first bytes of its chain, enough to tell runs apart. after: 16-byte chain; `entries` are the records
+    that lead from there to the head, where sound weights have `probe`. The head itself is not sent: it follows.
+    Seeds derive from (run seed in the genesis, round, client's index, local step, query); `attempt` only marks late
     replies and enters no seed, so a round asked again asks the same.
+    updates: what records that are no function of seeds need, encoded; guide: what shapes the directions asked for.
+    snapshot: weights and state to start from in place of the base, or empty. rebuild: 1 where the client's weights were
+    found wrong, and nothing it holds may be kept.
     """
 
     genesis: bytes
     round: int
     attempt: int
+    task: str
+    steps: int
+    client: int
     after: bytes
-    head: bytes
     entries: bytes
     probe: bytes
-    client: int
-    queries: int
-    epsilon: float
-    batch_size: int
-    points: str
-    threads: int
-    copies_per_pass: int
-    forward_dtype: str
-    examples_per_query: int = 0  # of each query's own; 0: all share one batch
-    objective: str = "loss"
+    rebuild: int = 0
+    updates: bytes = b""
+    guide: bytes = b""
+    snapshot: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a client sends: integer slopes with one exponent, and what tells whether to believe them.
+    """What a client sends: integers with one exponent, and what tells whether to believe them.
 
-    `head` and `probe` are those of the replica the slopes were measured on. A client that could not catch up sends
-    no coefficients and its own `head`, so that the server can send what it lacks.
+    probe: of the replica they were found on. head: empty where it followed the plan's records to their end, else its
+    own, so that the server can send what it lacks. problem: a reason of its own why there are no integers.
     """
 
     genesis: bytes
@@ -73,18 +79,39 @@ class Answer:
     client: int
     head: bytes
     probe: bytes
+    problem: str
     coefficients: tuple[int, ...]
     exponent: int
     loss: float
     examples: int
-    seconds: float
+    milliseconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What a client that backpropagates sends where no coefficients tell it: its gradient or update, encoded.
+
+    The other fields are those of an `Answer`.
+    """
+
+    genesis: bytes
+    round: int
+    attempt: int
+    client: int
+    head: bytes
+    probe: bytes
+    problem: str
+    update: bytes
+    loss: float
+    examples: int
+    milliseconds: int
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Slopes of one client in one step, as integers, with the mean loss and the forward passes spent.
+    """Slopes of one client in one exchange, as integers, with the mean loss and the forward passes spent.
 
-    sequences: examples that these passes ran, all together.
+    sequences: examples that these passes ran, all together. examples: how many the client holds.
     """
 
     coefficients: tuple[int, ...]
@@ -92,133 +119,147 @@ class Measured:
     loss: float
     forward_passes: int
     sequences: int = 0
+    examples: int = 1
 
     @classmethod
-    def of(cls, estimate: Estimate, batch_size: int = 0) -> "Measured":
+    def of(cls, estimate: Estimate) -> "Measured":
         """The estimate with its slopes as integers. Raises ValueError when one is not finite."""
         coefficients, exponent = records.to_integers(estimate.slopes)
-        sequences = estimate.forward_passes * batch_size
-        return cls(coefficients, exponent, estimate.loss, estimate.forward_passes, sequences)
-
-
-def measure(worker: Worker, examples: Examples, plan: Plan, split: Split | None = None) -> Measured:
-    """Ask the worker about one batch along one client's directions of a round.
-
-    Batch and seeds are functions of (run seed, round, client) alone. split: measures shares of the queries in several
-    places, as `raw_losses` does. Raises ValueError when a loss is not finite.
-    """
-    loss, own = query_loss(worker, examples, plan)
-    estimate = worker.ask(loss, _seeds(worker, plan), plan.epsilon, plan.copies_per_pass, _points(plan), own, split)
-    return Measured.of(estimate, plan.examples_per_query or plan.batch_size)
-
-
-def raw_losses(worker: Worker, examples: Examples, plan: Plan, some: slice, batched: bool) -> Tensor:
-    """Losses at the shifted weights of some of a plan's queries, as `measure` meets them: (queries, steps)."""
-    loss, own = query_loss(worker, examples, plan)
-    how = FiniteDifference(worker.kind, plan.epsilon, _points(plan), plan.copies_per_pass, worker.sizes)
-    return how.losses(loss, worker.parameters, _seeds(worker, plan), own, some, batched=batched)
-
-
-def _seeds(worker: Worker, plan: Plan) -> list[int]:
-    return directions.direction_seeds(worker.genesis["seed"], plan.round, plan.client, plan.queries)
-
-
-def _points(plan: Plan) -> Points:
-    return "one-sided" if plan.points == "one-sided" else "two-point"
-
-
-def query_loss(worker: Worker, examples: Examples, plan: Plan) -> tuple[Loss, Examples | None]:
-    """The loss that a plan's queries measure, and the examples handed to it: those of each query, or None."""
-    chosen = {"seed": worker.genesis["seed"], "client": plan.client, "step": plan.round}
-    how = (plan.forward_dtype, plan.objective)
-    if not plan.examples_per_query:
-        shared = data.batch(examples, **chosen, batch_size=plan.batch_size)
-        return lambda: metrics.loss_of(worker.model, shared, *how), None
-    drawn = data.batch(examples, **chosen, batch_size=plan.queries * plan.examples_per_query)
-    own = {name: tensor.unflatten(0, (plan.queries, -1)) for name, tensor in drawn.items()}
-    return lambda batch: metrics.loss_of(worker.model, batch, *how), own
-
-
-def merge(
-    round_: int,
-    rate: float,
-    queries: int,
-    measured: Mapping[int, Measured | Answer],
-    points: Points = "two-point",
-    spread: Spread | None = None,
-) -> Seeded:
-    """One record from the slopes of all clients, by client index: the mean over all their directions.
-
-    The exponent is the coarsest one sent; sums stay exact whatever the order of arrival. spread: that of the records
-    before, for a step that is divided by it.
-    """
-    clients = tuple(sorted(measured))
-    exponent = max(  # that of an answer of zeros says nothing, and must not round the others to zero
-        (measured[client].exponent for client in clients if any(measured[client].coefficients)),
-        default=records.SMALLEST_EXPONENT,
-    )
-    coefficients = tuple(
-        value
-        for client in clients
-        for value in records.to_exponent(measured[client].coefficients, measured[client].exponent, exponent)
-    )
-    divisor = float(len(clients) * degrees_of_freedom(points, queries))
-    if spread is not None:
-        divisor *= spread.after(coefficients, exponent).value
-    return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor)
-
-
-def record_of(settings: Settings, worker: Worker, measured: Mapping[int, Measured | Answer], total: int) -> Seeded:
-    """The record of the round that follows the worker's, from what its clients measured; total: rounds of the run."""
-    spread = worker.spread if settings.normalise else None
-    round_ = worker.round + 1
-    rate = schedules.learning_rate(settings, round_, total)
-    record = merge(round_, rate, settings.queries, measured, settings.estimator, spread)
-    norm = estimate_norm(record, sum(parameter.numel() for parameter in worker.parameters.values()))
-    if not 0.0 < settings.clip_norm < norm:
-        return record
-    return replace(record, divisor=record.divisor * (norm / settings.clip_norm))
-
-
-def estimate_norm(record: Seeded, parameters: int) -> float:
-    """Euclidean norm of a seeded record's gradient estimate, its directions taken as orthogonal, as they nearly are."""
-    squares = sum(value * value for value in record.coefficients)
-    return math.ldexp(math.sqrt(squares * parameters) / record.divisor, record.exponent)
+        return cls(coefficients, exponent, estimate.loss, estimate.forward_passes)
 
 
 def plan_for(
-    settings: Settings, worker: Worker, after: bytes, missing: Sequence[Entry], *, client: int, attempt: int = 0
+    settings: Settings,
+    worker: Worker,
+    after: bytes,
+    missing: Sequence[Entry],
+    *,
+    client: int,
+    attempt: int = 0,
+    task: Task = "slopes",
+    steps: int = 1,
+    guide: bytes = b"",
 ) -> Plan:
-    """The plan of the round that follows the worker's, for a client at chain `after` that lacks `missing`."""
+    """The plan of the rounds that follow the worker's, for a client at chain `after` that lacks `missing`."""
     return Plan(
-        genesis=journal.genesis_chain(worker.genesis),
+        genesis=name_of(worker.genesis),
         round=worker.round + 1,
         attempt=attempt,
-        after=after,
-        head=worker.head,
-        entries=b"".join(entry.raw for entry in missing),
-        probe=worker.probe(),
+        task=task,
+        steps=steps,
         client=client,
-        queries=settings.queries,
-        epsilon=settings.epsilon,
-        batch_size=settings.batch_size,
-        points=settings.estimator,
-        threads=settings.threads,
-        copies_per_pass=settings.copies_per_pass,
-        forward_dtype=settings.forward_dtype,
-        examples_per_query=examples_per_query(settings),
-        objective=settings.objective,
+        after=after,
+        entries=journal.bodies(missing),
+        probe=worker.probe(),
+        guide=guide,
     )
 
 
-def examples_per_query(settings: Settings) -> int:
-    """Examples that each query has of its own; 0: all share one batch."""
-    return (settings.zo_query_batch_size or settings.batch_size) if settings.zo_data == "per-query" else 0
+def name_of(genesis: Genesis) -> bytes:
+    """What messages call a run."""
+    return journal.genesis_chain(genesis)[:NAME_BYTES]
 
 
-def examples_seen(settings: Settings) -> int:
-    """Examples that one step of a client reads."""
-    return examples_per_query(settings) * settings.queries or settings.batch_size
+def integers_asked(settings: Settings, plan: Plan) -> int:
+    """How many integers the answer to a plan holds."""
+    if plan.task == "coefficients":
+        return settings.subspace_size
+    return settings.queries * (settings.local_steps * plan.steps if plan.task == "slopes" else 1)
+
+
+def record_of(settings: Settings, worker: Worker, found: Mapping[int, Slopes], total: int) -> Seeded:
+    """The record of the round that follows the worker's, from what its clients measured; total: rounds of the run."""
+    return records_of(settings, worker, found, total, 1)[0]
+
+
+def records_of(settings: Settings, worker: Worker, found: Mapping[int, Slopes], total: int, steps: int) -> list[Seeded]:
+    """The records of the `steps` rounds that follow the worker's, from what its clients measured in one exchange."""
+    made: list[Seeded] = []
+    spread, parameters = worker.spread, sum(parameter.numel() for parameter in worker.parameters.values())
+    each = settings.queries * settings.local_steps
+    for step in range(steps):
+        round_ = worker.round + 1 + step
+        part = {client: _some(one, step * each, (step + 1) * each) for client, one in found.items()}
+        record = seeded(
+            round_,
+            schedules.learning_rate(settings, round_, total),
+            merged_slopes(settings, part, shared=settings.seeds == "shared"),
+            settings.queries,
+            settings.estimator,
+            spread if settings.normalise else None,
+            settings.local_steps,
+        )
+        spread = spread.after(record.coefficients, record.exponent)
+        norm = records.estimate_norm(record, parameters)
+        if 0.0 < settings.clip_norm < norm:
+            record = replace(record, divisor=record.divisor * (norm / settings.clip_norm))
+        made.append(record)
+    return made
+
+
+def seeded(
+    round_: int,
+    rate: float,
+    merged: merging.Merged,
+    queries: int,
+    points: Points,
+    spread: Spread | None = None,
+    local_steps: int = 1,
+) -> Seeded:
+    """The record of merged slopes: the mean over all directions of each local step, which are summed.
+
+    spread: that of the records before, for a step that is divided by it.
+    """
+    divisor = float(len(merged.clients) * degrees_of_freedom(points, queries))
+    if spread is not None:
+        divisor *= spread.after(merged.coefficients, merged.exponent).value
+    return Seeded(round_, rate, merged.clients, queries, merged.coefficients, merged.exponent, divisor, local_steps)
+
+
+def _some(found: Slopes, start: int, stop: int) -> Slopes:
+    """Some of a client's slopes."""
+    return Measured(found.coefficients[start:stop], found.exponent, 0.0, 0, examples=found.examples)
+
+
+def subspace_record(settings: Settings, round_: int, rate: float, found: Mapping[int, Slopes]) -> Seeded:
+    """The record of coefficients that clients trained in the round's subspace, which they share.
+
+    The weights move by the merged coefficients themselves: by rate / divisor times them, where both are equal. rate:
+    of all inner steps together, by which the weight decay goes; at 0, where a cosine may end, the coefficients are 0.
+    """
+    merged = merged_slopes(settings, found, shared=True)
+    return Seeded(round_, rate, (0,), settings.subspace_size, merged.coefficients, merged.exponent, rate or 1.0)
+
+
+def merged_slopes(settings: Settings, found: Mapping[int, Slopes], *, shared: bool) -> merging.Merged:
+    """All clients' integers as one set, by the rules of the settings."""
+    return merging.merged(
+        found,
+        shared=shared,
+        rule=settings.merge if shared else "mean",
+        trim=settings.trim,
+        limit=settings.clip_slopes,
+        largest_weight=settings.example_cap if settings.weighting == "examples" else 0,
+    )
+
+
+def merged_updates(settings: Settings, found: Mapping[int, tuple[Update, int]]) -> Update:
+    """One update from those of all clients: (update, examples it was found on) by client index.
+
+    Float32 sums in the order of the clients' indices: the same bits on one machine, which is enough, for the update
+    itself is journalled and sent.
+    """
+    clients = sorted(found)
+    if settings.merge != "mean":
+        return guides.robust_mean([found[client][0] for client in clients], settings.merge, settings.trim)
+    cap = settings.example_cap if settings.weighting == "examples" else 1
+    weights = [max(1, min(found[client][1], cap)) for client in clients]
+    total: Update = {}
+    for client, weight in zip(clients, weights, strict=True):
+        for name, tensor in found[client][0].items():
+            part = tensor * (weight / sum(weights))
+            total[name] = total[name].add_(part) if name in total else part
+    return total
 
 
 def position(entries: Sequence[Entry], genesis: bytes, head: bytes) -> int | None:
@@ -228,28 +269,68 @@ def position(entries: Sequence[Entry], genesis: bytes, head: bytes) -> int | Non
     return next((index + 1 for index, entry in enumerate(entries) if entry.chain == head), None)
 
 
-def catch_up(worker: Worker, after: bytes, head: bytes, raw: bytes) -> bool:
-    """Replay the entries that lead the worker to `head`; False when they do not reach it from where it is.
+def catch_up(worker: Worker, after: bytes, raw: bytes, updates: Mapping[bytes, Update] | None = None) -> bool:
+    """Replay the records that follow chain `after`; False when the worker does not stand on their way.
 
-    The worker may stand anywhere between `after` and `head`. Nothing is applied unless the way is whole.
+    updates: what records that are no function of seeds need, by digest. Nothing is applied unless the way is whole.
     """
-    if worker.head == head:
-        return True
     try:
-        entries = list(journal.parse_entries(raw, after))
+        entries = journal.linked(raw, after)
     except ValueError:
         return False
-    if any(update_digest(entry.record) is not None for entry in entries):
-        return False  # a step by backpropagation does not replay
     start = position(entries, after, worker.head)
-    if start is None or not entries or entries[-1].chain != head:
+    held = updates or {}
+    if start is None or any(
+        (digest := update_digest(entry.record)) is not None and digest not in held for entry in entries[start:]
+    ):
         return False
-    worker.replay(entries[start:])
+    worker.replay(entries[start:], held.get)
     return True
 
 
-def check(answer: Answer, plan: Plan) -> Reason | None:
-    """Why this answer cannot be used, or None. Types are sound already: `messages` refuses others as malformed."""
+def check(answer: Answer, plan: Plan, count: int, epsilon: float) -> Reason | None:
+    """Why this answer cannot be used, or None. Types are sound already: `wire` refuses others as malformed.
+
+    count: integers asked for. epsilon: of the finite difference; no slope can exceed the largest loss over it.
+    """
+    if reason := _check_head(answer, plan):
+        return reason
+    if len(answer.coefficients) != count:
+        return "wrong_length"
+    if not math.isfinite(answer.loss):
+        return "not_finite"
+    if not records.SMALLEST_EXPONENT <= answer.exponent <= records.LARGEST_EXPONENT:
+        return "out_of_range"
+    largest = max(map(abs, answer.coefficients))
+    if largest >= 2**records.COEFFICIENT_BITS or abs(answer.loss) > LARGEST_LOSS:
+        return "out_of_range"
+    steepest = math.ldexp(largest, answer.exponent) * epsilon  # a difference of losses no larger than the losses
+    return "out_of_range" if steepest > LARGEST_LOSS else None
+
+
+def check_update(
+    contribution: Contribution, plan: Plan, worker: Worker, largest_norm: float
+) -> tuple[Update | None, Reason | None]:
+    """The update of a contribution, or why it cannot be used. largest_norm: Euclidean; 0: any."""
+    if reason := _check_head(contribution, plan):
+        return None, reason
+    if not math.isfinite(contribution.loss):
+        return None, "not_finite"
+    if abs(contribution.loss) > LARGEST_LOSS:
+        return None, "out_of_range"
+    shapes = {name: tuple(parameter.shape) for name, parameter in worker.parameters.items()}
+    try:
+        update = guides.decoded(contribution.update, shapes)
+    except ValueError:
+        return None, "wrong_tensors"
+    norm = guides.norm(update)
+    if not math.isfinite(norm):
+        return None, "not_finite"
+    return (None, "too_large") if 0.0 < largest_norm < norm else (update, None)
+
+
+def _check_head(answer: Answer | Contribution, plan: Plan) -> Reason | None:
+    """Whether an answer belongs to the plan and to sound weights."""
     if answer.genesis != plan.genesis:
         return "wrong_genesis"
     if answer.round != plan.round:
@@ -258,20 +339,36 @@ def check(answer: Answer, plan: Plan) -> Reason | None:
         return "stale_attempt"
     if answer.client != plan.client:
         return "wrong_client"
-    if answer.head != plan.head:
+    if answer.head:
         return "behind"
     if answer.probe != plan.probe:
         return "desync"
-    if not answer.coefficients and math.isnan(answer.loss):
-        return "not_finite"  # the client's own word: it met a loss that is not finite
-    if len(answer.coefficients) != plan.queries:
-        return "wrong_length"
-    if not math.isfinite(answer.loss):
-        return "not_finite"
-    if not records.SMALLEST_EXPONENT <= answer.exponent <= records.LARGEST_EXPONENT or answer.examples < 1:
-        return "out_of_range"
-    largest = max(map(abs, answer.coefficients))
-    steepest = math.ldexp(largest, answer.exponent) * plan.epsilon  # a difference of losses no larger than the losses
-    if largest >= 2**records.COEFFICIENT_BITS or abs(answer.loss) > LARGEST_LOSS or steepest > LARGEST_LOSS:
-        return "out_of_range"
-    return None
+    if answer.problem:
+        return answer.problem if answer.problem in get_args(Reason) else "malformed"  # type: ignore[return-value]
+    return None if 1 <= answer.examples <= LARGEST_EXAMPLES else "out_of_range"
+
+
+def check_settings(settings: Settings) -> None:
+    """Raise UserError for settings that a federation cannot run with."""
+    if settings.devices:
+        raise UserError(
+            f"devices = {settings.devices!r} does not split a federated run, whose clients compute on a device each: "
+            "set device, or use zofed train"
+        )
+    if ":" in settings.objective:
+        raise UserError(
+            f"objective = {settings.objective!r} would have clients run code the server names: a federation takes "
+            "loss, accuracy or f1"
+        )
+    if settings.mode == "instruct" and settings.instruct_kind in ("guide-only", "line"):
+        raise UserError(
+            f"instruct-kind = {settings.instruct_kind!r} does not run in a federation: take hybrid, hybrid-rank1 or "
+            "cosine, or use zofed train"
+        )
+    if settings.merge != "mean" and settings.seeds == "distinct" and settings.mode in ("zo", "calibrate", "instruct"):
+        raise UserError(
+            f"merge = {settings.merge!r} compares clients along the same directions: set seeds to shared, or merge to "
+            "mean"
+        )
+    if settings.steps_per_message > 1 and settings.mode != "zo":
+        raise UserError(f"steps-per-message = {settings.steps_per_message} takes mode = zo, not {settings.mode}: set 1")

@@ -8,13 +8,14 @@ more than backpropagation's.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zofed import directions, perturbed
+from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.estimators import (
     FiniteDifference,
@@ -26,7 +27,7 @@ from zofed.estimators import (
     scalar,
 )
 from zofed.perturbed import Loss
-from zofed.records import Guided, Seeded, to_integers
+from zofed.records import Guided, Seeded, estimate_norm, to_integers
 from zofed.worker import Update, Worker, tensors_digest
 
 GUIDE_BITS = 15
@@ -46,6 +47,28 @@ class Shape:
     step: float
     epsilon: float
     copies_per_pass: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Shape":
+        return cls(
+            settings.instruct_kind,
+            settings.instruct_weighting,
+            settings.blend,
+            settings.instruct_cosine_target,
+            settings.instruct_noise_scale,
+            settings.guide_step,
+            settings.epsilon,
+            settings.copies_per_pass,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """Slopes along guided directions, the mean loss of the passes that found them, and their number."""
+
+    values: tuple[float, ...]
+    loss: float
+    forward_passes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,14 +202,18 @@ def guided(
     elif shape.kind == "line":
         found = _line(worker, loss, own, shape, seeds, round_, rate, examples)
     else:
-        found = _along(worker, loss, own, shape, seeds, round_, rate, examples)
+        measured = slopes(worker, loss, own, shape, seeds, examples)
+        integers = {0: to_integers(measured.values)}
+        record = weighed(worker, own, shape, integers, round_=round_, rate=rate)
+        found = Found(record, measured.loss, measured.forward_passes)
     return found, own
 
 
-def _along(
-    worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Sequence[int], round_: int, rate: float, batch: Any
-) -> Found:
-    """The kinds with noise: slopes along v_i = g_S + sigma n_i by central differences of Euclidean length `step`."""
+def slopes(worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Sequence[int], batch: Any = None) -> Slopes:
+    """Slopes along v_i = g_S + sigma n_i by central differences of Euclidean length `step`, for the kinds with noise.
+
+    batch: as `examples` of `guided`. The weights are afterwards what they were.
+    """
     step = shape.step / math.sqrt(own.direction_square)
     if own.masked:
         found = _masked_losses(worker, loss, own, seeds, (step, -step), batch)
@@ -198,19 +225,55 @@ def _along(
 
         found = worker.batched_or_not(run, loss, batch)
     values: list[list[float]] = found.to(torch.float64).tolist()
-    slopes = [(plus - minus) / (2 * step) for plus, minus in values]
-    mean = math.fsum(slopes) / len(slopes)
+    return Slopes(
+        tuple((plus - minus) / (2 * step) for plus, minus in values),
+        math.fsum(map(math.fsum, values)) / (2 * len(seeds)),
+        2 * len(seeds),
+    )
+
+
+def weighed(
+    worker: Worker,
+    own: Guidance,
+    shape: Shape,
+    found: Mapping[int, tuple[Sequence[int], int]],
+    *,
+    round_: int,
+    rate: float,
+) -> Guided:
+    """The record of slopes along directions that one guide shaped: (integers, exponent) by client index.
+
+    All directions count alike, whoever measured them. Raises ValueError for slopes that make no finite step.
+    """
+    clients = tuple(sorted(found))
+    values = [math.ldexp(value, found[client][1]) for client in clients for value in found[client][0]]
+    mean = math.fsum(values) / len(values)
     if shape.weighting == "unbiased":
-        slopes = [slope - mean for slope in slopes]
-        kept_weight, divisor = mean / own.kept_square, own.noise * degrees_of_freedom("one-sided", len(seeds))
+        values = [value - mean for value in values]
+        kept_weight, divisor = mean / own.kept_square, own.noise * degrees_of_freedom("one-sided", len(values))
     else:
         square = own.direction_square if shape.weighting == "projected" else 1.0
-        kept_weight, divisor = mean / square, len(seeds) * square / own.noise
+        kept_weight, divisor = mean / square, len(values) * square / own.noise
     masked = own.masked or (shape.weighting == "unbiased" and shape.kind != "cosine")
-    record = _record(own, round_, rate, slopes, divisor, kept_weight=kept_weight, blend=shape.blend, masked=masked)
+    record = _record(
+        own, round_, rate, values, divisor, kept_weight=kept_weight, blend=shape.blend, masked=masked, clients=clients
+    )
     if shape.weighting == "unbiased" and shape.kind == "cosine":
         record = _without_overlap(worker, record, own)
-    return Found(record, math.fsum(map(math.fsum, values)) / (2 * len(seeds)), 2 * len(seeds))
+    return record
+
+
+def clipped(record: Guided, own: Guidance, limit: float) -> Guided:
+    """The record with a norm of at most `limit` (0: any); noise counts as orthogonal to the guide, as it nearly is."""
+    parameters = own.size - own.kept_count if record.masked else own.size
+    noise = estimate_norm(record.seeded, parameters)
+    kept, spared = (record.kept + record.whole) ** 2 * own.kept_square, own.square - own.kept_square
+    norm = math.sqrt(kept + record.whole**2 * spared + noise**2)
+    if not 0.0 < limit < norm:
+        return record
+    share = limit / norm
+    seeded = replace(record.seeded, divisor=record.seeded.divisor / share)
+    return replace(record, seeded=seeded, kept=record.kept * share, whole=record.whole * share)
 
 
 def _line(
@@ -244,10 +307,11 @@ def _record(
     kept_weight: float,
     blend: bool,
     masked: bool = False,
+    clients: tuple[int, ...] = (0,),
 ) -> Guided:
     coefficients, exponent = to_integers(slopes)
     share = 0.5 if blend else 1.0
-    seeded = Seeded(round_, rate, (0,), len(slopes), coefficients, exponent, divisor / share)
+    seeded = Seeded(round_, rate, clients, len(slopes) // len(clients), coefficients, exponent, divisor / share)
     digest = bytes.fromhex(tensors_digest(own.guide))
     if not math.isfinite(kept_weight):
         raise ValueError(f"the slope along the guide is {kept_weight}")

@@ -16,16 +16,16 @@ import json
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from zofed import records
+from zofed import compact, records
 from zofed.errors import UserError
 from zofed.records import Record
 
-FORMAT = 2
+FORMAT = 3
 MAGIC = b"ZOFEDJNL"
 _START = struct.Struct("<8sHI")  # magic, format, length of the genesis
 _ENTRY = struct.Struct("<II")  # length of the body, CRC-32 of that length, the body and the chain
@@ -86,6 +86,28 @@ def link(chain: bytes, record: Record) -> Entry:
     length = _CRC.pack(len(body))
     after = hashlib.blake2b(chain + body, digest_size=CHAIN_BYTES).digest()
     return Entry(record, after, length + _CRC.pack(zlib.crc32(length + body + after)) + body + after)
+
+
+def bodies(entries: Iterable[Entry]) -> bytes:
+    """What leads from one chain to another, on a wire: each record's length and its bytes."""
+    parts = []
+    for entry in entries:
+        body = entry.raw[_ENTRY.size : -CHAIN_BYTES]
+        parts.append(compact.packed((len(body),)) + body)
+    return b"".join(parts)
+
+
+def linked(raw: bytes, chain: bytes) -> list[Entry]:
+    """The entries that follow `chain`, of what `bodies` gave. Raises ValueError for other bytes."""
+    entries: list[Entry] = []
+    at = 0
+    while at < len(raw):
+        (length,), at = compact.unpacked(raw, at, 1)
+        if not 0 < length <= len(raw) - at:
+            raise ValueError(f"a record of {length} bytes where {len(raw) - at} are left")
+        entries.append(link(entries[-1].chain if entries else chain, records.decode(raw[at : at + length])))
+        at += length
+    return entries
 
 
 def _entry_size(raw: bytes, offset: int) -> int | None:
@@ -212,28 +234,35 @@ class Journal:
             raise
 
     def append(self, record: Record) -> Entry:
-        """Write one record; when this returns, it survives a crash of the process and of the machine.
+        """`append_all` for one record."""
+        return self.append_all([record])[0]
 
-        Raises UserError when the disk does not take it. What then stands in the file is unknown, so this journal takes
-        no more: opening it again cuts a torn entry off.
+    def append_all(self, some: Sequence[Record]) -> list[Entry]:
+        """Write records at once; when this returns, they survive a crash of the process and of the machine.
+
+        Raises UserError when the disk does not take them. What then stands in the file is unknown, so this journal
+        takes no more: opening it again cuts a torn entry off.
         """
         if self._failed:
             raise UserError("an earlier write to the journal failed: mend the disk, then --resume the run")
-        entry = link(self.head, record)
+        entries: list[Entry] = []
+        for record in some:
+            entries.append(link(entries[-1].chain if entries else self.head, record))
+        raw = b"".join(entry.raw for entry in entries)
         self._failed = True
         try:
-            written = os.write(self._file, entry.raw)
+            written = os.write(self._file, raw)
             _sync_data(self._file)
         except OSError as error:
             raise UserError(
                 f"cannot write the journal: {error.strerror}; mend the disk, then --resume the run"
             ) from error
-        if written != len(entry.raw):
-            raise UserError(f"the disk is full: {written} of {len(entry.raw)} bytes written; free some, then --resume")
+        if written != len(raw):
+            raise UserError(f"the disk is full: {written} of {len(raw)} bytes written; free some, then --resume")
         self._failed = False
-        self.head = entry.chain
-        self.entries.append(entry)
-        return entry
+        self.head = entries[-1].chain
+        self.entries += entries
+        return entries
 
     def close(self) -> None:
         os.close(self._file)

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
+from zofed import merging
 from zofed.directions import KIND_PATTERN, direction_seeds
 from zofed.errors import UserError
 from zofed.estimators import Estimate, Points, size_exponents
-from zofed.federation import Measured, merge
+from zofed.federation import Measured, seeded
 from zofed.journal import Journal, differences, link, read
 from zofed.optimizers import Optimizer
 from zofed.perturbed import Loss
@@ -108,7 +109,8 @@ class ZerothOrder:
         seeds = direction_seeds(worker.genesis["seed"], worker.round + 1, 0, self.queries)
         self.estimate = worker.ask(loss, seeds, self.epsilon, self.copies_per_pass, self.points, examples)
         spread = worker.spread if self.normalise else None
-        return merge(worker.round + 1, rate, self.queries, {0: Measured.of(self.estimate)}, self.points, spread)
+        found = merging.merged({0: Measured.of(self.estimate)}, shared=False)
+        return seeded(worker.round + 1, rate, found, self.queries, self.points, spread)
 
     def apply(self, record: Seeded) -> float:
         """Write the record to the journal, then move the weights by it. Returns the norm of the gradient estimate."""

@@ -24,12 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zofed import federation
+from zofed import federation, local
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
 from zofed.estimators import Share, Split
-from zofed.journal import Journal, genesis_chain
+from zofed.journal import Journal, bodies, genesis_chain
 from zofed.perturbed import CannotBatch
 from zofed.task import Task, devices, prepare_process
 from zofed.worker import Worker, raw_bytes
@@ -130,7 +130,7 @@ class Member:
         missing = journal.entries[self._sent :]
         count = federation.position(missing, self.head, head)
         assert count is not None, "a run's worker only moves forward, along its journal"
-        raw = b"".join(entry.raw for entry in missing[:count])
+        raw = bodies(missing[:count])
         with suppress(OSError):  # it is gone, which reading its answer tells
             self.pipe.send_bytes(_REQUEST.pack(self.head, head, probe, batched, some.start, some.stop) + raw)
         self._sent, self.head = self._sent + count, head
@@ -219,12 +219,11 @@ def _read(pipe: Connection, requests: "queue.SimpleQueue[bytes]") -> None:
 
 def _answer(settings: Settings, worker: Worker, examples: Examples, request: bytes) -> bytes:
     after, head, probe, batched, start, stop = _REQUEST.unpack_from(request)
-    arrived = federation.catch_up(worker, after, head, request[_REQUEST.size :])
-    plan = federation.plan_for(settings, worker, head, (), client=0)
-    if not arrived or plan.probe != probe:
+    arrived = federation.catch_up(worker, after, request[_REQUEST.size :])
+    if not arrived or worker.head != head or worker.probe() != probe:
         raise UserError("its weights are not the run's: report this as a bug")
     try:
-        found = federation.raw_losses(worker, examples, plan, slice(start, stop), batched)
+        found = local.raw_losses(settings, worker, examples, 0, slice(start, stop), batched)
     except CannotBatch as reason:
         return _CANNOT_BATCH + str(reason).encode()
     kind = next(kind for kind, dtype in _TYPES.items() if dtype == found.dtype)

@@ -1,12 +1,13 @@
 """What a step decided: the log line, the checkpoint's increment and the message, in one."""
 
+import itertools
 import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zofed import directions
+from zofed import compact, directions
 
 # Beyond, the square of a slope, or what a coefficient is worth in a step, would leave float64's normal numbers.
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -450, 100
@@ -45,6 +46,12 @@ class Seeded:
             for client in self.clients
             for seed in directions.direction_seeds(run_seed, self.round, client, self.queries, self.local_steps)
         ]
+
+
+def estimate_norm(record: Seeded, parameters: int) -> float:
+    """Euclidean norm of a seeded record's gradient estimate, its directions taken as orthogonal, as they nearly are."""
+    squares = sum(value * value for value in record.coefficients)
+    return math.ldexp(math.sqrt(squares * parameters) / record.divisor, record.exponent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,48 +125,51 @@ class Skipped:
 
 Record = Seeded | Dense | Skipped | Guided
 
-_HEAD = struct.Struct("<BQ")  # kind, round
-_SEEDED = struct.Struct("<ddHHIhd")  # rate, privacy, clients, local steps, queries, exponent, divisor
+_SEEDED = struct.Struct("<dd?")  # rate, divisor, whether privacy is accounted for
+_PRIVACY = struct.Struct("<d")
 _DENSE = struct.Struct("<d32s")
 _GUIDED = struct.Struct("<32sddd?")  # guide, threshold, kept, whole, masked
 
 
 def encode(record: Record) -> bytes:
-    """The record's bytes, little endian; `decode` gives the record back."""
-    head = _HEAD.pack(record.kind, record.round)
+    """The record's bytes: u8 kind, the round, then what its kind has; integers as `compact` has them.
+
+    A seeded record: f64 rate and divisor, a byte that tells whether f64 privacy follows, then the integers exponent,
+    local steps, queries, number of clients, their indices less the one before each, and the coefficients. `decode`
+    gives the record back.
+    """
+    head = bytes([record.kind]) + compact.packed((record.round,))
     match record:
         case Seeded():
-            if len(record.coefficients) != len(record.clients) * record.local_steps * record.queries:
-                raise ValueError(
-                    f"{len(record.coefficients)} coefficients for {len(record.clients)} clients x {record.local_steps} "
-                    f"local steps x {record.queries} queries"
-                )
-            _check_size(record.coefficients)
-            fixed = _SEEDED.pack(
-                record.rate,
-                record.privacy_spent,
-                len(record.clients),
-                record.local_steps,
-                record.queries,
-                record.exponent,
-                record.divisor,
-            )
-            numbers = struct.pack(f"<{len(record.clients)}I", *record.clients)
-            return head + fixed + numbers + struct.pack(f"<{len(record.coefficients)}i", *record.coefficients)
+            return head + _encoded_seeded(record)
         case Dense():
             return head + _DENSE.pack(record.rate, record.update)
         case Guided():
             fixed = _GUIDED.pack(record.guide, record.threshold, record.kept, record.whole, record.masked)
-            return head + fixed + encode(record.seeded)[_HEAD.size :]
+            return head + fixed + _encoded_seeded(record.seeded)
         case Skipped():
             return head
+
+
+def _encoded_seeded(record: Seeded) -> bytes:
+    if len(record.coefficients) != len(record.clients) * record.local_steps * record.queries:
+        raise ValueError(
+            f"{len(record.coefficients)} coefficients for {len(record.clients)} clients x {record.local_steps} "
+            f"local steps x {record.queries} queries"
+        )
+    _check_size(record.coefficients)
+    has_privacy = not math.isnan(record.privacy_spent)
+    steps = (client - before for before, client in zip((0, *record.clients), record.clients, strict=False))
+    integers = (record.exponent, record.local_steps, record.queries, len(record.clients), *steps, *record.coefficients)
+    privacy = _PRIVACY.pack(record.privacy_spent) if has_privacy else b""
+    return _SEEDED.pack(record.rate, record.divisor, has_privacy) + privacy + compact.packed(integers)
 
 
 def decode(body: bytes) -> Record:
     """The record whose `encode` is `body`. Raises ValueError for any other bytes."""
     try:
-        kind, round_ = _HEAD.unpack_from(body)
-        rest = memoryview(body)[_HEAD.size :]
+        (round_,), at = compact.unpacked(body, 1, 1)
+        kind, rest = body[0], body[at:]
         if kind == Seeded.kind:
             record = _decode_seeded(round_, rest)
         elif kind == Dense.kind:
@@ -172,24 +182,38 @@ def decode(body: bytes) -> Record:
             raise ValueError(f"record kind {kind} of {len(body)} bytes is not known to this version")
     except struct.error as error:
         raise ValueError(f"record of {len(body)} bytes: {error}") from error
+    if round_ < 0 or encode(record) != body:
+        raise ValueError(f"record of {len(body)} bytes: not as it is written")
     return record
 
 
-def _decode_seeded(round_: int, rest: memoryview) -> Seeded:
-    rate, privacy, count, local_steps, queries, exponent, divisor = _SEEDED.unpack_from(rest)
+def _decode_seeded(round_: int, rest: bytes) -> Seeded:
+    rate, divisor, has_privacy = _SEEDED.unpack_from(rest)
+    at, privacy = _SEEDED.size, math.nan
+    if has_privacy:
+        (privacy,) = _PRIVACY.unpack_from(rest, at)
+        at += _PRIVACY.size
+    (exponent, local_steps, queries, count), at = compact.unpacked(rest, at, 4)
     if not SMALLEST_EXPONENT <= exponent <= LARGEST_EXPONENT or not (
         math.ldexp(1.0, exponent - LARGEST_WORTH) <= divisor < math.inf
     ):
         raise ValueError(f"a record with divisor {divisor} and exponent {exponent} moves nothing that is finite")
-    clients = struct.unpack_from(f"<{count}I", rest, _SEEDED.size)
-    coefficients = struct.unpack(f"<{count * local_steps * queries}i", rest[_SEEDED.size + 4 * count :])
+    if local_steps < 1 or queries < 0:
+        raise ValueError(f"a record of {local_steps} local steps and {queries} queries")
+    steps, at = compact.unpacked(rest, at, count)
+    coefficients, at = compact.unpacked(rest, at, count * local_steps * queries)
+    if at != len(rest):
+        raise ValueError(f"{len(rest) - at} bytes follow a record's last coefficient")
     _check_size(coefficients)
+    clients = tuple(itertools.accumulate(steps))
+    if any(not 0 <= client < 2**32 for client in clients):
+        raise ValueError(f"a record of the clients {clients[:3]}")
     return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor, local_steps, privacy)
 
 
-def _decode_guided(round_: int, rest: memoryview) -> Guided:
+def _decode_guided(round_: int, rest: bytes) -> Guided:
     guide, threshold, kept, whole, masked = _GUIDED.unpack_from(rest)
-    if rest[_GUIDED.size - 1] > 1 or not all(map(math.isfinite, (threshold, kept, whole))):
+    if not all(map(math.isfinite, (threshold, kept, whole))):
         raise ValueError(f"a guided record with the weights {kept} and {whole} moves nothing that is finite")
     return Guided(_decode_seeded(round_, rest[_GUIDED.size :]), guide, threshold, kept, whole, masked)
 

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor
 from zofed import __version__, config
 from zofed.config import Settings
 from zofed.errors import UserError
-from zofed.journal import sync_folder
+from zofed.journal import Genesis, differences, sync_folder
 from zofed.worker import tensors_digest
 
 METRICS = (
@@ -99,6 +99,20 @@ class RunFolder:
     def inputs(self) -> dict[str, Any]:
         return self._read_json("inputs.json")
 
+    def check_unchanged(self, inputs: Mapping[str, Any], genesis: Genesis, now: Genesis) -> None:
+        """Raise UserError unless a run can go on: from what it read, and from the journal's genesis, as they were.
+
+        inputs, now: what settings, data and model give today.
+        """
+        before = self.inputs()
+        different = [key for key in sorted(before | dict(inputs)) if before.get(key) != inputs.get(key)]
+        different += differences(genesis, now)
+        if different:
+            raise UserError(
+                f"{self.path} began with another {', '.join(different)} than its settings give today: "
+                "bring back the settings, data, tokenizer and model it began with"
+            )
+
     def _read_json(self, name: str) -> dict[str, Any]:
         """The object in a file; empty where there is none or it is spoilt."""
         try:
@@ -110,6 +124,11 @@ class RunFolder:
     def save_update(self, digest: bytes, tensors: Mapping[str, Tensor]) -> None:
         """Keep the gradient or guide that a record names by its digest, whole on disk before this returns."""
         self._save(self.path / "updates", digest.hex(), tensors, {})
+
+    def drop_updates(self, digests: Iterable[bytes]) -> None:
+        """Let go of gradients and guides that no checkpoint needs any more."""
+        for digest in digests:
+            self._update_path(digest).unlink(missing_ok=True)
 
     def has_update(self, digest: bytes) -> bool:
         """Whether the gradient or guide of a digest was kept."""

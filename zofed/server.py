@@ -2,41 +2,34 @@
 
 import math
 import os
+import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from zofed import config, federation, messages
+from zofed import config, federation, guides, instruct, local, merging, messages, schedules, snapshots
 from zofed.config import Settings
 from zofed.errors import UserError
-from zofed.estimators import forward_passes
-from zofed.federation import Answer, Plan
+from zofed.federation import Answer, Contribution, Plan
 from zofed.finish import finish, status_kept
-from zofed.journal import Journal, canonical
-from zofed.messages import Final, Greeting, Introduction, Malformed
-from zofed.records import Record, Skipped
-from zofed.runs import Row, RunFolder, Table
+from zofed.journal import Entry, Journal, genesis_chain
+from zofed.members import Members, exchange
+from zofed.records import Dense, Skipped
+from zofed.runs import Row, RunFolder
 from zofed.task import Task, prepare_process, with_absolute_paths
+from zofed.traffic import Traffic
 from zofed.trainer import Step, Trainer, diverged
-from zofed.worker import Worker
+from zofed.wire import Evaluation, Final, Malformed
+from zofed.worker import Update, Worker, tensors_digest, update_digest
 
-ROUNDS = (
-    "round", "loss", "eval_loss", "replies_used", "replies_rejected", "replies_late", "bytes_up", "bytes_down",
-    "seconds_compute", "seconds_waiting", "seconds_flower",
-)  # fmt: skip
-CLIENTS = (
-    "round", "attempt", "client", "result", "loss", "examples", "bytes_up", "bytes_down", "seconds_compute"
-)  # fmt: skip
 ATTEMPTS = 3  # times a round is asked before it is given up
-POLL_SECONDS = 0.05
-QUIET_SECONDS = 1.0  # "all nodes that are there": no new one came for so long
+UPDATES_KEPT = 4  # encoded updates at hand for clients that missed a round or two
 
 app = ServerApp()
 
@@ -53,115 +46,40 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
-    """One federated run over `grid`; returns its summary. name: of its folder, where settings.out is empty."""
-    if settings.mode != "zo":
-        raise UserError(
-            f"mode = {settings.mode!r} does not run in a federation yet: use zofed train --mode {settings.mode}"
-        )
-    if settings.devices:
-        raise UserError(
-            f"devices = {settings.devices!r} does not split a federated run, whose clients compute on a device each: "
-            "set device, or use zofed train"
-        )
-    if ":" in settings.objective:
-        raise UserError(
-            f"objective = {settings.objective!r} would have clients run code the server names: a federation takes "
-            "loss, accuracy or f1"
-        )
+    """One federated run over `grid`, new or going on from the journal in its folder; returns its summary.
+
+    name: of the folder, where settings.out is empty.
+    """
+    federation.check_settings(settings)
     out = config.absolute(settings.out or Path.home() / "zofed-runs" / name, "out")
     if settings.out and not Path(os.path.expanduser(settings.out)).is_absolute():
         raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings.model_copy(update={"out": str(out)})))
     task.check_held_out()
+    if settings.guide_source == "server" and settings.mode in ("instruct", "calibrate"):
+        if not settings.bp_dataset:
+            raise UserError("guide-source = 'server' backpropagates on public data: set bp-dataset to it")
+        _ = task.backprop_examples
     worker = task.worker()
-    nodes = meet(grid, task.settings, worker)
-    folder = RunFolder.create(out, task.settings, task.inputs())
-    print(f"run folder: {out}\n{len(nodes)} clients, {len(task.held_out)} documents held out", flush=True)
-    with (
-        status_kept(folder),
-        Journal.create(folder.journal, worker.genesis) as journal,
-        Table(folder.path / "rounds.csv", ROUNDS) as rounds,
-        Table(folder.path / "clients.csv", CLIENTS) as clients,
-    ):
-        return Server(grid, nodes, task, worker, journal, folder, rounds, clients).run()
-
-
-def meet(grid: Grid, settings: Settings, worker: Worker) -> dict[int, int]:
-    """Wait for the nodes, ask each who it is; node ids by client index. Raises UserError for whatever is amiss."""
-    wanted = settings.clients
-    if settings.quorum > wanted > 0:
-        raise UserError(f"quorum = {settings.quorum}: only {wanted} clients take part; set quorum to {wanted} or less")
-    node_ids = _wait_for_nodes(grid, wanted, settings.node_timeout)
-    greeting = messages.pack(Greeting(canonical(worker.genesis)))
-    replies = exchange(grid, dict.fromkeys(node_ids, greeting), "query.status", settings.round_timeout)
-    found: dict[int, int] = {}
-    for node in node_ids:
-        reply = replies.get(node)
-        if reply is None or reply.has_error():
-            reason = "no answer" if reply is None else reply.error.reason
-            raise UserError(f"node {node} could not be asked who it is ({reason}): see its log")
-        introduction = messages.unpack(Introduction, reply.content)
-        if introduction.problem:
-            raise UserError(introduction.problem)
-        if introduction.client in found:
-            raise UserError(f"two nodes say they are client {introduction.client}: give each its own partition-id")
-        found[introduction.client] = node
-    chosen = {client: found[client] for client in sorted(found)[: wanted or None]}
-    if settings.quorum > len(chosen):
-        raise UserError(f"quorum = {settings.quorum}: only {len(chosen)} clients are here; set quorum to that or less")
-    return chosen
-
-
-def _wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
-    """Ids of the nodes once `wanted` are there; for 0, once one is there and no other has come for a while."""
-    deadline = time.monotonic() + seconds
-    seen: list[int] = []
-    since = time.monotonic()
-    while True:
-        now = sorted(grid.get_node_ids())
-        if now != seen:
-            seen, since = now, time.monotonic()
-        if seen and (len(seen) >= wanted if wanted else time.monotonic() - since >= QUIET_SECONDS):
-            return seen
-        if time.monotonic() > deadline:
-            need = wanted or 1
-            raise UserError(
-                f"clients = {wanted}: the federation has {len(seen)} of {need} nodes after {seconds:g} s; start more, "
-                f"in simulation with --federation-config 'num-supernodes={need}'"
-            )
-        time.sleep(POLL_SECONDS)
-
-
-def exchange(grid: Grid, contents: dict[int, RecordDict], message_type: str, seconds: float) -> dict[int, Message]:
-    """Send one message to each node and wait at most `seconds` for the replies; replies by node id."""
-    sent = [
-        Message(content=content, dst_node_id=node, message_type=message_type, ttl=seconds)
-        for node, content in contents.items()
-    ]
-    open_ids = dict(zip(grid.push_messages(sent), contents, strict=True))
-    replies: dict[int, Message] = {}
-    deadline = time.monotonic() + seconds
-    while open_ids and time.monotonic() < deadline:
-        for reply in grid.pull_messages(list(open_ids)):
-            # An error reply comes from the SuperLink, so it is known by what it answers, not by who sent it.
-            node = open_ids.pop(reply.metadata.reply_to_message_id, None)
-            if node is not None:
-                replies[node] = reply
-        if open_ids:
-            time.sleep(POLL_SECONDS)
-    return replies
-
-
-@dataclass
-class Traffic:
-    """What the present round cost and how its replies fared."""
-
-    up: int = 0
-    down: int = 0
-    results: Counter[str] = field(default_factory=Counter)
-    compute: float = 0.0
-    waiting: float = 0.0
+    goes_on = RunFolder(out).journal.exists()
+    folder = RunFolder.open(out) if goes_on else RunFolder.create(out, task.settings, task.inputs())
+    opened = Journal.open(folder.journal) if goes_on else None
+    if opened:
+        try:
+            folder.check_unchanged(task.inputs(), opened.genesis, worker.genesis)
+        except UserError:
+            opened.close()
+            raise
+        folder.write_text("settings.toml", config.to_toml(task.settings))
+    with status_kept(folder), opened or Journal.create(folder.journal, worker.genesis) as journal:
+        last = journal.entries[-1].record.round if journal.entries else 0
+        members = Members(grid, task.settings, worker, journal)
+        members.meet()
+        what = f"goes on after round {last}" if goes_on else f"{len(task.held_out)} documents held out"
+        print(f"run folder: {out}\n{len(members.found)} clients, {what}", flush=True)
+        with Traffic(folder, last) as traffic:
+            return Server(grid, members, task, worker, journal, folder, traffic).run()
 
 
 class Server:
@@ -170,202 +88,475 @@ class Server:
     def __init__(
         self,
         grid: Grid,
-        nodes: dict[int, int],
+        members: Members,
         task: Task,
         worker: Worker,
         journal: Journal,
         folder: RunFolder,
-        rounds: Table,
-        clients: Table,
+        traffic: Traffic,
     ) -> None:
-        self.grid, self.nodes, self.task, self.settings, self.worker = grid, nodes, task, task.settings, worker
-        self.journal, self.folder, self.rounds, self.clients = journal, folder, rounds, clients
-        self.genesis = worker.head
-        self.held = dict.fromkeys(nodes, 0)  # client index -> entries its replica held when it last answered
-        self.traffic = Traffic()
-        self.bytes_up = self.bytes_down = self.plans = 0
+        self.grid, self.members, self.task, self.settings, self.worker = grid, members, task, task.settings, worker
+        self.journal, self.folder, self.traffic = journal, folder, traffic
+        self.genesis = genesis_chain(worker.genesis)
+        self.trainer = Trainer(worker, journal, folder, self.settings, task.evaluate, self._show)
+        self.updates: dict[bytes, bytes] = {}  # encoded, by digest
+        self.slope_size: float | None = None
 
     def run(self) -> dict[str, Any]:
-        trainer = Trainer(self.worker, self.journal, self.folder, self.settings, self.task.evaluate, self._show)
-        totals = trainer.run(self.settings.rounds, self._round)
-        digests = self._final_digests()
-        wrong = [client for client, digest in sorted(digests.items()) if digest != self.worker.digest()]
-        if wrong:
-            raise UserError(
-                f"clients {wrong} end with other weights than the server ({digests}): do not trust their machines; "
-                "run without them"
-            )
-        summary = finish(
-            self.task,
-            self.worker,
-            self.journal,
-            self.folder,
-            totals,
-            {
-                "bytes_up_per_client_round": self.bytes_up / self.plans,
-                "bytes_down_per_client_round": self.bytes_down / self.plans,
-                "client_digests": {str(client): digest for client, digest in sorted(digests.items())},
-            },
-        )
+        totals = self.trainer.run(self.settings.rounds, self._round)
+        digests = self._digests(self.members.found)
+        if wrong := self._wrong(digests):
+            digests |= self._digests(wrong)  # rebuilt from the base
+            if wrong := self._wrong(digests):
+                raise UserError(
+                    f"clients {wrong} end with other weights than the server ({digests}) even when they replay all "
+                    "from the base: do not trust their machines; run without them"
+                )
+        extra = self.traffic.summary() | {"client_digests": {str(c): digest for c, digest in sorted(digests.items())}}
+        summary = finish(self.task, self.worker, self.journal, self.folder, totals, extra)
+        answered = sum(bool(digest) for digest in digests.values())
         print(
-            f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the replay and all "
-            f"{len(digests)} clients end with the server's weights; results in {self.folder.path}",
+            f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the replay and "
+            f"{'all' if answered == len(digests) else 'of ' + str(len(digests))} {answered} clients end with the "
+            f"server's weights; results in {self.folder.path}",
             flush=True,
         )
         return summary
 
-    def _round(self, round_: int) -> Step:
-        """Ask all clients about one round, again until enough have answered, and merge what is usable."""
-        self.traffic = Traffic()
-        need = self.settings.quorum or len(self.nodes)
-        good: dict[int, Answer] = {}
-        for attempt in range(ATTEMPTS):
-            missing = [client for client in self.nodes if client not in good]
-            good |= self._ask(missing, attempt)
-            if len(good) >= min(need, len(self.nodes)):
-                break
-        self.bytes_up += self.traffic.up
-        self.bytes_down += self.traffic.down
-        self.plans += len(self.nodes)
-        if set(self.traffic.results) == {"not_finite"}:
-            raise diverged(round_, self.settings)
-        if len(good) < need and self.settings.quorum == 0:
-            missing = sorted(set(self.nodes) - set(good))
-            raise UserError(
-                f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts "
-                f"({dict(self.traffic.results)}): see clients.csv in {self.folder.path}, or set quorum below the "
-                "number of clients"
-            )
-        record: Record = Skipped(round_)
-        if len(good) >= need:
-            record = federation.record_of(self.settings, self.worker, good, self.settings.rounds)
-        own = federation.examples_per_query(self.settings)
-        batch = federation.examples_seen(self.settings)
-        passes = len(good) * (
-            2 * self.settings.queries if own else forward_passes(self.settings.estimator, self.settings.queries)
-        )
-        return Step(
-            record=record,
-            loss=sum(answer.loss for answer in good.values()) / len(good) if good else math.nan,
-            epoch=round_ * batch * len(good) / max(1, sum(answer.examples for answer in good.values())),
-            batch_size=batch * len(good),
-            forward_passes=passes,
-            forward_equivalents=passes * (own or self.settings.batch_size),
-            tokens=batch * len(good) * self.settings.block_size,
-            bytes=self.traffic.up + self.traffic.down,
+    # --- rounds ---
+
+    def _round(self, round_: int) -> Step | Sequence[Step]:
+        """Ask clients about the next round, or several, and merge what is usable."""
+        if round_ <= self._last_round():  # killed between journal and metrics: what was announced is not asked again
+            entry = next(entry for entry in self.journal.entries if entry.record.round == round_)
+            digest = update_digest(entry.record)
+            return Step(entry.record, math.nan, 0.0, 0, update=self.folder.update(digest) if digest else None)
+        self.members.look()
+        self.traffic.begin()
+        self.slope_size = None
+        settings = self.settings
+        mode, interval = settings.mode, settings.bp_interval
+        if mode == "fo":
+            return self._first_order(round_)
+        if mode == "subspace":
+            return self._in_subspace(round_)
+        if mode == "calibrate" and round_ % interval == 0:
+            return self._calibrated(round_)
+        if mode == "instruct" and (round_ - 1) % interval == 0:
+            return self._guided(round_)
+        return self._zeroth_order(round_)
+
+    def _last_round(self) -> int:
+        return self.journal.entries[-1].record.round if self.journal.entries else 0
+
+    def _zeroth_order(self, round_: int) -> list[Step]:
+        settings = self.settings
+        steps = min(settings.steps_per_message, settings.rounds - round_ + 1)
+        good = self._slopes(round_, "slopes", self.members.sampled(round_), steps=steps)
+        if not good:
+            return [self._skipped(round_)]
+        made = federation.records_of(settings, self.worker, good, settings.rounds, steps)
+        passes = settings.local_steps * local.passes(settings)
+        first = self._step(made[0], good, passes, local.examples_per_query(settings) or settings.batch_size)
+        rest = [Step(record, first.loss, first.epoch, first.batch_size) for record in made[1:]]
+        return [first, *rest]
+
+    def _in_subspace(self, round_: int) -> Step:
+        settings = self.settings
+        good = self._slopes(round_, "coefficients", self.members.sampled(round_))
+        if not good:
+            return self._skipped(round_)
+        rate = local.subspace_rate(settings, round_, settings.rounds)
+        able = set(self.members.able())
+        count = settings.subspace_interval
+        forward = sum(count if client in able else 2 * settings.queries * count for client in good)
+        backward = count * len(able & set(good))
+        return self._step(
+            federation.subspace_record(settings, round_, rate, good),
+            good,
+            forward / len(good),
+            settings.batch_size,
+            backward=backward,
+            seen=count * settings.batch_size,
         )
 
-    def _ask(self, clients: Iterable[int], attempt: int) -> dict[int, Answer]:
+    def _guided(self, round_: int) -> Step:
+        settings = self.settings
+        guide = self._guide(round_)
+        if guide is None:
+            return self._skipped(round_)
+        raw, update, _, backward = guide
+        good = self._slopes(round_, "guided", self.members.sampled(round_), guide=raw)
+        if not good:
+            return self._skipped(round_)
+        shape = instruct.Shape.of(settings)
+        guidance = instruct.guidance(update, shape)
+        rate = schedules.backprop_rate(settings, round_, settings.rounds)
+        found = {client: (answer.coefficients, answer.exponent) for client, answer in good.items()}
+        record = instruct.weighed(self.worker, guidance, shape, found, round_=round_, rate=rate)
+        record = instruct.clipped(record, guidance, settings.clip_norm)
+        per_pass = local.examples_per_query(settings) or settings.batch_size
+        return self._step(
+            record, good, 2 * settings.queries, per_pass, backward=backward, update=update, facts=guidance.facts
+        )
+
+    def _calibrated(self, round_: int) -> Step:
+        guide = self._guide(round_)
+        if guide is None:
+            return self._skipped(round_)
+        _, update, loss, backward = guide
+        rate = schedules.backprop_rate(self.settings, round_, self.settings.rounds)
+        return self._dense(round_, rate, update, loss, backward, local.backprop_batch_size(self.settings))
+
+    def _first_order(self, round_: int) -> Step:
+        found = self._contributions(round_, "update", self.members.sampled(round_))
+        if not found:
+            return self._skipped(round_)
+        update = federation.merged_updates(self.settings, {c: (own, a.examples) for c, (own, a) in found.items()})
+        self._remember(guides.whole(update), update)
+        loss = statistics.fmean(answer.loss for _, answer in found.values())
+        rate = schedules.learning_rate(self.settings, round_, self.settings.rounds)
+        passes = (
+            len(found)
+            * self.settings.local_steps
+            * (self.settings.gradient_accumulation if self.settings.local_steps == 1 else 1)
+        )
+        return self._dense(round_, rate, update, loss, passes, self.settings.batch_size)
+
+    def _guide(self, round_: int) -> tuple[bytes, Update, float, int] | None:
+        """(encoded, decoded, loss, backward passes) of the round's gradient, from clients or on public data."""
+        settings = self.settings
+        if settings.guide_source == "server":
+            try:
+                gradient, loss = local.gradient(settings, self.worker, self.task.backprop_examples, 0)
+                raw = guides.compressed(gradient, settings.guide_rank)
+            except ValueError as error:
+                raise diverged(round_, settings) from error
+            passes = settings.gradient_accumulation
+        else:
+            found = self._contributions(round_, "gradient", self.members.sampled(round_, self.members.able()))
+            if not found:
+                return None
+            merged = federation.merged_updates(settings, {c: (own, a.examples) for c, (own, a) in found.items()})
+            raw = guides.compressed(merged, settings.guide_rank)
+            loss = statistics.fmean(answer.loss for _, answer in found.values())
+            passes = settings.gradient_accumulation * len(found)
+        update = guides.decoded(raw, self._shapes())
+        if not guides.norm(update):
+            raise UserError("the gradient is zero everywhere and shapes no direction: set mode to zo, or scope wider")
+        self._remember(raw, update)
+        return raw, update, loss, passes
+
+    def _remember(self, raw: bytes, update: Update) -> None:
+        """Keep an update for the clients that will need it and, on disk, for a server that starts again."""
+        digest = bytes.fromhex(tensors_digest(update))
+        self.updates[digest] = raw
+        while len(self.updates) > UPDATES_KEPT:
+            del self.updates[next(iter(self.updates))]
+        self.folder.save_update(digest, update)
+        if not self.settings.keep_gradients and self.settings.save_interval:
+            oldest = self._last_round() - self.settings.save_interval * (self.settings.keep_checkpoints + 1)
+            old = [e.record for e in self.journal.entries if e.record.round <= oldest]
+            self.folder.drop_updates([digest for record in old if (digest := update_digest(record))])
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(parameter.shape) for name, parameter in self.worker.parameters.items()}
+
+    def _skipped(self, round_: int) -> Step:
+        return Step(Skipped(round_), math.nan, 0.0, 0, bytes=self.traffic.now.up + self.traffic.now.down)
+
+    def _dense(self, round_: int, rate: float, update: Update, loss: float, passes: int, size: int) -> Step:
+        return Step(
+            record=Dense(round_, rate, bytes.fromhex(tensors_digest(update))),
+            loss=loss,
+            epoch=0.0,
+            batch_size=size,
+            update=update,
+            forward_passes=passes,
+            backward_passes=passes,
+            forward_equivalents=3 * passes * size,
+            tokens=passes * size * self.settings.block_size,
+            bytes=self.traffic.now.up + self.traffic.now.down,
+        )
+
+    def _step(
+        self,
+        record: Any,
+        good: Mapping[int, Answer],
+        passes: float,
+        per_pass: int,
+        *,
+        backward: int = 0,
+        update: Update | None = None,
+        seen: int = 0,
+        facts: Row | None = None,
+    ) -> Step:
+        """A step from integers. passes: forward, of one client. seen: examples one client read; 0: as for slopes."""
+        settings = self.settings
+        seen = (seen or local.examples_seen(settings)) * len(good)
+        self.slope_size = statistics.median_low(map(merging.size, good.values()))
+        forward = round(passes * len(good))
+        extra = local.backprop_batch_size(settings) * backward
+        return Step(
+            record=record,
+            loss=statistics.fmean(answer.loss for answer in good.values()),
+            epoch=record.round * seen / max(1, sum(answer.examples for answer in good.values())),
+            batch_size=seen,
+            update=update,
+            forward_passes=forward,
+            backward_passes=backward,
+            forward_equivalents=forward * per_pass + (2 if settings.mode == "subspace" else 3) * extra,
+            tokens=seen * settings.block_size,
+            bytes=self.traffic.now.up + self.traffic.now.down,
+            facts=facts or {},
+        )
+
+    # --- one exchange ---
+
+    def _slopes(
+        self, round_: int, task: federation.Task, clients: Collection[int], steps: int = 1, guide: bytes = b""
+    ) -> dict[int, Answer]:
+        """Usable answers of integers, by client; empty where a round is to be skipped."""
+
+        def judge(reply: Message, plan: Plan) -> tuple[Any, Answer, str]:
+            answer = messages.unpack(Answer, reply.content)
+            count = federation.integers_asked(self.settings, plan)
+            return answer, answer, federation.check(answer, plan, count, self.settings.epsilon) or "used"
+
+        return self._collected(round_, task, "train.zo", clients, judge, steps, guide)
+
+    def _contributions(
+        self, round_: int, task: federation.Task, clients: Collection[int]
+    ) -> dict[int, tuple[Update, Contribution]]:
+        """Usable updates or gradients, by client; empty where a round is to be skipped."""
+
+        def judge(reply: Message, plan: Plan) -> tuple[Any, Contribution, str]:
+            answer = messages.unpack(Contribution, reply.content)
+            limit = self.settings.largest_update
+            update, reason = federation.check_update(answer, plan, self.worker, limit)
+            return (update, answer), answer, reason or "used"
+
+        return self._collected(round_, task, "train.guide" if task == "gradient" else "train.fo", clients, judge)
+
+    def _collected(
+        self,
+        round_: int,
+        task: federation.Task,
+        message_type: str,
+        clients: Collection[int],
+        judge: Callable[[Message, Plan], tuple[Any, Any, str]],
+        steps: int = 1,
+        guide: bytes = b"",
+    ) -> dict[int, Any]:
+        """Ask until enough have answered. Raises UserError where all are needed and some never do."""
+        self.traffic.ask(len(clients))
+        need = min(self.settings.quorum, len(clients)) or len(clients)
+        if len(clients) < self.settings.quorum or not clients:
+            return {}
+        good: dict[int, Any] = {}
+        for attempt in range(ATTEMPTS):
+            missing = [client for client in clients if client not in good]
+            self.members.wait_for(missing)
+            good |= self._asked(missing, attempt, task, message_type, judge, steps, guide)
+            if task in ("slopes", "coefficients", "guided"):
+                for client in merging.implausible(good, self.settings.clip_slopes):
+                    del good[client]
+                    self.traffic.now.results.subtract(["used"])
+                    self.traffic.now.results["implausible"] += 1
+                    self.traffic.reasons[client].subtract(["used"])
+                    self.traffic.reasons[client]["implausible"] += 1
+            if len(good) >= need:
+                break
+        for client in clients:
+            self.members.note(client, round_, is_well=client in good)
+        if len(good) >= need:
+            return good
+        if not good and set(+self.traffic.now.results) == {"not_finite"}:
+            raise diverged(round_, self.settings)
+        if self.members.strict:
+            missing = sorted(set(clients) - set(good))
+            raise UserError(
+                f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts "
+                f"({dict(+self.traffic.now.results)}): see clients.csv in {self.folder.path}, or set quorum below the "
+                "number of clients"
+            )
+        return {}
+
+    def _asked(
+        self,
+        clients: Collection[int],
+        attempt: int,
+        task: federation.Task,
+        message_type: str,
+        judge: Callable[[Message, Plan], tuple[Any, Any, str]],
+        steps: int,
+        guide: bytes,
+    ) -> dict[int, Any]:
         """One attempt: send each client its plan and check what comes back; those behind are sent what they lack."""
-        good: dict[int, Answer] = {}
+        good: dict[int, Any] = {}
         waiting_for = list(clients)
         for _ in range(2):  # a second time for those whose replica was older than known, or not sound
-            plans = {client: self._plan(client, attempt) for client in waiting_for}
-            replies = self._send(plans, "train.zo")
-            behind = []
+            plans = {client: self._plan(client, attempt, task, steps, guide) for client in waiting_for}
+            contents, replies = self._send(plans, message_type)
+            waiting_for = []
             for client, plan in plans.items():
-                reply = replies.get(self.nodes[client])
-                answer, result = self._judge(reply, plan)
-                self.traffic.results[result] += 1
-                self._note(client, plan, answer, result, reply)
-                if answer is not None and result == "used":
-                    good[client] = answer
-                    self.held[client] = len(self.journal.entries)
-                elif answer is not None and result in ("behind", "desync"):
-                    known = federation.position(self.journal.entries, self.genesis, answer.head)
-                    self.held[client] = known or 0 if result == "behind" else 0
-                    behind.append(client)
-            waiting_for = behind
-            if not behind:
+                found, answer, result = self._judged(replies.get(self._node(client)), plan, judge)
+                self.traffic.result(plan, contents[client], replies.get(self._node(client)), answer, result)
+                if result == "used":
+                    good[client] = found
+                if self._follows(client, answer, result):
+                    waiting_for.append(client)
+            if not waiting_for:
                 break
         return good
 
-    def _plan(self, client: int, attempt: int) -> Plan:
-        held, entries = self.held[client], self.journal.entries
-        after = entries[held - 1].chain if held else self.genesis
-        return federation.plan_for(self.settings, self.worker, after, entries[held:], client=client, attempt=attempt)
-
-    def _judge(self, reply: Message | None, plan: Plan) -> tuple[Answer | None, str]:
+    def _judged(
+        self, reply: Message | None, plan: Plan, judge: Callable[[Message, Plan], tuple[Any, Any, str]]
+    ) -> tuple[Any, Any, str]:
         if reply is None:
-            return None, "late"
+            return None, None, "late"
         if reply.has_error():
-            print(f"client {plan.client}: {reply.error.reason}", file=sys.stderr, flush=True)
-            return None, "error"
+            reason = (reply.error.reason or "no reason given").strip().splitlines()
+            print(f"client {plan.client}: {reason[-1]}", file=sys.stderr, flush=True)
+            return None, None, "error"
         try:
-            answer = messages.unpack(Answer, reply.content)
+            return judge(reply, plan)
         except Malformed as error:
             print(f"client {plan.client}: malformed reply: {error}", file=sys.stderr, flush=True)
-            return None, "malformed"
-        return answer, federation.check(answer, plan) or "used"
+            return None, None, "malformed"
 
-    def _note(self, client: int, plan: Plan, answer: Answer | None, result: str, reply: Message | None) -> None:
-        up = messages.size(reply.content) if reply is not None and reply.has_content() else 0
-        if answer is not None:
-            self.traffic.compute = max(self.traffic.compute, answer.seconds)
-        self.clients.write(
-            {
-                "round": plan.round,
-                "attempt": plan.attempt,
-                "client": client,
-                "result": result,
-                "loss": answer.loss if answer else None,
-                "examples": answer.examples if answer else None,
-                "bytes_up": up,
-                "bytes_down": messages.size(messages.pack(plan)),
-                "seconds_compute": answer.seconds if answer else None,
-            }
-        )
+    def _follows(self, client: int, answer: Answer | Contribution | None, result: str) -> bool:
+        """Note where a client's replica stands; whether it is to be asked again with all it lacks."""
+        member = self.members.found[client]
+        if result == "used":
+            member.held, member.rebuild = len(self.journal.entries), False
+        elif answer is not None and result == "behind":
+            known = federation.position(self.journal.entries, self.genesis, answer.head)
+            member.held, member.rebuild = known or 0, known is None
+        elif result == "desync":
+            print(f"client {client}: its weights are not the run's; it replays all from the base", flush=True)
+            member.held, member.rebuild = 0, True
+        return result in ("behind", "desync")
 
-    def _send(self, plans: dict[int, Plan], message_type: str) -> dict[int, Message]:
+    def _node(self, client: int) -> int:
+        return self.members.found[client].node
+
+    def _plan(
+        self, client: int, attempt: int = 0, task: federation.Task = "none", steps: int = 1, guide: bytes = b""
+    ) -> Plan:
+        member = self.members.found[client]
+        held, entries = (0 if member.rebuild else member.held), self.journal.entries
+        after = entries[held - 1].chain if held else self.genesis
+        plan = federation.plan_for(
+            self.settings, self.worker, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
+            guide=guide,
+        )  # fmt: skip
+        needed = [digest for entry in entries[held:] if (digest := update_digest(entry.record)) is not None]
+        updates = [self.updates[digest] for digest in needed if digest in self.updates]
+        rest = {"rebuild": int(member.rebuild), "updates": guides.joined(updates)}
+        if len(updates) < len(needed) or self._snapshot_is_cheaper(entries[held:], len(rest["updates"])):
+            rest = {"after": self.worker.head, "entries": b"", "rebuild": int(member.rebuild)}
+            rest["snapshot"] = snapshots.taken(self.worker)
+        return replace(plan, **rest)
+
+    def _snapshot_is_cheaper(self, missing: Sequence[Entry], updates: int) -> bool:
+        """Whether the weights reach a client sooner than it can fetch and replay what it lacks, as measured here."""
+        if len(missing) < 2:
+            return False
+        seconds_per_byte = 8e-6 / self.settings.link_megabits
+        moved = max(1, self.worker.round)
+        replaying = self.trainer.seconds_moving / moved * len(missing)
+        tail = (sum(len(entry.raw) for entry in missing) + updates) * seconds_per_byte + replaying
+        return snapshots.size(self.worker) * seconds_per_byte < tail
+
+    def _send(self, plans: Mapping[int, Plan], message_type: str) -> tuple[dict[int, Any], dict[int, Message]]:
+        """Packed plans by client and replies by node."""
         began = time.monotonic()
-        contents = {self.nodes[client]: messages.pack(plan) for client, plan in plans.items()}
-        replies = exchange(self.grid, contents, message_type, self.settings.round_timeout)
-        self.traffic.waiting += time.monotonic() - began
-        self.traffic.down += sum(messages.size(content) for content in contents.values())
-        self.traffic.up += sum(messages.size(reply.content) for reply in replies.values() if reply.has_content())
-        return replies
+        contents = {client: messages.pack(plan) for client, plan in plans.items()}
+        by_node = {self._node(client): content for client, content in contents.items()}
+        replies, duplicates = exchange(self.grid, by_node, message_type, self.settings.round_timeout)
+        if duplicates:
+            self.traffic.now.results["duplicate"] += duplicates
+        extra = sum(len(plan.updates) + len(plan.guide) + len(plan.snapshot) for plan in plans.values())
+        self.traffic.sent(by_node, replies, time.monotonic() - began, extra)
+        return contents, replies
 
-    def _final_digests(self) -> dict[int, str]:
-        """SHA-256 of every client's weights at the end of the run, by client index."""
-        digests: dict[int, str] = {}
+    # --- between rounds ---
+
+    def _digests(self, clients: Collection[int]) -> dict[int, str]:
+        """SHA-256 of clients' weights now, by client; empty for one that does not answer."""
+        digests = dict.fromkeys(sorted(clients), "")
         for _ in range(2):  # a replica older than known is sent everything the second time
-            open_clients = [client for client in self.nodes if not digests.get(client)]
-            if not open_clients:
+            left = [client for client, digest in digests.items() if not digest]
+            if not left:
                 break
-            replies = self._send({client: self._plan(client, 0) for client in open_clients}, "query.digest")
-            for client in open_clients:
-                reply = replies.get(self.nodes[client])
-                usable = reply is not None and reply.has_content()
-                digests[client] = messages.unpack(Final, reply.content).digest if reply and usable else ""
-                if not digests[client]:
-                    self.held[client] = 0
+            _, replies = self._send({client: self._plan(client) for client in left}, "query.digest")
+            for client in left:
+                reply, member = replies.get(self._node(client)), self.members.found[client]
+                try:
+                    told = messages.unpack(Final, reply.content) if reply and reply.has_content() else None
+                except Malformed:
+                    told = None
+                if told is None:
+                    continue
+                digests[client] = told.digest
+                known = federation.position(self.journal.entries, self.genesis, told.head)
+                member.held, member.rebuild = known or 0, not told.digest
         return digests
 
+    def _wrong(self, digests: Mapping[int, str]) -> list[int]:
+        """Clients with other weights than the server's; they start anew when next asked.
+
+        Where all are needed, also those that gave no answer.
+        """
+        own = self.worker.digest()
+        wrong = [c for c, digest in digests.items() if digest != own and (digest or self.members.strict)]
+        for client in wrong:
+            print(f"client {client}: its weights are not the run's; it replays all from the base", flush=True)
+            self.members.found[client].rebuild = True
+        return wrong
+
+    def _evaluated(self, round_: int) -> str:
+        """Losses on the clients' own held-out parts, in words."""
+        _, replies = self._send({client: self._plan(client) for client in self.members.found}, "evaluate")
+        scores = []
+        for client, member in self.members.found.items():
+            reply = replies.get(member.node)
+            try:
+                found = messages.unpack(Evaluation, reply.content) if reply and reply.has_content() else None
+            except Malformed:
+                found = None
+            if found is None or not found.examples or not math.isfinite(found.loss):
+                continue
+            scores.append(found.loss)
+            row = {"round": round_, "client": client, "loss": found.loss, "examples": found.examples}
+            self.traffic.evaluations.write(row)
+        if not scores:
+            return ""
+        spread = statistics.pstdev(scores)
+        return f"  clients' own {statistics.fmean(scores):.4f} (worst {max(scores):.4f}, spread {spread:.4f})"
+
     def _show(self, row: Row) -> None:
-        round_, traffic = row["step"], self.traffic
-        used = traffic.results["used"]
+        round_, now = row["step"], self.traffic.now
         held_out = f"  held-out {row['eval_loss']:.4f}" if row.get("eval_loss") is not None else ""
+        if held_out and self.settings.client_held_out and not self.settings.losses_withheld:
+            held_out += self._evaluated(round_)
         if round_ == 0:
             print(f"round 0{held_out}", flush=True)
             return
-        rejected = sum(traffic.results.values()) - used - traffic.results["late"]
-        self.rounds.write(
-            {
-                "round": round_,
-                "loss": row["loss"],
-                "eval_loss": row.get("eval_loss"),
-                "replies_used": used,
-                "replies_rejected": rejected,
-                "replies_late": traffic.results["late"],
-                "bytes_up": traffic.up,
-                "bytes_down": traffic.down,
-                "seconds_compute": traffic.compute,
-                "seconds_waiting": traffic.waiting,
-                "seconds_flower": max(0.0, traffic.waiting - traffic.compute),
-            }
+        self.traffic.tell(row, self.slope_size)
+        interval = self.settings.digest_interval
+        if interval and round_ % interval == 0 and round_ < self.settings.rounds:
+            self._wrong(self._digests(self.members.found))
+        used, asked = now.results["used"], max(1, now.asked)
+        loss = "skipped" if row.get("loss") is None else f"loss {row['loss']:.4f}"
+        slopes = "" if self.slope_size is None else f"  slopes {self.slope_size:.3g}"
+        lost = "".join(
+            f"  {count} {what}" for what, count in (("rejected", now.rejected), ("late", now.results["late"])) if count
         )
         print(
-            f"round {round_}/{self.settings.rounds}  loss {row['loss']:.4f}{held_out}  up {traffic.up} B  "
-            f"down {traffic.down} B  {row['seconds']:.1f} s",
+            f"round {round_}/{self.settings.rounds}  {loss}{held_out}{slopes}  {used} of {now.asked} replies{lost}  "
+            f"up {now.up // asked} B  down {now.down // asked} B a client  {row['seconds']:.1f} s",
             flush=True,
         )
+        self.traffic.begin()  # rounds that the same exchange asked for have cost nothing more

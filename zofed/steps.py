@@ -1,20 +1,15 @@
 """How each mode asks: the one difference between the ways to train on a single machine."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
-import torch
-
-from zofed import data, directions, federation, instruct, metrics, schedules, subspace
-from zofed.config import WITH_BACKPROP, Settings
+from zofed import federation, instruct, local, schedules
+from zofed.config import Settings
 from zofed.data import Examples
 from zofed.estimators import Split
-from zofed.optimizers import Optimizer
-from zofed.perturbed import Loss
-from zofed.records import Dense, Guided, Seeded, to_integers
-from zofed.trainer import Ask, Step, diverged
-from zofed.worker import Update, Worker, tensors_digest
+from zofed.records import Dense
+from zofed.trainer import Step, diverged
+from zofed.worker import Worker, tensors_digest
 
 
 def asker(
@@ -24,7 +19,7 @@ def asker(
     total: int,
     backprop_examples: Examples | None = None,
     split: Split | None = None,
-) -> Ask:
+) -> Callable[[int], Step]:
     """What asks one round of a mode, out of `total`.
 
     examples: what zeroth order sees; backprop_examples: what backpropagation sees, None: the same. split: measures
@@ -64,9 +59,8 @@ class Steps:
     def zeroth_order(self, round_: int) -> Step:
         """A federated round with this machine as its only client."""
         settings = self.settings
-        plan = federation.plan_for(settings, self.worker, self.worker.head, (), client=0)
-        measured = federation.measure(self.worker, self.examples, plan, self.split)
-        seen = federation.examples_seen(settings)
+        measured = local.slopes(settings, self.worker, self.examples, 0, split=self.split)
+        seen = local.examples_seen(settings)
         return Step(
             record=federation.record_of(settings, self.worker, {0: measured}, self.total),
             loss=measured.loss,
@@ -80,9 +74,9 @@ class Steps:
     def first_order(self, round_: int) -> Step:
         """One gradient by backpropagation."""
         settings = self.settings
-        update, loss = self._gradient(round_)
+        update, loss = local.gradient(settings, self.worker, self.backprop_examples, 0)
         digest = bytes.fromhex(tensors_digest(update)) if settings.keep_gradients else bytes(32)
-        passes, size = settings.gradient_accumulation, self._backprop_batch_size()
+        passes, size = settings.gradient_accumulation, local.backprop_batch_size(settings)
         return Step(
             record=Dense(round_, schedules.backprop_rate(settings, round_, self.total), digest),
             loss=loss,
@@ -98,27 +92,26 @@ class Steps:
     def guided(self, round_: int) -> Step:
         """A gradient by backpropagation, and slopes along the directions that it shapes."""
         settings = self.settings
-        gradient, backprop_loss = self._gradient(round_)
+        gradient, backprop_loss = local.gradient(settings, self.worker, self.backprop_examples, 0)
         guide = instruct.on_grid(gradient)
-        plan = federation.plan_for(settings, self.worker, self.worker.head, (), client=0)
-        loss, own_examples = federation.query_loss(self.worker, self.examples, plan)
+        loss, own_examples = local.query_loss(settings, self.worker, self.examples, round_, 0)
         found, guidance = instruct.guided(
             self.worker,
             loss,
             guide,
-            _shape(settings),
-            directions.direction_seeds(self.worker.genesis["seed"], round_, 0, settings.queries),
+            instruct.Shape.of(settings),
+            local.seeds_of(settings, self.worker, round_, 0),
             round_=round_,
             rate=schedules.backprop_rate(settings, round_, self.total),
             examples=own_examples,
         )
-        passes, size = settings.gradient_accumulation, self._backprop_batch_size()
-        seen = federation.examples_seen(settings) if found.forward_passes else 0
-        per_pass = plan.examples_per_query or plan.batch_size
+        passes, size = settings.gradient_accumulation, local.backprop_batch_size(settings)
+        seen = local.examples_seen(settings) if found.forward_passes else 0
+        per_pass = local.examples_per_query(settings) or settings.batch_size
         return Step(
-            record=_clipped(found.record, guidance, settings.clip_norm),
+            record=instruct.clipped(found.record, guidance, settings.clip_norm),
             loss=backprop_loss if math.isnan(found.loss) else found.loss,
-            epoch=self._epoch(round_, federation.examples_seen(settings)),
+            epoch=self._epoch(round_, local.examples_seen(settings)),
             batch_size=size,
             update=guide,
             forward_passes=passes + found.forward_passes,
@@ -130,30 +123,13 @@ class Steps:
 
     def in_subspace(self, round_: int) -> Step:
         """Coefficients of this round's own directions, trained by backpropagation on one batch after the other."""
-        settings, worker = self.settings, self.worker
-        size, count = settings.subspace_size, settings.subspace_interval
-        seeds = directions.direction_seeds(worker.genesis["seed"], round_, 0, size)
-        rate = schedules.learning_rate(settings, round_, self.total)
-        matrices = frozenset({subspace.NAME}) if worker.kind == "core" else frozenset[str]()
-        trained = subspace.trained(
-            self._batches(self.examples, round_, count, settings.batch_size),
-            worker.parameters,
-            worker.kind,
-            seeds[: directions.seeds_needed(worker.kind, size)],
-            size,
-            Optimizer(settings.optimizer, settings.momentum, 0.0, settings.cautious, matrices),
-            rate,
-            worker.sizes,
-        )
-        coefficients, exponent = to_integers([-value for value in trained.coefficients])
-        # The weights move by rate * the sum / divisor, hence by the coefficients themselves; the decay takes the rate.
-        step = rate * count
-        # A rate of 0, at which a cosine may end, leaves all of them 0.
-        record = Seeded(round_, step, (0,), size, coefficients, exponent, step or 1.0)
+        settings = self.settings
+        measured = local.coefficients(settings, self.worker, self.examples, 0, self.total)
+        rate, count = local.subspace_rate(settings, round_, self.total), settings.subspace_interval
         seen = count * settings.batch_size
         return Step(
-            record=record,
-            loss=trained.loss,
+            record=federation.subspace_record(settings, round_, rate, {0: measured}),
+            loss=measured.loss,
             epoch=self._epoch(round_, seen),
             batch_size=settings.batch_size,
             forward_passes=count,
@@ -162,69 +138,5 @@ class Steps:
             tokens=seen * settings.block_size,
         )
 
-    def _gradient(self, round_: int) -> tuple[Update, float]:
-        """Mean gradient over the round's backprop batches, clipped, and the mean loss."""
-        settings = self.settings
-        losses = self._batches(
-            self.backprop_examples, round_, settings.gradient_accumulation, self._backprop_batch_size()
-        )
-        update, total = self.worker.gradient(losses[0])
-        for loss in losses[1:]:
-            further, value = self.worker.gradient(loss)
-            total += value
-            for name, tensor in further.items():
-                update[name].add_(tensor)
-        norm = math.sqrt(sum(float(torch.dot(flat, flat)) for flat in (t.flatten() for t in update.values())))
-        if not math.isfinite(total) or not math.isfinite(norm):
-            raise ValueError(f"loss {total}, norm of the gradient {norm}")
-        share = 1.0 / len(losses)
-        if 0.0 < settings.clip_norm < norm * share:
-            share = settings.clip_norm / norm
-        if share != 1.0:
-            for tensor in update.values():
-                tensor.mul_(share)
-        return update, total / len(losses)
-
-    def _batches(self, examples: Examples, round_: int, count: int, size: int) -> Sequence[Loss]:
-        """Losses of `count` batches of the round; backpropagation beside zeroth order draws an order of its own."""
-        settings = self.settings
-        purpose = "backprop batch" if settings.mode in WITH_BACKPROP else "batch"
-        chosen = {"seed": settings.seed, "client": 0, "step": round_, "purpose": purpose}
-        drawn = data.batch(examples, **chosen, batch_size=count * size)
-        parts = [{name: tensor[i * size : (i + 1) * size] for name, tensor in drawn.items()} for i in range(count)]
-        return [
-            lambda part=part: metrics.loss_of(self.worker.model, part, settings.forward_dtype)  # type: ignore[misc]
-            for part in parts
-        ]
-
-    def _backprop_batch_size(self) -> int:
-        settings = self.settings
-        return (settings.mode in WITH_BACKPROP and settings.bp_batch_size) or settings.batch_size
-
     def _epoch(self, round_: int, seen: int, examples: Examples | None = None) -> float:
         return round_ * seen / len((examples or self.examples)["labels"])
-
-
-def _clipped(record: Guided, own: instruct.Guidance, limit: float) -> Guided:
-    """The record with a norm of at most `limit` (0: any); noise counts as orthogonal to the guide, as it nearly is."""
-    noise = federation.estimate_norm(record.seeded, own.size - own.kept_count if record.masked else own.size)
-    kept, spared = (record.kept + record.whole) ** 2 * own.kept_square, own.square - own.kept_square
-    norm = math.sqrt(kept + record.whole**2 * spared + noise**2)
-    if not 0.0 < limit < norm:
-        return record
-    share = limit / norm
-    seeded = replace(record.seeded, divisor=record.seeded.divisor / share)
-    return replace(record, seeded=seeded, kept=record.kept * share, whole=record.whole * share)
-
-
-def _shape(settings: Settings) -> instruct.Shape:
-    return instruct.Shape(
-        settings.instruct_kind,
-        settings.instruct_weighting,
-        settings.blend,
-        settings.instruct_cosine_target,
-        settings.instruct_noise_scale,
-        settings.guide_step,
-        settings.epsilon,
-        settings.copies_per_pass,
-    )

@@ -5,7 +5,7 @@ trained: neither weight gradients nor a full-size optimizer state exist. K numbe
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,20 @@ from zofed.optimizers import Optimizer
 from zofed.perturbed import Loss
 
 NAME = "coefficients"
+
+
+@dataclass(frozen=True, slots=True)
+class Probing:
+    """How coefficients are trained where nothing can be backpropagated: along `queries` random sign vectors a step.
+
+    The loss is measured at `epsilon` over the root of the number of coefficients to either side: the weights shift by
+    epsilon a coordinate, as along a direction of their own. The signs derive from (seed, client, step).
+    """
+
+    queries: int
+    epsilon: float
+    seed: int
+    client: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +50,13 @@ def trained(
     optimizer: Optimizer,
     rate: float,
     sizes: Mapping[str, float] | None = None,
+    probing: Probing | None = None,
 ) -> Trained:
     """Train `size` coefficients from zero, one step of the optimizer for each loss (a batch of its own each).
 
     kind: rankR with one seed a coefficient, or core with their square root. rate: as for the weights themselves, see
-    `coefficient_rate`. The weights are neither moved nor asked for gradients. Raises ValueError when a loss is not
+    `coefficient_rate`. probing: with forward passes only; None: by backpropagation. The weights are neither moved nor
+    asked for gradients. Raises ValueError when a loss is not
     finite.
     """
     device = next(iter(parameters.values())).device
@@ -49,18 +65,39 @@ def trained(
     met = []
     with frozen(parameters):
         for step, loss in enumerate(losses):
-            variable = coefficients.requires_grad_()
-            value = perturbed.along(loss, parameters, kind, seeds, variable, sizes)
-            (gradient,) = torch.autograd.grad(value, variable)
+            if probing is None:
+                variable = coefficients.requires_grad_()
+                value = perturbed.along(loss, parameters, kind, seeds, variable, sizes)
+                (gradient,) = torch.autograd.grad(value, variable)
+                coefficients = variable.detach()
+            else:
+                at = lambda shifted, loss=loss: perturbed.along(loss, parameters, kind, seeds, shifted, sizes)  # noqa: E731
+                gradient, value = probed(at, coefficients, probing, number=seeds[0] ^ step)
             met.append(float(value.detach()))
             if not math.isfinite(met[-1]):
                 raise ValueError(f"the loss of inner step {step + 1} is {met[-1]}")
-            coefficients = variable.detach()
             with torch.no_grad():
                 view, change = coefficients.view(side, -1), gradient.to(torch.float32).view(side, -1)
                 state = optimizer.moments(NAME, view)
                 optimizer.move(NAME, view, change, state, own_rate, optimizer.begin_step())
     return Trained(tuple(coefficients.tolist()), math.fsum(met) / len(met))
+
+
+@torch.no_grad()
+def probed(loss: Callable[[Tensor], Tensor], coefficients: Tensor, how: Probing, number: int) -> tuple[Tensor, Tensor]:
+    """An estimate of the loss's gradient by the coefficients (K,), from central differences, and the mean loss.
+
+    The mean over sign vectors u of slope * u (Spall, 1992). number: of the step; names the vectors with the client.
+    """
+    seeds = [directions.derive_seed("zofed-probing", how.seed, how.client, number, i) for i in range(how.queries)]
+    drawn = directions.signs(seeds, 0, 0, len(coefficients))
+    step = how.epsilon / math.sqrt(len(coefficients))
+    total, losses = torch.zeros_like(coefficients), []
+    for signs in torch.from_numpy(drawn).to(coefficients):
+        ends = [loss(coefficients + side * step * signs).to(torch.float32) for side in (1.0, -1.0)]
+        total += signs * ((ends[0] - ends[1]) / (2 * step))
+        losses += ends
+    return total / how.queries, torch.stack(losses).mean()
 
 
 def coefficient_rate(optimizer: Optimizer, rate: float, size: int) -> float:

@@ -105,6 +105,12 @@ class Task:
         )
         return {"features": found, "labels": tokens["labels"]}
 
+    def client_documents(self, client, clients):
+        return data.shard(self.train, client, clients, self.settings.seed)
+
+    def client_parts(self, client, clients, share):
+        return self.shard(client, clients), None
+
     def shard(self, client: int, clients: int) -> Examples:
         """The examples of one client out of `clients`; disjoint from every other client's."""
         return self.examples(data.shard(self.train, client, clients, self.settings.seed))

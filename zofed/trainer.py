@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from zofed import directions
+from zofed import directions, snapshots
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.journal import Entry, Journal, link
@@ -38,7 +38,8 @@ class Step:
     facts: Row = field(default_factory=dict)
 
 
-Ask = Callable[[int], Step]  # round -> step; must not move the weights
+# Round -> its step, or those of the rounds from it on that one exchange gave; must not move the weights.
+Ask = Callable[[int], Step | Sequence[Step]]
 Evaluate = Callable[[torch.nn.Module], Mapping[str, Score]]
 
 # Modes whose journal does not replay from the start unless gradients are kept beside it.
@@ -101,6 +102,7 @@ class Trainer:
     settings: Settings
     evaluate: Evaluate
     show: Callable[[Row], None]
+    seconds_moving: float = field(default=0.0, init=False)  # since this process began
 
     def __post_init__(self) -> None:
         self._rows = cut_table(self.folder.path / "metrics.csv", "step", self._last_round())
@@ -128,7 +130,7 @@ class Trainer:
                 # A step is asked again for its line of metrics, or for a gradient that was not kept.
                 digest = update_digest(entry.record)
                 update = self.folder.update(digest) if digest else None
-                step = ask(round_) if is_new or (digest is not None and update is None) else None
+                step = _first(ask(round_)) if is_new or (digest is not None and update is None) else None
                 if step and digest and update is None and update_digest(step.record) != digest:
                     raise UserError(
                         f"the gradient of round {round_} comes out otherwise than the journal says: go on with the "
@@ -139,18 +141,25 @@ class Trainer:
                     self._account(table, totals, step, norm, total)
                 del step  # its gradient would stay while the next one is made
             while self.worker.round < total and not totals.spent(self.settings):
-                step = ask(self.worker.round + 1)
-                if self.settings.keep_gradients and step.update and (digest := update_digest(step.record)):
-                    self.folder.save_update(digest, step.update)
-                norm = self.worker.apply(self.journal.append(step.record), step.update)
-                self._account(table, totals, step, norm, total)
-                del step
+                self._take(ask(self.worker.round + 1), table, totals, total)
             if not (self.folder.path / "checkpoints" / f"{_name(self.worker.round)}.safetensors").exists():
                 self._save_checkpoint(self.worker.round, True)  # killed between the last line and its checkpoint
         finally:
             table.close()
         totals.stopped_by = totals.spent(self.settings) if self.worker.round < total else ""
         return totals
+
+    def _take(self, asked: Step | Sequence[Step], table: Table, totals: Totals, total: int) -> None:
+        """Write new steps down, all at once, and move by one after the other."""
+        steps = [asked] if isinstance(asked, Step) else asked
+        for step in steps if self.settings.keep_gradients else ():
+            if step.update and (digest := update_digest(step.record)) and not self.folder.has_update(digest):
+                self.folder.save_update(digest, step.update)
+        for step, entry in zip(steps, self.journal.append_all([step.record for step in steps]), strict=True):
+            began = time.monotonic()
+            norm = self.worker.apply(entry, step.update)
+            self.seconds_moving += time.monotonic() - began
+            self._account(table, totals, step, norm, total)
 
     def _account(self, table: Table, totals: Totals, step: Step, norm: float, total: int) -> None:
         """Tell what a step that was just applied found and cost, and save a checkpoint where one is due."""
@@ -221,10 +230,12 @@ class Trainer:
         if not interval or (round_ % interval and not (is_last and self.settings.mode in NEEDS_CHECKPOINTS)):
             return
         worker = self.worker
-        tensors = {f"weight/{name}": tensor for name, tensor in worker.parameters.items()}
-        tensors |= {f"state/{key}": tensor for key, tensor in worker.state_dict().items()}
         facts = {"round": round_, "head": worker.head.hex()}
-        self.folder.save_checkpoint(_name(round_), tensors, facts, self.settings.keep_checkpoints)
+        self.folder.save_checkpoint(_name(round_), snapshots.tensors(worker), facts, self.settings.keep_checkpoints)
+
+
+def _first(asked: Step | Sequence[Step]) -> Step:
+    return asked if isinstance(asked, Step) else asked[0]
 
 
 def _name(round_: int) -> str:
@@ -243,12 +254,7 @@ def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest:
         if found is None or found[1]["head"] not in chains or found[1]["round"] > latest:
             continue
         tensors, facts = found
-        worker.load(
-            {key.removeprefix("weight/"): tensor for key, tensor in tensors.items() if key.startswith("weight/")},
-            {key.removeprefix("state/"): tensor for key, tensor in tensors.items() if key.startswith("state/")},
-            round_=facts["round"],
-            head=bytes.fromhex(facts["head"]),
-        )
+        snapshots.take_over(worker, tensors, facts["round"], bytes.fromhex(facts["head"]))
         return
 
 

@@ -1,0 +1,229 @@
+"""Who takes part in a federation: meeting the nodes, asking some of them each round, leaving out those that fail."""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from zofed import federation, messages
+from zofed.config import Settings
+from zofed.documents import random_order
+from zofed.errors import UserError
+from zofed.journal import Journal, canonical, genesis_chain
+from zofed.wire import Greeting, Introduction, Malformed
+from zofed.worker import Worker
+
+POLL_SECONDS = 0.05
+QUIET_SECONDS = 1.0  # "all nodes that are there": no new one came for so long
+LOOK_SECONDS = 1.0  # between looks for nodes that came or went
+PATIENCE, PAUSE = 5, 20  # failures in a row after which a client is not asked for so many rounds
+
+
+@dataclass
+class Member:
+    """One client: its node, what it said of itself, how many journal entries its replica held when it last answered."""
+
+    node: int
+    told: Introduction
+    held: int = 0
+    rebuild: bool = False  # its weights were found wrong: all it has must go
+    failures: int = 0
+    paused_until: int = 0
+
+
+def exchange(
+    grid: Grid, contents: Mapping[int, RecordDict], message_type: str, seconds: float
+) -> tuple[dict[int, Message], int]:
+    """Send one message to each node and wait at most `seconds`: replies by node id, and how many came twice."""
+    sent = [
+        Message(content=content, dst_node_id=node, message_type=message_type, ttl=seconds)
+        for node, content in contents.items()
+    ]
+    nodes = dict(zip(grid.push_messages(sent), contents, strict=True))
+    replies: dict[int, Message] = {}
+    duplicates = 0
+    deadline = time.monotonic() + seconds
+    while len(replies) < len(nodes) and time.monotonic() < deadline:
+        waiting = [message_id for message_id, node in nodes.items() if node not in replies]
+        for reply in grid.pull_messages(waiting):
+            # An error reply comes from the SuperLink, so it is known by what it answers, not by who sent it.
+            node = nodes.get(reply.metadata.reply_to_message_id)
+            if node is None or node in replies:
+                duplicates += 1
+            else:
+                replies[node] = reply
+        if len(replies) < len(nodes):
+            time.sleep(POLL_SECONDS)
+    return replies, duplicates
+
+
+class Members:
+    """The clients of one run, by index."""
+
+    def __init__(self, grid: Grid, settings: Settings, worker: Worker, journal: Journal | None = None) -> None:
+        self.grid, self.settings, self.worker, self.journal = grid, settings, worker, journal
+        self.found: dict[int, Member] = {}
+        self.refused: dict[int, str] = {}
+        self._looked = 0.0
+        self._present: set[int] = set()
+
+    @property
+    def strict(self) -> bool:
+        """Whether a round needs every client it asks."""
+        return self.settings.quorum == 0
+
+    def meet(self) -> None:
+        """Wait for the nodes and ask each who it is. Raises UserError for whatever keeps the run from starting."""
+        settings = self.settings
+        if settings.quorum > settings.clients > 0:
+            raise UserError(
+                f"quorum = {settings.quorum}: only {settings.clients} clients take part; set quorum to "
+                f"{settings.clients} or less"
+            )
+        self._present = set(_wait_for_nodes(self.grid, settings.clients, settings.node_timeout))
+        self._greet(sorted(self._present))
+        if self.strict and self.refused:
+            raise UserError(next(iter(self.refused.values())))
+        for problem in self.refused.values():
+            print(f"goes on without a node: {problem}", file=sys.stderr, flush=True)
+        self.found = {client: self.found[client] for client in sorted(self.found)[: settings.clients or None]}
+        if settings.quorum > len(self.found) or not self.found:
+            raise UserError(
+                f"quorum = {settings.quorum}: only {len(self.found)} clients are here; set quorum to that or less"
+            )
+        asked = self.asked_each_round(len(self.found))
+        if settings.quorum > asked:
+            raise UserError(
+                f"quorum = {settings.quorum}: participation = {settings.participation:g} asks {asked} clients a round; "
+                "raise participation or lower quorum"
+            )
+        self._check_capabilities()
+
+    def _check_capabilities(self) -> None:
+        able = self.able()
+        mode = self.settings.mode
+        from_clients = mode in ("instruct", "calibrate") and self.settings.guide_source == "clients"
+        if (mode == "fo" or from_clients) and not able:
+            raise UserError(
+                f"mode = {mode!r} needs a client that can backpropagate, and all {len(self.found)} say mode = zo in "
+                "their node configuration: use mode zo or subspace"
+                + (", or guide-source = server" if from_clients else "")
+            )
+        if mode == "fo" and len(able) < len(self.found):
+            left = sorted(set(self.found) - set(able))
+            print(f"clients {left} say mode = zo and cannot train by backpropagation: left out", flush=True)
+            self.found = {client: self.found[client] for client in able}
+
+    def able(self) -> list[int]:
+        """Clients that can backpropagate."""
+        return [client for client, member in self.found.items() if member.told.mode == "fo"]
+
+    def asked_each_round(self, count: int) -> int:
+        """How many of `count` clients a round asks."""
+        wanted = self.settings.participation
+        return min(count, round(wanted) if wanted > 1 else max(1, round(wanted * count)))
+
+    def sampled(self, round_: int, among: Collection[int] | None = None) -> list[int]:
+        """The clients that a round asks: drawn from (seed, round) among those that are neither away nor paused."""
+        there = sorted(self.found if among is None else among)
+        if not self.strict:
+            there = [c for c in there if self.found[c].paused_until < round_ and self.found[c].node in self._present]
+        if not there:
+            return []
+        count = self.asked_each_round(len(there))
+        order = random_order(len(there), "participation", self.settings.seed, round_)
+        return sorted(there[int(at)] for at in order[:count])
+
+    def note(self, client: int, round_: int, *, is_well: bool) -> None:
+        """Count failures in a row; a client that keeps failing is left alone for a while, unless all are needed."""
+        member = self.found[client]
+        member.failures = 0 if is_well else member.failures + 1
+        if member.failures >= PATIENCE and not self.strict:
+            member.paused_until, member.failures = round_ + PAUSE, 0
+            print(f"client {client} failed {PATIENCE} rounds in a row: not asked for {PAUSE} rounds", flush=True)
+
+    def look(self) -> None:
+        """Take in nodes that came since the last look, and notice those that went."""
+        if time.monotonic() - self._looked < LOOK_SECONDS:
+            return
+        self._present = set(self.grid.get_node_ids())
+        known = {member.node for member in self.found.values()} | set(self.refused)
+        if new := sorted(self._present - known):
+            before = set(self.found)
+            self._greet(new)
+            for client in sorted(set(self.found) - before):
+                print(f"client {client} joined", flush=True)
+            for node in set(new) & set(self.refused):
+                print(f"a node is not taken in: {self.refused[node]}", file=sys.stderr, flush=True)
+        self._looked = time.monotonic()
+
+    def wait_for(self, clients: Iterable[int]) -> None:
+        """Where all are needed, wait for those that are away; no longer than a run waits for its nodes."""
+        deadline = time.monotonic() + self.settings.node_timeout
+        while self.strict and time.monotonic() < deadline:
+            if all(self.found[client].node in self._present for client in clients):
+                return
+            self._looked = 0.0
+            self.look()
+            time.sleep(POLL_SECONDS)
+
+    def _greet(self, nodes: list[int]) -> None:
+        greeting = messages.pack(Greeting(canonical(self.worker.genesis)))
+        contents = dict.fromkeys(nodes, greeting)
+        replies, _ = exchange(self.grid, contents, "query.status", self.settings.round_timeout)
+        for node in nodes:
+            reply = replies.get(node)
+            if reply is None or reply.has_error():
+                reason = "no answer" if reply is None else (reply.error.reason or "no reason given").splitlines()[-1]
+                self.refused[node] = f"node {node} could not be asked who it is ({reason}): see its log"
+                continue
+            try:
+                told = messages.unpack(Introduction, reply.content)
+            except Malformed as error:
+                self.refused[node] = f"node {node} runs another zofed ({error}): give all machines the same"
+                continue
+            if problem := told.problem or self._clash(told):
+                who = f"client {told.client}" if told.client >= 0 else "a node"
+                self.refused[node] = problem if problem.startswith(("client", "two")) else f"{who}: {problem}"
+                continue
+            self.found[told.client] = Member(node, told, self._position(told.head))
+
+    def _clash(self, told: Introduction) -> str:
+        other = self.found.get(told.client)
+        if other and other.node in self._present:
+            return f"two nodes say they are client {told.client}: give each its own partition-id"
+        counts = Counter(member.told.clients for member in self.found.values())
+        if counts and told.clients not in counts:
+            return (
+                f"client {told.client} says num-partitions = {told.clients}, others {next(iter(counts))}: give all "
+                "nodes the same"
+            )
+        return ""
+
+    def _position(self, head: bytes) -> int:
+        entries = self.journal.entries if self.journal else []
+        return federation.position(entries, genesis_chain(self.worker.genesis), head) or 0
+
+
+def _wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
+    """Ids of the nodes once `wanted` are there; for 0, once one is there and no other has come for a while."""
+    deadline = time.monotonic() + seconds
+    seen: list[int] = []
+    since = time.monotonic()
+    while True:
+        now = sorted(grid.get_node_ids())
+        if now != seen:
+            seen, since = now, time.monotonic()
+        if seen and (len(seen) >= wanted if wanted else time.monotonic() - since >= QUIET_SECONDS):
+            return seen
+        if time.monotonic() > deadline:
+            need = wanted or 1
+            raise UserError(
+                f"clients = {wanted}: the federation has {len(seen)} of {need} nodes after {seconds:g} s; start more, "
+                f"in simulation with --federation-config 'num-supernodes={need}'"
+            )
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,136 @@
+"""Many clients' slopes into one: exact sums of integers, rounded once, whatever the order of arrival."""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from zofed import records
+
+Rule = Literal["mean", "trimmed", "median"]
+
+IMPLAUSIBLE = 1000.0  # times the limit of clipping: such a slope is no outlier but a fault, and its sender is left out
+
+
+class Slopes(Protocol):
+    """Integers worth 2^exponent each, with the number of examples they were measured on."""
+
+    @property
+    def coefficients(self) -> tuple[int, ...]: ...
+    @property
+    def exponent(self) -> int: ...
+    @property
+    def examples(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """Coefficients worth 2^exponent each. clients: whose directions they belong to, `queries` for each in turn."""
+
+    clients: tuple[int, ...]
+    coefficients: tuple[int, ...]
+    exponent: int
+
+
+def size(slopes: Slopes) -> float:
+    """Root mean square of one client's slopes."""
+    total = sum(value * value for value in slopes.coefficients)
+    return math.ldexp(math.sqrt(total / max(1, len(slopes.coefficients))), slopes.exponent)
+
+
+def implausible(found: Mapping[int, Slopes], limit: float) -> list[int]:
+    """Clients with a slope of more than 1000 * limit times the size of the others, by client index; limit 0: none.
+
+    The size of the others is the lower median over the clients of the root mean square of their slopes: up to half of
+    them can lie without moving it.
+    """
+    bound = IMPLAUSIBLE * limit * _common_size(found)
+    return [client for client, slopes in sorted(found.items()) if bound and _largest(slopes) > bound]
+
+
+def _common_size(found: Mapping[int, Slopes]) -> float:
+    sizes = [one for slopes in found.values() if (one := size(slopes))]
+    return statistics.median_low(sizes) if sizes else 0.0
+
+
+def _largest(slopes: Slopes) -> float:
+    return math.ldexp(max(map(abs, slopes.coefficients), default=0), slopes.exponent)
+
+
+def merged(
+    found: Mapping[int, Slopes],
+    *,
+    shared: bool,
+    rule: Rule = "mean",
+    trim: float = 0.2,
+    limit: float = 0.0,
+    largest_weight: int = 0,
+) -> Merged:
+    """One set of slopes from those of all clients, by client index.
+
+    shared: all clients measured the same directions, and a coefficient is their mean, the mean without the share
+    `trim` at either end, or the lower median; else each keeps its own directions, and the rule can only be the mean.
+    limit: of several clients, slopes beyond so many times the common size are brought back to it; 0: none.
+    largest_weight: clients count by their examples, up to so many; 0: all alike.
+    """
+    clients = tuple(sorted(found))
+    exponents = [found[client].exponent for client in clients if any(found[client].coefficients)]
+    if not exponents:  # all zero, from whatever exponent
+        count = len(found[clients[0]].coefficients) * (1 if shared else len(clients))
+        return Merged((0,) if shared else clients, (0,) * count, records.SMALLEST_EXPONENT)
+    finest = min(exponents)
+    rows = [_at(found[client], finest) for client in clients]
+    if limit and len(rows) > 1:
+        bound = math.ceil(math.ldexp(limit * _common_size(found), -finest))
+        rows = [[max(-bound, min(bound, value)) for value in row] for row in rows]
+    weights = [max(1, min(found[client].examples, largest_weight)) for client in clients] if largest_weight else []
+    if not shared:
+        # Each client's directions enter the sum as often as its weight says, one on average.
+        own = weights or [1] * len(clients)
+        total, count = (sum(own), len(own)) if weights else (1, 1)
+        values = [value * weight * count for row, weight in zip(rows, own, strict=True) for value in row]
+        return Merged(clients, *rounded(values, total, finest))
+    columns = list(zip(*rows, strict=True))
+    if rule == "median":
+        return Merged((0,), *rounded([statistics.median_low(column) for column in columns], 1, finest))
+    if rule == "trimmed":
+        cut = min(math.ceil(trim * len(rows)), (len(rows) - 1) // 2)
+        kept = [sorted(column)[cut : len(rows) - cut] for column in columns]
+        return Merged((0,), *rounded([sum(column) for column in kept], len(rows) - 2 * cut, finest))
+    own = weights or [1] * len(rows)
+    values = [sum(value * weight for value, weight in zip(column, own, strict=True)) for column in columns]
+    return Merged((0,), *rounded(values, sum(own), finest))
+
+
+def _at(slopes: Slopes, exponent: int) -> list[int]:
+    """The integers at a finer exponent, exactly; Python's have no limit. Zeros may come from any."""
+    shift = slopes.exponent - exponent
+    return [value << shift if value else 0 for value in slopes.coefficients]
+
+
+def rounded(values: Sequence[int], divisor: int, exponent: int) -> tuple[tuple[int, ...], int]:
+    """values / divisor * 2^exponent as integers below 2^18 in size with one exponent, to nearest, ties upwards.
+
+    Kept as they are where they fit; else the largest fills the 18 bits.
+    """
+    largest = max(map(abs, values))
+    if not largest:
+        return tuple(values), records.SMALLEST_EXPONENT
+    limit = 2**records.COEFFICIENT_BITS
+    shift = largest.bit_length() - divisor.bit_length() - records.COEFFICIENT_BITS
+    if divisor == 1:
+        shift = max(shift, 0)
+    shift = max(shift, records.SMALLEST_EXPONENT - exponent)
+    while True:
+        scaled = _divided(values, divisor, shift)
+        if max(map(abs, scaled)) < limit:
+            return scaled, exponent + shift
+        shift += 1
+
+
+def _divided(values: Sequence[int], divisor: int, shift: int) -> tuple[int, ...]:
+    """values / (divisor * 2^shift), to nearest, ties upwards."""
+    below = divisor << (shift + 1) if shift >= 0 else 2 * divisor
+    above = 2 if shift >= 0 else 2 << -shift
+    return tuple((value * above + below // 2) // below for value in values)

@@ -1,0 +1,5 @@
+from collections import Counter
+
+
+def counts(documents):
+    return dict(Counter(d.source for d in documents))

@@ -1,0 +1,54 @@
+"""All that a replica is, as tensors: weights, optimizer state, where it stands. For checkpoints and cold starts."""
+
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from zofed.journal import CHAIN_BYTES
+from zofed.worker import Worker
+
+
+def tensors(worker: Worker) -> dict[str, Tensor]:
+    """The trainable weights and the state beside them, by name."""
+    weights = {f"weight/{name}": tensor for name, tensor in worker.parameters.items()}
+    return weights | {f"state/{key}": tensor for key, tensor in worker.state_dict().items()}
+
+
+def take_over(worker: Worker, held: Mapping[str, Tensor], round_: int, head: bytes) -> None:
+    """Bring a worker to what `tensors` gave of another one."""
+    worker.load(
+        {key.removeprefix("weight/"): tensor for key, tensor in held.items() if key.startswith("weight/")},
+        {key.removeprefix("state/"): tensor for key, tensor in held.items() if key.startswith("state/")},
+        round_=round_,
+        head=head,
+    )
+
+
+def taken(worker: Worker) -> bytes:
+    """The worker as bytes."""
+    place = {"round": torch.tensor(worker.round), "head": torch.frombuffer(bytearray(worker.head), dtype=torch.uint8)}
+    held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors(worker).items()}
+    return save(held | place)
+
+
+def size(worker: Worker) -> int:
+    """Bytes of `taken`, nearly."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(worker).values())
+
+
+def restore(worker: Worker, raw: bytes) -> None:
+    """Bring a worker to what `taken` gave. Raises ValueError for bytes of another model or none at all."""
+    try:
+        held = load(raw)
+        round_, head = int(held.pop("round")), bytes(held.pop("head").tolist())
+        fits = len(head) == CHAIN_BYTES and all(
+            held[f"weight/{name}"].shape == parameter.shape for name, parameter in worker.parameters.items()
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{len(raw)} bytes are no snapshot: {error}") from None
+    if not fits:
+        raise ValueError("the snapshot is of another model")
+    take_over(worker, held, round_, head)

@@ -1,0 +1,146 @@
+"""What rounds cost and how their replies fared: the tables of a federated run."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from flwr.app import Message
+
+from zofed import messages
+from zofed.federation import Answer, Contribution, Plan
+from zofed.runs import Row, RunFolder, Table, cut_table
+
+ROUNDS = (
+    "round", "loss", "eval_loss", "slope_size", "clients_asked", "replies_used", "replies_rejected", "replies_late",
+    "bytes_up", "bytes_down", "payload_up", "payload_down", "bytes_updates", "seconds_compute", "seconds_waiting",
+    "seconds_flower",
+)  # fmt: skip
+CLIENTS = (
+    "round", "attempt", "client", "task", "result", "loss", "examples", "bytes_up", "bytes_down", "payload_up",
+    "payload_down", "seconds_compute",
+)  # fmt: skip
+EVALUATIONS = ("round", "client", "loss", "examples")
+
+
+@dataclass
+class Round:
+    """The present exchange. updates: bytes of guides, updates and snapshots, which travel down only."""
+
+    asked: int = 0
+    up: int = 0
+    down: int = 0
+    payload_up: int = 0
+    payload_down: int = 0
+    updates: int = 0
+    results: Counter[str] = field(default_factory=Counter)
+    compute: float = 0.0
+    waiting: float = 0.0
+
+    @property
+    def rejected(self) -> int:
+        """Replies that came and were of no use; those behind were asked again."""
+        return sum(self.results.values()) - self.results["used"] - self.results["late"]
+
+
+class Traffic:
+    """Tables of rounds, replies and clients' evaluations, and sums over the whole run."""
+
+    def __init__(self, folder: RunFolder, last_round: int) -> None:
+        for name in ("rounds.csv", "clients.csv", "client_evaluations.csv"):
+            cut_table(folder.path / name, "round", last_round)
+        self.rounds = Table(folder.path / "rounds.csv", ROUNDS)
+        self.clients = Table(folder.path / "clients.csv", CLIENTS)
+        self.evaluations = Table(folder.path / "client_evaluations.csv", EVALUATIONS)
+        self.now = Round()
+        self.up = self.down = self.payload_up = self.payload_down = self.plans = 0
+        self.reasons: dict[int, Counter[str]] = {}  # by client
+
+    def begin(self) -> None:
+        """A round begins; it may take several exchanges, or none where an earlier one asked for it."""
+        self.now = Round()
+
+    def ask(self, clients: int) -> None:
+        """Count clients that are asked."""
+        self.now.asked += clients
+        self.plans += clients
+
+    def sent(self, contents: Mapping[int, Any], replies: Mapping[int, Message], seconds: float, updates: int) -> None:
+        """Count an exchange: contents and replies by node."""
+        answered = [reply.content for reply in replies.values() if reply.has_content()]
+        up, down = sum(map(messages.size, answered)), sum(map(messages.size, contents.values()))
+        payload_up = sum(map(messages.payload, answered))
+        payload_down = sum(map(messages.payload, contents.values()))
+        for name, count in (("up", up), ("down", down), ("payload_up", payload_up), ("payload_down", payload_down)):
+            setattr(self.now, name, getattr(self.now, name) + count)
+            setattr(self, name, getattr(self, name) + count)
+        self.now.updates += updates
+        self.now.waiting += seconds
+
+    def result(
+        self, plan: Plan, content: Any, reply: Message | None, answer: Answer | Contribution | None, result: str
+    ) -> None:
+        """Write down how one reply fared."""
+        self.now.results[result] += 1
+        self.reasons.setdefault(plan.client, Counter())[result] += 1
+        if answer is not None:
+            self.now.compute = max(self.now.compute, answer.milliseconds / 1000)
+        came = reply.content if reply is not None and reply.has_content() else None
+        self.clients.write(
+            {
+                "round": plan.round,
+                "attempt": plan.attempt,
+                "client": plan.client,
+                "task": plan.task,
+                "result": result,
+                "loss": answer.loss if answer else None,
+                "examples": answer.examples if answer else None,
+                "bytes_up": messages.size(came) if came else 0,
+                "bytes_down": messages.size(content),
+                "payload_up": messages.payload(came) if came else 0,
+                "payload_down": messages.payload(content),
+                "seconds_compute": answer.milliseconds / 1000 if answer else None,
+            }
+        )
+
+    def tell(self, row: Row, slope_size: float | None) -> None:
+        """Write down a round that ended."""
+        now = self.now
+        self.rounds.write(
+            {
+                "round": row["step"],
+                "loss": row["loss"],
+                "eval_loss": row.get("eval_loss"),
+                "slope_size": slope_size,
+                "clients_asked": now.asked,
+                "replies_used": now.results["used"],
+                "replies_rejected": now.rejected,
+                "replies_late": now.results["late"],
+                "bytes_up": now.up,
+                "bytes_down": now.down,
+                "payload_up": now.payload_up,
+                "payload_down": now.payload_down,
+                "bytes_updates": now.updates,
+                "seconds_compute": now.compute,
+                "seconds_waiting": now.waiting,
+                "seconds_flower": max(0.0, now.waiting - now.compute),
+            }
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """Mean bytes of a client and round, and each client's results, for the run's summary."""
+        plans = max(1, self.plans)
+        return {
+            "bytes_up_per_client_round": self.up / plans,
+            "bytes_down_per_client_round": self.down / plans,
+            "payload_up_per_client_round": self.payload_up / plans,
+            "payload_down_per_client_round": self.payload_down / plans,
+            "replies": {str(client): dict(counts) for client, counts in sorted(self.reasons.items())},
+        }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for table in (self.rounds, self.clients, self.evaluations):
+            table.close()
