@@ -4,7 +4,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -31,6 +31,7 @@ class Member:
     told: Introduction
     held: int = 0
     rebuild: bool = False  # its weights were found wrong: all it has must go
+    updates: set[bytes] = field(default_factory=set)  # digests of guides it was sent and answered with
     failures: int = 0
     paused_until: int = 0
 

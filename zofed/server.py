@@ -4,32 +4,27 @@ import math
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from zofed import config, federation, guides, instruct, local, merging, messages, schedules, snapshots
+from zofed import config, federation, guides, instruct, local, merging, schedules
 from zofed.config import Settings
 from zofed.errors import UserError
-from zofed.federation import Answer, Contribution, Plan
+from zofed.exchanges import Exchanges
+from zofed.federation import Answer
 from zofed.finish import finish, status_kept
-from zofed.journal import Entry, Journal, genesis_chain
-from zofed.members import Members, exchange
+from zofed.journal import Journal
+from zofed.members import Members
 from zofed.records import Dense, Skipped
 from zofed.runs import Row, RunFolder
 from zofed.task import Task, prepare_process, with_absolute_paths
 from zofed.traffic import Traffic
 from zofed.trainer import Step, Trainer, diverged
-from zofed.wire import Evaluation, Final, Malformed
 from zofed.worker import Update, Worker, tensors_digest, update_digest
-
-ATTEMPTS = 3  # times a round is asked before it is given up
-UPDATES_KEPT = 4  # encoded updates at hand for clients that missed a round or two
 
 app = ServerApp()
 
@@ -95,18 +90,19 @@ class Server:
         folder: RunFolder,
         traffic: Traffic,
     ) -> None:
-        self.grid, self.members, self.task, self.settings, self.worker = grid, members, task, task.settings, worker
+        self.members, self.task, self.settings, self.worker = members, task, task.settings, worker
         self.journal, self.folder, self.traffic = journal, folder, traffic
-        self.genesis = genesis_chain(worker.genesis)
         self.trainer = Trainer(worker, journal, folder, self.settings, task.evaluate, self._show)
-        self.updates: dict[bytes, bytes] = {}  # encoded, by digest
+        self.exchanges = Exchanges(
+            grid, members, worker, journal, self.settings, folder.path, traffic, lambda: self.trainer.seconds_moving
+        )
         self.slope_size: float | None = None
 
     def run(self) -> dict[str, Any]:
         totals = self.trainer.run(self.settings.rounds, self._round)
-        digests = self._digests(self.members.found)
+        digests = self.exchanges.digests(self.members.found)
         if wrong := self._wrong(digests):
-            digests |= self._digests(wrong)  # rebuilt from the base
+            digests |= self.exchanges.digests(wrong)  # rebuilt from the base
             if wrong := self._wrong(digests):
                 raise UserError(
                     f"clients {wrong} end with other weights than the server ({digests}) even when they replay all "
@@ -152,7 +148,7 @@ class Server:
     def _zeroth_order(self, round_: int) -> list[Step]:
         settings = self.settings
         steps = min(settings.steps_per_message, settings.rounds - round_ + 1)
-        good = self._slopes(round_, "slopes", self.members.sampled(round_), steps=steps)
+        good = self.exchanges.slopes(round_, "slopes", self.members.sampled(round_), steps=steps)
         if not good:
             return [self._skipped(round_)]
         made = federation.records_of(settings, self.worker, good, settings.rounds, steps)
@@ -163,7 +159,7 @@ class Server:
 
     def _in_subspace(self, round_: int) -> Step:
         settings = self.settings
-        good = self._slopes(round_, "coefficients", self.members.sampled(round_))
+        good = self.exchanges.slopes(round_, "coefficients", self.members.sampled(round_))
         if not good:
             return self._skipped(round_)
         rate = local.subspace_rate(settings, round_, settings.rounds)
@@ -186,7 +182,7 @@ class Server:
         if guide is None:
             return self._skipped(round_)
         raw, update, _, backward = guide
-        good = self._slopes(round_, "guided", self.members.sampled(round_), guide=raw)
+        good = self.exchanges.slopes(round_, "guided", self.members.sampled(round_), guide=raw)
         if not good:
             return self._skipped(round_)
         shape = instruct.Shape.of(settings)
@@ -209,7 +205,7 @@ class Server:
         return self._dense(round_, rate, update, loss, backward, local.backprop_batch_size(self.settings))
 
     def _first_order(self, round_: int) -> Step:
-        found = self._contributions(round_, "update", self.members.sampled(round_))
+        found = self.exchanges.contributions(round_, "update", self.members.sampled(round_))
         if not found:
             return self._skipped(round_)
         update = federation.merged_updates(self.settings, {c: (own, a.examples) for c, (own, a) in found.items()})
@@ -234,7 +230,7 @@ class Server:
                 raise diverged(round_, settings) from error
             passes = settings.gradient_accumulation
         else:
-            found = self._contributions(round_, "gradient", self.members.sampled(round_, self.members.able()))
+            found = self.exchanges.contributions(round_, "gradient", self.members.sampled(round_, self.members.able()))
             if not found:
                 return None
             merged = federation.merged_updates(settings, {c: (own, a.examples) for c, (own, a) in found.items()})
@@ -249,10 +245,7 @@ class Server:
 
     def _remember(self, raw: bytes, update: Update) -> None:
         """Keep an update for the clients that will need it and, on disk, for a server that starts again."""
-        digest = bytes.fromhex(tensors_digest(update))
-        self.updates[digest] = raw
-        while len(self.updates) > UPDATES_KEPT:
-            del self.updates[next(iter(self.updates))]
+        digest = self.exchanges.remember(raw, update)
         self.folder.save_update(digest, update)
         if not self.settings.keep_gradients and self.settings.save_interval:
             oldest = self._last_round() - self.settings.save_interval * (self.settings.keep_checkpoints + 1)
@@ -311,199 +304,6 @@ class Server:
             facts=facts or {},
         )
 
-    # --- one exchange ---
-
-    def _slopes(
-        self, round_: int, task: federation.Task, clients: Collection[int], steps: int = 1, guide: bytes = b""
-    ) -> dict[int, Answer]:
-        """Usable answers of integers, by client; empty where a round is to be skipped."""
-
-        def judge(reply: Message, plan: Plan) -> tuple[Any, Answer, str]:
-            answer = messages.unpack(Answer, reply.content)
-            count = federation.integers_asked(self.settings, plan)
-            return answer, answer, federation.check(answer, plan, count, self.settings.epsilon) or "used"
-
-        return self._collected(round_, task, "train.zo", clients, judge, steps, guide)
-
-    def _contributions(
-        self, round_: int, task: federation.Task, clients: Collection[int]
-    ) -> dict[int, tuple[Update, Contribution]]:
-        """Usable updates or gradients, by client; empty where a round is to be skipped."""
-
-        def judge(reply: Message, plan: Plan) -> tuple[Any, Contribution, str]:
-            answer = messages.unpack(Contribution, reply.content)
-            limit = self.settings.largest_update
-            update, reason = federation.check_update(answer, plan, self.worker, limit)
-            return (update, answer), answer, reason or "used"
-
-        return self._collected(round_, task, "train.guide" if task == "gradient" else "train.fo", clients, judge)
-
-    def _collected(
-        self,
-        round_: int,
-        task: federation.Task,
-        message_type: str,
-        clients: Collection[int],
-        judge: Callable[[Message, Plan], tuple[Any, Any, str]],
-        steps: int = 1,
-        guide: bytes = b"",
-    ) -> dict[int, Any]:
-        """Ask until enough have answered. Raises UserError where all are needed and some never do."""
-        self.traffic.ask(len(clients))
-        need = min(self.settings.quorum, len(clients)) or len(clients)
-        if len(clients) < self.settings.quorum or not clients:
-            return {}
-        good: dict[int, Any] = {}
-        for attempt in range(ATTEMPTS):
-            missing = [client for client in clients if client not in good]
-            self.members.wait_for(missing)
-            good |= self._asked(missing, attempt, task, message_type, judge, steps, guide)
-            if task in ("slopes", "coefficients", "guided"):
-                for client in merging.implausible(good, self.settings.clip_slopes):
-                    del good[client]
-                    self.traffic.now.results.subtract(["used"])
-                    self.traffic.now.results["implausible"] += 1
-                    self.traffic.reasons[client].subtract(["used"])
-                    self.traffic.reasons[client]["implausible"] += 1
-            if len(good) >= need:
-                break
-        for client in clients:
-            self.members.note(client, round_, is_well=client in good)
-        if len(good) >= need:
-            return good
-        if not good and set(+self.traffic.now.results) == {"not_finite"}:
-            raise diverged(round_, self.settings)
-        if self.members.strict:
-            missing = sorted(set(clients) - set(good))
-            raise UserError(
-                f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts "
-                f"({dict(+self.traffic.now.results)}): see clients.csv in {self.folder.path}, or set quorum below the "
-                "number of clients"
-            )
-        return {}
-
-    def _asked(
-        self,
-        clients: Collection[int],
-        attempt: int,
-        task: federation.Task,
-        message_type: str,
-        judge: Callable[[Message, Plan], tuple[Any, Any, str]],
-        steps: int,
-        guide: bytes,
-    ) -> dict[int, Any]:
-        """One attempt: send each client its plan and check what comes back; those behind are sent what they lack."""
-        good: dict[int, Any] = {}
-        waiting_for = list(clients)
-        for _ in range(2):  # a second time for those whose replica was older than known, or not sound
-            plans = {client: self._plan(client, attempt, task, steps, guide) for client in waiting_for}
-            contents, replies = self._send(plans, message_type)
-            waiting_for = []
-            for client, plan in plans.items():
-                found, answer, result = self._judged(replies.get(self._node(client)), plan, judge)
-                self.traffic.result(plan, contents[client], replies.get(self._node(client)), answer, result)
-                if result == "used":
-                    good[client] = found
-                if self._follows(client, answer, result):
-                    waiting_for.append(client)
-            if not waiting_for:
-                break
-        return good
-
-    def _judged(
-        self, reply: Message | None, plan: Plan, judge: Callable[[Message, Plan], tuple[Any, Any, str]]
-    ) -> tuple[Any, Any, str]:
-        if reply is None:
-            return None, None, "late"
-        if reply.has_error():
-            reason = (reply.error.reason or "no reason given").strip().splitlines()
-            print(f"client {plan.client}: {reason[-1]}", file=sys.stderr, flush=True)
-            return None, None, "error"
-        try:
-            return judge(reply, plan)
-        except Malformed as error:
-            print(f"client {plan.client}: malformed reply: {error}", file=sys.stderr, flush=True)
-            return None, None, "malformed"
-
-    def _follows(self, client: int, answer: Answer | Contribution | None, result: str) -> bool:
-        """Note where a client's replica stands; whether it is to be asked again with all it lacks."""
-        member = self.members.found[client]
-        if result == "used":
-            member.held, member.rebuild = len(self.journal.entries), False
-        elif answer is not None and result == "behind":
-            known = federation.position(self.journal.entries, self.genesis, answer.head)
-            member.held, member.rebuild = known or 0, known is None
-        elif result == "desync":
-            print(f"client {client}: its weights are not the run's; it replays all from the base", flush=True)
-            member.held, member.rebuild = 0, True
-        return result in ("behind", "desync")
-
-    def _node(self, client: int) -> int:
-        return self.members.found[client].node
-
-    def _plan(
-        self, client: int, attempt: int = 0, task: federation.Task = "none", steps: int = 1, guide: bytes = b""
-    ) -> Plan:
-        member = self.members.found[client]
-        held, entries = (0 if member.rebuild else member.held), self.journal.entries
-        after = entries[held - 1].chain if held else self.genesis
-        plan = federation.plan_for(
-            self.settings, self.worker, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
-            guide=guide,
-        )  # fmt: skip
-        needed = [digest for entry in entries[held:] if (digest := update_digest(entry.record)) is not None]
-        updates = [self.updates[digest] for digest in needed if digest in self.updates]
-        rest = {"rebuild": int(member.rebuild), "updates": guides.joined(updates)}
-        if len(updates) < len(needed) or self._snapshot_is_cheaper(entries[held:], len(rest["updates"])):
-            rest = {"after": self.worker.head, "entries": b"", "rebuild": int(member.rebuild)}
-            rest["snapshot"] = snapshots.taken(self.worker)
-        return replace(plan, **rest)
-
-    def _snapshot_is_cheaper(self, missing: Sequence[Entry], updates: int) -> bool:
-        """Whether the weights reach a client sooner than it can fetch and replay what it lacks, as measured here."""
-        if len(missing) < 2:
-            return False
-        seconds_per_byte = 8e-6 / self.settings.link_megabits
-        moved = max(1, self.worker.round)
-        replaying = self.trainer.seconds_moving / moved * len(missing)
-        tail = (sum(len(entry.raw) for entry in missing) + updates) * seconds_per_byte + replaying
-        return snapshots.size(self.worker) * seconds_per_byte < tail
-
-    def _send(self, plans: Mapping[int, Plan], message_type: str) -> tuple[dict[int, Any], dict[int, Message]]:
-        """Packed plans by client and replies by node."""
-        began = time.monotonic()
-        contents = {client: messages.pack(plan) for client, plan in plans.items()}
-        by_node = {self._node(client): content for client, content in contents.items()}
-        replies, duplicates = exchange(self.grid, by_node, message_type, self.settings.round_timeout)
-        if duplicates:
-            self.traffic.now.results["duplicate"] += duplicates
-        extra = sum(len(plan.updates) + len(plan.guide) + len(plan.snapshot) for plan in plans.values())
-        self.traffic.sent(by_node, replies, time.monotonic() - began, extra)
-        return contents, replies
-
-    # --- between rounds ---
-
-    def _digests(self, clients: Collection[int]) -> dict[int, str]:
-        """SHA-256 of clients' weights now, by client; empty for one that does not answer."""
-        digests = dict.fromkeys(sorted(clients), "")
-        for _ in range(2):  # a replica older than known is sent everything the second time
-            left = [client for client, digest in digests.items() if not digest]
-            if not left:
-                break
-            _, replies = self._send({client: self._plan(client) for client in left}, "query.digest")
-            for client in left:
-                reply, member = replies.get(self._node(client)), self.members.found[client]
-                try:
-                    told = messages.unpack(Final, reply.content) if reply and reply.has_content() else None
-                except Malformed:
-                    told = None
-                if told is None:
-                    continue
-                digests[client] = told.digest
-                known = federation.position(self.journal.entries, self.genesis, told.head)
-                member.held, member.rebuild = known or 0, not told.digest
-        return digests
-
     def _wrong(self, digests: Mapping[int, str]) -> list[int]:
         """Clients with other weights than the server's; they start anew when next asked.
 
@@ -516,38 +316,18 @@ class Server:
             self.members.found[client].rebuild = True
         return wrong
 
-    def _evaluated(self, round_: int) -> str:
-        """Losses on the clients' own held-out parts, in words."""
-        _, replies = self._send({client: self._plan(client) for client in self.members.found}, "evaluate")
-        scores = []
-        for client, member in self.members.found.items():
-            reply = replies.get(member.node)
-            try:
-                found = messages.unpack(Evaluation, reply.content) if reply and reply.has_content() else None
-            except Malformed:
-                found = None
-            if found is None or not found.examples or not math.isfinite(found.loss):
-                continue
-            scores.append(found.loss)
-            row = {"round": round_, "client": client, "loss": found.loss, "examples": found.examples}
-            self.traffic.evaluations.write(row)
-        if not scores:
-            return ""
-        spread = statistics.pstdev(scores)
-        return f"  clients' own {statistics.fmean(scores):.4f} (worst {max(scores):.4f}, spread {spread:.4f})"
-
     def _show(self, row: Row) -> None:
         round_, now = row["step"], self.traffic.now
         held_out = f"  held-out {row['eval_loss']:.4f}" if row.get("eval_loss") is not None else ""
         if held_out and self.settings.client_held_out and not self.settings.losses_withheld:
-            held_out += self._evaluated(round_)
+            held_out += self.exchanges.evaluations(round_)
         if round_ == 0:
             print(f"round 0{held_out}", flush=True)
             return
         self.traffic.tell(row, self.slope_size)
         interval = self.settings.digest_interval
         if interval and round_ % interval == 0 and round_ < self.settings.rounds:
-            self._wrong(self._digests(self.members.found))
+            self._wrong(self.exchanges.digests(self.members.found))
         used, asked = now.results["used"], max(1, now.asked)
         loss = "skipped" if row.get("loss") is None else f"loss {row['loss']:.4f}"
         slopes = "" if self.slope_size is None else f"  slopes {self.slope_size:.3g}"

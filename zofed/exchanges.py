@@ -1,0 +1,272 @@
+"""One exchange with clients: plans out, answers in, each checked; those behind are sent what they lack."""
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from zofed import federation, guides, merging, messages, snapshots
+from zofed.config import Settings
+from zofed.errors import UserError
+from zofed.federation import Answer, Contribution, Plan
+from zofed.journal import Entry, Journal, genesis_chain
+from zofed.members import Members, exchange
+from zofed.traffic import Traffic
+from zofed.trainer import diverged
+from zofed.wire import Evaluation, Final, Malformed
+from zofed.worker import Update, Worker, tensors_digest, update_digest
+
+ATTEMPTS = 3  # times a round is asked before it is given up
+UPDATES_KEPT = 4  # encoded updates at hand for clients that missed a round or two
+
+Judge = Callable[[Message, Plan], tuple[Any, Any, str]]  # -> what to use, the answer, "used" or why not
+
+
+class Exchanges:
+    """All that goes between the server and its clients in one run.
+
+    seconds_moving: seconds the server's own replica took for all moves so far, as the price of a replay.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        members: Members,
+        worker: Worker,
+        journal: Journal,
+        settings: Settings,
+        folder: Path,
+        traffic: Traffic,
+        seconds_moving: Callable[[], float],
+    ) -> None:
+        self.grid, self.members, self.worker, self.journal = grid, members, worker, journal
+        self.settings, self.folder, self.traffic, self.seconds_moving = settings, folder, traffic, seconds_moving
+        self.genesis = genesis_chain(worker.genesis)
+        self.updates: dict[bytes, bytes] = {}  # encoded, by digest
+
+    def remember(self, raw: bytes, update: Update) -> bytes:
+        """Keep an encoded update for the clients that will need it; returns its digest."""
+        digest = bytes.fromhex(tensors_digest(update))
+        self.updates[digest] = raw
+        while len(self.updates) > UPDATES_KEPT:
+            del self.updates[next(iter(self.updates))]
+        return digest
+
+    def slopes(
+        self, round_: int, task: federation.Task, clients: Collection[int], steps: int = 1, guide: bytes = b""
+    ) -> dict[int, Answer]:
+        """Usable answers of integers, by client; empty where a round is to be skipped."""
+
+        def judge(reply: Message, plan: Plan) -> tuple[Any, Answer, str]:
+            answer = messages.unpack(Answer, reply.content)
+            count = federation.integers_asked(self.settings, plan)
+            return answer, answer, federation.check(answer, plan, count, self.settings.epsilon) or "used"
+
+        return self._collected(round_, task, "train.zo", clients, judge, steps, guide)
+
+    def contributions(
+        self, round_: int, task: federation.Task, clients: Collection[int]
+    ) -> dict[int, tuple[Update, Contribution]]:
+        """Usable updates or gradients, by client; empty where a round is to be skipped."""
+
+        def judge(reply: Message, plan: Plan) -> tuple[Any, Contribution, str]:
+            answer = messages.unpack(Contribution, reply.content)
+            limit = self.settings.largest_update
+            update, reason = federation.check_update(answer, plan, self.worker, limit)
+            return (update, answer), answer, reason or "used"
+
+        return self._collected(round_, task, "train.guide" if task == "gradient" else "train.fo", clients, judge)
+
+    def _collected(
+        self,
+        round_: int,
+        task: federation.Task,
+        message_type: str,
+        clients: Collection[int],
+        judge: Callable[[Message, Plan], tuple[Any, Any, str]],
+        steps: int = 1,
+        guide: bytes = b"",
+    ) -> dict[int, Any]:
+        """Ask until enough have answered. Raises UserError where all are needed and some never do."""
+        self.traffic.ask(len(clients))
+        need = min(self.settings.quorum, len(clients)) or len(clients)
+        if len(clients) < self.settings.quorum or not clients:
+            return {}
+        good: dict[int, Any] = {}
+        for attempt in range(ATTEMPTS):
+            missing = [client for client in clients if client not in good]
+            self.members.wait_for(missing)
+            good |= self._asked(missing, attempt, task, message_type, judge, steps, guide)
+            if task in ("slopes", "coefficients", "guided"):
+                for client in merging.implausible(good, self.settings.clip_slopes):
+                    del good[client]
+                    self.traffic.now.results.subtract(["used"])
+                    self.traffic.now.results["implausible"] += 1
+                    self.traffic.reasons[client].subtract(["used"])
+                    self.traffic.reasons[client]["implausible"] += 1
+            if len(good) >= need:
+                break
+        for client in clients:
+            self.members.note(client, round_, is_well=client in good)
+        if len(good) >= need:
+            return good
+        if not good and set(+self.traffic.now.results) == {"not_finite"}:
+            raise diverged(round_, self.settings)
+        if self.members.strict:
+            missing = sorted(set(clients) - set(good))
+            raise UserError(
+                f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts "
+                f"({dict(+self.traffic.now.results)}): see clients.csv in {self.folder}, or set quorum below the "
+                "number of clients"
+            )
+        return {}
+
+    def _asked(
+        self,
+        clients: Collection[int],
+        attempt: int,
+        task: federation.Task,
+        message_type: str,
+        judge: Callable[[Message, Plan], tuple[Any, Any, str]],
+        steps: int,
+        guide: bytes,
+    ) -> dict[int, Any]:
+        """One attempt: send each client its plan and check what comes back; those behind are sent what they lack."""
+        good: dict[int, Any] = {}
+        waiting_for = list(clients)
+        for _ in range(2):  # a second time for those whose replica was older than known, or not sound
+            plans = {client: self.plan(client, attempt, task, steps, guide) for client in waiting_for}
+            contents, replies = self.send(plans, message_type)
+            waiting_for = []
+            for client, plan in plans.items():
+                found, answer, result = self._judged(replies.get(self._node(client)), plan, judge)
+                self.traffic.result(plan, contents[client], replies.get(self._node(client)), answer, result)
+                if result == "used":
+                    good[client] = found
+                if self._follows(plan, answer, result):
+                    waiting_for.append(client)
+            if not waiting_for:
+                break
+        return good
+
+    def _judged(
+        self, reply: Message | None, plan: Plan, judge: Callable[[Message, Plan], tuple[Any, Any, str]]
+    ) -> tuple[Any, Any, str]:
+        if reply is None:
+            return None, None, "late"
+        if reply.has_error():
+            reason = (reply.error.reason or "no reason given").strip().splitlines()
+            print(f"client {plan.client}: {reason[-1]}", file=sys.stderr, flush=True)
+            return None, None, "error"
+        try:
+            return judge(reply, plan)
+        except Malformed as error:
+            print(f"client {plan.client}: malformed reply: {error}", file=sys.stderr, flush=True)
+            return None, None, "malformed"
+
+    def _follows(self, plan: Plan, answer: Answer | Contribution | None, result: str) -> bool:
+        """Note where a client's replica stands; whether it is to be asked again with all it lacks."""
+        client, member = plan.client, self.members.found[plan.client]
+        if result == "used":
+            member.held, member.rebuild = len(self.journal.entries), False
+            member.updates = set(self.updates) if plan.guide else set()
+        elif answer is not None and result == "behind":
+            member.updates = set()
+            known = federation.position(self.journal.entries, self.genesis, answer.head)
+            member.held, member.rebuild = known or 0, known is None
+        elif result == "desync":
+            print(f"client {client}: its weights are not the run's; it replays all from the base", flush=True)
+            member.held, member.rebuild, member.updates = 0, True, set()
+        return result in ("behind", "desync")
+
+    def _node(self, client: int) -> int:
+        return self.members.found[client].node
+
+    def plan(
+        self, client: int, attempt: int = 0, task: federation.Task = "none", steps: int = 1, guide: bytes = b""
+    ) -> Plan:
+        member = self.members.found[client]
+        held, entries = (0 if member.rebuild else member.held), self.journal.entries
+        after = entries[held - 1].chain if held else self.genesis
+        plan = federation.plan_for(
+            self.settings, self.worker, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
+            guide=guide,
+        )  # fmt: skip
+        digests = (update_digest(entry.record) for entry in entries[held:])
+        needed = [digest for digest in digests if digest is not None and digest not in member.updates]
+        updates = [self.updates[digest] for digest in needed if digest in self.updates]
+        rest = {"rebuild": int(member.rebuild), "updates": guides.joined(updates)}
+        if len(updates) < len(needed) or self._snapshot_is_cheaper(entries[held:], len(rest["updates"])):
+            rest = {"after": self.worker.head, "entries": b"", "rebuild": int(member.rebuild)}
+            rest["snapshot"] = snapshots.taken(self.worker)
+        return replace(plan, **rest)
+
+    def _snapshot_is_cheaper(self, missing: Sequence[Entry], updates: int) -> bool:
+        """Whether the weights reach a client sooner than it can fetch and replay what it lacks, as measured here."""
+        if len(missing) < 2:
+            return False
+        seconds_per_byte = 8e-6 / self.settings.link_megabits
+        moved = max(1, self.worker.round)
+        replaying = self.seconds_moving() / moved * len(missing)
+        tail = (sum(len(entry.raw) for entry in missing) + updates) * seconds_per_byte + replaying
+        return snapshots.size(self.worker) * seconds_per_byte < tail
+
+    def send(self, plans: Mapping[int, Plan], message_type: str) -> tuple[dict[int, Any], dict[int, Message]]:
+        """Packed plans by client and replies by node."""
+        began = time.monotonic()
+        contents = {client: messages.pack(plan) for client, plan in plans.items()}
+        by_node = {self._node(client): content for client, content in contents.items()}
+        replies, duplicates = exchange(self.grid, by_node, message_type, self.settings.round_timeout)
+        if duplicates:
+            self.traffic.now.results["duplicate"] += duplicates
+        extra = sum(len(plan.updates) + len(plan.guide) + len(plan.snapshot) for plan in plans.values())
+        self.traffic.sent(by_node, replies, time.monotonic() - began, extra)
+        return contents, replies
+
+    def digests(self, clients: Collection[int]) -> dict[int, str]:
+        """SHA-256 of clients' weights now, by client; empty for one that does not answer."""
+        digests = dict.fromkeys(sorted(clients), "")
+        for _ in range(2):  # a replica older than known is sent everything the second time
+            left = [client for client, digest in digests.items() if not digest]
+            if not left:
+                break
+            _, replies = self.send({client: self.plan(client) for client in left}, "query.digest")
+            for client in left:
+                reply, member = replies.get(self._node(client)), self.members.found[client]
+                try:
+                    told = messages.unpack(Final, reply.content) if reply and reply.has_content() else None
+                except Malformed:
+                    told = None
+                if told is None:
+                    continue
+                digests[client] = told.digest
+                known = federation.position(self.journal.entries, self.genesis, told.head)
+                member.held, member.rebuild = known or 0, known is None
+        return digests
+
+    def evaluations(self, round_: int) -> str:
+        """Losses on the clients' own held-out parts, in words."""
+        _, replies = self.send({client: self.plan(client) for client in self.members.found}, "evaluate")
+        scores = []
+        for client, member in self.members.found.items():
+            reply = replies.get(member.node)
+            try:
+                found = messages.unpack(Evaluation, reply.content) if reply and reply.has_content() else None
+            except Malformed:
+                found = None
+            if found is None or not found.examples or not math.isfinite(found.loss):
+                continue
+            scores.append(found.loss)
+            row = {"round": round_, "client": client, "loss": found.loss, "examples": found.examples}
+            self.traffic.evaluations.write(row)
+        if not scores:
+            return ""
+        spread = statistics.pstdev(scores)
+        return f"  clients' own {statistics.fmean(scores):.4f} (worst {max(scores):.4f}, spread {spread:.4f})"
