@@ -56,7 +56,7 @@ class Replica:
 
     def counts(self, context: Context) -> dict[str, int]:
         """Documents of the node's data by label or source."""
-        return partitions.counts(self.task.client_documents(*self._share(context)))
+        return partitions.counts(self.task.client_documents(*self._share(context)), self.settings.partition)
 
     def catch_up(self, plan: Plan) -> bool:
         """Move to the plan's head and weights; from the base, anew, when the plan brings the whole history.

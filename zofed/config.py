@@ -131,6 +131,12 @@ class Settings(BaseModel):
     max_tokens: int = Field(0, ge=0, description="stop after so many tokens of training data; 0: no limit")
     rounds: int = Field(100, ge=1, description="rounds of a federated run; each is one step")
     clients: int = Field(0, ge=0, description="clients a federated run waits for; 0: all nodes that are there")
+    partition: Literal["iid", "dirichlet", "source"] = Field(
+        "iid",
+        description="how clients share the documents; dirichlet: skewed by label, else topic or source; source: each "
+        "client one, or whole ones",
+    )
+    dirichlet_alpha: float = Field(0.5, gt=0, description="evenness of a dirichlet partition; small: one label each")
     round_timeout: float = Field(600.0, gt=0, description="seconds after which a round stops waiting for replies")
     node_timeout: float = Field(60.0, gt=0, description="seconds a federated run waits for its nodes to appear")
     quorum: int = Field(0, ge=0, description="replies a round needs; 0: all clients asked")
