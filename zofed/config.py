@@ -171,6 +171,9 @@ class Settings(BaseModel):
     client_held_out: float = Field(
         0.0, ge=0, lt=1, description="share of its data on which each client evaluates; 0: only the server does"
     )
+    coefficient_bits: int = Field(
+        18, ge=3, le=18, description="bits of the largest slope or coefficient on its way; 6: a byte each, 18: three"
+    )
     losses_withheld: bool = Field(False, description="clients report no losses")
     digest_interval: int = Field(
         50, ge=0, description="rounds between checks of every client's whole weights; 0: the end"

@@ -240,6 +240,7 @@ def merged_slopes(settings: Settings, found: Mapping[int, Slopes], *, shared: bo
         trim=settings.trim,
         limit=settings.clip_slopes,
         largest_weight=settings.example_cap if settings.weighting == "examples" else 0,
+        bits=settings.coefficient_bits,
     )
 
 
