@@ -41,17 +41,17 @@ SHAPES: dict[str, Values] = {
 }
 PRETRAINED: dict[str, Values] = {
     "1M": {"steps": 1500, "optimizer": "adamw", "learning-rate": 2e-3, "batch-size": 8},
-    "20M": {"steps": 600, "optimizer": "adamw", "learning-rate": 1e-3, "batch-size": 8},
+    "20M": {"steps": 300, "optimizer": "adamw", "learning-rate": 1e-3, "batch-size": 8},
 }
-FIRST_ORDER: Values = {"mode": "fo", "local-steps": 16, "batch-size": 4}
-SUBSPACE: Values = {"mode": "subspace", "optimizer": "adamw", "subspace-interval": 16, "batch-size": 4}
+FIRST_ORDER: Values = {"mode": "fo", "local-steps": 8, "batch-size": 4}
+SUBSPACE: Values = {"mode": "subspace", "optimizer": "adamw", "subspace-interval": 8, "batch-size": 4}
 # name: first rate, how many times as many rounds as first order, settings
 ARMS: dict[str, tuple[float, float, Values]] = {
-    "FedAvg": (0.1, 1, FIRST_ORDER),
+    "FedAvg": (0.3, 1, FIRST_ORDER),
     "FedAdam": (1e-3, 1, FIRST_ORDER | {"optimizer": "adamw", "local-learning-rate": 0.1}),
     "zo, 16 local steps": (
         0.01,
-        4,
+        2,
         {"mode": "zo", "queries": 16, "local-steps": 16, "batch-size": 4, "coefficient-bits": 6},
     ),
     "instruct, server's guide": (
@@ -64,14 +64,14 @@ ARMS: dict[str, tuple[float, float, Values]] = {
 for count in (256, 1024, 4096, 16384):
     for bits in (6, 18):
         ARMS[f"subspace core {count}, {bits} bits"] = (
-            1e-3,
-            4,
+            3e-3,
+            3,
             SUBSPACE | {"subspace-size": count, "coefficient-bits": bits},
         )
 for count in (256, 1024):
     ARMS[f"subspace diagonal {count}, 6 bits"] = (
-        1e-3,
-        4,
+        3e-3,
+        3,
         SUBSPACE | {"subspace-size": count, "subspace-variant": "diagonal", "coefficient-bits": 6},
     )
 ARMS["subspace core 1024, 6 bits, forward passes only"] = (
@@ -80,7 +80,7 @@ ARMS["subspace core 1024, 6 bits, forward passes only"] = (
     SUBSPACE | {"subspace-size": 1024, "coefficient-bits": 6, "queries": 16, "forward-only": True},
 )
 LORA = ("LoRA, FedAvg, rank 1", "LoRA, FedAvg, rank 4")
-ROUNDS = {"1M": 24, "20M": 8}
+ROUNDS = {"1M": 12, "20M": 6}
 
 
 def _real(name: str) -> Path:
@@ -157,7 +157,7 @@ def _values(out: Path, size: str, arm: str, rate: float, seed: int) -> Values:
         "seed": seed,
         "rounds": rounds,
         "learning-rate": rate,
-        "eval-interval": max(1, rounds // 24) if size == "1M" else 1,
+        "eval-interval": 1,
         "eval-examples": 128 if size == "1M" else 48,
         "save-interval": 1000,
         "digest-interval": 0,
@@ -185,7 +185,7 @@ def run(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
                 losses[power] = float("inf")
         return losses[power]
 
-    best = min((0, 1, -1) if size == "1M" else (0, 1), key=loss)
+    best = min((0, 1), key=loss)
     while abs(best) < 4 and (better := min((best - 1, best, best + 1), key=loss)) != best:
         best = better
     rate = first * 3.0**best
@@ -236,8 +236,8 @@ def lora(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
                     for parameter, value in zip(trained, start, strict=True):
                         parameter.copy_(value)
                 optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-                drawn = data.batch(share, seed=seed, client=index, step=round_, batch_size=64)
-                for local in range(16):
+                drawn = data.batch(share, seed=seed, client=index, step=round_, batch_size=32)
+                for local in range(8):
                     batch = {key: value[local * 4 : local * 4 + 4] for key, value in drawn.items()}
                     optimizer.zero_grad()
                     metrics.loss_of(wrapped, batch, "weights").backward()

@@ -227,7 +227,8 @@ class Exchanges:
         if duplicates:
             self.traffic.now.results["duplicate"] += duplicates
         extra = sum(len(plan.updates) + len(plan.guide) + len(plan.snapshot) for plan in plans.values())
-        self.traffic.sent(by_node, replies, time.monotonic() - began, extra)
+        in_round = message_type.startswith("train")
+        self.traffic.sent(by_node, replies, time.monotonic() - began, extra, in_round)
         return contents, replies
 
     def digests(self, clients: Collection[int]) -> dict[int, str]:

@@ -113,3 +113,37 @@ def _draw(folders: Sequence[RunFolder], axis: str, path: Path, baselines: Mappin
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def federation(folder: RunFolder, clients: int) -> Path:
+    """federation.png: losses by round, by bytes of a client and by seconds, and where each round's seconds went."""
+    path = folder.path / "federation.png"
+    metrics, rounds = read_metrics(folder), pd.read_csv(folder.path / "rounds.csv")
+    sums = rounds[["bytes_up", "bytes_down"]].cumsum() / max(1, clients)
+    rounds["kilobytes"] = (sums["bytes_up"] + sums["bytes_down"]) / 1000
+    rounds["seconds"] = metrics.set_index("step")["seconds"].reindex(rounds["round"]).to_numpy()
+    sns.set_theme(style="ticks", context="notebook")
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5))
+    places = (("round", "round"), ("kilobytes", "KB up and down, mean of a client"), ("seconds", "seconds"))
+    for place, (column, label) in zip(axes.flat, places, strict=False):
+        place.plot(rounds[column], rounds["loss"], color="0.65", lw=1, label="training (clients' mean)")
+        scored = rounds.dropna(subset=["eval_loss"])
+        place.plot(scored[column], scored["eval_loss"], color="black", marker="o", ms=4, label="held out, server")
+        place.set(xlabel=label, ylabel="loss, nats")
+    axes.flat[0].legend(frameon=False)
+    last, width = axes.flat[3], max(1.0, len(rounds) / 60)
+    parts = (
+        ("seconds_compute", "0.15", "", "slowest client"),
+        ("seconds_flower", "0.75", "///", "the rest: Flower, waiting, clients in turn"),
+    )
+    start = np.zeros(len(rounds))
+    for column, color, hatch, label in parts:
+        last.bar(rounds["round"], rounds[column], width, bottom=start, color=color, hatch=hatch, label=label, lw=0)
+        start += rounds[column].fillna(0).to_numpy()
+    last.set(xlabel="round", ylabel="seconds of a round")
+    last.legend(frameon=False)
+    sns.despine(figure)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path

@@ -1,5 +1,6 @@
 """Rounds over a Flower grid: plan, send, check, merge, write down, move, announce."""
 
+import json
 import math
 import os
 import statistics
@@ -57,24 +58,53 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
             raise UserError("guide-source = 'server' backpropagates on public data: set bp-dataset to it")
         _ = task.backprop_examples
     worker = task.worker()
-    goes_on = RunFolder(out).journal.exists()
-    folder = RunFolder.open(out) if goes_on else RunFolder.create(out, task.settings, task.inputs())
-    opened = Journal.open(folder.journal) if goes_on else None
-    if opened:
-        try:
-            folder.check_unchanged(task.inputs(), opened.genesis, worker.genesis)
-        except UserError:
-            opened.close()
-            raise
-        folder.write_text("settings.toml", config.to_toml(task.settings))
-    with status_kept(folder), opened or Journal.create(folder.journal, worker.genesis) as journal:
-        last = journal.entries[-1].record.round if journal.entries else 0
-        members = Members(grid, task.settings, worker, journal)
+    earlier = _reopened(out, task, worker) if RunFolder(out).journal.exists() else None
+    try:
+        members = Members(grid, task.settings, worker, earlier)
         members.meet()
-        what = f"goes on after round {last}" if goes_on else f"{len(task.held_out)} documents held out"
+        folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, task.inputs())
+    except BaseException:
+        if earlier:
+            earlier.close()
+        raise
+    folder.write_text("settings.toml", config.to_toml(task.settings))
+    with status_kept(folder), earlier or Journal.create(folder.journal, worker.genesis) as journal:
+        members.journal = journal
+        last = journal.entries[-1].record.round if journal.entries else 0
+        what = f"goes on after round {last}" if earlier else f"{len(task.held_out)} documents held out"
         print(f"run folder: {out}\n{len(members.found)} clients, {what}", flush=True)
+        _tell_holdings(members, folder)
         with Traffic(folder, last) as traffic:
             return Server(grid, members, task, worker, journal, folder, traffic).run()
+
+
+def _reopened(out: Path, task: Task, worker: Worker) -> Journal:
+    """The journal of a run that goes on. Raises UserError where it is no federated one, or began otherwise."""
+    folder = RunFolder.open(out)
+    if not (out / "rounds.csv").exists():
+        raise UserError(
+            f"out = {str(out)!r} is not empty: it holds a run of zofed train, which --resume continues; choose another "
+            "folder with --out"
+        )
+    journal = Journal.open(folder.journal)
+    try:
+        folder.check_unchanged(task.inputs(), journal.genesis, worker.genesis)
+        done = journal.entries[-1].record.round if journal.entries else 0
+        if done > task.settings.rounds:
+            raise UserError(f"rounds = {task.settings.rounds}, but {out} has done {done}: set rounds to {done} or more")
+    except UserError:
+        journal.close()
+        raise
+    return journal
+
+
+def _tell_holdings(members: Members, folder: RunFolder) -> None:
+    """Table and picture of who holds what, as the clients say."""
+    from zofed import partitions, plots  # pictures need pandas and matplotlib, which clients never load
+
+    counts = {client: json.loads(member.told.counts) for client, member in sorted(members.found.items())}
+    folder.write_text("partition.csv", partitions.to_csv(counts))
+    plots.partition(counts, folder.path / "partition.png")
 
 
 class Server:
@@ -99,6 +129,8 @@ class Server:
         self.slope_size: float | None = None
 
     def run(self) -> dict[str, Any]:
+        from zofed import plots
+
         totals = self.trainer.run(self.settings.rounds, self._round)
         digests = self.exchanges.digests(self.members.found)
         if wrong := self._wrong(digests):
@@ -110,6 +142,7 @@ class Server:
                 )
         extra = self.traffic.summary() | {"client_digests": {str(c): digest for c, digest in sorted(digests.items())}}
         summary = finish(self.task, self.worker, self.journal, self.folder, totals, extra)
+        plots.federation(self.folder, len(self.members.found))
         answered = sum(bool(digest) for digest in digests.values())
         print(
             f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the replay and "
