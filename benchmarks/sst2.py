@@ -106,7 +106,7 @@ def measure(base: Settings, arm: Arm, mode: Mode, train_documents: list[Document
 
     def task_of(rate: float, seed: int) -> Task:
         update = {"mode": mode, "learning_rate": rate, "seed": seed}
-        return Task(base.model_copy(update=update), tokenizer, train_documents, dev)
+        return Task(base.model_copy(update=update), tokenizer, train_documents, dev, train_documents)
 
     tokenizer = data.load_tokenizer(models.tokenizer_name(base))
     everything = task_of(1.0, 0).examples(train_documents)  # features once for all rates and seeds
