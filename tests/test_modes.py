@@ -115,6 +115,57 @@ def test_a_replay_that_lacks_a_gradient_starts_at_the_checkpoint(quick: Quick, t
     assert replay_run(folder)[1] == 0
 
 
+def flipped(body: bytes, at: int) -> bytes:
+    """The bytes with one of them changed."""
+    return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a byte of its header": lambda body: flipped(body, 12),
+    "a byte of its tensors": lambda body: flipped(body, len(body) // 2),
+    "its last byte": lambda body: flipped(body, len(body) - 1),
+    "half of it": lambda body: body[: len(body) // 2],
+    "all of it": lambda body: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_gradient_is_one_that_was_not_kept(quick: Quick, tmp_path: Path, damage: str) -> None:
+    """A replay starts at the checkpoint, and without one names the file; a resumed run asks again and keeps it anew."""
+    settings = quick(**SHORT | {"keep_gradients": True, "controls": True} | WAYS["calibrate"])
+    whole, run = central.train(settings, tmp_path / "whole", ignore), tmp_path / "run"
+    assert whole["controls"].keys() == {"frozen", "random_slopes"}
+    train_cut(settings, run, 3)
+    shutil.rmtree(run / "checkpoints")
+    (lost,) = (digest for digest in map(update_digest, contents(run)) if digest)
+    (kept,) = (run / "updates").iterdir()
+    body = kept.read_bytes()
+    kept.write_bytes(DAMAGES[damage](body))
+    assert RunFolder(run).update(lost) is None
+    with pytest.raises(UserError, match=f"{kept}, .* is damaged, .*: restore the file from a copy") as told:
+        replay_run(RunFolder(run))
+    assert "\n" not in str(told.value)
+    resumed = central.resume(run, ignore)
+    assert resumed["digest"] == resumed["replay_digest"] == whole["digest"]
+    assert RunFolder(run).update(lost) is not None, "it is whole again"
+    kept.write_bytes(DAMAGES[damage](body))
+    replayed, start = replay_run(RunFolder(run))
+    assert (replayed.digest(), start) == (whole["digest"], 5)
+
+
+def test_a_run_whose_gradient_was_damaged_before_a_checkpoint_ends_without_its_replay(
+    quick: Quick, tmp_path: Path
+) -> None:
+    settings = quick(**SHORT | {"keep_gradients": True, "controls": True} | WAYS["calibrate"])
+    whole = central.train(settings, tmp_path / "whole", ignore)
+    train_cut(settings, tmp_path / "run", 3)
+    (kept,) = (tmp_path / "run" / "updates").iterdir()
+    kept.write_bytes(b"")
+    resumed = central.resume(tmp_path / "run", ignore)
+    assert (resumed["digest"], resumed["replay_digest"]) == (whole["digest"], None)
+    assert resumed["controls"] == {"frozen": whole["controls"]["frozen"]}
+
+
 def test_a_gradient_asked_again_must_be_the_journals(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

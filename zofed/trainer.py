@@ -134,14 +134,15 @@ class Trainer:
                         f"the gradient of round {round_} comes out otherwise than the journal says: go on with the "
                         "machine, the threads and the versions it began with"
                     )
+                if step and update is None:
+                    self._keep(step)
                 norm = self.worker.apply(entry, update if update or step is None else step.update)
                 if step and is_new:
                     self._account(table, totals, step, norm, total)
                 del step  # its gradient would stay while the next one is made
             while self.worker.round < total and not totals.spent(self.settings):
                 step = ask(self.worker.round + 1)
-                if self.settings.keep_gradients and step.update and (digest := update_digest(step.record)):
-                    self.folder.save_update(digest, step.update)
+                self._keep(step)
                 norm = self.worker.apply(self.journal.append(step.record), step.update)
                 self._account(table, totals, step, norm, total)
                 del step
@@ -151,6 +152,11 @@ class Trainer:
             table.close()
         totals.stopped_by = totals.spent(self.settings) if self.worker.round < total else ""
         return totals
+
+    def _keep(self, step: Step) -> None:
+        """Keep the step's gradient or guide beside the journal where that is wanted, in place of a damaged one."""
+        if self.settings.keep_gradients and step.update and (digest := update_digest(step.record)):
+            self.folder.save_update(digest, step.update)
 
     def _account(self, table: Table, totals: Totals, step: Step, norm: float, total: int) -> None:
         """Tell what a step that was just applied found and cost, and save a checkpoint where one is due."""
@@ -263,7 +269,7 @@ def diverged(round_: int, settings: Settings) -> UserError:
 def replay(worker: Worker, records: Iterable[Record], kept: Callable[[bytes], Update | None] = lambda _: None) -> None:
     """Move the worker through the records. kept: the gradient or guide of a digest, where there is one.
 
-    Raises UserError for a record that needs one which was not kept.
+    Raises NotKept for a record that needs one which was not kept; the worker stands before that record.
     """
 
     def linked() -> Iterator[Entry]:
