@@ -128,7 +128,7 @@ class RunFolder:
         found = self.update(digest)
         if found is None and self.has_update(digest):
             raise NotKept(
-                f"{self._update_path(digest)}, a gradient that the replay needs, is damaged, and there is no checkpoint "
+                f"{self._update_path(digest)}, a gradient that the replay needs, is damaged, and no checkpoint lies "
                 "behind its step: restore the file from a copy"
             )
         return found

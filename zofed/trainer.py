@@ -142,6 +142,7 @@ class Trainer:
                 del step  # its gradient would stay while the next one is made
             while self.worker.round < total and not totals.spent(self.settings):
                 step = ask(self.worker.round + 1)
+                self.worker.check_exact(step.record)
                 self._keep(step)
                 norm = self.worker.apply(self.journal.append(step.record), step.update)
                 self._account(table, totals, step, norm, total)

@@ -295,6 +295,12 @@ class Worker:
             split = [part.split(sizes) for part in parts]
             yield [tuple(part[index] for part in split) for index in range(len(seeds))]
 
+    def check_exact(self, record: Record) -> None:
+        """Raise UserError for a record whose sum could not be exact: no machine may write it down or move by it."""
+        part = record.seeded if isinstance(record, Guided) else record
+        if isinstance(part, Seeded):
+            directions.check_exact(self.kind, part.coefficients, f"the record of round {record.round}")
+
     def _check_follow(self, entries: Sequence[Entry], update: Update | None) -> None:
         head = self.head
         for entry in entries:
@@ -303,6 +309,7 @@ class Worker:
                 raise UserError(
                     f"the record of round {record.round} does not follow the history these weights come from"
                 )
+            self.check_exact(record)
             digest = update_digest(record)
             if digest is not None and update is None:
                 raise NotKept(
