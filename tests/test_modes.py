@@ -26,7 +26,7 @@ from zofed.records import Dense, Guided, Seeded
 from zofed.runs import RunFolder, read_table
 from zofed.steps import Steps, asker
 from zofed.task import Task, prepare_process
-from zofed.worker import Worker, update_digest
+from zofed.worker import Worker, update_digest, weights_digest
 
 Quick = Callable[..., Settings]
 
@@ -736,6 +736,41 @@ def test_evaluations_tell_each_source_and_each_measure(quick: Quick, tmp_path: P
         assert float(row["accuracy"]) == pytest.approx(sum(map(int.__eq__, found, wanted)) / len(found))
         assert float(row["f1"]) == pytest.approx(mean_f1(found, wanted), rel=1e-6)
         assert not row["perplexity"] and not row["bits_per_byte"]
+
+
+@pytest.mark.usefixtures("two_sources")
+@pytest.mark.parametrize("task", ["language-model", "classification"])
+def test_the_final_weights_are_scored_once_and_the_summary_tells_that_score(
+    quick: Quick, tmp_path: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """Also where a process that ended between the last step and the summary left the score to the next one."""
+    scored: list[str] = []
+    evaluate = Task.evaluate
+
+    def counting(self: Task, model: nn.Module) -> Any:
+        scored.append(weights_digest(model))
+        return evaluate(self, model)
+
+    def cut(row: dict[str, Any]) -> None:
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Task, "evaluate", counting)
+    own, measures = {}, ("perplexity", "bits_per_byte")
+    if task == "classification":
+        own, measures = {"dataset": str(reviews)}, ("accuracy", "f1")
+    settings = quick(task=task, steps=4, eval_interval=3, **own)
+    whole = central.train(settings, tmp_path / "whole", ignore)
+    assert len(scored) == len(set(scored)) == 3, "at steps 0, 3 and 4"
+    assert scored[-1] == whole["digest"]
+    with pytest.raises(KeyboardInterrupt):
+        central.train(settings, tmp_path / "cut", cut)
+    scored.clear()
+    resumed = central.resume(tmp_path / "cut", ignore)
+    assert scored == [whole["digest"]]
+    names = ("eval_loss_end", "sources", *measures)
+    assert {name: resumed[name] for name in names} == {name: whole[name] for name in names}
+    assert whole["eval_loss_end"] == float(read_table(tmp_path / "whole" / "metrics.csv")[-1]["eval_loss"])
 
 
 @pytest.mark.usefixtures("two_sources")

@@ -43,7 +43,7 @@ def finish(
     """
     from zofed.plots import plot_loss  # pictures need pandas and matplotlib, which clients never load
 
-    scores, digest = task.evaluate(worker.model), worker.digest()
+    scores, digest = dict(totals.scores or task.evaluate(worker.model)), worker.digest()
     score = scores.pop(ALL)
     cost = totals.columns()
     replayed = _replay_digest(task, journal, folder)

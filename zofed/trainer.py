@@ -52,6 +52,7 @@ class Totals:
 
     seconds: of training up to the last step's end, those before a resumption included: with them a budget is spent for
     the row, the loop and a later resumption alike. stopped_by: the budget that ended the run before its last step.
+    scores: of the final weights on the held-out part, by source; None where this process did not score them.
     """
 
     forward_passes: int = 0
@@ -61,6 +62,7 @@ class Totals:
     bytes: int = 0
     seconds: float = 0.0
     stopped_by: str = field(default="", init=False)
+    scores: Mapping[str, Score] | None = field(default=None, init=False)
     _told: float = field(default_factory=time.monotonic, init=False)
 
     @classmethod
@@ -107,6 +109,7 @@ class Trainer:
         told = int(self._rows[-1]["step"]) if self._rows else -1
         self._best = min((float(row["eval_loss"]) for row in self._rows if row["eval_loss"]), default=math.inf)
         cut_table(self.folder.path / "evaluations.csv", "step", told)
+        self._scored: tuple[int, Mapping[str, Score] | None] = -1, None  # the round scored last, and what it gave
 
     def run(self, total: int, ask: Ask) -> Totals:
         """Catch up with the journal, then train up to round `total`, or until a budget is spent.
@@ -152,6 +155,8 @@ class Trainer:
         finally:
             table.close()
         totals.stopped_by = totals.spent(self.settings) if self.worker.round < total else ""
+        scored, scores = self._scored
+        totals.scores = scores if scored == self.worker.round else None
         return totals
 
     def _keep(self, step: Step) -> None:
@@ -177,6 +182,7 @@ class Trainer:
     def _score(self, round_: int) -> float:
         """The held-out loss of all sources together; what else the scores tell goes into evaluations.csv."""
         scores = self.evaluate(self.worker.model)
+        self._scored = round_, scores
         whole = next(iter(scores.values())).loss
         if not math.isfinite(whole):
             raise diverged(round_, self.settings)
