@@ -796,6 +796,18 @@ def test_a_language_model_is_scored_in_perplexity_and_bits_a_byte(quick: Quick, 
     assert set(summary["sources"]) == {row["source"] for row in rows[1:]}
 
 
+@pytest.mark.parametrize("way", ["fo", "calibrate"])
+def test_the_best_weights_are_kept_and_scored_apart_from_the_last(quick: Quick, tmp_path: Path, way: str) -> None:
+    """With a rate at which the loss falls and then rises."""
+    settings = quick(**SHORT | WAYS[way] | {"eval_interval": 1, "keep_best": True, "learning_rate": 0.05, "steps": 8})
+    run = tmp_path / "run"
+    last = central.train(settings, run, ignore)["eval_loss_end"]
+    losses = [float(row["eval_loss"]) for row in read_table(run / "metrics.csv")[1:]]
+    assert min(losses) < last, "else the two could not be told apart"
+    assert central.score_run(run, {}, best=True)["all"].loss == min(losses)
+    assert central.score_run(run, {})["all"].loss == pytest.approx(last, rel=1e-6)
+
+
 # --- what goes wrong ---
 
 
