@@ -27,8 +27,8 @@ from zofed import directions, journal, records
 from zofed.errors import UserError
 from zofed.journal import Journal, JournalError
 from zofed.optimizers import Optimizer
-from zofed.records import Dense, Record, Seeded, Skipped, Spread
-from zofed.worker import Worker, make_genesis
+from zofed.records import Dense, Guided, Record, Seeded, Skipped, Spread
+from zofed.worker import Update, Worker, make_genesis, tensors_digest
 
 GENESIS = {"seed": 5, "words": ["b", "a"]}
 RECORDS: tuple[Record, ...] = (
@@ -584,6 +584,13 @@ GOLDEN_RECORDS: tuple[Record, ...] = (
     Seeded(5, 0.01, (0, 1, 2), 1, (5, -6, 7), 0, 3.0),
     Seeded(6, 0.02, (0, 9), 2, (123456, -3, 2**17, 77), -16, 2.718281828),
 )
+CORE_RECORDS: tuple[Record, ...] = (  # each the square of a number of seeds
+    Seeded(1, 0.5, (0,), 9, (2**18 - 1, -3, 70000, -123456, 0, 1, 5, -6, 2**17), -18, 0.5),
+    Skipped(2),
+    Seeded(3, 0.25, (0,), 4, (-(2**18) + 1, 99, 1, -1), -16, 0.25, privacy_spent=1.5),
+    Seeded(4, 0.0, (0,), 1, (0,), records.SMALLEST_EXPONENT, 1.0),
+    Seeded(5, 0.1, (0,), 1, (77,), -9, 0.1),
+)
 SIZE_EXPONENTS = {"conv.weight": -2, "norm.bias": 1}
 GOLDEN_RUNS: dict[str, dict[str, Any]] = {
     "journal-format2.zofed": {"kind": "rank1", "optimizer": Optimizer("adamw", weight_decay=0.125)},
@@ -595,6 +602,17 @@ GOLDEN_RUNS: dict[str, dict[str, Any]] = {
     "journal-format2-gaussian.zofed": {
         "kind": "gaussian",
         "optimizer": Optimizer("sgd", momentum=0.75),
+        "size_exponents": SIZE_EXPONENTS,
+    },
+    "journal-format2-guided.zofed": {
+        "kind": "rank2",
+        "optimizer": Optimizer("sgd", momentum=0.75),
+        "size_exponents": SIZE_EXPONENTS,
+        "backprop_optimizer": Optimizer("adamw", weight_decay=0.125),
+    },
+    "journal-format2-core.zofed": {
+        "kind": "core",
+        "optimizer": Optimizer("sgd", weight_decay=0.125),
         "size_exponents": SIZE_EXPONENTS,
     },
 }
@@ -613,6 +631,16 @@ GOLDEN_ENDS = {  # head of the chain, digest and probe of the replayed weights
         "81f8a8347c2bd4447ae6b14c85baf454",
         "da90a8c2a68ef5a4d6162f6c62a01a3fe9db3c537dfc5c1b7eea916041bba56a",
         "4bf33cc52d227201",
+    ),
+    "journal-format2-guided.zofed": (
+        "8d53d0b342601978700aa444260b3df7",
+        "5cd1002da441e80284660520e72ae058c8bd41e53af5562cab3a4b6addb785e2",
+        "942ed9d9a51fedb0",
+    ),
+    "journal-format2-core.zofed": (
+        "7488df2b366e158fe085fab538b062e2",
+        "fc8f2c0c2f3211e532368abd50f117a4e15a46ca343fca29860a31036afff96b",
+        "9c8586f414428248",
     ),
 }
 
@@ -634,20 +662,50 @@ def golden_update() -> dict[str, torch.Tensor]:
     return {name: torch.full_like(parameter, 0.375) for name, parameter in golden_model().named_parameters()}
 
 
-def write_golden(path: Path, run: dict[str, Any]) -> None:
+def golden_guide() -> Update:
+    """The guide of the golden journal's guided records: multiples of 1/32, some of each size from 0 to 1."""
+    return {
+        name: ((torch.arange(parameter.numel()) * (5 + index)) % 65 - 32).reshape(parameter.shape) / 32
+        for index, (name, parameter) in enumerate(golden_model().named_parameters())
+    }
+
+
+def golden_records(name: str) -> tuple[Record, ...]:
+    """The records of a golden journal."""
+    if name == "journal-format2-core.zofed":
+        return CORE_RECORDS
+    return guided_records() if name == "journal-format2-guided.zofed" else GOLDEN_RECORDS
+
+
+def guided_records() -> tuple[Record, ...]:
+    """Guided ones, masked and not, whole guide and not, with noise and without, among the others."""
+    guide = bytes.fromhex(tensors_digest(golden_guide()))
+    noise = (2**18 - 1, -3, 70000, -123456)
+    return (
+        Guided(Seeded(1, 0.015625, (0,), 4, noise, -17, 4.0), guide, 0.5, 0.8125, 0.0, True),
+        Seeded(2, 0.3, (0,), 3, (-(2**18) + 1, 99, 1), -13, 3.0),
+        Guided(Seeded(3, 0.01, (0,), 4, noise, -16, 2.718281828), guide, 0.25, -0.3, 0.5, False),
+        Skipped(4),
+        Dense(5, 0.01, bytes(range(32))),
+        Guided(Seeded(6, 0.02, (0,), 0, (), records.SMALLEST_EXPONENT, 1.0), guide, 0.0, 0.1, 0.0, False),
+    )
+
+
+def write_golden(path: Path, name: str) -> None:
     model = golden_model()
     names = [name for name, _ in model.named_parameters() if name != "head.bias"]
-    genesis = make_genesis(model, {"name": "golden"}, names, seed=2**63 - 1, **run)
+    genesis = make_genesis(model, {"name": "golden"}, names, seed=2**63 - 1, **GOLDEN_RUNS[name])
     with Journal.create(path, genesis) as opened:
-        for record in GOLDEN_RECORDS:
+        for record in golden_records(name):
             opened.append(record)
 
 
 def golden_end(path: Path) -> tuple[str, str, str]:
     contents = journal.read(path)
     worker = Worker(golden_model(), contents.genesis)
+    updates = {Dense: golden_update(), Guided: golden_guide()}
     for entry in contents.entries:
-        worker.apply(entry, golden_update() if isinstance(entry.record, Dense) else None)
+        worker.apply(entry, updates.get(type(entry.record)))
     return contents.head.hex(), worker.digest(), worker.probe().hex()
 
 
@@ -656,8 +714,9 @@ def test_a_golden_journal_still_parses_to_its_records(name: str) -> None:
     contents = journal.read(GOLDEN / name)
     assert contents.torn == 0
     assert contents.genesis["generator"] == directions.GENERATOR
-    assert [records.encode(record) for record in records_of(contents)] == [records.encode(r) for r in GOLDEN_RECORDS]
-    assert [repr(record) for record in records_of(contents)] == [repr(record) for record in GOLDEN_RECORDS]
+    expected = golden_records(name)
+    assert [records.encode(record) for record in records_of(contents)] == [records.encode(r) for r in expected]
+    assert [repr(record) for record in records_of(contents)] == [repr(record) for record in expected]
 
 
 @pytest.mark.parametrize("name", GOLDEN_RUNS)
@@ -667,7 +726,7 @@ def test_a_golden_journal_still_replays_to_its_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", GOLDEN_RUNS)
 def test_the_same_run_still_writes_its_golden_journal(tmp_path: Path, name: str) -> None:
-    write_golden(tmp_path / "j", GOLDEN_RUNS[name])
+    write_golden(tmp_path / "j", name)
     assert (tmp_path / "j").read_bytes() == (GOLDEN / name).read_bytes()
 
 
@@ -677,6 +736,7 @@ def test_every_golden_file_is_of_this_format_and_known() -> None:
 
 
 if __name__ == "__main__" and os.environ.get("ZOFED_WRITE_GOLDEN") == "1":
-    for name_, run_ in GOLDEN_RUNS.items():
-        write_golden(GOLDEN / name_, run_)
+    for name_ in GOLDEN_RUNS:
+        (GOLDEN / name_).unlink(missing_ok=True)
+        write_golden(GOLDEN / name_, name_)
         print(f'    "{name_}": {golden_end(GOLDEN / name_)},')

@@ -26,7 +26,7 @@ from zofed.records import Dense, Guided, Seeded
 from zofed.runs import RunFolder, read_table
 from zofed.steps import Steps, asker
 from zofed.task import Task, prepare_process
-from zofed.worker import Worker, update_digest
+from zofed.worker import Worker, update_digest, weights_digest
 
 Quick = Callable[..., Settings]
 
@@ -113,6 +113,57 @@ def test_a_replay_that_lacks_a_gradient_starts_at_the_checkpoint(quick: Quick, t
     assert folder.update(lost) is None, "a damaged file is no gradient"
     kept.write_bytes(body)
     assert replay_run(folder)[1] == 0
+
+
+def flipped(body: bytes, at: int) -> bytes:
+    """The bytes with one of them changed."""
+    return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a byte of its header": lambda body: flipped(body, 12),
+    "a byte of its tensors": lambda body: flipped(body, len(body) // 2),
+    "its last byte": lambda body: flipped(body, len(body) - 1),
+    "half of it": lambda body: body[: len(body) // 2],
+    "all of it": lambda body: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_gradient_is_one_that_was_not_kept(quick: Quick, tmp_path: Path, damage: str) -> None:
+    """A replay starts at the checkpoint, and without one names the file; a resumed run asks again and keeps it anew."""
+    settings = quick(**SHORT | {"keep_gradients": True, "controls": True} | WAYS["calibrate"])
+    whole, run = central.train(settings, tmp_path / "whole", ignore), tmp_path / "run"
+    assert whole["controls"].keys() == {"frozen", "random_slopes"}
+    train_cut(settings, run, 3)
+    shutil.rmtree(run / "checkpoints")
+    (lost,) = (digest for digest in map(update_digest, contents(run)) if digest)
+    (kept,) = (run / "updates").iterdir()
+    body = kept.read_bytes()
+    kept.write_bytes(DAMAGES[damage](body))
+    assert RunFolder(run).update(lost) is None
+    with pytest.raises(UserError, match=f"{kept}, .* is damaged, .*: restore the file from a copy") as told:
+        replay_run(RunFolder(run))
+    assert "\n" not in str(told.value)
+    resumed = central.resume(run, ignore)
+    assert resumed["digest"] == resumed["replay_digest"] == whole["digest"]
+    assert RunFolder(run).update(lost) is not None, "it is whole again"
+    kept.write_bytes(DAMAGES[damage](body))
+    replayed, start = replay_run(RunFolder(run))
+    assert (replayed.digest(), start) == (whole["digest"], 5)
+
+
+def test_a_run_whose_gradient_was_damaged_before_a_checkpoint_ends_without_its_replay(
+    quick: Quick, tmp_path: Path
+) -> None:
+    settings = quick(**SHORT | {"keep_gradients": True, "controls": True} | WAYS["calibrate"])
+    whole = central.train(settings, tmp_path / "whole", ignore)
+    train_cut(settings, tmp_path / "run", 3)
+    (kept,) = (tmp_path / "run" / "updates").iterdir()
+    kept.write_bytes(b"")
+    resumed = central.resume(tmp_path / "run", ignore)
+    assert (resumed["digest"], resumed["replay_digest"]) == (whole["digest"], None)
+    assert resumed["controls"] == {"frozen": whole["controls"]["frozen"]}
 
 
 def test_a_gradient_asked_again_must_be_the_journals(
@@ -688,6 +739,41 @@ def test_evaluations_tell_each_source_and_each_measure(quick: Quick, tmp_path: P
 
 
 @pytest.mark.usefixtures("two_sources")
+@pytest.mark.parametrize("task", ["language-model", "classification"])
+def test_the_final_weights_are_scored_once_and_the_summary_tells_that_score(
+    quick: Quick, tmp_path: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """Also where a process that ended between the last step and the summary left the score to the next one."""
+    scored: list[str] = []
+    evaluate = Task.evaluate
+
+    def counting(self: Task, model: nn.Module) -> Any:
+        scored.append(weights_digest(model))
+        return evaluate(self, model)
+
+    def cut(row: dict[str, Any]) -> None:
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Task, "evaluate", counting)
+    own, measures = {}, ("perplexity", "bits_per_byte")
+    if task == "classification":
+        own, measures = {"dataset": str(reviews)}, ("accuracy", "f1")
+    settings = quick(task=task, steps=4, eval_interval=3, **own)
+    whole = central.train(settings, tmp_path / "whole", ignore)
+    assert len(scored) == len(set(scored)) == 3, "at steps 0, 3 and 4"
+    assert scored[-1] == whole["digest"]
+    with pytest.raises(KeyboardInterrupt):
+        central.train(settings, tmp_path / "cut", cut)
+    scored.clear()
+    resumed = central.resume(tmp_path / "cut", ignore)
+    assert scored == [whole["digest"]]
+    names = ("eval_loss_end", "sources", *measures)
+    assert {name: resumed[name] for name in names} == {name: whole[name] for name in names}
+    assert whole["eval_loss_end"] == float(read_table(tmp_path / "whole" / "metrics.csv")[-1]["eval_loss"])
+
+
+@pytest.mark.usefixtures("two_sources")
 def test_a_language_model_is_scored_in_perplexity_and_bits_a_byte(quick: Quick, tmp_path: Path) -> None:
     settings = quick(steps=1, eval_examples=10_000, held_out=0.3)
     summary = central.train(settings, tmp_path / "run", ignore)
@@ -708,6 +794,18 @@ def test_a_language_model_is_scored_in_perplexity_and_bits_a_byte(quick: Quick, 
         assert float(row["bits_per_byte"]) == pytest.approx(nats / math.log(2) / density, rel=1e-4)
     assert summary["perplexity"] == pytest.approx(float(rows[0]["perplexity"]))
     assert set(summary["sources"]) == {row["source"] for row in rows[1:]}
+
+
+@pytest.mark.parametrize("way", ["fo", "calibrate"])
+def test_the_best_weights_are_kept_and_scored_apart_from_the_last(quick: Quick, tmp_path: Path, way: str) -> None:
+    """With a rate at which the loss falls and then rises."""
+    settings = quick(**SHORT | WAYS[way] | {"eval_interval": 1, "keep_best": True, "learning_rate": 0.05, "steps": 8})
+    run = tmp_path / "run"
+    last = central.train(settings, run, ignore)["eval_loss_end"]
+    losses = [float(row["eval_loss"]) for row in read_table(run / "metrics.csv")[1:]]
+    assert min(losses) < last, "else the two could not be told apart"
+    assert central.score_run(run, {}, best=True)["all"].loss == min(losses)
+    assert central.score_run(run, {})["all"].loss == pytest.approx(last, rel=1e-6)
 
 
 # --- what goes wrong ---

@@ -225,7 +225,8 @@ def journal_replay(
     worker, start = replay_run(run, base, threads)
     if start:
         console.print(
-            f"rounds 1 to {start} are first-order steps, which a journal cannot rebuild: started from their checkpoint"
+            f"rounds 1 to {start} hold first-order steps whose gradients are not kept whole, which a journal cannot "
+            "rebuild: started from their checkpoint"
         )
     digest, expected = worker.digest(), run.summary().get("digest")
     console.print(f"rounds {start + 1} to {worker.round} replayed" if worker.round > start else "no rounds to replay")

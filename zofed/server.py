@@ -279,8 +279,10 @@ class Server:
     def _remember(self, raw: bytes, update: Update) -> None:
         """Keep an update for the clients that will need it and, on disk, for a server that starts again."""
         digest = self.exchanges.remember(raw, update)
+        if self.settings.keep_gradients:
+            return  # the trainer keeps them all
         self.folder.save_update(digest, update)
-        if not self.settings.keep_gradients and self.settings.save_interval:
+        if self.settings.save_interval:
             oldest = self._last_round() - self.settings.save_interval * (self.settings.keep_checkpoints + 1)
             old = [e.record for e in self.journal.entries if e.record.round <= oldest]
             self.folder.drop_updates([digest for record in old if (digest := update_digest(record))])
