@@ -115,11 +115,15 @@ def place(context: Context) -> tuple[int, int]:
 
 
 def capability(context: Context) -> str:
-    """`zo` where the node says that it runs forward passes only, else `fo`: it can backpropagate too."""
+    """`zo` where this client runs forward passes only, as its node or the run's settings say, else `fo`: it can both.
+
+    Raises UserError for another word in the node's configuration.
+    """
     mode = str(context.node_config.get("mode", "fo")).lower()
     if mode not in ("fo", "zo"):
         raise UserError(f"mode = {mode!r} in this node's configuration: use fo or zo")
-    return mode
+    client, clients = place(context)
+    return "zo" if client >= clients - replica(context).settings.zo_clients else mode
 
 
 def greet(greeting: Greeting, context: Context) -> Introduction:

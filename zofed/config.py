@@ -143,6 +143,9 @@ class Settings(BaseModel):
     participation: float = Field(
         1.0, gt=0, description="clients asked in each round: a share up to 1, or a number above it"
     )
+    zo_clients: int = Field(
+        0, ge=0, description="so many clients, the last ones, run forward passes only, besides nodes that say mode = zo"
+    )
     seeds: Literal["distinct", "shared"] = Field(
         "distinct", description="distinct: each client measures directions of its own; shared: all the same (zo)"
     )
