@@ -4,6 +4,7 @@ python -m benchmarks.federated_training base     --out FOLDER [--size 1M|20M]   
 python -m benchmarks.federated_training run      --out FOLDER [--size ...] --arms NAME ... [--seeds 1 2 3]
 python -m benchmarks.federated_training settings --out FOLDER [--seeds 1 2 3]    clients, seeds, local steps, partition
 python -m benchmarks.federated_training bits     --out FOLDER [--seeds 1 2 3]
+python -m benchmarks.federated_training sst2     --out FOLDER --encoder FOLDER [--seeds 1 2 3]
 python -m benchmarks.federated_training report   --out FOLDER                    tables, and FOLDER/bytes-SIZE.png
 
 Public text: dclm-web; private: pubmedqa, dealt to the clients; both below the folder that ZOFED_REAL_DATA names. A run
@@ -412,10 +413,71 @@ def bits(out: Path, seeds: Sequence[int]) -> None:
             )
 
 
+SST2: dict[str, Values] = {
+    "FedAvg, 8 local steps": {"mode": "fo", "local-steps": 8, "rounds": 60, "learning-rate": 0.3},
+    "zo, shared seeds, 8 queries": {
+        "seeds": "shared", "queries": 8, "rounds": 1000, "learning-rate": 0.01, "coefficient-bits": 6,
+    },
+    "zo, distinct seeds, 4 queries, 8 local steps": {
+        "queries": 4, "local-steps": 8, "rounds": 300, "learning-rate": 0.01, "coefficient-bits": 6,
+    },
+    "subspace core 64": {
+        "mode": "subspace", "subspace-size": 64, "subspace-interval": 8, "optimizer": "adamw", "rounds": 150,
+        "learning-rate": 0.03, "coefficient-bits": 6,
+    },
+}  # fmt: skip
+
+
+def sst2(out: Path, encoder: Path, seeds: Sequence[int]) -> None:
+    """Accuracy on dev by bytes: a classifier's head on a frozen encoder, 8 clients with unlike shares of the labels."""
+    import matplotlib.pyplot as plt
+
+    clients = 8
+    figure, axes = plt.subplots(figsize=(8, 5))
+    print("| way | rounds | dev accuracy, % | KB a client, up and down | KB to 78 % |\n| --- | --- | --- | --- | --- |")
+    for index, (name, own) in enumerate(SST2.items()):
+        ends, costs, goals = [], [], []
+        for seed in seeds:
+            values: Values = {
+                "task": "classification", "model": str(encoder), "freeze-encoder": True, "block-size": 128,
+                "dataset": str(_real("sst2") / "train.tsv"), "eval-dataset": str(_real("sst2") / "dev.tsv"),
+                "eval-examples": 1000, "batch-size": 32, "partition": "dirichlet", "dirichlet-alpha": 0.5,
+                "seed": seed, "eval-interval": max(1, own["rounds"] // 50), "save-interval": 0, "digest-interval": 0,
+                "device": "cpu",
+            }  # fmt: skip
+            folder = out / "sst2" / name.translate(str.maketrans(" ,", "__")) / str(seed)
+            federate(values | own, folder, clients)
+            sums, curve = 0.0, []
+            scores = {int(row["step"]): float(row["accuracy"]) for row in read_table(folder / "evaluations.csv")}
+            for row in read_table(folder / "rounds.csv"):
+                sums += (int(row["bytes_up"]) + int(row["bytes_down"])) / clients / 1000
+                if int(row["round"]) in scores:
+                    curve.append((sums, 100 * scores[int(row["round"])]))
+            ends.append(curve[-1][1])
+            costs.append(sums)
+            goals.append(next((cost for cost, score in curve if score >= 78), None))
+            axes.plot(*zip(*curve, strict=True), color=plt.get_cmap("cividis")(index / len(SST2)),
+                      ls=("-", "--", "-.", ":")[index], label=name if seed == seeds[0] else None)  # fmt: skip
+        reached = [goal for goal in goals if goal is not None]
+        told = f"{statistics.fmean(reached):,.0f} ({len(reached)} of {len(goals)} seeds)" if reached else "not reached"
+        print(
+            f"| {name} | {own['rounds']} | {statistics.fmean(ends):.1f} ± {statistics.stdev(ends):.1f} | "
+            f"{statistics.fmean(costs):,.0f} | {told} |",
+            flush=True,
+        )
+    axes.set_xscale("log")
+    axes.set(xlabel="KB of one client, up and down, all of Flower's messages", ylabel="dev accuracy, %")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(out / "sst2.png", dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.federated_training", description=__doc__)
-    parser.add_argument("what", choices=("base", "run", "settings", "bits", "report"))
+    parser.add_argument("what", choices=("base", "run", "settings", "bits", "sst2", "report"))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--encoder", type=Path, help="folder of MiniLM, for sst2")
     parser.add_argument("--size", choices=SHAPES, default="1M")
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *LORA], default=[*ARMS, *LORA])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
@@ -430,6 +492,8 @@ def main() -> None:
             (lora if arm in LORA else run)(out, given.size, arm, given.seeds)
     elif given.what == "report":
         report(out)
+    elif given.what == "sst2":
+        sst2(out, given.encoder, given.seeds)
     else:
         (settings if given.what == "settings" else bits)(out, given.seeds)
 
