@@ -67,12 +67,14 @@ class Replica:
             self.keep(guides.decoded(raw, self.shapes))
         if not plan.rebuild and not plan.snapshot and self._follow(plan):
             return True
+        if plan.rebuild:
+            self.worker = self.task.worker()
         if plan.snapshot:
             snapshots.restore(self.worker, plan.snapshot)
-        elif plan.after == self.genesis:
-            self.worker = self.task.worker()
-        else:
+        elif plan.after != self.genesis:
             return False
+        elif not plan.rebuild:
+            self.worker = self.task.worker()
         return self._follow(plan)
 
     def keep(self, update: Update) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from zofed import federation, messages
+from zofed import __version__, federation, messages
 from zofed.config import Settings
 from zofed.documents import random_order
 from zofed.errors import UserError
@@ -68,7 +68,8 @@ class Members:
     def __init__(self, grid: Grid, settings: Settings, worker: Worker, journal: Journal | None = None) -> None:
         self.grid, self.settings, self.worker, self.journal = grid, settings, worker, journal
         self.found: dict[int, Member] = {}
-        self.refused: dict[int, str] = {}
+        self.refused: dict[int, str] = {}  # by node id
+        self._spare: set[int] = set()  # nodes beyond the number wanted
         self._looked = 0.0
         self._present: set[int] = set()
 
@@ -91,7 +92,9 @@ class Members:
             raise UserError(next(iter(self.refused.values())))
         for problem in self.refused.values():
             print(f"goes on without a node: {problem}", file=sys.stderr, flush=True)
-        self.found = {client: self.found[client] for client in sorted(self.found)[: settings.clients or None]}
+        wanted = sorted(self.found)[: settings.clients or None]
+        self._spare = {member.node for client, member in self.found.items() if client not in wanted}
+        self.found = {client: self.found[client] for client in wanted}
         if settings.quorum > len(self.found) or not self.found:
             raise UserError(
                 f"quorum = {settings.quorum}: only {len(self.found)} clients are here; set quorum to that or less"
@@ -118,6 +121,10 @@ class Members:
             left = sorted(set(self.found) - set(able))
             print(f"clients {left} say mode = zo and cannot train by backpropagation: left out", flush=True)
             self.found = {client: self.found[client] for client in able}
+
+    def there(self) -> list[int]:
+        """Clients whose nodes are there, as far as was last seen."""
+        return [client for client, member in self.found.items() if member.node in self._present]
 
     def able(self) -> list[int]:
         """Clients that can backpropagate."""
@@ -152,7 +159,7 @@ class Members:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._present = set(self.grid.get_node_ids())
-        known = {member.node for member in self.found.values()} | set(self.refused)
+        known = {member.node for member in self.found.values()} | set(self.refused) | self._spare
         if new := sorted(self._present - known):
             before = set(self.found)
             self._greet(new)
@@ -194,6 +201,8 @@ class Members:
             self.found[told.client] = Member(node, told, self._position(told.head))
 
     def _clash(self, told: Introduction) -> str:
+        if (version := told.code.partition(" ")[0]) != __version__:
+            return f"client {told.client} runs zofed {version}, the server {__version__}: give all machines the same"
         other = self.found.get(told.client)
         if other and other.node in self._present:
             return f"two nodes say they are client {told.client}: give each its own partition-id"

@@ -5,6 +5,7 @@ import math
 import os
 import statistics
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from zofed import config, federation, guides, instruct, local, merging, schedule
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.exchanges import Exchanges
-from zofed.federation import Answer
+from zofed.federation import Answer, Contribution
 from zofed.finish import finish, status_kept
 from zofed.journal import Journal
 from zofed.members import Members
@@ -50,6 +51,12 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
     out = config.absolute(settings.out or Path.home() / "zofed-runs" / name, "out")
     if settings.out and not Path(os.path.expanduser(settings.out)).is_absolute():
         raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
+    if settings.seeds == "shared" and settings.local_steps > 1:
+        warnings.warn(
+            f"seeds = 'shared' with local-steps = {settings.local_steps}: the noise of the clients does not average "
+            "out; set seeds to distinct",
+            stacklevel=2,
+        )
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings.model_copy(update={"out": str(out)})))
     task.check_held_out()
@@ -81,7 +88,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
 def _reopened(out: Path, task: Task, worker: Worker) -> Journal:
     """The journal of a run that goes on. Raises UserError where it is no federated one, or began otherwise."""
     folder = RunFolder.open(out)
-    if not (out / "rounds.csv").exists():
+    if not (out / "rounds.csv").exists() and (out / "metrics.csv").exists():
         raise UserError(
             f"out = {str(out)!r} is not empty: it holds a run of zofed train, which --resume continues; choose another "
             "folder with --out"
@@ -132,7 +139,7 @@ class Server:
         from zofed import plots
 
         totals = self.trainer.run(self.settings.rounds, self._round)
-        digests = self.exchanges.digests(self.members.found)
+        digests = self.exchanges.digests(self.members.there())
         if wrong := self._wrong(digests):
             digests |= self.exchanges.digests(wrong)  # rebuilt from the base
             if wrong := self._wrong(digests):
@@ -238,12 +245,12 @@ class Server:
         return self._dense(round_, rate, update, loss, backward, local.backprop_batch_size(self.settings))
 
     def _first_order(self, round_: int) -> Step:
-        found = self.exchanges.contributions(round_, "update", self.members.sampled(round_))
+        found = self.exchanges.contributions(round_, "update", self.members.sampled(round_, self.members.able()))
         if not found:
             return self._skipped(round_)
         update = federation.merged_updates(self.settings, {c: (own, a.examples) for c, (own, a) in found.items()})
         self._remember(guides.whole(update), update)
-        loss = statistics.fmean(answer.loss for _, answer in found.values())
+        loss = self._mean_loss(answer for _, answer in found.values())
         rate = schedules.learning_rate(self.settings, round_, self.settings.rounds)
         passes = (
             len(found)
@@ -268,7 +275,7 @@ class Server:
                 return None
             merged = federation.merged_updates(settings, {c: (own, a.examples) for c, (own, a) in found.items()})
             raw = guides.compressed(merged, settings.guide_rank)
-            loss = statistics.fmean(answer.loss for _, answer in found.values())
+            loss = self._mean_loss(answer for _, answer in found.values())
             passes = settings.gradient_accumulation * len(found)
         update = guides.decoded(raw, self._shapes())
         if not guides.norm(update):
@@ -289,6 +296,10 @@ class Server:
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self.worker.parameters.items()}
+
+    def _mean_loss(self, answers: Iterable[Answer | Contribution]) -> float:
+        """NaN where the clients keep their losses to themselves."""
+        return math.nan if self.settings.losses_withheld else statistics.fmean(answer.loss for answer in answers)
 
     def _skipped(self, round_: int) -> Step:
         return Step(Skipped(round_), math.nan, 0.0, 0, bytes=self.traffic.now.up + self.traffic.now.down)
@@ -327,7 +338,7 @@ class Server:
         extra = local.backprop_batch_size(settings) * backward
         return Step(
             record=record,
-            loss=statistics.fmean(answer.loss for answer in good.values()),
+            loss=self._mean_loss(good.values()),
             epoch=record.round * seen / max(1, sum(answer.examples for answer in good.values())),
             batch_size=seen,
             update=update,
@@ -362,9 +373,10 @@ class Server:
         self.traffic.tell(row, self.slope_size)
         interval = self.settings.digest_interval
         if interval and round_ % interval == 0 and round_ < self.settings.rounds:
-            self._wrong(self.exchanges.digests(self.members.found))
+            self._wrong(self.exchanges.digests(self.members.there()))
         used, asked = now.results["used"], max(1, now.asked)
-        loss = "skipped" if row.get("loss") is None else f"loss {row['loss']:.4f}"
+        told = "loss withheld" if self.settings.losses_withheld and used else "skipped"
+        loss = told if row.get("loss") is None else f"loss {row['loss']:.4f}"
         slopes = "" if self.slope_size is None else f"  slopes {self.slope_size:.3g}"
         lost = "".join(
             f"  {count} {what}" for what, count in (("rejected", now.rejected), ("late", now.results["late"])) if count
