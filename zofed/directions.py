@@ -18,7 +18,7 @@ import hashlib
 import statistics
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import isqrt, prod, sqrt
 
@@ -369,6 +369,7 @@ def random_bits(seed: int, name: str, shape: Sequence[int], start: int = 0) -> T
     return torch.from_numpy(_halves(seed, tensor_id(name), prod(shape), start).astype(np.int32)).reshape(tuple(shape))
 
 
+@lru_cache(maxsize=1024)  # every client of a simulation asks for the same
 def positions(seed: int, name: str, size: int, count: int) -> NDArray[np.int64]:
     """`count` positions in a tensor of `size` elements, with repetition; all positions where it has no more."""
     if size <= count:
