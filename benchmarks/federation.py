@@ -4,6 +4,8 @@ python -m benchmarks.federation costs      bytes of a client and round, protocol
 python -m benchmarks.federation memory     of the process, by virtual clients and by rounds
 python -m benchmarks.federation recovery   late joiners, flipped bits
 python -m benchmarks.federation kills      a server killed at random moments
+python -m benchmarks.federation machines   digests of clients on other classes of processor, 200 rounds
+python -m benchmarks.federation joining    seconds of a cold start by replay and by the weights
 python -m benchmarks.federation absence    clients missing, clients sending nonsense, clients that lie within the rules
 
 All clients run in this process (zofed.grid.LocalGrid) unless said otherwise.
@@ -11,6 +13,7 @@ All clients run in this process (zofed.grid.LocalGrid) unless said otherwise.
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import resource
@@ -25,16 +28,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
 
-from zofed import client, config, journal, messages, server
+from zofed import client, config, federation, journal, messages, server, wire
 from zofed.errors import UserError
 from zofed.federation import Answer
 from zofed.grid import LocalGrid
+from zofed.records import Seeded
 from zofed.runs import RunFolder, read_table
+from zofed.task import Task
 
 Values = dict[str, Any]
 Alter = Callable[[int, Answer, random.Random], Answer | None]  # client, its answer -> what arrives; None: an error
@@ -254,6 +260,101 @@ def federate_on(folder: str, values: Values) -> None:
     server.run(LocalGrid(client.app, 3, settings.model_dump(by_alias=True)), settings, "")
 
 
+class Elsewhere(LocalGrid):
+    """A grid whose clients each run in a process with an environment of its own, as machines of other kinds would."""
+
+    def __init__(self, nodes: int, run_config: Values, environments: Sequence[dict[str, str]]) -> None:
+        super().__init__(client.app, nodes, run_config)
+        code = "from benchmarks.federation import serve; serve()"
+        self._machines = [
+            subprocess.Popen(
+                [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | own
+            )
+            for own in environments
+        ]
+
+    def _deliver(self, message: Message) -> str:
+        message.metadata.__dict__["_message_id"] = message.object_id
+        context = self._contexts[message.metadata.dst_node_id]
+        machine = self._machines[int(context.node_config["partition-id"])]
+        raw = message.content[messages.KEY][messages.KEY]  # type: ignore[index]
+        header = json.dumps(
+            [message.metadata.message_type, dict(context.node_config), dict(context.run_config), len(raw)]  # type: ignore[arg-type]
+        )
+        assert machine.stdin and machine.stdout
+        machine.stdin.write(header.encode() + b"\n" + raw)  # type: ignore[operator]
+        machine.stdin.flush()
+        answer = machine.stdout.read(int(machine.stdout.readline()))
+        content = RecordDict({messages.KEY: ConfigRecord({messages.KEY: answer})})
+        self._replies[message.metadata.message_id] = Message(content=content, reply_to=message)
+        return message.metadata.message_id
+
+    def close(self) -> None:
+        for machine in self._machines:
+            machine.kill()
+            machine.wait()
+
+
+def serve() -> None:
+    """One client's process: a request, an answer, and so on."""
+    out, sys.stdout = sys.stdout.buffer, sys.stderr
+    handlers: dict[str, tuple[Any, Any]] = {
+        "query.status": (wire.Greeting, client.greet), "train.zo": (federation.Plan, client.measure),
+        "query.digest": (federation.Plan, client.final), "train.fo": (federation.Plan, client.backpropagate),
+    }  # fmt: skip
+    while line := sys.stdin.buffer.readline():
+        kind, node, run, length = json.loads(line)
+        content, handler = handlers[kind]
+        context = SimpleNamespace(node_config=node, run_config=run)
+        answer = wire.encoded(handler(wire.decoded(content, sys.stdin.buffer.read(length)), context))
+        out.write(str(len(answer)).encode() + b"\n" + answer)
+        out.flush()
+
+
+def machines(folder: Path) -> None:
+    """A server of AVX-512 with clients of other classes of processor: digests after 200 rounds."""
+    environments: list[dict[str, str]] = [
+        {}, {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE"}, {"ATEN_CPU_CAPABILITY": "avx2"},
+    ]  # fmt: skip
+    print("| directions | optimizer | rounds | digests of server and 3 clients |\n| --- | --- | --- | --- |")
+    for kind in ("rank1", "rank4", "rademacher", "gaussian"):
+        for name, own in OPTIMIZERS.items():
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            changed = {key.replace("_", "-"): value for key, value in own.items()}
+            values = BASE | {"out": str(folder / "run"), "clients": 3, "rounds": 200, "directions": kind} | changed
+            settings = config.resolve(values)
+            grid = Elsewhere(3, settings.model_dump(by_alias=True), environments)
+            try:
+                with quiet():
+                    summary = server.run(grid, settings, "")
+            finally:
+                grid.close()
+            digests = {summary["digest"], *summary["client_digests"].values()}
+            print(f"| {kind} | {name} | 200 | {len(digests)} |", flush=True)
+
+
+def joining(folder: Path) -> None:
+    """Replaying a run's journal at 20M, against its weights over a link of 10 Mbit/s."""
+    task = Task.load(config.resolve({"model": "20M", "dataset": "pydoc", "block-size": 32, "device": "cpu"}))
+    worker = task.worker()
+    count = sum(parameter.numel() for parameter in worker.parameters.values())
+    print("| record | rounds | seconds of replay | seconds of its bytes at 10 Mbit/s | of the weights |")
+    print("| --- | --- | --- | --- | --- |")
+    for clients, queries in ((1, 8), (10, 8)):
+        head, entries = worker.head, []
+        for round_ in range(worker.round + 1, worker.round + 101):
+            values = tuple((index * 7919) % 63 - 31 for index in range(clients * queries))
+            made = Seeded(round_, 1e-3, tuple(range(clients)), queries, values, -10, float(len(values)))
+            entries.append(journal.link(head, made))
+            head = entries[-1].chain
+        raw = journal.bodies(entries)
+        began = time.monotonic()
+        worker.replay(entries)
+        seconds = time.monotonic() - began
+        told = f"{seconds:.1f} | {len(raw) * 8e-7:.3f} | {4 * count * 8e-7:.0f}"
+        print(f"| {clients} x {queries} directions | 100 | {told} |", flush=True)
+
+
 CLIENTS, BAD = 10, (0, 1)  # 20 %
 
 
@@ -329,7 +430,7 @@ def absence(folder: Path, seeds: Sequence[int]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.federation", description=__doc__)
-    parser.add_argument("what", choices=("costs", "memory", "recovery", "kills", "absence"))
+    parser.add_argument("what", choices=("costs", "memory", "recovery", "kills", "machines", "joining", "absence"))
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     given = parser.parse_args()
@@ -342,6 +443,8 @@ def main() -> None:
             memory(folder)
         elif given.what == "recovery":
             recovery(folder, given.count)
+        elif given.what in ("machines", "joining"):
+            (machines if given.what == "machines" else joining)(folder)
         elif given.what == "kills":
             kills(folder, given.count)
         else:
