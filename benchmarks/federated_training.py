@@ -15,6 +15,7 @@ seeds reported are others.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
@@ -63,11 +64,11 @@ ARMS: dict[str, tuple[float, float, Values]] = {
     "instruct, clients' guide": (0.1, 4, {"mode": "instruct", "bp-interval": 2, "queries": 16, "optimizer": "sgd"}),
 }
 for count in (256, 1024, 4096, 16384):
-    for bits in (6, 18):
-        ARMS[f"subspace core {count}, {bits} bits"] = (
+    for width in (6, 18):
+        ARMS[f"subspace core {count}, {width} bits"] = (
             3e-3,
             3,
-            SUBSPACE | {"subspace-size": count, "coefficient-bits": bits},
+            SUBSPACE | {"subspace-size": count, "coefficient-bits": width},
         )
 for count in (256, 1024):
     ARMS[f"subspace diagonal {count}, 6 bits"] = (
@@ -281,48 +282,56 @@ def reached(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
     return next((cost for cost, value in curve if value <= loss), None)
 
 
+Curve = list[tuple[float, float]]
+
+
+def _curves(out: Path, size: str, arm: str, rate: float) -> dict[int, Curve]:
+    """The curves of an arm by seed: those reported, or that of the seed that chose the rate where there are none."""
+    found = {}
+    for path in sorted(_folder(out, size, arm).glob(f"{rate:.3g}-*")):
+        with contextlib.suppress(UserError, OSError, IndexError, KeyError, ValueError):
+            found[int(path.stem.rsplit("-", 1)[1])] = curve_of(path)
+    return {seed: curve for seed, curve in found.items() if seed} or found
+
+
 def report(out: Path) -> None:
-    """Tables of final losses and of bytes to first order's losses, and a picture."""
+    """Tables of final losses and of bytes to the losses of first order with the same seed, and a picture."""
     for size in SHAPES:
         path = out / f"rates-{size}.jsonl"
         if not path.exists():
             continue
         rates = {row["arm"]: row["rate"] for row in map(json.loads, path.read_text().splitlines())}
-        curves: dict[str, list[list[tuple[float, float]]]] = {}
-        for arm, rate in rates.items():
-            folders = sorted(_folder(out, size, arm).glob(f"{rate:.3g}-[1-9]*")) or sorted(
-                _folder(out, size, arm).glob(f"{rate:.3g}-0*")
-            )
-            curves[arm] = [curve_of(folder) for folder in folders]
-        goals = {}
-        if "FedAvg" in curves:
-            whole = curves["FedAvg"]
-            for round_ in (1, 2, 4, 8):
-                values = [curve[round_][1] for curve in whole if len(curve) > round_]
-                costs = [curve[round_][0] for curve in whole if len(curve) > round_]
-                if values:
-                    goals[round_] = (statistics.fmean(values), statistics.fmean(costs))
-        print(f"\n{size}: start {statistics.fmean(c[0][1] for some in curves.values() for c in some):.3f}\n")
-        heads = "".join(f" bytes to FedAvg's loss of round {r} ({loss:.3f}) |" for r, (loss, _) in goals.items())
-        print(f"| arm | rate | seeds | final loss | bytes a client, up and down |{heads}")
-        print("| --- | --- | --- | --- | --- |" + " --- |" * len(goals))
+        curves = {arm: _curves(out, size, arm, rate) for arm, rate in rates.items()}
+        first = _curves(out, size, "FedAvg", rates["FedAvg"]) | {
+            seed: curve
+            for curve_path in _folder(out, size, "FedAvg").glob(f"{rates['FedAvg']:.3g}-0")
+            for seed, curve in {0: curve_of(curve_path)}.items()
+        }
+        rounds = (1, 2, 4)
+        heads = "".join(f" KB to FedAvg's loss of round {at} |" for at in rounds)
+        print(f"\n{size}\n\n| arm | rate | seeds | start | final loss | KB a client, up and down |{heads}")
+        print("| --- | --- | --- | --- | --- | --- |" + " --- |" * len(rounds))
         for arm, some in curves.items():
-            ends = [curve[-1][1] for curve in some]
+            if not some:
+                continue
+            ends = [curve[-1][1] for curve in some.values()]
             spread = f" ± {statistics.stdev(ends):.3f}" if len(ends) > 1 else ""
             cells = ""
-            for loss, cost in goals.values():
-                mine = [reached(curve, loss) for curve in some]
-                if any(value is None for value in mine):
+            for at in rounds:
+                pairs = [(reached(curve, first[seed][at][1]), first[seed][at][0]) for seed, curve in some.items()]
+                if any(mine is None for mine, _ in pairs):
                     cells += " not reached |"
-                else:
-                    mean = statistics.fmean(value for value in mine if value is not None)
-                    cells += f" {mean / 1e3:,.1f} KB ({cost / mean:.0f} times fewer) |"
-            mean_cost = statistics.fmean(curve[-1][0] for curve in some)
+                    continue
+                mine = statistics.fmean(cost for cost, _ in pairs if cost is not None)
+                fewer = statistics.fmean(theirs / cost for cost, theirs in pairs if cost)
+                cells += f" {mine / 1e3:,.1f} ({fewer:.0f} times fewer) |"
+            starts = statistics.fmean(curve[0][1] for curve in some.values())
+            cost = statistics.fmean(curve[-1][0] for curve in some.values()) / 1e3
             print(
-                f"| {arm} | {rates[arm]:.3g} | {len(some)} | {statistics.fmean(ends):.3f}{spread} | "
-                f"{mean_cost / 1e3:,.1f} KB |{cells}"
+                f"| {arm} | {rates[arm]:.3g} | {len(some)} | {starts:.3f} | {statistics.fmean(ends):.3f}{spread} | "
+                f"{cost:,.1f} |{cells}"
             )
-        _draw(curves, out / f"bytes-{size}.png", size)
+        _draw({arm: list(some.values()) for arm, some in curves.items()}, out / f"bytes-{size}.png", size)
 
 
 def _draw(curves: dict[str, list[list[tuple[float, float]]]], path: Path, size: str) -> None:
