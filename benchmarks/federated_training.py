@@ -290,7 +290,7 @@ def _curves(out: Path, size: str, arm: str, rate: float) -> dict[int, Curve]:
     found = {}
     for path in sorted(_folder(out, size, arm).glob(f"{rate:.3g}-*")):
         with contextlib.suppress(UserError, OSError, IndexError, KeyError, ValueError):
-            found[int(path.stem.rsplit("-", 1)[1])] = curve_of(path)
+            found[int(path.name.removesuffix(".json").rsplit("-", 1)[1])] = curve_of(path)
     return {seed: curve for seed, curve in found.items() if seed} or found
 
 
