@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zofed import directions, journal, records
+from zofed import compact, directions, journal, records
 from zofed.errors import UserError
 from zofed.journal import Journal, JournalError
 from zofed.optimizers import Optimizer
@@ -66,7 +66,7 @@ def records_of(contents: journal.Contents) -> tuple[Record, ...]:
 
 # --- records ---
 
-ROUND = st.integers(0, 2**64 - 1)
+ROUND = st.integers(0, 2**63 - 1)
 RATE = st.floats(allow_nan=False)
 DIVISOR = st.floats(min_value=0, exclude_min=True, allow_infinity=False) | st.integers(1, 2**32 - 1).map(float)
 
@@ -90,7 +90,14 @@ def seeded(draw: st.DrawFn) -> Seeded:
     )
 
 
-ANY_RECORD = seeded() | st.builds(Dense, ROUND, RATE, st.binary(min_size=32, max_size=32)) | st.builds(Skipped, ROUND)
+DIGEST = st.binary(min_size=32, max_size=32)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+ANY_RECORD = (
+    seeded()
+    | st.builds(Dense, ROUND, RATE, DIGEST)
+    | st.builds(Skipped, ROUND)
+    | st.builds(Guided, seeded(), DIGEST, FINITE, FINITE, FINITE, st.booleans())
+)
 
 
 @given(ANY_RECORD)
@@ -125,15 +132,79 @@ def test_a_record_with_bytes_missing_or_added_is_refused(record: Record, data: s
     body = records.encode(record)
     shorter = body[: data.draw(st.integers(0, len(body) - 1))]
     for wrong in (shorter, body + data.draw(st.binary(min_size=1, max_size=9))):
-        with pytest.raises(ValueError, match="record"):
+        with pytest.raises(ValueError, match=r"record|integer"):
             records.decode(wrong)
 
 
+def longer(encoded: bytes) -> bytes:
+    """The same integer in one byte more than it needs."""
+    return encoded[:-1] + bytes([encoded[-1] | 128, 0])
+
+
+@given(st.integers(-(2**63), 2**63 - 1))
+@settings(max_examples=200, deadline=None, database=None)
+def test_an_integer_has_one_encoding(value: int) -> None:
+    raw = compact.packed((value,))
+    assert compact.unpacked(b"x" + raw, 1, 1) == ((value,), 1 + len(raw))
+    assert len(raw) == max(1, math.ceil((max(value, ~value).bit_length() + 1) / 7))
+    with pytest.raises(ValueError, match="integer"):
+        compact.unpacked(longer(raw), 0, 1)
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**68])
+def test_an_integer_of_more_than_64_bits_is_refused(value: int) -> None:
+    with pytest.raises(ValueError, match="64 bits"):
+        compact.unpacked(compact.packed((value,)), 0, 1)
+
+
+@given(ANY_RECORD, st.data())
+@settings(max_examples=100, deadline=None, database=None)
+def test_a_record_with_an_integer_longer_than_needed_is_refused(record: Record, data: st.DataObject) -> None:
+    body = records.encode(record)
+    seeded_at = len(records._GUIDED.pack(bytes(32), 0, 0, 0, False)) if isinstance(record, Guided) else 0
+    start = 1 + len(compact.packed((record.round,)))
+    places = [1]  # the round's
+    if isinstance(record, Seeded | Guided):
+        own = record if isinstance(record, Seeded) else record.seeded
+        at = start + seeded_at + records._SEEDED.size + (0 if math.isnan(own.privacy_spent) else records._PRIVACY.size)
+        while at < len(body):
+            places.append(at)
+            _, at = compact.unpacked(body, at, 1)
+    at = data.draw(st.sampled_from(places))
+    _, end = compact.unpacked(body, at, 1)
+    with pytest.raises(ValueError, match="integer"):
+        records.decode(body[:at] + longer(body[at:end]) + body[end:])
+
+
 def test_a_record_that_claims_more_coefficients_than_memory_holds_is_refused() -> None:
-    claims = records._SEEDED.pack(0.1, math.nan, 2**16 - 1, 2**16 - 1, 2**32 - 1, 0, 1)
-    for padding in (b"", bytes(4 * (2**16 - 1)), bytes(4 * 2**16)):
-        with pytest.raises(ValueError, match="record"):
-            records.decode(records._HEAD.pack(Seeded.kind, 1) + claims + padding)
+    head = bytes([Seeded.kind]) + compact.packed((1,)) + records._SEEDED.pack(0.1, 1.0, False)
+    for count, steps, queries in ((2**32 - 1, 1, 1), (1, 2**16, 2**16), (2**40, 2**20, 2**20), (3, 2**63 - 1, 1)):
+        claims = head + compact.packed((0, steps, queries, count))
+        for padding in (b"", bytes(100), bytes(2**16)):
+            with pytest.raises(ValueError, match="integers where"):
+                records.decode(claims + padding)
+
+
+@pytest.mark.parametrize("count", [-1, -(2**40)])
+def test_a_record_of_fewer_than_no_clients_is_refused(count: int) -> None:
+    head = bytes([Seeded.kind]) + compact.packed((1,)) + records._SEEDED.pack(0.1, 1.0, False)
+    for steps, queries in ((1, 1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1)):
+        with pytest.raises(ValueError, match=r"integers where|a record of"):
+            records.decode(head + compact.packed((0, steps, queries, count)) + bytes(9))
+
+
+def test_a_record_of_a_negative_round_or_client_is_refused() -> None:
+    with pytest.raises(ValueError, match="not as it is written"):
+        records.decode(bytes([Skipped.kind]) + compact.packed((-1,)))
+    for clients in ((-1,), (3, -1), (2**32,)):
+        with pytest.raises(ValueError, match="of the clients"):
+            records.decode(records.encode(Seeded(1, 0.1, clients, 1, (1,) * len(clients), 0, 1.0)))
+
+
+def test_a_seeded_record_takes_three_bytes_a_slope_at_most() -> None:
+    few, many = (len(records.encode(Seeded(9, 0.1, (0,), k, (2**18 - 1,) * k, -30, 1.0))) for k in (32, 60))
+    assert many - few == 28 * 3
+    assert few == 2 + 17 + 4 + 1 + 32 * 3
 
 
 @pytest.mark.parametrize("divisor", [0.0, -0.0, -1.0, 4e-324, 2.0**-101, math.inf, -math.inf, math.nan, -math.nan])
@@ -167,7 +238,7 @@ def test_a_coefficient_that_cannot_be_summed_exactly_is_neither_written_nor_read
     good = records.encode(Seeded(1, 0.5, (0,), 2, (1, 2**24), 0, 4.0))
     assert records.encode(records.decode(good)) == good
     with pytest.raises(ValueError, match="coefficient above 16777216"):
-        records.decode(good[:-4] + struct.pack("<i", value))
+        records.decode(good[: -len(compact.packed((2**24,)))] + compact.packed((value,)))
 
 
 def test_a_record_that_could_not_be_read_back_is_not_written() -> None:
@@ -383,8 +454,8 @@ def test_a_body_that_is_no_record_is_refused(tmp_path: Path) -> None:
     [
         (lambda raw: b"", "not a zofed journal"),
         (lambda raw: b"PK\x03\x04 something else entirely", "not a zofed journal"),
-        (lambda raw: raw[:8] + struct.pack("<H", 1) + raw[10:], r"^journal \S+ has format 1; .* reads format 2: .*"),
-        (lambda raw: raw[:8] + struct.pack("<H", 3) + raw[10:], r"^journal \S+ has format 3; .* reads format 2: .*"),
+        (lambda raw: raw[:8] + struct.pack("<H", 2) + raw[10:], r"^journal \S+ has format 2; .* reads format 3: .*"),
+        (lambda raw: raw[:8] + struct.pack("<H", 4) + raw[10:], r"^journal \S+ has format 4; .* reads format 3: .*"),
         (lambda raw: raw[:20] + b"X" + raw[21:], r"damaged header; restore it"),
         (lambda raw: raw[:10] + b"\xff\xff\xff\xff" + raw[14:], r"damaged header"),
     ],
@@ -573,7 +644,7 @@ def test_appending_after_a_failure_cannot_ruin_the_journal(
     assert records_of(journal.read(tmp_path / "j"))[:2] == RECORDS[:2]
 
 
-# --- the golden files: journals of format 2 stay readable ---
+# --- the golden files: journals of format 3 stay readable ---
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_RECORDS: tuple[Record, ...] = (
@@ -593,52 +664,52 @@ CORE_RECORDS: tuple[Record, ...] = (  # each the square of a number of seeds
 )
 SIZE_EXPONENTS = {"conv.weight": -2, "norm.bias": 1}
 GOLDEN_RUNS: dict[str, dict[str, Any]] = {
-    "journal-format2.zofed": {"kind": "rank1", "optimizer": Optimizer("adamw", weight_decay=0.125)},
-    "journal-format2-mudamw.zofed": {
+    "journal-format3.zofed": {"kind": "rank1", "optimizer": Optimizer("adamw", weight_decay=0.125)},
+    "journal-format3-mudamw.zofed": {
         "kind": "rank4",
         "optimizer": Optimizer("mudamw", weight_decay=0.125, cautious=True, orthogonal=frozenset({"head.weight"})),
         "size_exponents": SIZE_EXPONENTS,
     },
-    "journal-format2-gaussian.zofed": {
+    "journal-format3-gaussian.zofed": {
         "kind": "gaussian",
         "optimizer": Optimizer("sgd", momentum=0.75),
         "size_exponents": SIZE_EXPONENTS,
     },
-    "journal-format2-guided.zofed": {
+    "journal-format3-guided.zofed": {
         "kind": "rank2",
         "optimizer": Optimizer("sgd", momentum=0.75),
         "size_exponents": SIZE_EXPONENTS,
         "backprop_optimizer": Optimizer("adamw", weight_decay=0.125),
     },
-    "journal-format2-core.zofed": {
+    "journal-format3-core.zofed": {
         "kind": "core",
         "optimizer": Optimizer("sgd", weight_decay=0.125),
         "size_exponents": SIZE_EXPONENTS,
     },
 }
 GOLDEN_ENDS = {  # head of the chain, digest and probe of the replayed weights
-    "journal-format2.zofed": (
-        "34fbceb3112f7cee88503fa2710644d3",
+    "journal-format3.zofed": (
+        "d62993c68b4d6240ef1a92c14de25582",
         "a930def323ba76aab3968c29be523a6c4e93432d95a39c08bef6943d1a445270",
         "900815cddb57e3dc",
     ),
-    "journal-format2-mudamw.zofed": (
-        "7fe93a0b5fbe45990bcb302d2615d697",
+    "journal-format3-mudamw.zofed": (
+        "f9caa4cc1caf751eb69944748c47f2eb",
         "0becd0560992547567c6b836da1b415a0f16edea411a3e72cfea68a9eda419d3",
         "835c96d73b21e083",
     ),
-    "journal-format2-gaussian.zofed": (
-        "81f8a8347c2bd4447ae6b14c85baf454",
+    "journal-format3-gaussian.zofed": (
+        "e39327e5fd0a341dd79b36853190a217",
         "da90a8c2a68ef5a4d6162f6c62a01a3fe9db3c537dfc5c1b7eea916041bba56a",
         "4bf33cc52d227201",
     ),
-    "journal-format2-guided.zofed": (
-        "8d53d0b342601978700aa444260b3df7",
+    "journal-format3-guided.zofed": (
+        "9306111c2af36466286f8c4f238ad42e",
         "5cd1002da441e80284660520e72ae058c8bd41e53af5562cab3a4b6addb785e2",
         "942ed9d9a51fedb0",
     ),
-    "journal-format2-core.zofed": (
-        "7488df2b366e158fe085fab538b062e2",
+    "journal-format3-core.zofed": (
+        "069af385d061064117af36b39cfb3a29",
         "fc8f2c0c2f3211e532368abd50f117a4e15a46ca343fca29860a31036afff96b",
         "9c8586f414428248",
     ),
@@ -658,7 +729,7 @@ def golden_model() -> nn.Module:
 
 
 def golden_update() -> dict[str, torch.Tensor]:
-    """The gradient that the golden journal's dense record stands for."""
+    """The gradient that the golden journal's dense and guided records stand for."""
     return {name: torch.full_like(parameter, 0.375) for name, parameter in golden_model().named_parameters()}
 
 
@@ -672,9 +743,9 @@ def golden_guide() -> Update:
 
 def golden_records(name: str) -> tuple[Record, ...]:
     """The records of a golden journal."""
-    if name == "journal-format2-core.zofed":
+    if name == "journal-format3-core.zofed":
         return CORE_RECORDS
-    return guided_records() if name == "journal-format2-guided.zofed" else GOLDEN_RECORDS
+    return guided_records() if name == "journal-format3-guided.zofed" else GOLDEN_RECORDS
 
 
 def guided_records() -> tuple[Record, ...]:

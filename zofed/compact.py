@@ -23,7 +23,7 @@ def packed(values: Iterable[int]) -> bytes:
 def unpacked(raw: bytes, at: int, count: int) -> tuple[tuple[int, ...], int]:
     """`count` integers from offset `at` on, and the offset behind them.
 
-    Raises ValueError where the bytes end before them, or one has more than 64 bits.
+    Raises ValueError where the bytes end before them, or one has more than 64 bits or bytes than it needs.
     """
     if not 0 <= count <= len(raw) - at:
         raise ValueError(f"{count} integers where {len(raw) - at} bytes are left")
@@ -38,5 +38,7 @@ def unpacked(raw: bytes, at: int, count: int) -> tuple[tuple[int, ...], int]:
             at, shift = at + 1, shift + 7
             if byte < 128:
                 break
+        if rest >> BITS or (shift > 7 and not byte):
+            raise ValueError("an integer has more than 64 bits, or more bytes than it needs")
         values.append(rest >> 1 if not rest & 1 else ~(rest >> 1))
     return tuple(values), at

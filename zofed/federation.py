@@ -8,7 +8,7 @@ the good ones into records. Central training is the same with one client.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from zofed import guides, journal, merging, records, schedules
 from zofed.config import Settings
@@ -349,7 +349,7 @@ def _check_head(answer: Answer | Contribution, plan: Plan) -> Reason | None:
     if answer.probe != plan.probe:
         return "desync"
     if answer.problem:
-        return answer.problem if answer.problem in get_args(Reason) else "malformed"  # type: ignore[return-value]
+        return "not_finite" if answer.problem == "not_finite" else "malformed"  # the rest is for the server to find
     return None if 1 <= answer.examples <= LARGEST_EXAMPLES else "out_of_range"
 
 

@@ -45,7 +45,8 @@ def restore(worker: Worker, raw: bytes) -> None:
         held = load(raw)
         round_, head = int(held.pop("round")), bytes(held.pop("head").tolist())
         fits = len(head) == CHAIN_BYTES and all(
-            held[f"weight/{name}"].shape == parameter.shape for name, parameter in worker.parameters.items()
+            (held[f"weight/{name}"].shape, held[f"weight/{name}"].dtype) == (parameter.shape, parameter.dtype)
+            for name, parameter in worker.parameters.items()
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{len(raw)} bytes are no snapshot: {error}") from None
