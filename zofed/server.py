@@ -4,7 +4,7 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from zofed import config, federation, guides, instruct, local, merging, schedule
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.exchanges import Exchanges
-from zofed.federation import Answer
+from zofed.federation import Answer, Contribution
 from zofed.finish import finish, status_kept
 from zofed.journal import Journal
 from zofed.members import Members
@@ -73,7 +73,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
         members.meet()
         what = f"goes on after round {last}" if goes_on else f"{len(task.held_out)} documents held out"
         print(f"run folder: {out}\n{len(members.found)} clients, {what}", flush=True)
-        with Traffic(folder, last) as traffic:
+        with Traffic(folder, last, losses_withheld=task.settings.losses_withheld) as traffic:
             return Server(grid, members, task, worker, journal, folder, traffic).run()
 
 
@@ -210,7 +210,7 @@ class Server:
             return self._skipped(round_)
         update = federation.merged_updates(self.settings, {c: (own, a.examples) for c, (own, a) in found.items()})
         self._remember(guides.whole(update), update)
-        loss = statistics.fmean(answer.loss for _, answer in found.values())
+        loss = self._loss([answer for _, answer in found.values()])
         rate = schedules.learning_rate(self.settings, round_, self.settings.rounds)
         passes = (
             len(found)
@@ -235,7 +235,7 @@ class Server:
                 return None
             merged = federation.merged_updates(settings, {c: (own, a.examples) for c, (own, a) in found.items()})
             raw = guides.compressed(merged, settings.guide_rank)
-            loss = statistics.fmean(answer.loss for _, answer in found.values())
+            loss = self._loss([answer for _, answer in found.values()])
             passes = settings.gradient_accumulation * len(found)
         update = guides.decoded(raw, self._shapes())
         if not guides.norm(update):
@@ -292,7 +292,7 @@ class Server:
         extra = local.backprop_batch_size(settings) * backward
         return Step(
             record=record,
-            loss=statistics.fmean(answer.loss for answer in good.values()),
+            loss=self._loss(good.values()),
             epoch=record.round * seen / max(1, sum(answer.examples for answer in good.values())),
             batch_size=seen,
             update=update,
@@ -304,6 +304,10 @@ class Server:
             facts=facts or {},
         )
 
+    def _loss(self, answers: Collection[Answer | Contribution]) -> float:
+        """The clients' mean loss; none where they withhold it."""
+        return math.nan if self.settings.losses_withheld else statistics.fmean(answer.loss for answer in answers)
+
     def _wrong(self, digests: Mapping[int, str]) -> list[int]:
         """Clients with other weights than the server's; they start anew when next asked.
 
@@ -313,7 +317,8 @@ class Server:
         wrong = [c for c, digest in digests.items() if digest != own and (digest or self.members.strict)]
         for client in wrong:
             print(f"client {client}: its weights are not the run's; it replays all from the base", flush=True)
-            self.members.found[client].rebuild = True
+            member = self.members.found[client]
+            member.rebuild, member.updates = True, set()
         return wrong
 
     def _show(self, row: Row) -> None:
@@ -329,7 +334,7 @@ class Server:
         if interval and round_ % interval == 0 and round_ < self.settings.rounds:
             self._wrong(self.exchanges.digests(self.members.found))
         used, asked = now.results["used"], max(1, now.asked)
-        loss = "skipped" if row.get("loss") is None else f"loss {row['loss']:.4f}"
+        loss = "skipped" if row.get("lr") is None else "" if row["loss"] is None else f"loss {row['loss']:.4f}"
         slopes = "" if self.slope_size is None else f"  slopes {self.slope_size:.3g}"
         lost = "".join(
             f"  {count} {what}" for what, count in (("rejected", now.rejected), ("late", now.results["late"])) if count
