@@ -42,6 +42,7 @@ class Replica:
         self.genesis = genesis_chain(self.worker.genesis)
         self._parts: dict[tuple[int, int], tuple[Examples, Examples | None]] = {}
         self._updates: dict[bytes, Update] = {}
+        self.is_unsound = False  # at the head of the last plan, but with other weights
 
     def _share(self, context: Context) -> tuple[int, int]:
         """Which share of the task's documents is the node's: all of its own file, or one part of the run's."""
@@ -63,8 +64,9 @@ class Replica:
 
         False when this process cannot get there: the answer then tells the server, which sends everything.
         """
-        for raw in guides.split(plan.updates):
-            self.keep(guides.decoded(raw, self.shapes))
+        brought = [guides.decoded(raw, self.shapes) for raw in guides.split(plan.updates)]
+        for update in brought:
+            self.keep(update, len(brought))
         if not plan.rebuild and not plan.snapshot and self._follow(plan):
             return True
         if plan.rebuild:
@@ -77,10 +79,12 @@ class Replica:
             self.worker = self.task.worker()
         return self._follow(plan)
 
-    def keep(self, update: Update) -> None:
-        """Have an update or a guide at hand for the entry that names it."""
-        self._updates[bytes.fromhex(tensors_digest(update))] = update
-        while len(self._updates) > UPDATES_KEPT:
+    def keep(self, update: Update, count: int = UPDATES_KEPT) -> None:
+        """Have an update or a guide at hand for the entry that names it. count: that are kept together, at least."""
+        digest = bytes.fromhex(tensors_digest(update))
+        self._updates.pop(digest, None)  # the newest stand last
+        self._updates[digest] = update
+        while len(self._updates) > max(UPDATES_KEPT, count):
             del self._updates[next(iter(self._updates))]
 
     @property
@@ -89,7 +93,8 @@ class Replica:
 
     def _follow(self, plan: Plan) -> bool:
         arrived = federation.catch_up(self.worker, plan.after, plan.entries, self._updates)
-        return arrived and self.worker.probe() == plan.probe
+        self.is_unsound = arrived and self.worker.probe() != plan.probe
+        return arrived and not self.is_unsound
 
 
 @lru_cache(maxsize=1)
@@ -167,7 +172,7 @@ def _report(plan: Plan, context: Context, work: Callable[[Replica, int, Examples
         "round": plan.round,
         "attempt": plan.attempt,
         "client": client,
-        "head": b"" if arrived else here.worker.head,
+        "head": b"" if arrived or here.is_unsound else here.worker.head,
         "probe": here.worker.probe(),
         "problem": problem,
         "examples": len(examples["labels"]),
@@ -228,7 +233,7 @@ def final(plan: Plan, context: Context) -> Final:
     """Catch up and name the weights this client has."""
     here = replica(context)
     arrived = here.catch_up(plan)
-    return Final(place(context)[0], here.worker.digest() if arrived else "", here.worker.head)
+    return Final(place(context)[0], here.worker.digest() if arrived or here.is_unsound else "", here.worker.head)
 
 
 @app.query("status")

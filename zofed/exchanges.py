@@ -252,6 +252,8 @@ class Exchanges:
                 if told is None:
                     continue
                 digests[client] = told.digest
+                if not told.digest:
+                    member.updates = set()
                 known = federation.position(self.journal.entries, self.genesis, told.head)
                 member.held, member.rebuild = known or 0, known is None
         return digests

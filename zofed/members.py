@@ -69,7 +69,6 @@ class Members:
         self.grid, self.settings, self.worker, self.journal = grid, settings, worker, journal
         self.found: dict[int, Member] = {}
         self.refused: dict[int, str] = {}  # by node id
-        self._spare: set[int] = set()  # nodes beyond the number wanted
         self._looked = 0.0
         self._present: set[int] = set()
 
@@ -92,9 +91,9 @@ class Members:
             raise UserError(next(iter(self.refused.values())))
         for problem in self.refused.values():
             print(f"goes on without a node: {problem}", file=sys.stderr, flush=True)
-        wanted = sorted(self.found)[: settings.clients or None]
-        self._spare = {member.node for client, member in self.found.items() if client not in wanted}
-        self.found = {client: self.found[client] for client in wanted}
+        for client in sorted(self.found)[settings.clients or len(self.found) :]:
+            self.refused[self.found.pop(client).node] = f"clients = {settings.clients}: client {client} is one more"
+        self.found = dict(sorted(self.found.items()))
         if settings.quorum > len(self.found) or not self.found:
             raise UserError(
                 f"quorum = {settings.quorum}: only {len(self.found)} clients are here; set quorum to that or less"
@@ -117,10 +116,15 @@ class Members:
                 "their node configuration: use mode zo or subspace"
                 + (", or guide-source = server" if from_clients else "")
             )
-        if mode == "fo" and len(able) < len(self.found):
-            left = sorted(set(self.found) - set(able))
+        self._leave_out_unable()
+
+    def _leave_out_unable(self) -> None:
+        """Where all clients backpropagate, do without those that cannot, for good."""
+        left = sorted(set(self.found) - set(self.able()))
+        if self.settings.mode == "fo" and left:
             print(f"clients {left} say mode = zo and cannot train by backpropagation: left out", flush=True)
-            self.found = {client: self.found[client] for client in able}
+            for client in left:
+                self.refused[self.found.pop(client).node] = f"client {client} says mode = zo"
 
     def there(self) -> list[int]:
         """Clients whose nodes are there, as far as was last seen."""
@@ -159,10 +163,11 @@ class Members:
         if time.monotonic() - self._looked < LOOK_SECONDS:
             return
         self._present = set(self.grid.get_node_ids())
-        known = {member.node for member in self.found.values()} | set(self.refused) | self._spare
+        known = {member.node for member in self.found.values()} | set(self.refused)
         if new := sorted(self._present - known):
             before = set(self.found)
             self._greet(new)
+            self._leave_out_unable()
             for client in sorted(set(self.found) - before):
                 print(f"client {client} joined", flush=True)
             for node in set(new) & set(self.refused):

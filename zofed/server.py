@@ -81,7 +81,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
         what = f"goes on after round {last}" if earlier else f"{len(task.held_out)} documents held out"
         print(f"run folder: {out}\n{len(members.found)} clients, {what}", flush=True)
         _tell_holdings(members, folder)
-        with Traffic(folder, last) as traffic:
+        with Traffic(folder, last, losses_withheld=task.settings.losses_withheld) as traffic:
             return Server(grid, members, task, worker, journal, folder, traffic).run()
 
 
@@ -359,7 +359,8 @@ class Server:
         wrong = [c for c, digest in digests.items() if digest != own and (digest or self.members.strict)]
         for client in wrong:
             print(f"client {client}: its weights are not the run's; it replays all from the base", flush=True)
-            self.members.found[client].rebuild = True
+            member = self.members.found[client]
+            member.rebuild, member.updates = True, set()
         return wrong
 
     def _show(self, row: Row) -> None:

@@ -46,7 +46,8 @@ class Round:
 class Traffic:
     """Tables of rounds, replies and clients' evaluations, and sums over the whole run."""
 
-    def __init__(self, folder: RunFolder, last_round: int) -> None:
+    def __init__(self, folder: RunFolder, last_round: int, *, losses_withheld: bool = False) -> None:
+        self._losses_withheld = losses_withheld
         for name in ("rounds.csv", "clients.csv", "client_evaluations.csv"):
             cut_table(folder.path / name, "round", last_round)
         self.rounds = Table(folder.path / "rounds.csv", ROUNDS)
@@ -98,7 +99,7 @@ class Traffic:
                 "client": plan.client,
                 "task": plan.task,
                 "result": result,
-                "loss": answer.loss if answer else None,
+                "loss": answer.loss if answer and not self._losses_withheld else None,
                 "examples": answer.examples if answer else None,
                 "bytes_up": messages.size(came) if came else 0,
                 "bytes_down": messages.size(content),

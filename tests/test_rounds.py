@@ -1,0 +1,546 @@
+"""Whole federations in one process: every way of training, who is asked, who comes late, what is healed."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message, RecordDict
+from test_law import ignore, records_of, seeded_of
+
+from zofed import central, client, journal, members, messages, plots, server
+from zofed.config import Settings
+from zofed.errors import UserError
+from zofed.federation import Plan
+from zofed.grid import LocalGrid
+from zofed.members import Member, Members
+from zofed.records import Skipped
+from zofed.runs import RunFolder, read_table
+from zofed.wire import Introduction, Malformed
+from zofed.worker import Worker
+
+Quick = Callable[..., Settings]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Nodes that come are met at once, and nobody draws a picture."""
+    monkeypatch.setattr(members, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(members, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(members, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(plots, "plot_loss", lambda *_, **__: None)
+
+
+@pytest.fixture
+def quick(quick: Quick) -> Quick:
+    """Still smaller."""
+    return lambda **changes: quick(**{"queries": 2, "eval_interval": 6, "eval_examples": 2} | changes)
+
+
+class Meddling(LocalGrid):
+    """A grid that calls `before` with every plan (and whose it is) and lets `alter` change every reply.
+
+    `before` may raise, as a client that fails. plans: all that were sent, in order.
+    """
+
+    def __init__(self, settings: Settings, nodes: int) -> None:
+        super().__init__(client.app, nodes, settings.model_dump(by_alias=True))
+        self.before: Callable[[int, Plan], Any] = lambda _, __: None
+        self.alter: Callable[[int, Message, Message], Message] = lambda _, __, reply: reply
+        self.plans: list[Plan] = []
+        self._forward, self._app = self._app, self._meddled  # type: ignore[assignment]
+
+    def context(self, index: int) -> Context:
+        return list(self._contexts.values())[index]
+
+    def keep(self, indices: Iterable[int]) -> dict[int, Context]:
+        """Only these nodes stay; returns the others, to be put back with `bring`."""
+        kept = {1001 + index for index in indices}
+        away = {node: context for node, context in self._contexts.items() if node not in kept}
+        for node in away:
+            del self._contexts[node]
+        return away
+
+    def bring(self, contexts: dict[int, Context]) -> None:
+        self._contexts |= contexts
+
+    def _meddled(self, message: Message, context: Context) -> Message:
+        index = int(context.node_config["partition-id"])
+        try:
+            plan = messages.unpack(Plan, message.content)
+        except Malformed:
+            plan = None
+        if plan is not None:
+            self.plans.append(plan)
+            self.before(index, plan)
+        return self.alter(index, message, self._forward(message, context))
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Meddling, Settings]]]:
+    """A grid of some clients and the settings of a run over it, in a folder of its own."""
+
+    def make(settings: Settings, nodes: int = 2, name: str = "run", **changes: Any) -> tuple[Meddling, Settings]:
+        client._replica.cache_clear()
+        settings = settings.model_copy(update={"out": str(tmp_path / name), "clients": nodes} | changes)
+        return Meddling(settings, nodes), settings
+
+    yield make
+    client._replica.cache_clear()
+
+
+Start = Callable[..., tuple[Meddling, Settings]]
+
+
+def run(started: tuple[Meddling, Settings]) -> dict[str, Any]:
+    return server.run(*started, "")
+
+
+def assert_one_model(summary: dict[str, Any], clients: Iterable[int]) -> None:
+    """All clients end with the server's weights, which are not those it began with."""
+    assert summary["client_digests"] == {str(index): summary["digest"] for index in clients}
+    assert summary["replay_digest"] in (summary["digest"], None)
+
+
+def results(settings: Settings) -> list[tuple[int, int, str]]:
+    """(round, client, result) of every reply."""
+    rows = read_table(Path(settings.out) / "clients.csv")
+    return [(int(row["round"]), int(row["client"]), row["result"]) for row in rows]
+
+
+# --- ways of training ---
+
+SUBSPACE = {"mode": "subspace", "optimizer": "adamw", "subspace_size": 9, "subspace_interval": 2}
+BACKPROP = {"bp_interval": 2, "bp_learning_rate": 0.1}
+MIXED = ("fo", "zo", "fo")
+WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "zo": ({}, ()),
+    "zo shared": ({"seeds": "shared", "local_steps": 2}, ()),
+    "zo shared trimmed": ({"seeds": "shared", "merge": "trimmed"}, ()),
+    "zo shared median": ({"seeds": "shared", "merge": "median", "steps_per_message": 4}, ()),
+    "zo local steps": ({"local_steps": 3, "momentum": 0.5}, ()),
+    "zo by examples": ({"weighting": "examples", "example_cap": 5}, ()),
+    "zo adamw": ({"optimizer": "adamw", "learning_rate": 1e-3}, ()),
+    "fo": ({"mode": "fo", "learning_rate": 0.1}, ()),
+    "fo mixed": ({"mode": "fo", "optimizer": "adamw", "learning_rate": 1e-3}, MIXED),
+    "fo local steps": ({"mode": "fo", "learning_rate": 0.1, "local_steps": 3, "proximal": 0.1}, ()),
+    "calibrate": ({"mode": "calibrate", **BACKPROP, "optimizer": "mudamw"}, ()),
+    "calibrate mixed": ({"mode": "calibrate", **BACKPROP}, MIXED),
+    "instruct": ({"mode": "instruct", **BACKPROP}, ()),
+    "instruct mixed": ({"mode": "instruct", **BACKPROP, "guide_rank": 0}, MIXED),
+    "core": (SUBSPACE, ()),
+    "core mixed": (SUBSPACE, MIXED),
+    "diagonal": (SUBSPACE | {"subspace_variant": "diagonal", "subspace_size": 6}, ()),
+}
+
+
+@pytest.mark.parametrize(("way", "modes"), WAYS.values(), ids=WAYS)
+def test_every_way_of_training_ends_with_one_model(
+    quick: Quick, start: Start, way: dict[str, Any], modes: tuple[str, ...]
+) -> None:
+    grid, settings = start(quick(**{"rounds": 4} | way), 3)
+    for index, mode in enumerate(modes):
+        grid.context(index).node_config["mode"] = mode
+    summary = run((grid, settings))
+    takes_part = [0, 2] if way.get("mode") == "fo" and modes else [0, 1, 2]
+    assert_one_model(summary, takes_part)
+    folder = RunFolder(Path(settings.out))
+    assert [entry.record.round for entry in journal.read(folder.journal).entries] == [1, 2, 3, 4]
+    assert summary["digest"] != journal.read(folder.journal).genesis["weights"]
+    assert {result for _, _, result in results(settings)} == {"used"}
+    assert summary["replies"].keys() == {str(index) for index in takes_part}
+
+
+@pytest.mark.parametrize("mode", ["instruct", "calibrate"])
+def test_the_server_makes_the_guide_from_public_data(quick: Quick, start: Start, corpus: Path, mode: str) -> None:
+    way = {"mode": mode, **BACKPROP, "guide_source": "server", "bp_dataset": str(corpus), "rounds": 4}
+    grid, settings = start(quick(**way), 2)
+    for index in range(2):
+        grid.context(index).node_config["mode"] = "zo"
+    assert_one_model(run((grid, settings)), [0, 1])
+    assert {plan.task for plan in grid.plans} <= {"slopes", "guided", "none"}, "no client is asked to backpropagate"
+
+
+@pytest.mark.parametrize("mode", ["fo", "instruct", "calibrate"])
+def test_clients_that_cannot_backpropagate_are_named(quick: Quick, start: Start, mode: str) -> None:
+    grid, settings = start(quick(mode=mode), 2)
+    for index in range(2):
+        grid.context(index).node_config["mode"] = "zo"
+    with pytest.raises(UserError, match=f"mode = '{mode}' needs a client that can backpropagate, and all 2"):
+        run((grid, settings))
+    grid, settings = start(quick(mode=mode), 2)
+    grid.context(0).node_config["mode"] = "both"
+    with pytest.raises(UserError, match="use fo or zo"):
+        run((grid, settings))
+
+
+ALONE: dict[str, dict[str, Any]] = {
+    "zo": {},
+    "local steps": {"local_steps": 3},
+    "local steps shared": {"local_steps": 3, "seeds": "shared", "local_learning_rate": 0.003},
+    "subspace": SUBSPACE,
+    "diagonal": SUBSPACE | {"subspace_variant": "diagonal"},
+}
+
+
+@pytest.mark.parametrize("way", ALONE.values(), ids=ALONE)
+def test_a_federation_of_one_is_central_training_record_for_record(
+    quick: Quick, start: Start, tmp_path: Path, way: dict[str, Any]
+) -> None:
+    alone = central.train(quick(**way), tmp_path / "alone", ignore)
+    summary = run(start(quick(**way), 1))
+    assert records_of(tmp_path / "run") == records_of(tmp_path / "alone")
+    assert summary["digest"] == alone["digest"]
+
+
+# --- steps, seeds, messages ---
+
+
+@pytest.mark.parametrize("way", [{"local_steps": 3}, {"steps_per_message": 3}, {"mode": "fo", "local_steps": 3}])
+def test_a_client_comes_back_from_its_own_steps_bit_for_bit(
+    quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
+) -> None:
+    moved, digests = [], []
+
+    def watched(name: str) -> None:
+        work = getattr(client.local, name)
+
+        def noting(settings: Settings, worker: Worker, *arguments: Any, **named: Any) -> Any:
+            before, weight = worker.digest(), next(iter(worker.parameters.values()))
+            version = weight._version
+            found = work(settings, worker, *arguments, **named)
+            moved.append(weight._version > version)
+            digests.append((before, worker.digest()))
+            return found
+
+        monkeypatch.setattr(client.local, name, noting)
+
+    watched("update" if way.get("mode") == "fo" else "slopes")
+    run(start(quick(rounds=3, **way)))
+    assert moved and all(moved)
+    assert all(before == after for before, after in digests)
+
+
+@pytest.mark.parametrize("seeds", ["distinct", "shared"])
+def test_clients_measure_their_own_directions_or_the_same(
+    quick: Quick, start: Start, tmp_path: Path, seeds: str
+) -> None:
+    run(start(quick(seeds=seeds, rounds=2, merge="mean")))
+    for record in seeded_of(tmp_path / "run"):
+        assert record.clients == ((0, 1) if seeds == "distinct" else (0,))
+        assert len(set(record.seeds(0))) == len(record.coefficients) == (4 if seeds == "distinct" else 2)
+
+
+def test_several_rounds_of_one_message_are_consecutive_records(quick: Quick, start: Start, tmp_path: Path) -> None:
+    grid, settings = start(quick(steps_per_message=4))
+    summary = run((grid, settings))
+    assert_one_model(summary, [0, 1])
+    assert summary["replay_digest"] == summary["digest"]
+    assert [record.round for record in seeded_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert {(plan.round, plan.steps) for plan in grid.plans if plan.task == "slopes"} == {(1, 4), (5, 2)}
+    rounds = read_table(tmp_path / "run" / "rounds.csv")
+    assert [int(row["round"]) for row in rounds] == [1, 2, 3, 4, 5, 6]
+    assert [row["bytes_up"] != "0" for row in rounds] == [True, False, False, False, True, False]
+
+
+def test_one_round_a_message_and_the_first_of_several_are_the_same_record(
+    quick: Quick, start: Start, tmp_path: Path
+) -> None:
+    run(start(quick(rounds=2), name="one"))
+    run(start(quick(rounds=2, steps_per_message=2), name="several"))
+    (one, _), (several, _) = seeded_of(tmp_path / "one"), seeded_of(tmp_path / "several")
+    scale = 2.0 ** (several.exponent - one.exponent)
+    assert [value * scale for value in several.coefficients] == pytest.approx(one.coefficients, abs=scale)
+
+
+# --- who is asked ---
+
+
+def members_of(settings: Settings, count: int) -> Members:
+    found = Members(LocalGrid(client.app, 0, {}), settings, None)  # type: ignore[arg-type]
+    found._present = set(range(count))
+    found.found = {c: Member(c, Introduction(c, count, 1, "fo", b"", "", "", "")) for c in range(count)}
+    return found
+
+
+@pytest.mark.parametrize(("participation", "asked"), [(0.3, 3), (1.0, 10), (4.0, 4), (0.01, 1), (99.0, 10)])
+def test_a_sample_is_a_function_of_seed_and_round(quick: Quick, participation: float, asked: int) -> None:
+    settings = quick(participation=participation, seed=3)
+    rounds = [members_of(settings, 10).sampled(round_) for round_ in range(1, 80)]
+    again = members_of(settings, 10)
+    assert [again.sampled(round_) for round_ in reversed(range(1, 80))] == rounds[::-1]
+    assert all(len(set(clients)) == asked and clients == sorted(clients) for clients in rounds)
+    assert {one for clients in rounds for one in clients} == set(range(10))
+    if asked < 10:
+        other = members_of(settings.model_copy(update={"seed": 4}), 10)
+        assert [other.sampled(round_) for round_ in range(1, 80)] != rounds
+
+
+def test_only_the_sampled_clients_are_asked_and_all_end_alike(quick: Quick, start: Start, tmp_path: Path) -> None:
+    grid, settings = start(quick(participation=0.5, rounds=5), 4)
+    assert_one_model(run((grid, settings)), range(4))
+    expected = [tuple(members_of(settings, 4).sampled(round_)) for round_ in range(1, 6)]
+    assert [record.clients for record in seeded_of(tmp_path / "run")] == expected
+    assert len(set(expected)) > 1
+
+
+def fail(*_: Any) -> None:
+    raise RuntimeError("out of memory")
+
+
+def test_a_round_short_of_its_quorum_is_skipped_and_the_run_goes_on(quick: Quick, start: Start) -> None:
+    grid, settings = start(quick(quorum=2), 3)
+    grid.before = lambda index, plan: fail() if plan.round in (2, 5) and plan.task == "slopes" and index else None
+    assert_one_model(run((grid, settings)), range(3))
+    found = [entry.record for entry in journal.read(RunFolder(Path(settings.out)).journal).entries]
+    assert [record.round for record in found if isinstance(record, Skipped)] == [2, 5]
+    assert results(settings).count((2, 1, "error")) == 3, "asked again before it is given up"
+    rows = read_table(Path(settings.out) / "metrics.csv")
+    assert [row["loss"] == "" for row in rows] == [True, False, True, False, False, True, False]
+
+
+def test_a_client_that_fails_five_rounds_in_a_row_is_paused_for_twenty(
+    quick: Quick, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, settings = start(quick(quorum=1, rounds=28, eval_interval=28, queries=1))
+    grid.before = lambda index, plan: fail() if index == 1 and plan.round in (1, 3, 4, 5, 6, 7) else None
+    assert_one_model(run((grid, settings)), [0, 1])
+    asked = [(round_, result) for round_, one, result in results(settings) if one == 1]
+    assert asked == [(1, "error"), (2, "used"), *((r, "error") for r in range(3, 8)), (28, "behind"), (28, "used")] or (
+        asked == [(1, "error"), (2, "used"), *((r, "error") for r in range(3, 8)), (28, "used")]
+    )
+    assert "client 1 failed 5 rounds in a row" in capsys.readouterr().out
+
+
+def test_where_all_are_needed_nobody_is_paused(quick: Quick) -> None:
+    found = members_of(quick(), 2)
+    for round_ in range(1, 20):
+        found.note(1, round_, is_well=False)
+        assert found.sampled(round_ + 1) == [0, 1]
+
+
+# --- who comes late, who forgets ---
+
+LATE: dict[str, dict[str, Any]] = {
+    "momentum": {"momentum": 0.5},
+    "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "mudamw": {"optimizer": "mudamw", "learning_rate": 1e-3, "normalise": True},
+    "calibrate": {"mode": "calibrate", **BACKPROP, "optimizer": "adamw", "learning_rate": 1e-3},
+    "instruct": {"mode": "instruct", **BACKPROP},
+    "fo": {"mode": "fo", "optimizer": "adamw", "learning_rate": 1e-3},
+    "subspace": SUBSPACE,
+}
+
+
+@pytest.mark.parametrize("way", LATE.values(), ids=LATE)
+def test_a_client_that_forgot_everything_in_any_round_changes_nothing(
+    quick: Quick, start: Start, way: dict[str, Any]
+) -> None:
+    """What it forgot comes by replay, with the updates or a snapshot where records do not tell them."""
+    whole = run(start(quick(**way), name="whole"))
+    grid, settings = start(quick(**way))
+    forgotten: set[tuple[int, str]] = set()
+
+    def forget(index: int, plan: Plan) -> None:
+        if index == 1 and (plan.round, plan.task) not in forgotten:
+            forgotten.add((plan.round, plan.task))
+            client._replica.cache_clear()
+
+    grid.before = forget
+    summary = run((grid, settings))
+    assert_one_model(summary, [0, 1])
+    assert summary["digest"] == whole["digest"]
+    assert "behind" in {result for _, _, result in results(settings)}
+
+
+@pytest.mark.parametrize("late", [2, 4, 6])
+@pytest.mark.parametrize("way", ["adamw", "calibrate"])
+def test_a_node_that_comes_in_any_round_is_taken_in(
+    quick: Quick, start: Start, capsys: pytest.CaptureFixture[str], way: str, late: int
+) -> None:
+    grid, settings = start(quick(quorum=1, **LATE[way]), 3, clients=0)
+    away = grid.keep([0, 1])
+
+    def come(index: int, plan: Plan) -> None:
+        if plan.round == late - 1:
+            grid.bring(away)
+
+    grid.before = come
+    assert_one_model(run((grid, settings)), range(3))
+    first = min(round_ for round_, one, _ in results(settings) if one == 2)
+    assert first == late
+    assert "client 2 joined" in capsys.readouterr().out
+
+
+def test_a_fast_link_brings_a_snapshot_and_a_slow_one_the_records(quick: Quick, start: Start) -> None:
+    digests = set()
+    for name, link in (("fast", 1e9), ("slow", 1e-6)):
+        grid, settings = start(quick(optimizer="adamw", learning_rate=1e-3, link_megabits=link), name=name)
+        forgotten = []
+
+        def forget(index: int, plan: Plan, forgotten: list[int] = forgotten) -> None:
+            if plan.round == 5 and not forgotten:
+                forgotten.append(index)
+                client._replica.cache_clear()
+
+        grid.before = forget
+        summary = run((grid, settings))
+        assert_one_model(summary, [0, 1])
+        digests.add(summary["digest"])
+        assert any(plan.snapshot for plan in grid.plans) == (name == "fast")
+        carried = [int(row["bytes_updates"]) for row in read_table(Path(settings.out) / "rounds.csv")]
+        assert [bool(count) for count in carried] == [False] * 4 + [name == "fast", False]
+    assert len(digests) == 1
+
+
+# --- what is found and healed ---
+
+
+def replica_of(grid: Meddling) -> Worker:
+    return client.replica(grid.context(0)).worker
+
+
+def flip(worker: Worker, round_: int, *, seen: bool) -> None:
+    """Flip the lowest bit of one weight, at a place that the probe of a round sees or one that it does not."""
+    stands, worker.round = worker.round, round_
+    before = worker.probe()
+    weight = max(worker.parameters.values(), key=torch.Tensor.numel)
+    bits = weight.detach().view(-1).view(torch.int32)
+    for place in range(bits.numel()):
+        bits[place] ^= 1
+        if (worker.probe() != before) == seen:
+            worker.round = stands
+            return
+        bits[place] ^= 1
+    raise AssertionError("no such place")
+
+
+def flipping(grid: Meddling, round_: int, *, seen: bool) -> list[int]:
+    done: list[int] = []
+
+    def before(index: int, plan: Plan) -> None:
+        if plan.round == round_ and not done:
+            done.append(index)
+            flip(replica_of(grid), round_ - 1, seen=seen)
+
+    grid.before = before
+    return done
+
+
+def test_a_flipped_bit_that_the_probe_sees_is_healed_in_its_round(quick: Quick, start: Start) -> None:
+    whole = run(start(quick(), name="whole"))
+    grid, settings = start(quick())
+    done = flipping(grid, 3, seen=True)
+    summary = run((grid, settings))
+    assert done
+    assert_one_model(summary, [0, 1])
+    assert summary["digest"] == whole["digest"]
+    assert {result for round_, _, result in results(settings) if round_ == 3} > {"used"}
+
+
+@pytest.mark.parametrize("interval", [0, 4])
+def test_a_flipped_bit_that_the_probe_misses_is_healed_at_the_next_digest(
+    quick: Quick, start: Start, interval: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, settings = start(quick(digest_interval=interval))
+    done = flipping(grid, 3, seen=False)
+    assert_one_model(run((grid, settings)), [0, 1])
+    assert done
+    told = capsys.readouterr().out
+    assert "its weights are not the run's" in told
+    assert (told.index("its weights are not the run's") < told.index("round 5/6")) == (interval == 4)
+    if interval:
+        assert next(plan.rebuild for plan in grid.plans if plan.round == 5 and plan.task == "slopes") == 1
+
+
+# --- who is not taken in ---
+
+
+def test_two_nodes_of_one_index_are_named(quick: Quick, start: Start) -> None:
+    grid, settings = start(quick(), 3)
+    grid.context(2).node_config["partition-id"] = 1
+    with pytest.raises(UserError, match="two nodes say they are client 1: give each its own partition-id"):
+        run((grid, settings))
+
+
+def test_another_number_of_partitions_is_named(quick: Quick, start: Start) -> None:
+    grid, settings = start(quick(), 3)
+    grid.context(2).node_config["num-partitions"] = 4
+    with pytest.raises(UserError, match="client 2 says num-partitions = 4, others 3"):
+        run((grid, settings))
+
+
+def test_a_node_without_its_place_is_named(quick: Quick, start: Start) -> None:
+    grid, settings = start(quick(), 2)
+    grid._forward, context = client.app, grid.context(1)
+    grid._app = client.app
+    del context.node_config["partition-id"]
+    with pytest.raises(UserError, match="a node: this node has no 'partition-id': start it with"):
+        run((grid, settings))
+
+
+def test_a_node_of_another_run_is_named_or_left_out(
+    quick: Quick, start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, settings = start(quick(), 3)
+    grid.context(1).run_config = {**grid.context(1).run_config, "learning-rate": 0.5, "momentum": 0.25}
+    with pytest.raises(UserError, match=r"client 1 has another .*optimizer.* than the server: give both the same"):
+        run((grid, settings))
+    grid, settings = start(quick(quorum=1), 3, name="left out")
+    grid.context(1).run_config = {**grid.context(1).run_config, "momentum": 0.25}
+    assert_one_model(run((grid, settings)), [0, 2])
+    assert "goes on without a node: client 1 has another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [RecordDict(), messages.pack(Introduction(1, 2, 3, "fo", b"", "", "", ""))])
+def test_a_node_that_is_too_old_is_named(quick: Quick, start: Start, content: RecordDict) -> None:
+    grid, settings = start(quick())
+    raw = messages.pack(Introduction(1, 2, 3, "fo", b"", "", "", ""))
+    if content:
+        record = content[messages.KEY]
+        record[messages.KEY] = bytes(record[messages.KEY])[:-1]  # type: ignore[index, arg-type]
+    assert content != raw
+
+    def alter(index: int, message: Message, reply: Message) -> Message:
+        if index == 1 and message.metadata.message_type == "query.status":
+            return Message(content=content, reply_to=message)
+        return reply
+
+    grid.alter = alter
+    with pytest.raises(UserError, match=r"node 1002 runs another zofed .*: give all machines the same"):
+        run((grid, settings))
+
+
+# --- what is told ---
+
+
+@pytest.mark.parametrize("way", [{}, {"mode": "fo"}, {"mode": "calibrate", **BACKPROP}])
+def test_a_loss_that_is_withheld_is_told_nowhere(quick: Quick, start: Start, way: dict[str, Any]) -> None:
+    """No reply holds it, and no table gives the zero in its place for a loss."""
+    grid, settings = start(quick(losses_withheld=True, **way))
+    summary = run((grid, settings))
+    assert_one_model(summary, [0, 1])
+    assert {row["loss"] for row in read_table(Path(settings.out) / "metrics.csv")} == {""}
+    assert {row["loss"] for row in read_table(Path(settings.out) / "rounds.csv")} == {""}
+    assert {row["loss"] for row in read_table(Path(settings.out) / "clients.csv")} == {""}
+    open_ = run(start(quick(**way), name="open"))
+    assert open_["digest"] == summary["digest"]
+
+
+def test_clients_evaluate_on_their_own_held_out_part(quick: Quick, start: Start) -> None:
+    grid, settings = start(quick(client_held_out=0.3, eval_interval=3))
+    summary = run((grid, settings))
+    rows = read_table(Path(settings.out) / "client_evaluations.csv")
+    if not rows:
+        pytest.skip("clients have no part of their own here")
+    assert [(row["round"], row["client"]) for row in rows] == [(r, c) for r in ("0", "3", "6") for c in ("0", "1")]
+    assert all(math.isfinite(float(row["loss"])) and int(row["examples"]) > 0 for row in rows)
+    assert_one_model(summary, [0, 1])
+
+
+def test_nodes_beyond_the_clients_asked_for_take_no_part(quick: Quick, start: Start) -> None:
+    """Nor do they come in later: who takes part would hang on the clock."""
+    grid, settings = start(quick(), 3, clients=2)
+    assert_one_model(run((grid, settings)), [0, 1])
