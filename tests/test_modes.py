@@ -17,7 +17,7 @@ from test_law import federate, ignore, records_of
 from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from zofed import central, client, data, directions, federation, journal, metrics, schedules, subspace
+from zofed import central, client, data, directions, federation, journal, local, metrics, schedules, subspace
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.errors import UserError
 from zofed.finish import replay_run
@@ -318,7 +318,7 @@ def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
     record = steps.in_subspace(1).record
     assert isinstance(record, Seeded)
     seeds = directions.direction_seeds(0, 1, 0, 9)[:3]
-    batches = steps._batches(steps.examples, 1, 2, 2)
+    batches = local.batches(steps.settings, worker, steps.examples, 0, 2, 2)
     found = subspace.trained(batches, worker.parameters, "core", seeds, 9, Optimizer("adamw"), 0.01)
     moved = [-math.ldexp(c * record.rate / record.divisor, record.exponent) for c in record.coefficients]
     assert moved == pytest.approx(found.coefficients, abs=2**-17 * max(map(abs, found.coefficients)))
@@ -472,8 +472,7 @@ def test_a_run_of_epochs_stopped_by_a_budget_says_so(quick: Quick, tmp_path: Pat
 def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = quick(zo_data="per-query", zo_query_batch_size=3, queries=4)
     steps, _, worker = steps_of(settings)
-    plan = federation.plan_for(settings, worker, worker.head, (), client=0)
-    _, own = federation.query_loss(worker, steps.examples, plan)
+    _, own = local.query_loss(settings, worker, steps.examples, 1, 0)
     assert own and own["input_ids"].shape == (4, 3, 16)
     rows = {tuple(row) for row in own["input_ids"].flatten(0, 1).tolist()}
     assert len(rows) == 12
@@ -486,10 +485,9 @@ def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.Mo
         found = worker.ask(lambda batch=batch: metrics.loss_of(worker.model, batch), [seed], settings.epsilon, 1)
         slopes.append(found.slopes[0])
     two_point = settings.model_copy(update={"estimator": "two-point"})
-    plan = federation.plan_for(two_point, worker, worker.head, (), client=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot run for many")
-        measured = federation.measure(worker, steps.examples, plan)
+        measured = local.slopes(two_point, worker, steps.examples, 0)
     found = [math.ldexp(c, measured.exponent) for c in measured.coefficients]
     assert found == pytest.approx(slopes, rel=0.05, abs=0.05 * max(map(abs, slopes)))
 
@@ -657,17 +655,15 @@ def test_a_federation_runs_no_code_that_the_other_side_names(quick: Quick, tmp_p
     assert not (tmp_path / "run").exists()
     settings = quick(clients=1)
     _, _, worker = steps_of(settings)
-    plan = federation.plan_for(
-        settings.model_copy(update={"objective": "os:getcwd"}), worker, worker.head, (), client=0
-    )
+    plan = federation.plan_for(settings, worker, worker.head, (), client=0)
 
     class Context:
-        run_config = settings.model_dump(by_alias=True)
+        run_config = settings.model_dump(by_alias=True) | {"objective": "os:getcwd"}
         node_config = {"partition-id": 0, "num-partitions": 1}  # noqa: RUF012
 
     client._replica.cache_clear()
-    with pytest.raises(UserError, match="no server names code"):
-        client.train(plan, Context())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="clients run code"):
+        client.measure(plan, Context())  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

@@ -131,7 +131,7 @@ def test_any_number_of_devices_gives_the_same_records(
 
 def test_only_new_records_cross_the_pipe(quick: Quick, tmp_path: Path, near: list[NearPipe]) -> None:
     central.train(quick(devices="cpu,cpu", copies_per_pass=1), tmp_path / "run", ignore)
-    sizes = [len(raw) for raw in records_of(tmp_path / "run")]
+    sizes = [len(journal.bodies([entry])) for entry in journal.read(RunFolder(tmp_path / "run").journal).entries]
     assert near[0].sizes == [pool._REQUEST.size + size for size in (0, *sizes[:-1])]
 
 

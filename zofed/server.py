@@ -65,7 +65,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
             raise UserError("guide-source = 'server' backpropagates on public data: set bp-dataset to it")
         _ = task.backprop_examples
     worker = task.worker()
-    earlier = _reopened(out, task, worker) if RunFolder(out).journal.exists() else None
+    earlier = _reopened(out, task, worker) if os.path.exists(RunFolder(out).journal) else None  # False for a bad name
     try:
         members = Members(grid, task.settings, worker, earlier)
         members.meet()
