@@ -318,8 +318,9 @@ def report(out: Path) -> None:
             spread = f" ± {statistics.stdev(ends):.3f}" if len(ends) > 1 else ""
             cells = ""
             for at in rounds:
-                pairs = [(reached(curve, first[seed][at][1]), first[seed][at][0]) for seed, curve in some.items()]
-                if any(mine is None for mine, _ in pairs):
+                known = {seed: curve for seed, curve in some.items() if len(first.get(seed, ())) > at}
+                pairs = [(reached(curve, first[seed][at][1]), first[seed][at][0]) for seed, curve in known.items()]
+                if not pairs or any(mine is None for mine, _ in pairs):
                     cells += " not reached |"
                     continue
                 mine = statistics.fmean(cost for cost, _ in pairs if cost is not None)
