@@ -907,3 +907,10 @@ def test_a_message_that_lies_otherwise_is_malformed(way: str) -> None:
     with pytest.raises(Malformed):
         unpack(Answer, odd_contents()[way])
     assert payload(odd_contents()[way]) >= 0
+
+
+@pytest.mark.parametrize("counts", ["", "[]", "{", '{"a": "b"}', '{"a": true}', '{"a": -1}', "1", '"a"'])
+def test_counts_that_are_no_table_are_none(counts: str) -> None:
+    told = Introduction(0, 1, 5, "fo", b"", counts, "", "")
+    assert told.held_counts() == {}
+    assert replace(told, counts='{"web": 3}').held_counts() == {"web": 3}

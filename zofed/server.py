@@ -1,6 +1,5 @@
 """Rounds over a Flower grid: plan, send, check, merge, write down, move, announce."""
 
-import json
 import math
 import os
 import statistics
@@ -109,7 +108,7 @@ def _tell_holdings(members: Members, folder: RunFolder) -> None:
     """Table and picture of who holds what, as the clients say."""
     from zofed import partitions, plots  # pictures need pandas and matplotlib, which clients never load
 
-    counts = {client: json.loads(member.told.counts) for client, member in sorted(members.found.items())}
+    counts = {client: member.told.held_counts() for client, member in sorted(members.found.items())}
     folder.write_text("partition.csv", partitions.to_csv(counts))
     plots.partition(counts, folder.path / "partition.png")
 

@@ -7,6 +7,7 @@ str       its length as an int, UTF-8; bytes likewise
 sequence  of integers: its length as an int, then the integers
 """
 
+import json
 import math
 import struct
 from dataclasses import dataclass, fields
@@ -47,6 +48,15 @@ class Introduction:
     counts: str
     problem: str
     code: str
+
+    def held_counts(self) -> dict[str, int]:
+        """The counts; none where what the node says is no table of names and numbers."""
+        try:
+            found = json.loads(self.counts)
+        except ValueError:
+            return {}
+        is_table = isinstance(found, dict) and all(type(value) is int and value >= 0 for value in found.values())
+        return found if is_table else {}
 
 
 @dataclass(frozen=True, slots=True)
