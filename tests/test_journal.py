@@ -28,7 +28,7 @@ from zofed.errors import UserError
 from zofed.journal import Journal, JournalError
 from zofed.optimizers import Optimizer
 from zofed.records import Dense, Guided, Record, Seeded, Skipped, Spread
-from zofed.worker import Worker, make_genesis
+from zofed.worker import Update, Worker, make_genesis, tensors_digest
 
 GENESIS = {"seed": 5, "words": ["b", "a"]}
 RECORDS: tuple[Record, ...] = (
@@ -647,7 +647,6 @@ def test_appending_after_a_failure_cannot_ruin_the_journal(
 # --- the golden files: journals of format 3 stay readable ---
 
 GOLDEN = Path(__file__).parent / "golden"
-GOLDEN_GUIDE = bytes.fromhex("cbe34554d86a7906422d55f47b7f37dd062fc0d2033c7c94b4a94b7aa6f6ad0d")  # of `golden_update`
 GOLDEN_RECORDS: tuple[Record, ...] = (
     Seeded(1, 0.015625, (0, 5), 3, (2**18 - 1, -3, 70000, -123456, 0, 1), -17, 6.0),
     Skipped(2),
@@ -655,7 +654,13 @@ GOLDEN_RECORDS: tuple[Record, ...] = (
     Seeded(4, 0.3, (5,), 2, (-(2**18) + 1, 99, 1, -1), -13, 4.0, local_steps=2, privacy_spent=1.5),
     Seeded(5, 0.01, (0, 1, 2), 1, (5, -6, 7), 0, 3.0),
     Seeded(6, 0.02, (0, 9), 2, (123456, -3, 2**17, 77), -16, 2.718281828),
-    Guided(Seeded(7, 0.05, (0, 3), 2, (64, -65, 8191, -8193), -14, 4.0), GOLDEN_GUIDE, 0.25, 1.5, -0.5, True),
+)
+CORE_RECORDS: tuple[Record, ...] = (  # each the square of a number of seeds
+    Seeded(1, 0.5, (0,), 9, (2**18 - 1, -3, 70000, -123456, 0, 1, 5, -6, 2**17), -18, 0.5),
+    Skipped(2),
+    Seeded(3, 0.25, (0,), 4, (-(2**18) + 1, 99, 1, -1), -16, 0.25, privacy_spent=1.5),
+    Seeded(4, 0.0, (0,), 1, (0,), records.SMALLEST_EXPONENT, 1.0),
+    Seeded(5, 0.1, (0,), 1, (77,), -9, 0.1),
 )
 SIZE_EXPONENTS = {"conv.weight": -2, "norm.bias": 1}
 GOLDEN_RUNS: dict[str, dict[str, Any]] = {
@@ -670,22 +675,43 @@ GOLDEN_RUNS: dict[str, dict[str, Any]] = {
         "optimizer": Optimizer("sgd", momentum=0.75),
         "size_exponents": SIZE_EXPONENTS,
     },
+    "journal-format3-guided.zofed": {
+        "kind": "rank2",
+        "optimizer": Optimizer("sgd", momentum=0.75),
+        "size_exponents": SIZE_EXPONENTS,
+        "backprop_optimizer": Optimizer("adamw", weight_decay=0.125),
+    },
+    "journal-format3-core.zofed": {
+        "kind": "core",
+        "optimizer": Optimizer("sgd", weight_decay=0.125),
+        "size_exponents": SIZE_EXPONENTS,
+    },
 }
 GOLDEN_ENDS = {  # head of the chain, digest and probe of the replayed weights
     "journal-format3.zofed": (
-        "67aecef5bb06ff97162ef51170766d28",
-        "695f037634069497fba7847a1753f0228a1f0964fa4e12558cda0b9582f13bf3",
-        "f0bc0810941db187",
+        "d62993c68b4d6240ef1a92c14de25582",
+        "a930def323ba76aab3968c29be523a6c4e93432d95a39c08bef6943d1a445270",
+        "900815cddb57e3dc",
     ),
     "journal-format3-mudamw.zofed": (
-        "30e0020a2c78b1d83f64d3d7d875b18a",
-        "a5b806a67507c09734d35775fdc59542d064cde2d26fcaf23be4f617386f5144",
-        "edba56f29f35cccc",
+        "f9caa4cc1caf751eb69944748c47f2eb",
+        "0becd0560992547567c6b836da1b415a0f16edea411a3e72cfea68a9eda419d3",
+        "835c96d73b21e083",
     ),
     "journal-format3-gaussian.zofed": (
-        "b22d674057f1341cf17e24c98055004d",
-        "367421ddb310b0ef06d0201265c2930c496b8ae9b00a4f620627a91a0dac14c8",
-        "2e064f3b19bf2954",
+        "e39327e5fd0a341dd79b36853190a217",
+        "da90a8c2a68ef5a4d6162f6c62a01a3fe9db3c537dfc5c1b7eea916041bba56a",
+        "4bf33cc52d227201",
+    ),
+    "journal-format3-guided.zofed": (
+        "9306111c2af36466286f8c4f238ad42e",
+        "5cd1002da441e80284660520e72ae058c8bd41e53af5562cab3a4b6addb785e2",
+        "942ed9d9a51fedb0",
+    ),
+    "journal-format3-core.zofed": (
+        "069af385d061064117af36b39cfb3a29",
+        "fc8f2c0c2f3211e532368abd50f117a4e15a46ca343fca29860a31036afff96b",
+        "9c8586f414428248",
     ),
 }
 
@@ -707,20 +733,50 @@ def golden_update() -> dict[str, torch.Tensor]:
     return {name: torch.full_like(parameter, 0.375) for name, parameter in golden_model().named_parameters()}
 
 
-def write_golden(path: Path, run: dict[str, Any]) -> None:
+def golden_guide() -> Update:
+    """The guide of the golden journal's guided records: multiples of 1/32, some of each size from 0 to 1."""
+    return {
+        name: ((torch.arange(parameter.numel()) * (5 + index)) % 65 - 32).reshape(parameter.shape) / 32
+        for index, (name, parameter) in enumerate(golden_model().named_parameters())
+    }
+
+
+def golden_records(name: str) -> tuple[Record, ...]:
+    """The records of a golden journal."""
+    if name == "journal-format3-core.zofed":
+        return CORE_RECORDS
+    return guided_records() if name == "journal-format3-guided.zofed" else GOLDEN_RECORDS
+
+
+def guided_records() -> tuple[Record, ...]:
+    """Guided ones, masked and not, whole guide and not, with noise and without, among the others."""
+    guide = bytes.fromhex(tensors_digest(golden_guide()))
+    noise = (2**18 - 1, -3, 70000, -123456)
+    return (
+        Guided(Seeded(1, 0.015625, (0,), 4, noise, -17, 4.0), guide, 0.5, 0.8125, 0.0, True),
+        Seeded(2, 0.3, (0,), 3, (-(2**18) + 1, 99, 1), -13, 3.0),
+        Guided(Seeded(3, 0.01, (0,), 4, noise, -16, 2.718281828), guide, 0.25, -0.3, 0.5, False),
+        Skipped(4),
+        Dense(5, 0.01, bytes(range(32))),
+        Guided(Seeded(6, 0.02, (0,), 0, (), records.SMALLEST_EXPONENT, 1.0), guide, 0.0, 0.1, 0.0, False),
+    )
+
+
+def write_golden(path: Path, name: str) -> None:
     model = golden_model()
     names = [name for name, _ in model.named_parameters() if name != "head.bias"]
-    genesis = make_genesis(model, {"name": "golden"}, names, seed=2**63 - 1, **run)
+    genesis = make_genesis(model, {"name": "golden"}, names, seed=2**63 - 1, **GOLDEN_RUNS[name])
     with Journal.create(path, genesis) as opened:
-        for record in GOLDEN_RECORDS:
+        for record in golden_records(name):
             opened.append(record)
 
 
 def golden_end(path: Path) -> tuple[str, str, str]:
     contents = journal.read(path)
     worker = Worker(golden_model(), contents.genesis)
+    updates = {Dense: golden_update(), Guided: golden_guide()}
     for entry in contents.entries:
-        worker.apply(entry, golden_update() if isinstance(entry.record, Dense | Guided) else None)
+        worker.apply(entry, updates.get(type(entry.record)))
     return contents.head.hex(), worker.digest(), worker.probe().hex()
 
 
@@ -729,8 +785,9 @@ def test_a_golden_journal_still_parses_to_its_records(name: str) -> None:
     contents = journal.read(GOLDEN / name)
     assert contents.torn == 0
     assert contents.genesis["generator"] == directions.GENERATOR
-    assert [records.encode(record) for record in records_of(contents)] == [records.encode(r) for r in GOLDEN_RECORDS]
-    assert [repr(record) for record in records_of(contents)] == [repr(record) for record in GOLDEN_RECORDS]
+    expected = golden_records(name)
+    assert [records.encode(record) for record in records_of(contents)] == [records.encode(r) for r in expected]
+    assert [repr(record) for record in records_of(contents)] == [repr(record) for record in expected]
 
 
 @pytest.mark.parametrize("name", GOLDEN_RUNS)
@@ -740,7 +797,7 @@ def test_a_golden_journal_still_replays_to_its_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", GOLDEN_RUNS)
 def test_the_same_run_still_writes_its_golden_journal(tmp_path: Path, name: str) -> None:
-    write_golden(tmp_path / "j", GOLDEN_RUNS[name])
+    write_golden(tmp_path / "j", name)
     assert (tmp_path / "j").read_bytes() == (GOLDEN / name).read_bytes()
 
 
@@ -750,6 +807,7 @@ def test_every_golden_file_is_of_this_format_and_known() -> None:
 
 
 if __name__ == "__main__" and os.environ.get("ZOFED_WRITE_GOLDEN") == "1":
-    for name_, run_ in GOLDEN_RUNS.items():
-        write_golden(GOLDEN / name_, run_)
+    for name_ in GOLDEN_RUNS:
+        (GOLDEN / name_).unlink(missing_ok=True)
+        write_golden(GOLDEN / name_, name_)
         print(f'    "{name_}": {golden_end(GOLDEN / name_)},')

@@ -216,11 +216,11 @@ def test_a_replica_that_lost_its_state_catches_up_to_the_same_weights(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = federate(quick(), tmp_path / "whole", clients=2)
-    measure = client.federation.measure
+    measure = client.local.slopes
 
-    def forgetful(worker: Worker, examples: Any, plan: Any) -> Any:
-        measured = measure(worker, examples, plan)
-        if plan.client == 1 and plan.round == 3:
+    def forgetful(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
+        measured = measure(settings, worker, examples, index, *rest)
+        if index == 1 and worker.round == 2:
             client._replica.cache_clear()  # as if the next message met a new process
         return measured
 
@@ -246,11 +246,11 @@ def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
     done: list[bool] = []
     clients: list[Worker] = []
     monkeypatch.setattr(Worker, "replay", faulty)
-    measure = client.federation.measure
+    measure = client.local.slopes
 
-    def noting(worker: Worker, examples: Any, plan: Any) -> Any:
+    def noting(settings: Settings, worker: Worker, *rest: Any) -> Any:
         clients.append(worker)
-        return measure(worker, examples, plan)
+        return measure(settings, worker, *rest)
 
     monkeypatch.setattr(client.local, "slopes", noting)
     disturbed = federate(quick(), tmp_path / "disturbed", clients=2)
@@ -263,7 +263,7 @@ def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
 def test_a_client_that_keeps_failing_ends_the_run_with_its_name(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(worker: Worker, examples: Any, plan: Any) -> Any:
+    def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(client.local, "slopes", broken)
@@ -275,12 +275,12 @@ def test_a_client_that_keeps_failing_ends_the_run_with_its_name(
 def test_with_a_quorum_a_failing_client_is_left_out_and_its_absence_is_recorded(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = client.federation.measure
+    measure = client.local.slopes
 
-    def failing(worker: Worker, examples: Any, plan: Any) -> Any:
-        if plan.client == 1 and plan.round == 2:
+    def failing(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
+        if index == 1 and worker.round == 1:
             raise RuntimeError("out of memory")
-        return measure(worker, examples, plan)
+        return measure(settings, worker, examples, index, *rest)
 
     monkeypatch.setattr(client.local, "slopes", failing)
     summary = federate(quick(quorum=1, rounds=3), tmp_path / "run", clients=2)

@@ -17,11 +17,12 @@ ROOT = PACKAGE.parent
 
 # Third-party packages that only the named modules may import; the core knows torch and numpy alone.
 KNOWN_TO = {
-    "flwr": {"messages", "server", "client", "grid"},
+    "flwr": {"messages", "members", "exchanges", "traffic", "server", "client", "grid"},
     "ray": set(),
     "transformers": {"mixing", "models", "tokenizers", "data", "task", "generate", "model_info"},
     "tokenizers": {"generate"},
-    "datasets": {"rows", "download"},
+    "datasets": {"rows", "download", "partitions"},
+    "flwr_datasets": {"partitions"},
     "huggingface_hub": {"download", "hub"},
     "pandas": {"rows", "plots"},
     "matplotlib": {"plots"},

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,15 @@ def test_a_module_learns_and_its_journal_rebuilds_the_weights(tmp_path: Path, po
     assert float(F.cross_entropy(model(X), Y).detach()) < before - 0.03
     assert zofed.replay(net(), tmp_path / "run.zofed") == zo.digest()
     assert zo.estimate.forward_passes == (24 if points == "two-point" else 13)
+
+
+def test_a_record_that_cannot_be_summed_exactly_is_not_written_down(tmp_path: Path) -> None:
+    zo = train(net(), 1, directions="gaussian", journal=tmp_path / "j")
+    record = zo.ask(lambda: F.cross_entropy(zo.worker.model(X), Y), rate=0.05)
+    before = (tmp_path / "j").read_bytes()
+    with pytest.raises(UserError, match=r"the record of round 2 adds 2400 gaussian directions .* above 2\^53"):
+        zo.apply(replace(record, queries=2400, coefficients=(2**24,) * 2400))
+    assert (tmp_path / "j").read_bytes() == before
 
 
 def test_asking_moves_nothing_and_a_run_goes_on_from_its_journal(tmp_path: Path) -> None:

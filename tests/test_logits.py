@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from zofed import estimators, logits, metrics, perturbed
+from zofed.errors import UserError
 from zofed.logits import DEFER_FROM, ENTRIES, ROWS, Logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,6 +78,43 @@ def test_ignored_rows_count_nowhere(ignored: int, reduction: str) -> None:
         return F.cross_entropy(F.linear(hidden, weight), target, ignore_index=ignored, reduction=reduction)
 
     assert relative(in_pieces(loss), loss()) <= 1e-12
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("vocabulary", [9, DEFER_FROM], ids=["held", "in pieces"])
+def test_a_target_beyond_the_output_layer_is_refused_whichever_way_the_loss_is_made(
+    vocabulary: int, wrong: int
+) -> None:
+    """The one above the last and the one below the first; where torch itself has an IndexError."""
+    hidden, weight, target = layer(vocabulary, 5)
+    target[2], target[3] = (vocabulary, -1)[wrong], -100
+    told = (
+        f"^the targets reach the id {(vocabulary, -1)[wrong]}, .* has {vocabulary} entries, 0 to {vocabulary - 1}: take"
+    )
+
+    def loss(target: Tensor = target) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight), target)
+
+    with pytest.raises(IndexError):
+        loss()
+    with pytest.raises(UserError, match=told):
+        in_pieces(loss)
+    with pytest.raises(UserError, match=told), perturbed.Watch():
+        loss()
+    for copies in ({"examples": torch.stack([layer(vocabulary, 5)[2], target])}, {}):  # of each query's own, of all
+        with pytest.raises(UserError, match=told) as found:
+            perturbed.losses(loss, {"w": weight}, "rank1", [1, 2], (0.1,), 2, **copies)
+        assert "\n" not in str(found.value)
+    with pytest.raises(UserError, match=told):
+        perturbed.along(loss, {"w": weight}, "rank1", [1], torch.zeros(1, requires_grad=True))
+
+
+def test_targets_that_are_probabilities_and_logits_of_one_row_are_let_through() -> None:
+    scores = drawn(4, 3)
+    for arguments in ((scores, scores.softmax(-1)), (scores[0], torch.tensor(2)), (drawn(2, 3, 5), ids_of((2, 5), 3))):
+        assert torch.equal(in_pieces(F.cross_entropy, *arguments), F.cross_entropy(*arguments))
+    with pytest.raises(UserError, match=r"the id 3, .* has 3 entries"):
+        in_pieces(F.cross_entropy, scores[0], torch.tensor(3))
 
 
 def test_with_every_row_ignored_the_mean_is_that_of_nothing() -> None:

@@ -120,6 +120,16 @@ def test_building_and_loading_leave_the_global_random_state_alone(
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_tokenizer_that_leaves_ids_out_fits_where_its_largest_id_does(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = saved(create_model(settings(), tokenizer), tmp_path / "whole")
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {"a": 0, "b": 600})
+    assert create_model(settings(), tokenizer).config.vocab_size == 601
+    with pytest.raises(UserError, match=r"the tokenizer has 601 entries but model .* only 512: set tokenizer"):
+        create_model(settings(model=whole), tokenizer)
+
+
 def test_fresh_weights_do_not_depend_on_the_global_random_state(tokenizer: PreTrainedTokenizerBase) -> None:
     torch.manual_seed(1)
     first = weights_digest(create_model(settings(), tokenizer))

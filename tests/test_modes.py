@@ -17,7 +17,7 @@ from test_law import federate, ignore, records_of
 from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from zofed import central, client, data, directions, federation, journal, metrics, schedules, subspace
+from zofed import central, client, data, directions, federation, journal, local, metrics, schedules, subspace
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.errors import UserError
 from zofed.finish import replay_run
@@ -26,7 +26,7 @@ from zofed.records import Dense, Guided, Seeded
 from zofed.runs import RunFolder, read_table
 from zofed.steps import Steps, asker
 from zofed.task import Task, prepare_process
-from zofed.worker import Worker, update_digest
+from zofed.worker import Worker, update_digest, weights_digest
 
 Quick = Callable[..., Settings]
 
@@ -113,6 +113,57 @@ def test_a_replay_that_lacks_a_gradient_starts_at_the_checkpoint(quick: Quick, t
     assert folder.update(lost) is None, "a damaged file is no gradient"
     kept.write_bytes(body)
     assert replay_run(folder)[1] == 0
+
+
+def flipped(body: bytes, at: int) -> bytes:
+    """The bytes with one of them changed."""
+    return body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a byte of its header": lambda body: flipped(body, 12),
+    "a byte of its tensors": lambda body: flipped(body, len(body) // 2),
+    "its last byte": lambda body: flipped(body, len(body) - 1),
+    "half of it": lambda body: body[: len(body) // 2],
+    "all of it": lambda body: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_gradient_is_one_that_was_not_kept(quick: Quick, tmp_path: Path, damage: str) -> None:
+    """A replay starts at the checkpoint, and without one names the file; a resumed run asks again and keeps it anew."""
+    settings = quick(**SHORT | {"keep_gradients": True, "controls": True} | WAYS["calibrate"])
+    whole, run = central.train(settings, tmp_path / "whole", ignore), tmp_path / "run"
+    assert whole["controls"].keys() == {"frozen", "random_slopes"}
+    train_cut(settings, run, 3)
+    shutil.rmtree(run / "checkpoints")
+    (lost,) = (digest for digest in map(update_digest, contents(run)) if digest)
+    (kept,) = (run / "updates").iterdir()
+    body = kept.read_bytes()
+    kept.write_bytes(DAMAGES[damage](body))
+    assert RunFolder(run).update(lost) is None
+    with pytest.raises(UserError, match=f"{kept}, .* is damaged, .*: restore the file from a copy") as told:
+        replay_run(RunFolder(run))
+    assert "\n" not in str(told.value)
+    resumed = central.resume(run, ignore)
+    assert resumed["digest"] == resumed["replay_digest"] == whole["digest"]
+    assert RunFolder(run).update(lost) is not None, "it is whole again"
+    kept.write_bytes(DAMAGES[damage](body))
+    replayed, start = replay_run(RunFolder(run))
+    assert (replayed.digest(), start) == (whole["digest"], 5)
+
+
+def test_a_run_whose_gradient_was_damaged_before_a_checkpoint_ends_without_its_replay(
+    quick: Quick, tmp_path: Path
+) -> None:
+    settings = quick(**SHORT | {"keep_gradients": True, "controls": True} | WAYS["calibrate"])
+    whole = central.train(settings, tmp_path / "whole", ignore)
+    train_cut(settings, tmp_path / "run", 3)
+    (kept,) = (tmp_path / "run" / "updates").iterdir()
+    kept.write_bytes(b"")
+    resumed = central.resume(tmp_path / "run", ignore)
+    assert (resumed["digest"], resumed["replay_digest"]) == (whole["digest"], None)
+    assert resumed["controls"] == {"frozen": whole["controls"]["frozen"]}
 
 
 def test_a_gradient_asked_again_must_be_the_journals(
@@ -267,7 +318,7 @@ def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
     record = steps.in_subspace(1).record
     assert isinstance(record, Seeded)
     seeds = directions.direction_seeds(0, 1, 0, 9)[:3]
-    batches = steps._batches(steps.examples, 1, 2, 2)
+    batches = local.batches(steps.settings, worker, steps.examples, 0, 2, 2)
     found = subspace.trained(batches, worker.parameters, "core", seeds, 9, Optimizer("adamw"), 0.01)
     moved = [-math.ldexp(c * record.rate / record.divisor, record.exponent) for c in record.coefficients]
     assert moved == pytest.approx(found.coefficients, abs=2**-17 * max(map(abs, found.coefficients)))
@@ -421,8 +472,7 @@ def test_a_run_of_epochs_stopped_by_a_budget_says_so(quick: Quick, tmp_path: Pat
 def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = quick(zo_data="per-query", zo_query_batch_size=3, queries=4)
     steps, _, worker = steps_of(settings)
-    plan = federation.plan_for(settings, worker, worker.head, (), client=0)
-    _, own = federation.query_loss(worker, steps.examples, plan)
+    _, own = local.query_loss(settings, worker, steps.examples, 1, 0)
     assert own and own["input_ids"].shape == (4, 3, 16)
     rows = {tuple(row) for row in own["input_ids"].flatten(0, 1).tolist()}
     assert len(rows) == 12
@@ -435,10 +485,9 @@ def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.Mo
         found = worker.ask(lambda batch=batch: metrics.loss_of(worker.model, batch), [seed], settings.epsilon, 1)
         slopes.append(found.slopes[0])
     two_point = settings.model_copy(update={"estimator": "two-point"})
-    plan = federation.plan_for(two_point, worker, worker.head, (), client=0)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot run for many")
-        measured = federation.measure(worker, steps.examples, plan)
+        measured = local.slopes(two_point, worker, steps.examples, 0)
     found = [math.ldexp(c, measured.exponent) for c in measured.coefficients]
     assert found == pytest.approx(slopes, rel=0.05, abs=0.05 * max(map(abs, slopes)))
 
@@ -606,17 +655,15 @@ def test_a_federation_runs_no_code_that_the_other_side_names(quick: Quick, tmp_p
     assert not (tmp_path / "run").exists()
     settings = quick(clients=1)
     _, _, worker = steps_of(settings)
-    plan = federation.plan_for(
-        settings.model_copy(update={"objective": "os:getcwd"}), worker, worker.head, (), client=0
-    )
+    plan = federation.plan_for(settings, worker, worker.head, (), client=0)
 
     class Context:
-        run_config = settings.model_dump(by_alias=True)
+        run_config = settings.model_dump(by_alias=True) | {"objective": "os:getcwd"}
         node_config = {"partition-id": 0, "num-partitions": 1}  # noqa: RUF012
 
     client._replica.cache_clear()
-    with pytest.raises(UserError, match="no server names code"):
-        client.train(plan, Context())  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="clients run code"):
+        client.measure(plan, Context())  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")
@@ -688,6 +735,41 @@ def test_evaluations_tell_each_source_and_each_measure(quick: Quick, tmp_path: P
 
 
 @pytest.mark.usefixtures("two_sources")
+@pytest.mark.parametrize("task", ["language-model", "classification"])
+def test_the_final_weights_are_scored_once_and_the_summary_tells_that_score(
+    quick: Quick, tmp_path: Path, reviews: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    """Also where a process that ended between the last step and the summary left the score to the next one."""
+    scored: list[str] = []
+    evaluate = Task.evaluate
+
+    def counting(self: Task, model: nn.Module) -> Any:
+        scored.append(weights_digest(model))
+        return evaluate(self, model)
+
+    def cut(row: dict[str, Any]) -> None:
+        if row["step"] == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Task, "evaluate", counting)
+    own, measures = {}, ("perplexity", "bits_per_byte")
+    if task == "classification":
+        own, measures = {"dataset": str(reviews)}, ("accuracy", "f1")
+    settings = quick(task=task, steps=4, eval_interval=3, **own)
+    whole = central.train(settings, tmp_path / "whole", ignore)
+    assert len(scored) == len(set(scored)) == 3, "at steps 0, 3 and 4"
+    assert scored[-1] == whole["digest"]
+    with pytest.raises(KeyboardInterrupt):
+        central.train(settings, tmp_path / "cut", cut)
+    scored.clear()
+    resumed = central.resume(tmp_path / "cut", ignore)
+    assert scored == [whole["digest"]]
+    names = ("eval_loss_end", "sources", *measures)
+    assert {name: resumed[name] for name in names} == {name: whole[name] for name in names}
+    assert whole["eval_loss_end"] == float(read_table(tmp_path / "whole" / "metrics.csv")[-1]["eval_loss"])
+
+
+@pytest.mark.usefixtures("two_sources")
 def test_a_language_model_is_scored_in_perplexity_and_bits_a_byte(quick: Quick, tmp_path: Path) -> None:
     settings = quick(steps=1, eval_examples=10_000, held_out=0.3)
     summary = central.train(settings, tmp_path / "run", ignore)
@@ -708,6 +790,18 @@ def test_a_language_model_is_scored_in_perplexity_and_bits_a_byte(quick: Quick, 
         assert float(row["bits_per_byte"]) == pytest.approx(nats / math.log(2) / density, rel=1e-4)
     assert summary["perplexity"] == pytest.approx(float(rows[0]["perplexity"]))
     assert set(summary["sources"]) == {row["source"] for row in rows[1:]}
+
+
+@pytest.mark.parametrize("way", ["fo", "calibrate"])
+def test_the_best_weights_are_kept_and_scored_apart_from_the_last(quick: Quick, tmp_path: Path, way: str) -> None:
+    """With a rate at which the loss falls and then rises."""
+    settings = quick(**SHORT | WAYS[way] | {"eval_interval": 1, "keep_best": True, "learning_rate": 0.05, "steps": 8})
+    run = tmp_path / "run"
+    last = central.train(settings, run, ignore)["eval_loss_end"]
+    losses = [float(row["eval_loss"]) for row in read_table(run / "metrics.csv")[1:]]
+    assert min(losses) < last, "else the two could not be told apart"
+    assert central.score_run(run, {}, best=True)["all"].loss == min(losses)
+    assert central.score_run(run, {})["all"].loss == pytest.approx(last, rel=1e-6)
 
 
 # --- what goes wrong ---

@@ -55,6 +55,9 @@ class NearPipe:
         else:
             self.answers.append(pool._answer(self.settings, self.worker, self.examples, request))
 
+    def poll(self, timeout: float) -> bool:
+        return bool(self.answers)
+
     def recv_bytes(self) -> bytes:
         return self.answers.pop(0)
 
@@ -128,7 +131,7 @@ def test_any_number_of_devices_gives_the_same_records(
 
 def test_only_new_records_cross_the_pipe(quick: Quick, tmp_path: Path, near: list[NearPipe]) -> None:
     central.train(quick(devices="cpu,cpu", copies_per_pass=1), tmp_path / "run", ignore)
-    sizes = [len(raw) for raw in records_of(tmp_path / "run")]
+    sizes = [len(journal.bodies([entry])) for entry in journal.read(RunFolder(tmp_path / "run").journal).entries]
     assert near[0].sizes == [pool._REQUEST.size + size for size in (0, *sizes[:-1])]
 
 
@@ -271,6 +274,46 @@ def test_a_process_that_is_killed_is_told_and_the_run_goes_on(quick: Quick, tmp_
     assert records_of(run) == records_of(tmp_path / "alone")[:2]
     with_devices(run, "")
     assert central.resume(run, ignore)["digest"] == alone["digest"]
+
+
+@pytest.mark.parametrize(("asked", "waited"), [(0.25, 0.25), (1e30, 1e6)])
+def test_a_process_that_hangs_is_told_after_the_timeout_and_ended(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: float, waited: float
+) -> None:
+    """It takes requests, and neither answers nor dies; its pipe is a real one, which would wait for ever."""
+    waits: list[float] = []
+    ended: list[str] = []
+
+    class Hanging(NearProcess):
+        def kill(self) -> None:
+            ended.append("killed")
+
+        def join(self, timeout: float | None = None) -> None:
+            ended.append("joined")
+
+    class Silent:
+        def __init__(self) -> None:
+            self.ours, self.theirs = multiprocessing.Pipe()
+            self.send_bytes, self.recv_bytes, self.close = self.ours.send_bytes, self.ours.recv_bytes, self.ours.close
+
+        def poll(self, timeout: float) -> bool:
+            waits.append(timeout)
+            return self.ours.poll(min(timeout, 0.25))
+
+    monkeypatch.setattr(pool, "start", lambda *_: (Hanging(), Silent()))
+    run = tmp_path / "run"
+    told = rf"^process 1 of 2, on cpu, has not answered for round-timeout = {waited:g} seconds .*--resume {run}$"
+    with pytest.raises(UserError, match=told.replace("+", r"\+")):
+        central.train(quick(devices="cpu,cpu,cpu", copies_per_pass=1, round_timeout=asked), run, ignore)
+    assert waits == [waited]
+    assert ended == ["killed", "joined"] * 2
+    assert RunFolder(run).summary()["status"] == "failed"
+
+
+def test_the_wait_of_a_pipe_may_be_as_long_as_the_longest() -> None:
+    ours, theirs = multiprocessing.Pipe()
+    theirs.send_bytes(b"x")
+    assert ours.poll(pool.LONGEST_WAIT)
 
 
 def test_a_process_that_fails_says_why(quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

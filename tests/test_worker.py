@@ -566,3 +566,13 @@ def test_a_tied_tensor_counts_once_under_its_first_name() -> None:
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5, bias=False))
     model[1].weight = model[0].weight
     assert list(named_parameters(model)) == ["0.weight"]
+
+
+def test_a_record_of_more_directions_than_sum_up_exactly_moves_nothing() -> None:
+    replica = worker_of(kind="gaussian")
+    entry = link(replica.head, seeded(1, [2**24, -(2**24)] * 1000))
+    before = replica.digest(), replica.head
+    for move in (replica.apply, lambda entry: replica.replay([entry])):
+        with pytest.raises(UserError, match=r"^the record of round 1 adds 2000 gaussian directions .* above 2\^53"):
+            move(entry)
+        assert (replica.digest(), replica.head) == before

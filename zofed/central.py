@@ -105,10 +105,11 @@ def score_run(path: Path, changes: Mapping[str, Any], *, best: bool = False) -> 
     settings = resolve(values | ({} if best else {"model": str(folder.model)}))
     task, worker = _loaded(settings)
     if best:
-        tensors, _ = folder.best()
-        with torch.no_grad():
-            for name, parameter in worker.parameters.items():
-                parameter.copy_(tensors[f"weight/{name}"])
+        tensors, facts = folder.best()
+        weights = {key.removeprefix("weight/"): tensor for key, tensor in tensors.items()}
+        worker.load(
+            weights, worker.state_dict(), round_=facts["round"], head=worker.head
+        )  # scored, not trained further
     return task.evaluate(worker.model)
 
 

@@ -120,9 +120,7 @@ def _data(task: Task) -> tuple[Examples, Line]:
         _, held = _count(task, task.held_out)
     except UserError as error:
         raise UserError(f"held-out part: {error}, or set held-out above {task.settings.held_out:g}") from error
-    smallest = min(
-        (data.shard(task.train, client, clients, task.settings.seed) for client in range(clients)), key=_size
-    )
+    smallest = min((task.client_documents(client, clients) for client in range(clients)), key=_size)
     _count(task, smallest)  # the client that holds least needs one example, too
     what = f"documents of {task.labels} classes" if task.labels else f"blocks of {size} tokens"
     told = f"{len(task.train)} documents, about {blocks:,} {what}; held out {len(task.held_out)}, about {held:,}"

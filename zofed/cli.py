@@ -144,7 +144,7 @@ def tell_end(folder: RunFolder, summary: dict[str, Any]) -> None:
     console.print(f"results in {folder.path}:")
     for name, what in CONTENTS.items():
         if (folder.path / name).exists():
-            console.print(f"  {name:17}{what}")
+            console.print(f"  {name:23}{what}")
     console.print(f"next: zofed journal replay {folder.path}")
 
 
@@ -154,11 +154,14 @@ CONTENTS = {
     "evaluations.csv": "one line an evaluation and source",
     "rounds.csv": "one line a round: replies, bytes, where the time went",
     "clients.csv": "one line a reply",
+    "client_evaluations.csv": "one line an evaluation and client",
+    "partition.csv": "who holds what, with partition.png",
+    "federation.png": "losses by round, bytes and seconds, and where the seconds went",
     "loss.png": "the losses as a picture",
     "journal.zofed": "every step as seeds and integers; base weights + journal = final weights",
     "model": "the trained model: a Hugging Face folder, which --model takes too",
     "checkpoints": "the newest states, to resume from",
-    "updates": "every gradient and guide, for the replay",
+    "updates": "gradients and guides, for the replay",
     "settings.toml": "all settings: zofed train settings.toml --out NEW runs it again",
 }
 
@@ -225,7 +228,8 @@ def journal_replay(
     worker, start = replay_run(run, base, threads)
     if start:
         console.print(
-            f"rounds 1 to {start} are first-order steps, which a journal cannot rebuild: started from their checkpoint"
+            f"rounds 1 to {start} hold first-order steps whose gradients are not kept whole, which a journal cannot "
+            "rebuild: started from their checkpoint"
         )
     digest, expected = worker.digest(), run.summary().get("digest")
     console.print(f"rounds {start + 1} to {worker.round} replayed" if worker.round > start else "no rounds to replay")

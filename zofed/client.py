@@ -57,7 +57,7 @@ class Replica:
 
     def counts(self, context: Context) -> dict[str, int]:
         """Documents of the node's data by label or source."""
-        return partitions.counts(self.task.client_documents(*self._share(context)))
+        return partitions.counts(self.task.client_documents(*self._share(context)), self.settings.partition)
 
     def catch_up(self, plan: Plan) -> bool:
         """Move to the plan's head and weights; from the base, anew, when the plan brings the whole history.
@@ -69,12 +69,14 @@ class Replica:
             self.keep(update, len(brought))
         if not plan.rebuild and not plan.snapshot and self._follow(plan):
             return True
+        if plan.rebuild:
+            self.worker = self.task.worker()
         if plan.snapshot:
             snapshots.restore(self.worker, plan.snapshot)
-        elif plan.after == self.genesis:
-            self.worker = self.task.worker()
-        else:
+        elif plan.after != self.genesis:
             return False
+        elif not plan.rebuild:
+            self.worker = self.task.worker()
         return self._follow(plan)
 
     def keep(self, update: Update, count: int = UPDATES_KEPT) -> None:
@@ -120,11 +122,15 @@ def place(context: Context) -> tuple[int, int]:
 
 
 def capability(context: Context) -> str:
-    """`zo` where the node says that it runs forward passes only, else `fo`: it can backpropagate too."""
+    """`zo` where this client runs forward passes only, as its node or the run's settings say, else `fo`: it can both.
+
+    Raises UserError for another word in the node's configuration.
+    """
     mode = str(context.node_config.get("mode", "fo")).lower()
     if mode not in ("fo", "zo"):
         raise UserError(f"mode = {mode!r} in this node's configuration: use fo or zo")
-    return mode
+    client, clients = place(context)
+    return "zo" if client >= clients - replica(context).settings.zo_clients else mode
 
 
 def greet(greeting: Greeting, context: Context) -> Introduction:

@@ -131,11 +131,20 @@ class Settings(BaseModel):
     max_tokens: int = Field(0, ge=0, description="stop after so many tokens of training data; 0: no limit")
     rounds: int = Field(100, ge=1, description="rounds of a federated run; each is one step")
     clients: int = Field(0, ge=0, description="clients a federated run waits for; 0: all nodes that are there")
+    partition: Literal["iid", "dirichlet", "source"] = Field(
+        "iid",
+        description="how clients share the documents; dirichlet: skewed by label, else topic or source; source: each "
+        "client one, or whole ones",
+    )
+    dirichlet_alpha: float = Field(0.5, gt=0, description="evenness of a dirichlet partition; small: one label each")
     round_timeout: float = Field(600.0, gt=0, description="seconds after which a round stops waiting for replies")
     node_timeout: float = Field(60.0, gt=0, description="seconds a federated run waits for its nodes to appear")
     quorum: int = Field(0, ge=0, description="replies a round needs; 0: all clients asked")
     participation: float = Field(
         1.0, gt=0, description="clients asked in each round: a share up to 1, or a number above it"
+    )
+    zo_clients: int = Field(
+        0, ge=0, description="so many clients, the last ones, run forward passes only, besides nodes that say mode = zo"
     )
     seeds: Literal["distinct", "shared"] = Field(
         "distinct", description="distinct: each client measures directions of its own; shared: all the same (zo)"
@@ -164,6 +173,9 @@ class Settings(BaseModel):
     )
     client_held_out: float = Field(
         0.0, ge=0, lt=1, description="share of its data on which each client evaluates; 0: only the server does"
+    )
+    coefficient_bits: int = Field(
+        18, ge=3, le=18, description="bits of the largest slope or coefficient on its way; 6: a byte each, 18: three"
     )
     losses_withheld: bool = Field(False, description="clients report no losses")
     digest_interval: int = Field(

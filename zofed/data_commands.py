@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -174,3 +175,40 @@ def distribution(
     else:
         console.print(f"not evenly mixed: p is below {mixing.SIGNIFICANCE}; zofed data merge shuffles")
         raise typer.Exit(1)
+
+
+@app.command("partition")
+def show_partition(
+    name: Name,
+    clients: Annotated[int, typer.Option(min=1, help="clients to deal to")],
+    partition: Annotated[str, typer.Option(help="iid, dirichlet or source")] = "iid",
+    dirichlet_alpha: Annotated[float, typer.Option(help="evenness of dirichlet; small: one label each")] = 0.5,
+    seed: Annotated[int, typer.Option(help="the seed of the run")] = 0,
+    held_out: Annotated[float, typer.Option(help="share of the documents that no client gets, as in the run")] = 0.1,
+    out: Annotated[Path, typer.Option(help="folder for partition.csv and partition.png; replaced")] = Path(),
+) -> None:
+    """Show how a federated run deals its training documents out to clients: a table, and a picture of it."""
+    from zofed import config, documents, partitions, plots
+
+    given = {"partition": partition, "dirichlet-alpha": dirichlet_alpha, "seed": seed, "held-out": held_out}
+    settings = config.resolve(given)
+    found, _ = documents.split_held_out(documents.load_documents(name), settings.held_out, settings.seed)
+    shares = {client: partitions.deal(found, client, clients, settings) for client in range(clients)}
+    counts = {client: partitions.counts(share, partition) for client, share in shares.items()}
+    characters = {client: sum(len(document.text) for document in share) for client, share in shares.items()}
+    columns, rows = partitions.table(partitions.largest(counts, plots.GROUPS_SHOWN), characters)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(*(f"{value:,}" for value in row))
+    # A pipe or a file has room for every column; a terminal as wide as it is.
+    (console if console.is_terminal else Console(width=1000, highlight=False)).print(table)
+    console.print(f"documents of each group; {len(found):,} in all, without the held-out ones")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        subsets.write_whole(out / "partition.csv", partitions.to_csv(counts, characters))
+        picture = plots.partition(counts, out / "partition.png")
+    except OSError as error:
+        raise UserError(f"{str(out)!r} cannot be written ({error.strerror}): choose another --out") from error
+    console.print(f"{out / 'partition.csv'}, {picture}")

@@ -18,7 +18,7 @@ import hashlib
 import statistics
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from math import isqrt, prod, sqrt
 
@@ -38,6 +38,7 @@ Factors = tuple[Tensor, ...]  # of one tensor's directions: (a, b) of a matrix, 
 DRAWN_TOGETHER = 2**22  # entries; one run of the generator costs as much as 10,000 of them
 
 LARGEST_COEFFICIENT = 2**24  # float32 holds every integer up to here
+LARGEST_SUM = 2**53  # and float64 up to here
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -228,6 +229,20 @@ def direction(kind: Kind, seed: int, name: str, shape: Sequence[int], rows: slic
     return torch.from_numpy(entries).reshape((stop - start, *shape[1:]) if shape else ())
 
 
+def check_exact(kind: Kind, coefficients: Sequence[int], what: str) -> None:
+    """Raise UserError where some entry of the sum of coefficient * direction could pass what float64 holds exactly.
+
+    what: how the message calls the sum.
+    """
+    entry = int(_normal_table()[-1]) if kind == "gaussian" else terms(kind) or 1
+    largest = entry * sum(map(abs, coefficients))
+    if largest > LARGEST_SUM:
+        raise UserError(
+            f"{what} adds {len(coefficients)} {kind} directions to entries of up to {largest:.3g}, above 2^53, where "
+            "sums are no longer exact: take fewer queries or clients"
+        )
+
+
 class WeightedSum:
     """Sum of coefficient * direction over the seeds of one record for one tensor, a block of rows at a time.
 
@@ -235,7 +250,8 @@ class WeightedSum:
     once to float32. Entries of +-1 are summed in float32 as long as the coefficients' absolute values add to at most
     2^24, and such partial sums in float64. Gaussian entries have 19 bits and are summed in float64. Low-rank kinds take
     one matrix product for each partial sum. device: where to compute; one without float64 gets it from the CPU. drawn:
-    what `draw` gave for this tensor, where it was called before. Raises ValueError for a coefficient above 2^24.
+    what `draw` gave for this tensor, where it was called before. Raises ValueError for a coefficient above 2^24; how
+    many may be summed `check_exact` tells.
     """
 
     def __init__(
@@ -283,7 +299,7 @@ class CoreSum:
 
     direction_ij is the outer product of the left factor of seed i and the right factor of seed j, for a vector the
     product of their entries. coefficients: row by row, as many as the square of the number of seeds; sums are exact in
-    float64.
+    float64 where `check_exact` says so.
     """
 
     def __init__(
@@ -353,6 +369,7 @@ def random_bits(seed: int, name: str, shape: Sequence[int], start: int = 0) -> T
     return torch.from_numpy(_halves(seed, tensor_id(name), prod(shape), start).astype(np.int32)).reshape(tuple(shape))
 
 
+@lru_cache(maxsize=1024)  # every client of a simulation asks for the same
 def positions(seed: int, name: str, size: int, count: int) -> NDArray[np.int64]:
     """`count` positions in a tensor of `size` elements, with repetition; all positions where it has no more."""
     if size <= count:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -29,11 +30,15 @@ _DECISIONS = {"yes": 0, "no": 1, "maybe": 2}
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text, the name of the data set it came from, and its class where the data set has classes."""
+    """One text, the name of the data set it came from, its class and its topic where the data set has them.
+
+    topic: '' where there is none; it never matters to training, only to who holds what.
+    """
 
     text: str
     source: str
     label: int | None = None
+    topic: str = ""
 
 
 def load_documents(dataset: str) -> list[Document]:
@@ -58,6 +63,7 @@ def load_documents(dataset: str) -> list[Document]:
     The text is the first of the columns text, sentence, content; a PubMedQA row (either spelling) gives its question,
     contexts and long answer as one text, and the label 0, 1 or 2 for yes, no or maybe. The column label, if there, is
     an integer; -1 marks a hidden label and counts as none. The column source, if there, names where a row came from.
+    The column topic, if there, names what a row is about; sample-dclm's topics are the first parts of its urls' paths.
     Rows whose text is blank are left out.
 
     Raises UserError where the name is unknown, nothing is found, or a row cannot be read.
@@ -123,14 +129,19 @@ def shard(documents: Sequence[Document], client: int, clients: int, seed: int) -
     Over all clients the shards are disjoint, cover everything and differ in size by at most one; a permutation drawn
     from `seed` decides. Raises UserError when there are more clients than documents or `client` is out of range.
     """
-    if clients > len(documents):
+    check_share(len(documents), client, clients)
+    return [documents[position] for position in random_order(len(documents), "shard", seed)[client::clients]]
+
+
+def check_share(count: int, client: int, clients: int) -> None:
+    """Raise UserError where `clients` are more than the `count` documents, or `client` is not one of them."""
+    if clients > count:
         raise UserError(
-            f"{clients} clients are more clients than documents ({len(documents)}): "
+            f"{clients} clients are more clients than documents ({count}): "
             "use fewer clients or a data set of more documents"
         )
     if not 0 <= client < clients:
         raise UserError(f"client {client} is not one of {clients} clients: use 0 to {clients - 1}")
-    return [documents[position] for position in random_order(len(documents), "shard", seed)[client::clients]]
 
 
 @lru_cache(maxsize=64)
@@ -152,7 +163,7 @@ def _documents(rows: Iterable[Row], source: str) -> list[Document]:
     for place, row in rows:
         text, label = text_and_label(place, row)
         if text.strip():
-            documents.append(Document(text, _source(place, row, source), label))
+            documents.append(Document(text, _source(place, row, source), label, _topic(row, source)))
     if not documents:
         raise UserError(f"data set {source!r} is empty: 0 rows hold text, at least 1 is needed; use another data set")
     return documents
@@ -163,6 +174,13 @@ def _source(place: str, row: dict[str, Any], dataset: str) -> str:
     if not isinstance(source, str) or not source.strip():
         raise UserError(f"{place} has an empty source ({source!r}): name where the row came from, or drop the column")
     return source
+
+
+def _topic(row: dict[str, Any], dataset: str) -> str:
+    topic = row.get("topic")
+    if topic is None and dataset == "sample-dclm":  # generated with https://example.org/TOPIC/...; other urls say less
+        topic = urlsplit(row["url"]).path.split("/")[1]
+    return "" if topic is None or topic != topic else str(topic).strip()  # NaN: an empty cell
 
 
 def text_and_label(place: str, row: dict[str, Any]) -> tuple[str, int | None]:

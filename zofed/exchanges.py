@@ -50,6 +50,7 @@ class Exchanges:
         self.settings, self.folder, self.traffic, self.seconds_moving = settings, folder, traffic, seconds_moving
         self.genesis = genesis_chain(worker.genesis)
         self.updates: dict[bytes, bytes] = {}  # encoded, by digest
+        self._probe = (b"", b"")  # head, probe there
 
     def remember(self, raw: bytes, update: Update) -> bytes:
         """Keep an encoded update for the clients that will need it; returns its digest."""
@@ -195,9 +196,12 @@ class Exchanges:
         member = self.members.found[client]
         held, entries = (0 if member.rebuild else member.held), self.journal.entries
         after = entries[held - 1].chain if held else self.genesis
+        if self._probe[0] != self.worker.head:  # the weights have moved; one probe serves all clients
+            self._probe = (self.worker.head, self.worker.probe())
         plan = federation.plan_for(
             self.settings, self.worker, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
             guide=guide,
+            probe=self._probe[1],
         )  # fmt: skip
         digests = (update_digest(entry.record) for entry in entries[held:])
         needed = [digest for digest in digests if digest is not None and digest not in member.updates]
@@ -227,7 +231,8 @@ class Exchanges:
         if duplicates:
             self.traffic.now.results["duplicate"] += duplicates
         extra = sum(len(plan.updates) + len(plan.guide) + len(plan.snapshot) for plan in plans.values())
-        self.traffic.sent(by_node, replies, time.monotonic() - began, extra)
+        in_round = message_type.startswith("train")
+        self.traffic.sent(by_node, replies, time.monotonic() - began, extra, in_round)
         return contents, replies
 
     def digests(self, clients: Collection[int]) -> dict[int, str]:
@@ -255,7 +260,7 @@ class Exchanges:
 
     def evaluations(self, round_: int) -> str:
         """Losses on the clients' own held-out parts, in words."""
-        _, replies = self.send({client: self.plan(client) for client in self.members.found}, "evaluate")
+        _, replies = self.send({client: self.plan(client) for client in self.members.there()}, "evaluate")
         scores = []
         for client, member in self.members.found.items():
             reply = replies.get(member.node)

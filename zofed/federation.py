@@ -139,8 +139,12 @@ def plan_for(
     task: Task = "slopes",
     steps: int = 1,
     guide: bytes = b"",
+    probe: bytes = b"",
 ) -> Plan:
-    """The plan of the rounds that follow the worker's, for a client at chain `after` that lacks `missing`."""
+    """The plan of the rounds that follow the worker's, for a client at chain `after` that lacks `missing`.
+
+    probe: the worker's, where it is known already.
+    """
     return Plan(
         genesis=name_of(worker.genesis),
         round=worker.round + 1,
@@ -150,7 +154,7 @@ def plan_for(
         client=client,
         after=after,
         entries=journal.bodies(missing),
-        probe=worker.probe(),
+        probe=probe or worker.probe(),
         guide=guide,
     )
 
@@ -240,6 +244,7 @@ def merged_slopes(settings: Settings, found: Mapping[int, Slopes], *, shared: bo
         trim=settings.trim,
         limit=settings.clip_slopes,
         largest_weight=settings.example_cap if settings.weighting == "examples" else 0,
+        bits=settings.coefficient_bits,
     )
 
 
@@ -370,5 +375,7 @@ def check_settings(settings: Settings) -> None:
             f"merge = {settings.merge!r} compares clients along the same directions: set seeds to shared, or merge to "
             "mean"
         )
+    if settings.seeds == "shared" and settings.mode == "instruct":
+        raise UserError("seeds = 'shared' does not run with mode = 'instruct': set seeds to distinct")
     if settings.steps_per_message > 1 and settings.mode != "zo":
         raise UserError(f"steps-per-message = {settings.steps_per_message} takes mode = zo, not {settings.mode}: set 1")

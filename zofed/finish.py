@@ -15,7 +15,7 @@ from zofed.records import Guided, Seeded
 from zofed.runs import RunFolder, peak_memory_bytes, read_table, versions
 from zofed.task import ALL, Task, device, prepare_process
 from zofed.trainer import Totals, replay, restore, with_random_slopes
-from zofed.worker import Worker, update_digest
+from zofed.worker import NotKept, Worker, update_digest
 
 
 @contextmanager
@@ -43,13 +43,10 @@ def finish(
     """
     from zofed.plots import plot_loss  # pictures need pandas and matplotlib, which clients never load
 
-    scores, digest = task.evaluate(worker.model), worker.digest()
+    scores, digest = dict(totals.scores or task.evaluate(worker.model)), worker.digest()
     score = scores.pop(ALL)
     cost = totals.columns()
-    does_replay = all(
-        digest is None or folder.has_update(digest) for digest in (update_digest(e.record) for e in journal.entries)
-    )
-    replayed = replay_run(folder, threads=task.settings.threads)[0].digest() if does_replay else None
+    replayed = _replay_digest(task, journal, folder)
     baselines = task.baselines()
     summary: dict[str, Any] = {
         "status": "completed",
@@ -99,18 +96,37 @@ def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
 def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Worker, int]:
     """Rebuild a run's weights from its files: base and journal, or the newest checkpoint where records are dense.
 
-    Returns the worker and the round of the checkpoint it had to start from (0: none was needed). Raises UserError
-    where first-order steps lie behind the last checkpoint.
+    Returns the worker and the round of the checkpoint it had to start from (0: none was needed). A damaged gradient
+    counts as not kept. Raises NotKept where first-order steps lie behind the last checkpoint.
     """
     prepare_process(threads)
     worker, _ = base_worker(folder, base)
     entries = read(folder.journal).entries
-    lost = [e for e in entries if (digest := update_digest(e.record)) is not None and not folder.has_update(digest)]
-    if lost:
+    try:
+        replay(worker, [entry.record for entry in entries], folder.whole_update)
+        return worker, 0
+    except NotKept:
         restore(worker, entries, folder, latest=entries[-1].record.round)
     start = worker.round
-    replay(worker, [entry.record for entry in entries if entry.record.round > start], folder.update)
+    replay(worker, [entry.record for entry in entries if entry.record.round > start], folder.whole_update)
     return worker, start
+
+
+def _replay_digest(task: Task, journal: Journal, folder: RunFolder) -> str | None:
+    """Digest of the weights that an independent replay from the base gives; None where it lacks a gradient."""
+    if not _has_updates(journal, folder):
+        return None
+    try:
+        worker, start = replay_run(folder, threads=task.settings.threads)
+    except NotKept:
+        return None
+    return None if start else worker.digest()
+
+
+def _has_updates(journal: Journal, folder: RunFolder) -> bool:
+    """Whether every record of the journal has the gradient or guide that it needs, if any, in a file."""
+    digests = (update_digest(entry.record) for entry in journal.entries)
+    return all(digest is None or folder.has_update(digest) for digest in digests)
 
 
 def _controls(task: Task, journal: Journal, folder: RunFolder) -> dict[str, float]:
@@ -121,12 +137,10 @@ def _controls(task: Task, journal: Journal, folder: RunFolder) -> dict[str, floa
     control = task.worker()
     found = {"frozen": task.evaluate(control.model)[ALL].loss}
     records = [entry.record for entry in journal.entries]
-    digests = [update_digest(record) for record in records]
-    if any(isinstance(record, Seeded | Guided) for record in records) and all(
-        digest is None or folder.has_update(digest) for digest in digests
-    ):
-        replay(control, with_random_slopes(records, task.settings.seed), folder.update)
-        found["random_slopes"] = task.evaluate(control.model)[ALL].loss
+    if any(isinstance(record, Seeded | Guided) for record in records) and _has_updates(journal, folder):
+        with suppress(NotKept):  # a damaged file
+            replay(control, with_random_slopes(records, task.settings.seed), folder.update)
+            found["random_slopes"] = task.evaluate(control.model)[ALL].loss
     return found
 
 

@@ -113,7 +113,11 @@ class ZerothOrder:
         return seeded(worker.round + 1, rate, found, self.queries, self.points, spread)
 
     def apply(self, record: Seeded) -> float:
-        """Write the record to the journal, then move the weights by it. Returns the norm of the gradient estimate."""
+        """Write the record to the journal, then move the weights by it. Returns the norm of the gradient estimate.
+
+        Raises UserError, before anything is written, for a record of more directions than sum up exactly.
+        """
+        self.worker.check_exact(record)
         entry = self.journal.append(record) if self.journal else link(self.worker.head, record)
         return self.worker.apply(entry)
 

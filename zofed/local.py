@@ -45,7 +45,9 @@ def slopes(
                 rate = settings.local_learning_rate or settings.learning_rate
                 size = divisor * spread.value if settings.normalise else divisor
                 _move(worker, seeds, coefficients, math.ldexp(rate / size, exponent))
-    coefficients, exponent = records.to_integers([slope for one in found for slope in one.slopes])
+    coefficients, exponent = records.to_integers(
+        [slope for one in found for slope in one.slopes], settings.coefficient_bits
+    )
     passes = sum(one.forward_passes for one in found)
     return Measured(
         coefficients,
@@ -128,7 +130,7 @@ def guided_slopes(settings: Settings, worker: Worker, examples: Examples, client
     seeds = seeds_of(settings, worker, round_, client)
     found = instruct.slopes(worker, loss, instruct.guidance(guide, shape), shape, seeds, own)
     sequences = found.forward_passes * (examples_per_query(settings) or settings.batch_size)
-    integers = records.to_integers(found.values)
+    integers = records.to_integers(found.values, settings.coefficient_bits)
     return Measured(*integers, found.loss, found.forward_passes, sequences, len(examples["labels"]))
 
 
@@ -212,7 +214,7 @@ def coefficients(
     )
     ways = None if by_backprop else subspace.Probing(settings.queries, settings.epsilon, worker.genesis["seed"], client)
     trained = subspace.trained(*asked, probing=ways)
-    integers, exponent = records.to_integers([-value for value in trained.coefficients])
+    integers, exponent = records.to_integers([-value for value in trained.coefficients], settings.coefficient_bits)
     passes = count if by_backprop else 2 * settings.queries * count
     return Measured(integers, exponent, trained.loss, passes, passes * settings.batch_size, len(examples["labels"]))
 

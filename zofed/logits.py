@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zofed.errors import UserError
+
 DEFER_FROM = 4096  # outputs from which a layer's product is worth not holding
 ROWS, ENTRIES = 1024, 2048  # one piece: 8 MiB of float32
 
@@ -144,6 +146,40 @@ class _CrossEntropy(torch.autograd.Function):
             return _in_pieces(weight, moved, ignored), 0
         own = weight.movedim(in_dims[1], 0)  # an output layer with weights of its own for every copy
         return torch.cat([_in_pieces(w, [t[i : i + 1] for t in moved], ignored) for i, w in enumerate(own)]), 0
+
+
+def checked(target: Tensor, entries: int, ignored: int) -> Tensor:
+    """The targets of a cross-entropy over so many entries, each of them found to be one, or the one that is ignored.
+
+    Raises UserError for another, where torch has an IndexError or, summed up in pieces, an infinite loss.
+    """
+    if target.is_floating_point():
+        return target  # probabilities
+    return _Checked.apply(target, entries, ignored)  # type: ignore[return-value]
+
+
+class _Checked(torch.autograd.Function):
+    """Its rule for vmap reads the targets of all copies at once."""
+
+    @staticmethod
+    def forward(target: Tensor, entries: int, ignored: int) -> Tensor:
+        has_numbers = type(target) is Tensor and not target.is_meta  # where memory is predicted there are shapes alone
+        if has_numbers and target.numel():
+            smallest, largest = map(int, target.masked_fill(target == ignored, 0).aminmax())
+            if smallest < 0 or largest >= entries:
+                raise UserError(
+                    f"the targets reach the id {largest if largest >= entries else smallest}, but the model's output "
+                    f"has {entries} entries, 0 to {entries - 1}: take the tokenizer or labels the model was made for"
+                )
+        return target.view_as(target)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass  # integers have no gradient
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+        return _Checked.forward(*args), in_dims[0]
 
 
 def copies_first(tensor: Tensor, dim: int | None, copies: int) -> Tensor:

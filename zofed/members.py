@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from zofed import federation, messages
+from zofed import __version__, federation, messages
 from zofed.config import Settings
 from zofed.documents import random_order
 from zofed.errors import UserError
@@ -68,7 +68,7 @@ class Members:
     def __init__(self, grid: Grid, settings: Settings, worker: Worker, journal: Journal | None = None) -> None:
         self.grid, self.settings, self.worker, self.journal = grid, settings, worker, journal
         self.found: dict[int, Member] = {}
-        self.refused: dict[int, str] = {}
+        self.refused: dict[int, str] = {}  # by node id
         self._looked = 0.0
         self._present: set[int] = set()
 
@@ -125,6 +125,10 @@ class Members:
             print(f"clients {left} say mode = zo and cannot train by backpropagation: left out", flush=True)
             for client in left:
                 self.refused[self.found.pop(client).node] = f"client {client} says mode = zo"
+
+    def there(self) -> list[int]:
+        """Clients whose nodes are there, as far as was last seen."""
+        return [client for client, member in self.found.items() if member.node in self._present]
 
     def able(self) -> list[int]:
         """Clients that can backpropagate."""
@@ -202,6 +206,8 @@ class Members:
             self.found[told.client] = Member(node, told, self._position(told.head))
 
     def _clash(self, told: Introduction) -> str:
+        if (version := told.code.partition(" ")[0]) != __version__:
+            return f"client {told.client} runs zofed {version}, the server {__version__}: give all machines the same"
         other = self.found.get(told.client)
         if other and other.node in self._present:
             return f"two nodes say they are client {told.client}: give each its own partition-id"

@@ -66,13 +66,14 @@ def merged(
     trim: float = 0.2,
     limit: float = 0.0,
     largest_weight: int = 0,
+    bits: int = records.COEFFICIENT_BITS,
 ) -> Merged:
     """One set of slopes from those of all clients, by client index.
 
     shared: all clients measured the same directions, and a coefficient is their mean, the mean without the share
     `trim` at either end, or the lower median; else each keeps its own directions, and the rule can only be the mean.
     limit: of several clients, slopes beyond so many times the common size are brought back to it; 0: none.
-    largest_weight: clients count by their examples, up to so many; 0: all alike.
+    largest_weight: clients count by their examples, up to so many; 0: all alike. bits: of the largest coefficient.
     """
     clients = tuple(sorted(found))
     exponents = [found[client].exponent for client in clients if any(found[client].coefficients)]
@@ -90,17 +91,17 @@ def merged(
         own = weights or [1] * len(clients)
         total, count = (sum(own), len(own)) if weights else (1, 1)
         values = [value * weight * count for row, weight in zip(rows, own, strict=True) for value in row]
-        return Merged(clients, *rounded(values, total, finest))
+        return Merged(clients, *rounded(values, total, finest, bits))
     columns = list(zip(*rows, strict=True))
     if rule == "median":
-        return Merged((0,), *rounded([statistics.median_low(column) for column in columns], 1, finest))
+        return Merged((0,), *rounded([statistics.median_low(column) for column in columns], 1, finest, bits))
     if rule == "trimmed":
         cut = min(math.ceil(trim * len(rows)), (len(rows) - 1) // 2)
         kept = [sorted(column)[cut : len(rows) - cut] for column in columns]
-        return Merged((0,), *rounded([sum(column) for column in kept], len(rows) - 2 * cut, finest))
+        return Merged((0,), *rounded([sum(column) for column in kept], len(rows) - 2 * cut, finest, bits))
     own = weights or [1] * len(rows)
     values = [sum(value * weight for value, weight in zip(column, own, strict=True)) for column in columns]
-    return Merged((0,), *rounded(values, sum(own), finest))
+    return Merged((0,), *rounded(values, sum(own), finest, bits))
 
 
 def _at(slopes: Slopes, exponent: int) -> list[int]:
@@ -109,16 +110,18 @@ def _at(slopes: Slopes, exponent: int) -> list[int]:
     return [value << shift if value else 0 for value in slopes.coefficients]
 
 
-def rounded(values: Sequence[int], divisor: int, exponent: int) -> tuple[tuple[int, ...], int]:
-    """values / divisor * 2^exponent as integers below 2^18 in size with one exponent, to nearest, ties upwards.
+def rounded(
+    values: Sequence[int], divisor: int, exponent: int, bits: int = records.COEFFICIENT_BITS
+) -> tuple[tuple[int, ...], int]:
+    """values / divisor * 2^exponent as integers below 2^bits in size with one exponent, to nearest, ties upwards.
 
-    Kept as they are where they fit; else the largest fills the 18 bits.
+    Kept as they are where they fit; else the largest fills the bits.
     """
     largest = max(map(abs, values))
     if not largest:
         return tuple(values), records.SMALLEST_EXPONENT
-    limit = 2**records.COEFFICIENT_BITS
-    shift = largest.bit_length() - divisor.bit_length() - records.COEFFICIENT_BITS
+    limit = 2**bits
+    shift = largest.bit_length() - divisor.bit_length() - bits
     if divisor == 1:
         shift = max(shift, 0)
     shift = max(shift, records.SMALLEST_EXPONENT - exponent)

@@ -72,7 +72,8 @@ def merge(datasets: Sequence[str], folder: Path | None, seed: int, force: bool =
 
 def _row(document: Document, source: str) -> dict[str, Any]:
     row: dict[str, Any] = {"text": document.text, "source": source}
-    return row if document.label is None else row | {"label": document.label}
+    label = {} if document.label is None else {"label": document.label}
+    return row | label | ({"topic": document.topic} if document.topic else {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,7 @@ def _kind_and_config(
     end = tokenizer.eos_token_id
     tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
     config = GPT2Config(
-        vocab_size=len(tokenizer),
+        vocab_size=_entries(tokenizer),
         n_layer=size.layers,
         n_head=size.heads,
         n_embd=size.width,
@@ -361,11 +361,16 @@ def _check_causal(model: PreTrainedModel, name: str) -> None:
         )
 
 
+def _entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of an embedding that holds every id of the tokenizer; more than it counts where ids are left out."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def _check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
     vocabulary = getattr(model.config, "vocab_size", None)
-    if vocabulary is not None and len(tokenizer) > vocabulary:
+    if vocabulary is not None and _entries(tokenizer) > vocabulary:
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} entries but model {settings.model} only {vocabulary}: "
+            f"the tokenizer has {_entries(tokenizer)} entries but model {settings.model} only {vocabulary}: "
             "set tokenizer to the folder of the model's own"
         )
     positions = getattr(model.config, "max_position_embeddings", None)

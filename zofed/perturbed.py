@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from zofed import directions
 from zofed.directions import Factors
 from zofed.errors import UserError
-from zofed.logits import DEFER_FROM, Logits, copies_first
+from zofed.logits import DEFER_FROM, Logits, checked, copies_first
 
 QUERIES_AT_ONCE = 32  # directions whose factors are drawn together: bytes ~ queries * sum(rows + columns)
 
@@ -73,9 +73,10 @@ class Perturbation(TorchFunctionMode):
             a, b = self._factors(args[1])
             left = self._scaled(a[:, args[0]].movedim(0, -1))
             return add_product(F.embedding(*args, **kwargs), left, b)
-        if func is F.cross_entropy and isinstance(args[0], Logits) and not args[0].is_whole:
-            logits, target, reduction, ignored = _cross_entropy_arguments(*args, **kwargs)
-            if logits.dim() == 2 and target.dim() == 1 and reduction in ("mean", "sum"):
+        if func is F.cross_entropy:
+            logits, target, reduction, ignored = _checked_arguments(*args, **kwargs)
+            is_flat = logits.dim() == 2 and target.dim() == 1 and reduction in ("mean", "sum")
+            if is_flat and isinstance(logits, Logits) and not logits.is_whole:
                 return logits.cross_entropy(target, ignored, reduction)
         args = tuple(self._replaced(value) for value in args)
         kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
@@ -142,6 +143,8 @@ class Watch(TorchFunctionMode):
         self.seen = set[int]()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.cross_entropy:
+            _checked_arguments(*args, **(kwargs or {}))
         value = func(*args, **(kwargs or {}))
         if not _is_look(func) or isinstance(value, Tensor):
             self.seen.update(map(id, pytree.tree_leaves((args, kwargs))))
@@ -177,8 +180,8 @@ def _addmm_arguments(
     return input, mat1, mat2, beta == 1 and alpha == 1
 
 
-def _cross_entropy_arguments(
-    input: Logits,
+def _checked_arguments(
+    input: Logits | Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -186,8 +189,13 @@ def _cross_entropy_arguments(
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: float = 0.0,
-) -> tuple[Logits, Tensor, str, int]:
+) -> tuple[Logits | Tensor, Tensor, str, int]:
+    """Logits, targets, reduction (`other`: none that `Logits` knows) and the ignored target of a cross-entropy.
+
+    Raises UserError for a target that is no class.
+    """
     is_plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0
+    target = checked(target, input.shape[1 if input.dim() > 1 else 0], ignore_index)
     return input, target, reduction if is_plain else "other", ignore_index
 
 

@@ -40,6 +40,8 @@ _REQUEST = struct.Struct("<16s16s8s?II")
 _TYPES = {b"f": torch.float32, b"d": torch.float64}
 _CANNOT_BATCH, _FAILED = b"c", b"e"
 
+LONGEST_WAIT = 1e6  # seconds; the system counts the milliseconds of a wait in 31 bits
+
 
 @contextmanager
 def opened(task: Task, worker: Worker, journal: Journal, folder: Path) -> Iterator[Split | None]:
@@ -73,10 +75,12 @@ class Pool:
         others = devices(task.settings)[1:]
         digests = task.digests() if others else {}
         base = genesis_chain(worker.genesis)
+        patience = min(task.settings.round_timeout, LONGEST_WAIT)
         try:
             for index, device in enumerate(others):
                 place = f"process {index + 1} of {len(others)}, on {device},"
-                self.members.append(Member(*start(task.settings, str(device), digests), base, place, folder))
+                process, pipe = start(task.settings, str(device), digests)
+                self.members.append(Member(process, pipe, base, place, folder, patience))
         except BaseException:
             self.close()
             raise
@@ -119,10 +123,16 @@ class Pool:
 
 
 class Member:
-    """One process, and the pipe to it. head: chain of a fresh replica. place: how messages call this one."""
+    """One process, and the pipe to it.
 
-    def __init__(self, process: BaseProcess, pipe: Connection, head: bytes, place: str, folder: Path) -> None:
+    head: chain of a fresh replica. place: how messages call this one. patience: seconds that an answer may take.
+    """
+
+    def __init__(
+        self, process: BaseProcess, pipe: Connection, head: bytes, place: str, folder: Path, patience: float
+    ) -> None:
         self.process, self.pipe, self.head, self.place, self.folder = process, pipe, head, place, folder
+        self.patience = patience
         self._sent = 0  # entries of the journal
 
     def ask(self, journal: Journal, head: bytes, probe: bytes, batched: bool, some: slice) -> None:
@@ -136,8 +146,12 @@ class Member:
         self._sent, self.head = self._sent + count, head
 
     def losses(self) -> Tensor:
-        """Its answer: (queries, steps), bit for bit. Raises CannotBatch, or UserError where it failed."""
+        """Its answer: (queries, steps), bit for bit. Raises CannotBatch, or UserError where it failed or hangs."""
         try:
+            if not self.pipe.poll(self.patience):
+                raise self._failure(
+                    f"has not answered for round-timeout = {self.patience:g} seconds (it hangs, or that is too short)"
+                )
             answer = self.pipe.recv_bytes()
         except (EOFError, OSError) as error:
             self.process.join(5)

@@ -223,17 +223,17 @@ def _check_size(coefficients: Sequence[int]) -> None:
         raise ValueError(f"a coefficient above {directions.LARGEST_COEFFICIENT} in size cannot be summed exactly")
 
 
-def to_integers(slopes: Sequence[float]) -> tuple[tuple[int, ...], int]:
+def to_integers(slopes: Sequence[float], bits: int = COEFFICIENT_BITS) -> tuple[tuple[int, ...], int]:
     """Slopes as integers with one shared power-of-two exponent: slope ~ integer * 2^exponent.
 
-    The largest slope fills 18 bits, so the rounding error is at most 2^-18 of it. Raises ValueError when a slope is
-    not finite, or 2^118 or more.
+    The largest slope fills the bits, 18 or fewer, so the rounding error is at most 2^-bits of it. Raises ValueError
+    when a slope is not finite, or 2^118 or more.
     """
     if not all(abs(slope) < 2.0 ** (LARGEST_EXPONENT + COEFFICIENT_BITS) for slope in slopes):
         raise ValueError(f"slopes must be finite, got {[slope for slope in slopes if not abs(slope) < 1e30][:3]}")
     largest = max((abs(slope) for slope in slopes), default=0.0)
-    exponent = max(math.frexp(largest)[1] - COEFFICIENT_BITS, SMALLEST_EXPONENT) if largest else SMALLEST_EXPONENT
-    limit = 2**COEFFICIENT_BITS - 1
+    exponent = max(math.frexp(largest)[1] - bits, SMALLEST_EXPONENT) if largest else SMALLEST_EXPONENT
+    limit = 2**bits - 1
     return tuple(max(-limit, min(limit, round(math.ldexp(slope, -exponent)))) for slope in slopes), exponent
 
 

@@ -17,7 +17,7 @@ PUBMEDQA_COLUMNS = {
     "question": ("question", "context", "long_answer"),  # the hub's spelling
     "QUESTION": ("QUESTION", "CONTEXTS", "LONG_ANSWER"),  # the original repository's spelling
 }
-_READ_COLUMNS = {*TEXT_COLUMNS, "label", "final_decision", "source"}.union(*PUBMEDQA_COLUMNS.values())
+_READ_COLUMNS = {*TEXT_COLUMNS, "label", "final_decision", "source", "topic"}.union(*PUBMEDQA_COLUMNS.values())
 
 _SUFFIXES = (".txt", ".label", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
 

@@ -22,7 +22,7 @@ from zofed import __version__, config
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.journal import Genesis, differences, sync_folder
-from zofed.worker import tensors_digest
+from zofed.worker import NotKept, tensors_digest
 
 METRICS = (
     "timestamp", "epoch", "step", "mode", "scope", "q", "lr", "batch_size", "optimizer", "bp_interval", "loss",
@@ -131,7 +131,7 @@ class RunFolder:
             self._update_path(digest).unlink(missing_ok=True)
 
     def has_update(self, digest: bytes) -> bool:
-        """Whether the gradient or guide of a digest was kept."""
+        """Whether there is a file for the gradient or guide of a digest, be it whole or not."""
         return bool(digest) and self._update_path(digest).is_file()
 
     def _update_path(self, digest: bytes) -> Path:
@@ -139,8 +139,18 @@ class RunFolder:
 
     def update(self, digest: bytes) -> dict[str, Tensor] | None:
         """The gradient or guide of a digest, None where it was not kept or is damaged."""
-        found = read_checkpoint(self._update_path(digest)) if digest else None
-        return found[0] if found and tensors_digest(found[0]) == digest.hex() else None
+        found = read_checkpoint(self._update_path(digest), digest.hex()) if digest else None
+        return found and found[0]
+
+    def whole_update(self, digest: bytes) -> dict[str, Tensor] | None:
+        """As `update`, but raises NotKept, which names the file, where it is damaged."""
+        found = self.update(digest)
+        if found is None and self.has_update(digest):
+            raise NotKept(
+                f"{self._update_path(digest)}, a gradient that the replay needs, is damaged, and no checkpoint lies "
+                "behind its step: restore the file from a copy"
+            )
+        return found
 
     def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> None:
         """Save tensors and facts whole or not at all; all but the newest `keep` go once the new one is on disk."""
@@ -178,14 +188,17 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and facts of a checkpoint file, or None where it is damaged."""
+def read_checkpoint(path: Path, wanted: str = "") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts of a checkpoint file, or None where it is damaged.
+
+    wanted: the tensors' digest, hex; empty: the one in the file.
+    """
     try:
         with safe_open(path, "pt") as file:
             facts, digest = json.loads(file.metadata()["facts"]), file.metadata()["digest"]
         tensors = load_file(path)
-        return (tensors, facts) if tensors_digest(tensors) == digest else None
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError):
+        return (tensors, facts) if tensors_digest(tensors) == (wanted or digest) else None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 

@@ -1,10 +1,12 @@
 """Rounds over a Flower grid: plan, send, check, merge, write down, move, announce."""
 
+import json
 import math
 import os
 import statistics
 import sys
-from collections.abc import Collection, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,12 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
     out = config.absolute(settings.out or Path.home() / "zofed-runs" / name, "out")
     if settings.out and not Path(os.path.expanduser(settings.out)).is_absolute():
         raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
+    if settings.seeds == "shared" and settings.local_steps > 1:
+        warnings.warn(
+            f"seeds = 'shared' with local-steps = {settings.local_steps}: the noise of the clients does not average "
+            "out; set seeds to distinct",
+            stacklevel=2,
+        )
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings.model_copy(update={"out": str(out)})))
     task.check_held_out()
@@ -57,24 +65,53 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
             raise UserError("guide-source = 'server' backpropagates on public data: set bp-dataset to it")
         _ = task.backprop_examples
     worker = task.worker()
-    goes_on = RunFolder(out).journal.exists()
-    folder = RunFolder.open(out) if goes_on else RunFolder.create(out, task.settings, task.inputs())
-    opened = Journal.open(folder.journal) if goes_on else None
-    if opened:
-        try:
-            folder.check_unchanged(task.inputs(), opened.genesis, worker.genesis)
-        except UserError:
-            opened.close()
-            raise
-        folder.write_text("settings.toml", config.to_toml(task.settings))
-    with status_kept(folder), opened or Journal.create(folder.journal, worker.genesis) as journal:
-        last = journal.entries[-1].record.round if journal.entries else 0
-        members = Members(grid, task.settings, worker, journal)
+    earlier = _reopened(out, task, worker) if os.path.exists(RunFolder(out).journal) else None  # False for a bad name
+    try:
+        members = Members(grid, task.settings, worker, earlier)
         members.meet()
-        what = f"goes on after round {last}" if goes_on else f"{len(task.held_out)} documents held out"
+        folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, task.inputs())
+    except BaseException:
+        if earlier:
+            earlier.close()
+        raise
+    folder.write_text("settings.toml", config.to_toml(task.settings))
+    with status_kept(folder), earlier or Journal.create(folder.journal, worker.genesis) as journal:
+        members.journal = journal
+        last = journal.entries[-1].record.round if journal.entries else 0
+        what = f"goes on after round {last}" if earlier else f"{len(task.held_out)} documents held out"
         print(f"run folder: {out}\n{len(members.found)} clients, {what}", flush=True)
+        _tell_holdings(members, folder)
         with Traffic(folder, last, losses_withheld=task.settings.losses_withheld) as traffic:
             return Server(grid, members, task, worker, journal, folder, traffic).run()
+
+
+def _reopened(out: Path, task: Task, worker: Worker) -> Journal:
+    """The journal of a run that goes on. Raises UserError where it is no federated one, or began otherwise."""
+    folder = RunFolder.open(out)
+    if not (out / "rounds.csv").exists() and (out / "metrics.csv").exists():
+        raise UserError(
+            f"out = {str(out)!r} is not empty: it holds a run of zofed train, which --resume continues; choose another "
+            "folder with --out"
+        )
+    journal = Journal.open(folder.journal)
+    try:
+        folder.check_unchanged(task.inputs(), journal.genesis, worker.genesis)
+        done = journal.entries[-1].record.round if journal.entries else 0
+        if done > task.settings.rounds:
+            raise UserError(f"rounds = {task.settings.rounds}, but {out} has done {done}: set rounds to {done} or more")
+    except UserError:
+        journal.close()
+        raise
+    return journal
+
+
+def _tell_holdings(members: Members, folder: RunFolder) -> None:
+    """Table and picture of who holds what, as the clients say."""
+    from zofed import partitions, plots  # pictures need pandas and matplotlib, which clients never load
+
+    counts = {client: json.loads(member.told.counts) for client, member in sorted(members.found.items())}
+    folder.write_text("partition.csv", partitions.to_csv(counts))
+    plots.partition(counts, folder.path / "partition.png")
 
 
 class Server:
@@ -99,8 +136,10 @@ class Server:
         self.slope_size: float | None = None
 
     def run(self) -> dict[str, Any]:
+        from zofed import plots
+
         totals = self.trainer.run(self.settings.rounds, self._round)
-        digests = self.exchanges.digests(self.members.found)
+        digests = self.exchanges.digests(self.members.there())
         if wrong := self._wrong(digests):
             digests |= self.exchanges.digests(wrong)  # rebuilt from the base
             if wrong := self._wrong(digests):
@@ -110,6 +149,7 @@ class Server:
                 )
         extra = self.traffic.summary() | {"client_digests": {str(c): digest for c, digest in sorted(digests.items())}}
         summary = finish(self.task, self.worker, self.journal, self.folder, totals, extra)
+        plots.federation(self.folder, len(self.members.found))
         answered = sum(bool(digest) for digest in digests.values())
         print(
             f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the replay and "
@@ -205,12 +245,12 @@ class Server:
         return self._dense(round_, rate, update, loss, backward, local.backprop_batch_size(self.settings))
 
     def _first_order(self, round_: int) -> Step:
-        found = self.exchanges.contributions(round_, "update", self.members.sampled(round_))
+        found = self.exchanges.contributions(round_, "update", self.members.sampled(round_, self.members.able()))
         if not found:
             return self._skipped(round_)
         update = federation.merged_updates(self.settings, {c: (own, a.examples) for c, (own, a) in found.items()})
         self._remember(guides.whole(update), update)
-        loss = self._loss([answer for _, answer in found.values()])
+        loss = self._mean_loss(answer for _, answer in found.values())
         rate = schedules.learning_rate(self.settings, round_, self.settings.rounds)
         passes = (
             len(found)
@@ -235,7 +275,7 @@ class Server:
                 return None
             merged = federation.merged_updates(settings, {c: (own, a.examples) for c, (own, a) in found.items()})
             raw = guides.compressed(merged, settings.guide_rank)
-            loss = self._loss([answer for _, answer in found.values()])
+            loss = self._mean_loss(answer for _, answer in found.values())
             passes = settings.gradient_accumulation * len(found)
         update = guides.decoded(raw, self._shapes())
         if not guides.norm(update):
@@ -246,14 +286,20 @@ class Server:
     def _remember(self, raw: bytes, update: Update) -> None:
         """Keep an update for the clients that will need it and, on disk, for a server that starts again."""
         digest = self.exchanges.remember(raw, update)
+        if self.settings.keep_gradients:
+            return  # the trainer keeps them all
         self.folder.save_update(digest, update)
-        if not self.settings.keep_gradients and self.settings.save_interval:
+        if self.settings.save_interval:
             oldest = self._last_round() - self.settings.save_interval * (self.settings.keep_checkpoints + 1)
             old = [e.record for e in self.journal.entries if e.record.round <= oldest]
             self.folder.drop_updates([digest for record in old if (digest := update_digest(record))])
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in self.worker.parameters.items()}
+
+    def _mean_loss(self, answers: Iterable[Answer | Contribution]) -> float:
+        """NaN where the clients keep their losses to themselves."""
+        return math.nan if self.settings.losses_withheld else statistics.fmean(answer.loss for answer in answers)
 
     def _skipped(self, round_: int) -> Step:
         return Step(Skipped(round_), math.nan, 0.0, 0, bytes=self.traffic.now.up + self.traffic.now.down)
@@ -292,7 +338,7 @@ class Server:
         extra = local.backprop_batch_size(settings) * backward
         return Step(
             record=record,
-            loss=self._loss(good.values()),
+            loss=self._mean_loss(good.values()),
             epoch=record.round * seen / max(1, sum(answer.examples for answer in good.values())),
             batch_size=seen,
             update=update,
@@ -303,10 +349,6 @@ class Server:
             bytes=self.traffic.now.up + self.traffic.now.down,
             facts=facts or {},
         )
-
-    def _loss(self, answers: Collection[Answer | Contribution]) -> float:
-        """The clients' mean loss; none where they withhold it."""
-        return math.nan if self.settings.losses_withheld else statistics.fmean(answer.loss for answer in answers)
 
     def _wrong(self, digests: Mapping[int, str]) -> list[int]:
         """Clients with other weights than the server's; they start anew when next asked.
@@ -332,9 +374,10 @@ class Server:
         self.traffic.tell(row, self.slope_size)
         interval = self.settings.digest_interval
         if interval and round_ % interval == 0 and round_ < self.settings.rounds:
-            self._wrong(self.exchanges.digests(self.members.found))
+            self._wrong(self.exchanges.digests(self.members.there()))
         used, asked = now.results["used"], max(1, now.asked)
-        loss = "skipped" if row.get("lr") is None else "" if row["loss"] is None else f"loss {row['loss']:.4f}"
+        told = "loss withheld" if self.settings.losses_withheld and used else "skipped"
+        loss = told if row.get("loss") is None else f"loss {row['loss']:.4f}"
         slopes = "" if self.slope_size is None else f"  slopes {self.slope_size:.3g}"
         lost = "".join(
             f"  {count} {what}" for what, count in (("rejected", now.rejected), ("late", now.results["late"])) if count

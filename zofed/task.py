@@ -1,10 +1,12 @@
 """What a run's settings mean: its tokenizer, its documents and examples, its model."""
 
+import hashlib
 import json
 import math
 import os
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +16,19 @@ import transformers
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from zofed import classifier, config, data, documents, metrics, models, scopes, subsets, tokenizers, worker
+from zofed import (
+    classifier,
+    config,
+    data,
+    documents,
+    metrics,
+    models,
+    partitions,
+    scopes,
+    subsets,
+    tokenizers,
+    worker,
+)
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
@@ -31,7 +45,8 @@ class Task:
     """One run's data and model, the same for whoever builds it from the same settings.
 
     train: documents any client may hold a shard of; held_out: documents nobody trains on; backprop: those that
-    backpropagation sees beside zeroth order (instruct, calibrate).
+    backpropagation sees beside zeroth order (instruct, calibrate). classes: how many the run's data have, where these
+    documents need not show them all; 0: as many as they show.
     """
 
     settings: Settings
@@ -39,6 +54,7 @@ class Task:
     train: list[Document]
     held_out: list[Document]
     backprop: list[Document]
+    classes: int = 0
 
     @classmethod
     def load(cls, settings: Settings) -> "Task":
@@ -63,11 +79,28 @@ class Task:
             train, backprop = data.split_held_out(train, settings.split_dataset_for_bp_zo, settings.seed, "backprop")
         return cls(settings, tokenizer, train, held_out, backprop)
 
+    @classmethod
+    def own(cls, settings: Settings, dataset: str, classes: int = 0) -> "Task":
+        """The task of a node that reads its own `dataset` and needs none of the run's: client 0 of 1 holds it all.
+
+        Nothing is held out here; `client_parts` does. dataset: an absolute path or a known name. classes: of the run's
+        classification, of which a node may lack some. Raises UserError naming the key for a file that is missing, a
+        document without a label and a label that is none of the classes.
+        """
+        classifier.check(settings)
+        found = partitions.own(dataset)
+        if settings.task == "classification":
+            _check_own_labels(found, dataset, classes)
+        tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
+        return cls(settings, tokenizer, found, [], found, classes)
+
     @property
     def labels(self) -> int:
         """Number of classes of a classification task, 0 for a language model."""
         if self.settings.task == "language-model":
             return 0
+        if self.classes:
+            return self.classes
         return 1 + max(document.label or 0 for document in (*self.train, *self.held_out, *self.backprop))
 
     def check_held_out(self) -> None:
@@ -105,15 +138,31 @@ class Task:
         )
         return {"features": found, "labels": tokens["labels"]}
 
-    def client_documents(self, client, clients):
-        return data.shard(self.train, client, clients, self.settings.seed)
-
-    def client_parts(self, client, clients, share):
-        return self.shard(client, clients), None
+    def client_documents(self, client: int, clients: int) -> list[Document]:
+        """The training documents of one client out of `clients`, by the setting partition."""
+        return partitions.deal(self.train, client, clients, self.settings)
 
     def shard(self, client: int, clients: int) -> Examples:
         """The examples of one client out of `clients`; disjoint from every other client's."""
-        return self.examples(data.shard(self.train, client, clients, self.settings.seed))
+        found = self.client_documents(client, clients)
+        with _named(f"client {client} of {clients}" if clients > 1 else ""):
+            return self.examples(found)
+
+    def client_parts(self, client: int, clients: int, share: float) -> tuple[Examples, Examples | None]:
+        """(training, held-out) examples of one client: `share` of its documents, split off by the seed; 0: None.
+
+        Raises UserError where either part has not one example, or share is not in [0, 1).
+        """
+        if share == 0:
+            return self.shard(client, clients), None
+        found = self.client_documents(client, clients)
+        whose = f"client {client} of {clients}" if clients > 1 else "this client"
+        with _named(f"client-held-out = {share:g}, {whose}"):
+            train, held_out = data.split_held_out(found, share, self.settings.seed, "client held out")
+        with _named(f"training part of {whose}", "or lower client-held-out"):
+            examples = self.examples(train)
+        with _named(f"held-out part of {whose}", "or raise client-held-out"):
+            return examples, self.examples(held_out)
 
     @cached_property
     def held_out_examples(self) -> Examples:
@@ -178,8 +227,14 @@ class Task:
         return {
             "documents": data.documents_digest([*self.train, *self.held_out]),
             **({"backprop": data.documents_digest(self.backprop)} if self.backprop is not self.train else {}),
+            **({"groups": self._groups_digest()} if self.settings.partition != "iid" else {}),
             "tokenizer": data.tokenizer_digest(self.tokenizer),
         }
+
+    def _groups_digest(self) -> str:
+        """SHA-256 of what decides who holds which document, which the texts do not tell."""
+        names = [partitions.group(document, self.settings.partition) for document in self.train]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def worker(self) -> Worker:
         """A new replica at the base weights, on the run's device, with the genesis that pins it."""
@@ -215,6 +270,16 @@ def worker_of(settings: Settings, model: models.Model) -> Worker:
     return Worker(nn.Module.to(model, device(settings)), genesis)
 
 
+@contextmanager
+def _named(part: str, remedy: str = "") -> Iterator[None]:
+    """Say in a UserError's line whose data it speaks of, and a remedy more."""
+    try:
+        yield
+    except UserError as error:
+        told = f"{part}: {error}" if part else str(error)
+        raise UserError(f"{told}, {remedy}" if remedy else told) from error
+
+
 def _documents(settings: Settings, dataset: str) -> list[Document]:
     found = data.load_documents(dataset)
     if settings.task == "classification":
@@ -242,6 +307,20 @@ def _check_labels(documents: list[Document], dataset: str) -> None:
         raise UserError(
             f"dataset = {dataset!r} has a single document with the label {label}: a class takes at least 2, one to "
             "learn from and one to hold out; add more or drop the class"
+        )
+
+
+def _check_own_labels(documents: list[Document], dataset: str, classes: int) -> None:
+    labels = {document.label for document in documents}
+    if None in labels:
+        raise UserError(
+            f"node config dataset = {dataset!r} has documents without a label: give one with a label column"
+        )
+    highest = max(label for label in labels if label is not None)
+    if classes and highest >= classes:
+        raise UserError(
+            f"node config dataset = {dataset!r} has the label {highest}, but the run's classes are 0 to {classes - 1}: "
+            "number them as the run does"
         )
 
 

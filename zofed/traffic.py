@@ -54,7 +54,7 @@ class Traffic:
         self.clients = Table(folder.path / "clients.csv", CLIENTS)
         self.evaluations = Table(folder.path / "client_evaluations.csv", EVALUATIONS)
         self.now = Round()
-        self.up = self.down = self.payload_up = self.payload_down = self.plans = 0
+        self.up = self.down = self.payload_up = self.payload_down = self.plans = self.beside = 0
         self.reasons: dict[int, Counter[str]] = {}  # by client
 
     def begin(self) -> None:
@@ -66,10 +66,15 @@ class Traffic:
         self.now.asked += clients
         self.plans += clients
 
-    def sent(self, contents: Mapping[int, Any], replies: Mapping[int, Message], seconds: float, updates: int) -> None:
-        """Count an exchange: contents and replies by node."""
+    def sent(
+        self, contents: Mapping[int, Any], replies: Mapping[int, Message], seconds: float, updates: int, in_round: bool
+    ) -> None:
+        """Count an exchange: contents and replies by node. in_round: not one that greets, checks or evaluates."""
         answered = [reply.content for reply in replies.values() if reply.has_content()]
         up, down = sum(map(messages.size, answered)), sum(map(messages.size, contents.values()))
+        if not in_round:
+            self.beside += up + down
+            return
         payload_up = sum(map(messages.payload, answered))
         payload_down = sum(map(messages.payload, contents.values()))
         for name, count in (("up", up), ("down", down), ("payload_up", payload_up), ("payload_down", payload_down)):
@@ -129,13 +134,14 @@ class Traffic:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Mean bytes of a client and round, and each client's results, for the run's summary."""
+        """Mean bytes of a client and round, those of checks and evaluations, each client's results: for the summary."""
         plans = max(1, self.plans)
         return {
             "bytes_up_per_client_round": self.up / plans,
             "bytes_down_per_client_round": self.down / plans,
             "payload_up_per_client_round": self.payload_up / plans,
             "payload_down_per_client_round": self.payload_down / plans,
+            "bytes_beside_rounds": self.beside,
             "replies": {str(client): dict(counts) for client, counts in sorted(self.reasons.items())},
         }
 

@@ -53,6 +53,7 @@ class Totals:
 
     seconds: of training up to the last step's end, those before a resumption included: with them a budget is spent for
     the row, the loop and a later resumption alike. stopped_by: the budget that ended the run before its last step.
+    scores: of the final weights on the held-out part, by source; None where this process did not score them.
     """
 
     forward_passes: int = 0
@@ -62,6 +63,7 @@ class Totals:
     bytes: int = 0
     seconds: float = 0.0
     stopped_by: str = field(default="", init=False)
+    scores: Mapping[str, Score] | None = field(default=None, init=False)
     _told: float = field(default_factory=time.monotonic, init=False)
 
     @classmethod
@@ -109,6 +111,7 @@ class Trainer:
         told = int(self._rows[-1]["step"]) if self._rows else -1
         self._best = min((float(row["eval_loss"]) for row in self._rows if row["eval_loss"]), default=math.inf)
         cut_table(self.folder.path / "evaluations.csv", "step", told)
+        self._scored: tuple[int, Mapping[str, Score] | None] = -1, None  # the round scored last, and what it gave
 
     def run(self, total: int, ask: Ask) -> Totals:
         """Catch up with the journal, then train up to round `total`, or until a budget is spent.
@@ -136,6 +139,8 @@ class Trainer:
                         f"the gradient of round {round_} comes out otherwise than the journal says: go on with the "
                         "machine, the threads and the versions it began with"
                     )
+                if step and update is None:
+                    self._keep(step)
                 norm = self.worker.apply(entry, update if update or step is None else step.update)
                 if step and is_new:
                     self._account(table, totals, step, norm, total)
@@ -147,19 +152,26 @@ class Trainer:
         finally:
             table.close()
         totals.stopped_by = totals.spent(self.settings) if self.worker.round < total else ""
+        scored, scores = self._scored
+        totals.scores = scores if scored == self.worker.round else None
         return totals
 
     def _take(self, asked: Step | Sequence[Step], table: Table, totals: Totals, total: int) -> None:
         """Write new steps down, all at once, and move by one after the other."""
         steps = [asked] if isinstance(asked, Step) else asked
-        for step in steps if self.settings.keep_gradients else ():
-            if step.update and (digest := update_digest(step.record)) and not self.folder.has_update(digest):
-                self.folder.save_update(digest, step.update)
+        for step in steps:
+            self.worker.check_exact(step.record)
+            self._keep(step)
         for step, entry in zip(steps, self.journal.append_all([step.record for step in steps]), strict=True):
             began = time.monotonic()
             norm = self.worker.apply(entry, step.update)
             self.seconds_moving += time.monotonic() - began
             self._account(table, totals, step, norm, total)
+
+    def _keep(self, step: Step) -> None:
+        """Keep the step's gradient or guide beside the journal where that is wanted, in place of a damaged one."""
+        if self.settings.keep_gradients and step.update and (digest := update_digest(step.record)):
+            self.folder.save_update(digest, step.update)
 
     def _account(self, table: Table, totals: Totals, step: Step, norm: float, total: int) -> None:
         """Tell what a step that was just applied found and cost, and save a checkpoint where one is due."""
@@ -179,6 +191,7 @@ class Trainer:
     def _score(self, round_: int) -> float:
         """The held-out loss of all sources together; what else the scores tell goes into evaluations.csv."""
         scores = self.evaluate(self.worker.model)
+        self._scored = round_, scores
         whole = next(iter(scores.values())).loss
         if not math.isfinite(whole):
             raise diverged(round_, self.settings)
@@ -269,7 +282,7 @@ def diverged(round_: int, settings: Settings) -> UserError:
 def replay(worker: Worker, records: Iterable[Record], kept: Callable[[bytes], Update | None] = lambda _: None) -> None:
     """Move the worker through the records. kept: the gradient or guide of a digest, where there is one.
 
-    Raises UserError for a record that needs one which was not kept.
+    Raises NotKept for a record that needs one which was not kept; the worker stands before that record.
     """
 
     def linked() -> Iterator[Entry]:

@@ -97,6 +97,10 @@ def _optimizer(rule: Mapping[str, Any]) -> optimizers.Optimizer:
     )
 
 
+class NotKept(UserError):  # noqa: N818
+    """A record needs a gradient or guide that was not kept, or not whole: only a checkpoint behind it helps."""
+
+
 class Worker:
     """A replica of the model at one point of a journal's history.
 
@@ -197,15 +201,16 @@ class Worker:
         """Move the weights as the entry's record says.
 
         update: the gradient a dense record stands for, or the guide of a guided one; seeded records need none. Returns
-        the Euclidean norm of the gradient estimate. Raises UserError for a record without its update or with another
-        than its own, or one of another history.
+        the Euclidean norm of the gradient estimate. Raises NotKept for a record without its update, UserError for one
+        with another than its own, or one of another history.
         """
         return self._move([entry], update)[0]
 
     def replay(self, entries: Iterable[Entry], kept: Callable[[bytes], Update | None] = lambda _: None) -> None:
         """Apply entries one after the other, to the same bits as `apply` does, streaming many through each block.
 
-        kept: the update or guide of a digest, where it was kept. Raises UserError for a record without it.
+        kept: the update or guide of a digest, where it was kept. Raises NotKept for a record without it, the weights
+        being moved up to there.
         """
         group: list[Entry] = []
         count = 0
@@ -290,6 +295,12 @@ class Worker:
             split = [part.split(sizes) for part in parts]
             yield [tuple(part[index] for part in split) for index in range(len(seeds))]
 
+    def check_exact(self, record: Record) -> None:
+        """Raise UserError for a record whose sum could not be exact: no machine may write it down or move by it."""
+        part = record.seeded if isinstance(record, Guided) else record
+        if isinstance(part, Seeded):
+            directions.check_exact(self.kind, part.coefficients, f"the record of round {record.round}")
+
     def _check_follow(self, entries: Sequence[Entry], update: Update | None) -> None:
         head = self.head
         for entry in entries:
@@ -298,9 +309,10 @@ class Worker:
                 raise UserError(
                     f"the record of round {record.round} does not follow the history these weights come from"
                 )
+            self.check_exact(record)
             digest = update_digest(record)
             if digest is not None and update is None:
-                raise UserError(
+                raise NotKept(
                     f"round {record.round} is a step by backpropagation whose gradient is not kept: it needs a "
                     "checkpoint behind it to replay from, and there is none; keep-gradients = true keeps them"
                 )
