@@ -108,12 +108,10 @@ class Exchanges:
             if task in ("slopes", "coefficients", "guided"):
                 for client in merging.implausible(good, self.settings.clip_slopes):
                     del good[client]
-                    self.traffic.now.results.subtract(["used"])
-                    self.traffic.now.results["implausible"] += 1
-                    self.traffic.reasons[client].subtract(["used"])
-                    self.traffic.reasons[client]["implausible"] += 1
+                    self.traffic.revise(client, "implausible")
             if len(good) >= need:
                 break
+        self.traffic.settle()
         for client in clients:
             self.members.note(client, round_, is_well=client in good)
         if len(good) >= need:

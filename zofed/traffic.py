@@ -54,6 +54,7 @@ class Traffic:
         self.clients = Table(folder.path / "clients.csv", CLIENTS)
         self.evaluations = Table(folder.path / "client_evaluations.csv", EVALUATIONS)
         self.now = Round()
+        self._unsettled: list[Row] = []
         self.up = self.down = self.payload_up = self.payload_down = self.plans = self.beside = 0
         self.reasons: dict[int, Counter[str]] = {}  # by client
 
@@ -86,13 +87,13 @@ class Traffic:
     def result(
         self, plan: Plan, content: Any, reply: Message | None, answer: Answer | Contribution | None, result: str
     ) -> None:
-        """Write down how one reply fared."""
+        """Note how one reply fared, until `settle` writes it down."""
         self.now.results[result] += 1
         self.reasons.setdefault(plan.client, Counter())[result] += 1
         if answer is not None:
             self.now.compute = max(self.now.compute, answer.milliseconds / 1000)
         came = reply.content if reply is not None and reply.has_content() else None
-        self.clients.write(
+        self._unsettled.append(
             {
                 "round": plan.round,
                 "attempt": plan.attempt,
@@ -108,6 +109,20 @@ class Traffic:
                 "seconds_compute": answer.milliseconds / 1000 if answer else None,
             }
         )
+
+    def revise(self, client: int, result: str) -> None:
+        """A reply that was used until all of them were there is of no use after all."""
+        row = next(row for row in reversed(self._unsettled) if (row["client"], row["result"]) == (client, "used"))
+        row["result"] = result
+        for counts in (self.now.results, self.reasons[client]):
+            counts["used"] -= 1
+            counts[result] += 1
+
+    def settle(self) -> None:
+        """Write down how the replies of one attempt fared."""
+        for row in self._unsettled:
+            self.clients.write(row)
+        self._unsettled.clear()
 
     def tell(self, row: Row, slope_size: float | None) -> None:
         """Write down a round that ended."""
@@ -142,7 +157,7 @@ class Traffic:
             "payload_up_per_client_round": self.payload_up / plans,
             "payload_down_per_client_round": self.payload_down / plans,
             "bytes_beside_rounds": self.beside,
-            "replies": {str(client): dict(counts) for client, counts in sorted(self.reasons.items())},
+            "replies": {str(client): dict(+counts) for client, counts in sorted(self.reasons.items())},
         }
 
     def __enter__(self) -> Self:
