@@ -60,11 +60,11 @@ class Meddling(LocalGrid):
         kept = {1001 + index for index in indices}
         away = {node: context for node, context in self._contexts.items() if node not in kept}
         for node in away:
-            del self._contexts[node]
+            self._contexts.pop(node)
         return away
 
     def bring(self, contexts: dict[int, Context]) -> None:
-        self._contexts |= contexts
+        self._contexts.update(contexts)
 
     def _meddled(self, message: Message, context: Context) -> Message:
         index = int(context.node_config["partition-id"])

@@ -1,0 +1,291 @@
+"""Clients that lie: each reply is refused for one right reason, and the weights are those of a run without them."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from test_federation import odd_contents
+from test_law import records_of
+from test_rounds import Meddling, Quick, Start, no_waiting, quick, run, start
+
+from zofed import compact, guides, members, messages, wire
+from zofed.federation import Answer, Contribution, Plan
+from zofed.runs import read_table
+
+__all__ = ["no_waiting", "quick", "start"]
+
+QUERIES = 2
+Forge = Callable[[Plan, random.Random], RecordDict]
+
+
+def answer(plan: Plan, **changes: Any) -> RecordDict:
+    """What an honest client might say, but for the changes."""
+    good = Answer(
+        plan.genesis, plan.round, plan.attempt, plan.client, b"", plan.probe, "", (99, -98), -7, 5.0, 10, 1
+    )  # fmt: skip
+    return messages.pack(replace(good, **changes))
+
+
+def raw(content: bytes) -> RecordDict:
+    return RecordDict({messages.KEY: ConfigRecord({messages.KEY: content})})
+
+
+def encoded(plan: Plan) -> bytes:
+    return bytes(answer(plan)[messages.KEY][messages.KEY])  # type: ignore[index, arg-type]
+
+
+def with_huge_number(plan: Plan, chance: random.Random) -> RecordDict:
+    """More bits than any integer of a message has, where the examples stand."""
+    tail = compact.packed((10, 1))
+    return raw(encoded(plan)[: -len(tail)] + compact.packed((2 ** chance.randint(64, 300), 1)))
+
+
+def odd(plan: Plan, chance: random.Random) -> RecordDict:
+    return chance.choice(list(odd_contents().values()))
+
+
+SLOPES: dict[str, tuple[str, Forge]] = {
+    "no number for a loss": ("not_finite", lambda p, c: answer(p, loss=c.choice([math.nan, math.inf, -math.inf]))),
+    "a loss of 1e30": ("out_of_range", lambda p, c: answer(p, loss=c.choice([1e30, -1e30, 1.1e6]))),
+    "a loss beyond float32": ("not_finite", lambda p, c: answer(p, loss=1e300)),
+    "slopes of 1e30": ("out_of_range", lambda p, c: answer(p, coefficients=(1, c.choice([1, -1])), exponent=99)),
+    "an exponent of no float": ("out_of_range", lambda p, c: answer(p, exponent=c.choice([101, 1024, -451, 2**62]))),
+    "numbers too large": ("out_of_range", lambda p, c: answer(p, coefficients=(0, c.choice([1, -1]) << 18))),
+    "numbers of 64 bits": ("out_of_range", lambda p, c: answer(p, coefficients=(-(2**63), 2**63 - 1))),
+    "none": ("wrong_length", lambda p, c: answer(p, coefficients=())),
+    "too few or many": ("wrong_length", lambda p, c: answer(p, coefficients=(1,) * c.choice([1, 3, 999]))),
+    "no examples": ("out_of_range", lambda p, c: answer(p, examples=c.choice([0, -1, -(2**60)]))),
+    "more examples than there are": ("out_of_range", lambda p, c: answer(p, examples=2 ** c.randint(41, 62))),
+    "another run": ("wrong_genesis", lambda p, c: answer(p, genesis=c.randbytes(c.choice([0, 3, 5, 16])))),
+    "an older round": ("wrong_round", lambda p, c: answer(p, round=p.round - c.randint(1, 9))),
+    "a later round": ("wrong_round", lambda p, c: answer(p, round=c.choice([p.round + 1, 2**63 - 1]))),
+    "an earlier attempt": ("stale_attempt", lambda p, c: answer(p, attempt=p.attempt - 1)),
+    "another client": ("wrong_client", lambda p, c: answer(p, client=c.choice([0, p.client + 1, -1, 2**62]))),
+    "no such history": ("behind", lambda p, c: answer(p, head=c.randbytes(c.randint(1, 40)))),
+    "at the start": ("behind", lambda p, c: answer(p, head=p.after)),
+    "other weights": ("desync", lambda p, c: answer(p, probe=c.randbytes(c.choice([0, 7, 9])))),
+    "a made-up reason": ("malformed", lambda p, c: answer(p, problem=c.choice(["late", "used", "x" * 999]))),
+    "a loss that diverged": ("not_finite", lambda p, c: answer(p, problem="not_finite", coefficients=())),
+    "cut": ("malformed", lambda p, c: raw(encoded(p)[: c.randint(0, 20)])),
+    "longer": ("malformed", lambda p, c: raw(encoded(p) + c.randbytes(c.randint(1, 99)))),
+    "another kind": ("malformed", lambda p, c: messages.pack(wire.Final(p.client, "", b""))),
+    "noise": ("malformed", lambda p, c: raw(bytes([7]) + c.randbytes(99))),
+    "an integer of any size": ("malformed", with_huge_number),
+    "other records": ("malformed", odd),
+    "an exception": ("error", lambda p, c: fail()),
+}
+IMPLAUSIBLE = ("implausible", lambda p, c: answer(p, coefficients=(2**17, c.choice([1, -1]) << 17), exponent=9))
+
+
+def fail() -> RecordDict:
+    raise RuntimeError("out of memory")
+
+
+def update(plan: Plan, shapes: guides.Shapes, change: Callable[[dict[str, Any]], Any], **changes: Any) -> RecordDict:
+    """A contribution whose tensors, by name, `change` had in its hands."""
+    tensors = {name: torch.full(shape, 1e-3) for name, shape in shapes.items()}
+    change(tensors)
+    good = Contribution(
+        plan.genesis, plan.round, plan.attempt, plan.client, b"", plan.probe, "", guides.whole(tensors), 5.0, 10, 1
+    )
+    return messages.pack(replace(good, **changes))
+
+
+def set_first(value: float) -> Callable[[dict[str, Any]], Any]:
+    return lambda tensors: next(iter(tensors.values())).view(-1)[:1].fill_(value)
+
+
+Break = tuple[str, Callable[[dict[str, Any]], Any], dict[str, Any]]
+UPDATES: tuple[Break, ...] = (
+    ("wrong_tensors", lambda tensors: tensors.popitem(), {}),
+    ("wrong_tensors", lambda tensors: tensors.update(more=torch.ones(2)), {}),
+    ("wrong_tensors", lambda tensors: tensors.update({next(iter(tensors)): torch.ones(3)}), {}),
+    ("wrong_tensors", lambda tensors: tensors.clear(), {}),
+    ("wrong_tensors", lambda tensors: None, {"update": b"no tensors at all"}),
+    ("wrong_tensors", lambda tensors: None, {"update": b""}),
+    ("wrong_tensors", lambda tensors: None, {"update": b"\xff" * 4000}),
+    ("not_finite", set_first(math.nan), {}),
+    ("not_finite", set_first(-math.inf), {}),
+    ("too_large", set_first(1e30), {}),
+    ("not_finite", lambda tensors: None, {"loss": math.nan}),
+    ("out_of_range", lambda tensors: None, {"loss": -1e30}),
+    ("out_of_range", lambda tensors: None, {"examples": 2**50}),
+    ("wrong_round", lambda tensors: None, {"round": 0}),
+    ("stale_attempt", lambda tensors: None, {"attempt": 7}),
+    ("wrong_client", lambda tensors: None, {"client": 0}),
+    ("wrong_genesis", lambda tensors: None, {"genesis": b"else"}),
+    ("desync", lambda tensors: None, {"probe": b"else"}),
+)
+
+
+class Hostile(Meddling):
+    """Client 0 is honest; the others train nothing and forge. told: the reasons their replies deserve, by client."""
+
+    def forge_by(self, forge: Callable[[Plan], tuple[str, Callable[[], RecordDict]]]) -> None:
+        self.told: dict[int, Counter[str]] = {}
+        honest = self._forward
+
+        def forward(message: Message, context: Any) -> Message:
+            index = int(context.node_config["partition-id"])
+            if not index or not message.metadata.message_type.startswith("train"):
+                return honest(message, context)
+            plan = messages.unpack(Plan, message.content)
+            reason, content = forge(plan)
+            self.told.setdefault(index, Counter())[reason] += 1
+            return Message(content=content(), reply_to=message)
+
+        self._forward = forward  # type: ignore[assignment]
+
+
+def hostile(start: Start, settings: Any, nodes: int, name: str = "run") -> tuple[Hostile, Any]:
+    grid, settings = start(settings, nodes, name)
+    return Hostile(settings, len(grid._contexts)), settings
+
+
+def without_them(start: Start, settings: Any, nodes: int) -> tuple[str, list[bytes]]:
+    """Digest and records of the same run where client 0 is alone."""
+    grid, settings = start(settings, nodes, "alone", clients=1)
+    grid.keep([0])
+    return run((grid, settings))["digest"], records_of(Path(settings.out))
+
+
+def assert_counted(grid: Hostile, settings: Any, summary: dict[str, Any]) -> None:
+    """Every table and the summary hold the reasons that were deserved, to the number."""
+    rows = read_table(Path(settings.out) / "clients.csv")
+    for client, expected in grid.told.items():
+        assert Counter(row["result"] for row in rows if row["client"] == str(client)) == expected
+        assert summary["replies"][str(client)] == dict(expected)
+    assert summary["replies"]["0"] == {"used": settings.rounds}
+    rounds = read_table(Path(settings.out) / "rounds.csv")
+    assert [row["replies_used"] for row in rounds] == ["1"] * settings.rounds
+    assert sum(int(row["replies_rejected"]) for row in rounds) == sum(map(Counter.total, grid.told.values()))
+
+
+def test_a_thousand_forged_slopes_are_refused_each_for_its_reason(
+    quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(members, "PATIENCE", 10**9)
+    settings = quick(
+        quorum=1, rounds=112, eval_interval=112, save_interval=0, link_megabits=1e-6, queries=QUERIES, merge="mean"
+    )
+    grid, settings = hostile(start, settings, 10)
+    chance, names = random.Random(11), Counter[str]()
+
+    def forge(plan: Plan) -> tuple[str, Callable[[], RecordDict]]:
+        name = chance.choice([*SLOPES, *(["implausible"] * (plan.client == 1))])
+        names[name] += 1
+        reason, way = IMPLAUSIBLE if name == "implausible" else SLOPES[name]
+        return reason, lambda: way(plan, chance)
+
+    grid.forge_by(forge)
+    summary = run((grid, settings))
+    assert names.total() >= 1000
+    assert min(names[name] for name in [*SLOPES, "implausible"]) > 0
+    assert_counted(grid, settings, summary)
+    assert "Traceback" not in capfd.readouterr().err
+    assert (summary["digest"], records_of(Path(settings.out))) == without_them(start, settings, 10)
+    assert set(summary["client_digests"].values()) == {summary["digest"]}
+
+
+@pytest.mark.parametrize("mode", ["fo", "calibrate"])
+def test_forged_updates_are_refused_each_for_its_reason(
+    quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(members, "PATIENCE", 10**9)
+    settings = quick(
+        mode=mode, quorum=1, rounds=6, largest_update=100.0, learning_rate=0.01, bp_interval=1, link_megabits=1e-6
+    )
+    grid, settings = hostile(start, settings, 4)
+    ways = list(UPDATES)
+
+    def forge(plan: Plan) -> tuple[str, Callable[[], RecordDict]]:
+        reason, change, changes = ways[0]
+        ways.append(ways.pop(0))
+        shapes = {name: tuple(shape) for name, _, shape in genesis["trainable"]}
+        return reason, lambda: update(plan, shapes, change, **changes)
+
+    from zofed.task import Task, with_absolute_paths
+
+    genesis = Task.load(with_absolute_paths(settings)).worker().genesis
+    grid.forge_by(forge)
+    summary = run((grid, settings))
+    assert sum(map(Counter.total, grid.told.values())) >= len(UPDATES)
+    assert_counted(grid, settings, summary)
+    assert (summary["digest"], records_of(Path(settings.out))) == without_them(start, settings, 4)
+
+
+@pytest.mark.parametrize("seeds", ["distinct", "shared"])
+def test_a_claim_of_a_million_million_examples_counts_up_to_the_cap(quick: Quick, start: Start, seeds: str) -> None:
+    settings = quick(quorum=1, weighting="examples", example_cap=10, seeds=seeds, rounds=2)
+    summaries = []
+    for claim in (10, 10**12):
+        grid, own = hostile(start, settings, 2, name=f"claims {claim}")
+        grid.forge_by(lambda plan, claim=claim: ("used", lambda: answer(plan, examples=claim)))
+        summaries.append(run((grid, own)))
+    assert summaries[0]["digest"] == summaries[1]["digest"]
+
+
+def test_a_reply_of_an_earlier_round_or_attempt_is_told_by_its_place(quick: Quick, start: Start) -> None:
+    """True replies, held back and sent when another is due."""
+    grid, settings = start(quick(quorum=2), 2)
+    held: list[RecordDict] = []
+    due: list[tuple[int, int]] = []
+
+    def alter(index: int, message: Message, reply: Message) -> Message:
+        if index == 0 or not message.metadata.message_type.startswith("train"):
+            return reply
+        held.append(reply.content)
+        plan = messages.unpack(Plan, message.content)
+        due.append((plan.round, plan.attempt))
+        if plan.round == 3 and plan.attempt == 0:
+            return Message(content=held[-2], reply_to=message)
+        if plan.round == 3 and plan.attempt == 1:
+            return Message(content=held[-2], reply_to=message)
+        return reply
+
+    grid.alter = alter
+    summary = run((grid, settings))
+    assert due.count((3, 2)) == 1
+    assert summary["replies"]["1"] == {"used": 6, "wrong_round": 1, "stale_attempt": 1}
+    assert set(summary["client_digests"].values()) == {summary["digest"]}
+    assert summary["digest"] == run(start(quick(quorum=2), 2, "whole"))["digest"], "asked again, it says the same"
+
+
+def test_a_reply_that_comes_twice_counts_once(quick: Quick, start: Start) -> None:
+    whole = run(start(quick(), name="whole"))
+    grid, settings = start(quick())
+    pull = grid.pull_messages
+
+    def twice(message_ids: Iterable[str]) -> list[Message]:
+        return [reply for reply in pull(message_ids) for _ in range(2)]
+
+    grid.pull_messages = twice  # type: ignore[method-assign]
+    summary = run((grid, settings))
+    assert summary["digest"] == whole["digest"]
+    rows = read_table(Path(settings.out) / "rounds.csv")
+    assert [(row["replies_used"], row["replies_rejected"]) for row in rows] == [("2", "2")] * 6
+
+
+def test_a_client_that_never_answers_is_late(quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, settings = start(quick(quorum=1, round_timeout=0.3, rounds=3), 2)
+    pull = grid.pull_messages
+
+    def silent(message_ids: Iterable[str]) -> list[Message]:
+        return [
+            reply
+            for reply in pull(message_ids)
+            if reply.metadata.src_node_id != 1002 or not reply.metadata.message_type.startswith("train")
+        ]
+
+    grid.pull_messages = silent  # type: ignore[method-assign]
+    summary = run((grid, settings))
+    assert summary["replies"] == {"0": {"used": 3}, "1": {"late": 3}}
+    assert [row["replies_late"] for row in read_table(Path(settings.out) / "rounds.csv")] == ["1"] * 3
+    assert set(summary["client_digests"].values()) == {summary["digest"]}
