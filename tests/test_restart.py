@@ -139,16 +139,6 @@ def test_a_server_of_every_mode_goes_on_to_the_same_weights(
     disturbed(quick, start, monkeypatch, way, point, 4, forget=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("round_", [1, 3, 4, 6])
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("way", WAYS)
-def test_a_server_that_dies_in_any_round_goes_on_to_the_same_weights(
-    quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, way: str, point: str, round_: int
-) -> None:
-    disturbed(quick, start, monkeypatch, way, point, round_, forget=round_ % 2 == 0)
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
