@@ -515,7 +515,7 @@ def test_without_an_update_that_the_way_names_nothing_is_applied(stands: int) ->
 def test_a_plan_brings_every_client_it_was_made_for_to_the_round(start: int) -> None:
     entries, goal = history(worker_of()), standing_at(len(HISTORY))
     after = entries[start - 1].chain if start else genesis_chain(goal.genesis)
-    plan = plan_for(config.resolve({}), goal, after, entries[start:], client=2, attempt=9)
+    plan = plan_for(goal, after, entries[start:], client=2, attempt=9)
     assert (plan.round, plan.attempt, plan.client, plan.probe, plan.task) == (7, 9, 2, goal.probe(), "slopes")
     assert plan.genesis == genesis_chain(goal.genesis)[:4]
     worker = standing_at(start)
@@ -525,7 +525,7 @@ def test_a_plan_brings_every_client_it_was_made_for_to_the_round(start: int) -> 
 
 def test_the_first_plan_starts_from_the_genesis() -> None:
     worker = worker_of()
-    plan = plan_for(config.resolve({}), worker, worker.head, [], client=0)
+    plan = plan_for(worker, worker.head, [], client=0)
     assert plan.after == genesis_chain(worker.genesis)
     assert (plan.round, plan.entries) == (1, b"")
     assert catch_up(worker, plan.after, plan.entries)

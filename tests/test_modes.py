@@ -655,7 +655,7 @@ def test_a_federation_runs_no_code_that_the_other_side_names(quick: Quick, tmp_p
     assert not (tmp_path / "run").exists()
     settings = quick(clients=1)
     _, _, worker = steps_of(settings)
-    plan = federation.plan_for(settings, worker, worker.head, (), client=0)
+    plan = federation.plan_for(worker, worker.head, (), client=0)
 
     class Context:
         run_config = settings.model_dump(by_alias=True) | {"objective": "os:getcwd"}

@@ -64,7 +64,7 @@ class Replica:
 
         False when this process cannot get there: the answer then tells the server, which sends everything.
         """
-        brought = [guides.decoded(raw, self.shapes) for raw in guides.split(plan.updates)]
+        brought = [guides.decoded(raw, self.worker.shapes) for raw in guides.split(plan.updates)]
         for update in brought:
             self.keep(update, len(brought))
         if not plan.rebuild and not plan.snapshot and self._follow(plan):
@@ -86,10 +86,6 @@ class Replica:
         self._updates[digest] = update
         while len(self._updates) > max(UPDATES_KEPT, count):
             del self._updates[next(iter(self._updates))]
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self.worker.parameters.items()}
 
     def _follow(self, plan: Plan) -> bool:
         arrived = federation.catch_up(self.worker, plan.after, plan.entries, self._updates)
@@ -121,7 +117,7 @@ def place(context: Context) -> tuple[int, int]:
         ) from error
 
 
-def capability(context: Context) -> str:
+def capability(here: Replica, context: Context) -> str:
     """`zo` where this client runs forward passes only, as its node or the run's settings say, else `fo`: it can both.
 
     Raises UserError for another word in the node's configuration.
@@ -130,7 +126,7 @@ def capability(context: Context) -> str:
     if mode not in ("fo", "zo"):
         raise UserError(f"mode = {mode!r} in this node's configuration: use fo or zo")
     client, clients = place(context)
-    return "zo" if client >= clients - replica(context).settings.zo_clients else mode
+    return "zo" if client >= clients - here.settings.zo_clients else mode
 
 
 def greet(greeting: Greeting, context: Context) -> Introduction:
@@ -147,23 +143,22 @@ def greet(greeting: Greeting, context: Context) -> Introduction:
             )
         examples = len(here.parts(context)[0]["labels"])
         counts = json.dumps(here.counts(context))
-        return Introduction(client, clients, examples, capability(context), here.worker.head, counts, "", code)
+        return Introduction(client, clients, examples, capability(here, context), here.worker.head, counts, "", code)
     except UserError as error:
         return Introduction(client, 0, 0, "", b"", "", str(error), code)
 
 
-def _report(plan: Plan, context: Context, work: Callable[[Replica, int, Examples], Any]) -> dict[str, Any]:
+def _report(plan: Plan, here: Replica, context: Context, work: Callable[[int, Examples], Any]) -> dict[str, Any]:
     """The fields that all answers have; `found` is what the work gave, None where there was none to do or to give."""
     began = time.monotonic()
     client, _ = place(context)
-    here = replica(context)
     examples = here.parts(context)[0]
     found, problem = None, ""
     arrived = here.catch_up(plan)
     if arrived:
         torch.set_num_threads(here.settings.threads)
         try:
-            found = work(here, client, examples)
+            found = work(client, examples)
         except ValueError:  # a loss or a gradient that is not finite
             problem = "not_finite"
     return {
@@ -182,41 +177,44 @@ def _report(plan: Plan, context: Context, work: Callable[[Replica, int, Examples
 
 def measure(plan: Plan, context: Context) -> Answer:
     """Catch up and answer with integers: slopes, or the coefficients of a subspace."""
-    by_backprop = capability(context) == "fo"
+    here = replica(context)
+    settings = here.settings
+    by_backprop = capability(here, context) == "fo"
 
-    def work(here: Replica, client: int, examples: Examples) -> Measured:
-        settings, worker = here.settings, here.worker
+    def work(client: int, examples: Examples) -> Measured:
+        worker = here.worker  # that of the plan's head
         if plan.task == "coefficients":
             total = settings.rounds
             return local.coefficients(settings, worker, examples, client, total, by_backprop=by_backprop)
         if plan.task == "guided":
-            guide = guides.decoded(plan.guide, here.shapes)
+            guide = guides.decoded(plan.guide, here.worker.shapes)
             here.keep(guide)
             return local.guided_slopes(settings, worker, examples, client, guide)
         return local.slopes(settings, worker, examples, client, plan.steps)
 
-    fields = _report(plan, context, work)
+    fields = _report(plan, here, context, work)
     found: Measured | None = fields.pop("found")
     if found is None:
         return Answer(**fields, coefficients=(), exponent=0, loss=NO_LOSS)
-    loss = NO_LOSS if replica(context).settings.losses_withheld else found.loss
+    loss = NO_LOSS if settings.losses_withheld else found.loss
     return Answer(**fields, coefficients=found.coefficients, exponent=found.exponent, loss=loss)
 
 
 def backpropagate(plan: Plan, context: Context) -> Contribution:
     """Catch up and answer with a gradient for a guide, or with the update of local training."""
+    here = replica(context)
+    settings = here.settings
 
-    def work(here: Replica, client: int, examples: Examples) -> tuple[bytes, float]:
-        settings = here.settings
+    def work(client: int, examples: Examples) -> tuple[bytes, float]:
         if plan.task == "gradient":
             gradient, loss = local.gradient(settings, here.worker, examples, client)
             return guides.compressed(gradient, settings.guide_rank), loss
         update, loss = local.update(settings, here.worker, examples, client)
         return guides.whole(update), loss
 
-    fields = _report(plan, context, work)
+    fields = _report(plan, here, context, work)
     update, loss = fields.pop("found") or (b"", NO_LOSS)
-    return Contribution(**fields, update=update, loss=NO_LOSS if replica(context).settings.losses_withheld else loss)
+    return Contribution(**fields, update=update, loss=NO_LOSS if settings.losses_withheld else loss)
 
 
 def evaluate(plan: Plan, context: Context) -> Evaluation:
@@ -247,12 +245,8 @@ def on_measure(message: Message, context: Context) -> Message:
 
 
 @app.train("fo")
-def on_update(message: Message, context: Context) -> Message:
-    return _reply(message, backpropagate(messages.unpack(Plan, message.content), context))
-
-
 @app.train("guide")
-def on_guide(message: Message, context: Context) -> Message:
+def on_backpropagate(message: Message, context: Context) -> Message:
     return _reply(message, backpropagate(messages.unpack(Plan, message.content), context))
 
 

@@ -97,11 +97,12 @@ def derive_seed(purpose: str, *numbers: int) -> int:
 
 def direction_seeds(run_seed: int, step: int, client: int, queries: int, local_steps: int = 1) -> list[int]:
     """Seeds of one client's directions in one step: local step by local step, query by query."""
-    return [
-        derive_seed("zofed-direction", run_seed, step, client, local, query)
-        for local in range(local_steps)
-        for query in range(queries)
-    ]
+    return [seed for local in range(local_steps) for seed in local_step_seeds(run_seed, step, client, local, queries)]
+
+
+def local_step_seeds(run_seed: int, step: int, client: int, local: int, queries: int) -> list[int]:
+    """Those of one local step."""
+    return [derive_seed("zofed-direction", run_seed, step, client, local, query) for query in range(queries)]
 
 
 def terms(kind: Kind) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from zofed import federation, guides, merging, messages, snapshots
 from zofed.config import Settings
 from zofed.errors import UserError
-from zofed.federation import Answer, Contribution, Plan
+from zofed.federation import Answer, Contribution, Plan, Reply
 from zofed.journal import Entry, Journal, genesis_chain
 from zofed.members import Members, exchange
 from zofed.traffic import Traffic
@@ -26,6 +26,7 @@ from zofed.worker import Update, Worker, tensors_digest, update_digest
 ATTEMPTS = 3  # times a round is asked before it is given up
 UPDATES_KEPT = 4  # encoded updates at hand for clients that missed a round or two
 
+T = TypeVar("T")
 Judge = Callable[[Message, Plan], tuple[Any, Any, str]]  # -> what to use, the answer, "used" or why not
 
 
@@ -91,7 +92,7 @@ class Exchanges:
         task: federation.Task,
         message_type: str,
         clients: Collection[int],
-        judge: Callable[[Message, Plan], tuple[Any, Any, str]],
+        judge: Judge,
         steps: int = 1,
         guide: bytes = b"",
     ) -> dict[int, Any]:
@@ -133,7 +134,7 @@ class Exchanges:
         attempt: int,
         task: federation.Task,
         message_type: str,
-        judge: Callable[[Message, Plan], tuple[Any, Any, str]],
+        judge: Judge,
         steps: int,
         guide: bytes,
     ) -> dict[int, Any]:
@@ -155,9 +156,7 @@ class Exchanges:
                 break
         return good
 
-    def _judged(
-        self, reply: Message | None, plan: Plan, judge: Callable[[Message, Plan], tuple[Any, Any, str]]
-    ) -> tuple[Any, Any, str]:
+    def _judged(self, reply: Message | None, plan: Plan, judge: Judge) -> tuple[Any, Any, str]:
         if reply is None:
             return None, None, "late"
         if reply.has_error():
@@ -170,7 +169,7 @@ class Exchanges:
             print(f"client {plan.client}: malformed reply: {error}", file=sys.stderr, flush=True)
             return None, None, "malformed"
 
-    def _follows(self, plan: Plan, answer: Answer | Contribution | None, result: str) -> bool:
+    def _follows(self, plan: Plan, answer: Reply | None, result: str) -> bool:
         """Note where a client's replica stands; whether it is to be asked again with all it lacks."""
         client, member = plan.client, self.members.found[plan.client]
         if result == "used":
@@ -197,7 +196,7 @@ class Exchanges:
         if self._probe[0] != self.worker.head:  # the weights have moved; one probe serves all clients
             self._probe = (self.worker.head, self.worker.probe())
         plan = federation.plan_for(
-            self.settings, self.worker, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
+            self.worker, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
             guide=guide,
             probe=self._probe[1],
         )  # fmt: skip
@@ -242,11 +241,7 @@ class Exchanges:
                 break
             _, replies = self.send({client: self.plan(client) for client in left}, "query.digest")
             for client in left:
-                reply, member = replies.get(self._node(client)), self.members.found[client]
-                try:
-                    told = messages.unpack(Final, reply.content) if reply and reply.has_content() else None
-                except Malformed:
-                    told = None
+                member, told = self.members.found[client], _told(Final, replies.get(self._node(client)))
                 if told is None:
                     continue
                 digests[client] = told.digest
@@ -261,11 +256,7 @@ class Exchanges:
         _, replies = self.send({client: self.plan(client) for client in self.members.there()}, "evaluate")
         scores = []
         for client, member in self.members.found.items():
-            reply = replies.get(member.node)
-            try:
-                found = messages.unpack(Evaluation, reply.content) if reply and reply.has_content() else None
-            except Malformed:
-                found = None
+            found = _told(Evaluation, replies.get(member.node))
             if found is None or not found.examples or not math.isfinite(found.loss):
                 continue
             scores.append(found.loss)
@@ -275,3 +266,11 @@ class Exchanges:
             return ""
         spread = statistics.pstdev(scores)
         return f"  clients' own {statistics.fmean(scores):.4f} (worst {max(scores):.4f}, spread {spread:.4f})"
+
+
+def _told(kind: type[T], reply: Message | None) -> T | None:
+    """What a reply holds; None where there is none, or none that can be read."""
+    try:
+        return messages.unpack(kind, reply.content) if reply and reply.has_content() else None
+    except Malformed:
+        return None

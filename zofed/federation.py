@@ -1,7 +1,7 @@
 """A federated round as plain functions: plan, catch up, check, merge. Nothing here knows Flower.
 
 The server plans a round and sends the plan with the journal entries a client lacks; the client catches up by replaying
-them, does its part (`clients`) and answers; the server checks every answer against a closed list of reasons and merges
+them, does its part (`local`) and answers; the server checks every answer against a closed list of reasons and merges
 the good ones into records. Central training is the same with one client.
 """
 
@@ -23,8 +23,8 @@ from zofed.worker import Update, Worker, update_digest
 # coefficients of the round's subspace; a gradient for a guide; an update after local training; nothing but to be there.
 Task = Literal["slopes", "guided", "coefficients", "gradient", "update", "none"]
 
-# Why a reply was not used. `late`, `error`, `malformed` and `duplicate` are told by the server's loop, `unlike` and
-# `implausible` once all are there, the others by `check` or `check_update`.
+# Why a reply was not used. `late`, `error`, `malformed` and `duplicate` are told by the server's loop, `implausible`
+# once all are there, the others by `check` or `check_update`.
 Reason = Literal[
     "error", "late", "malformed", "duplicate", "wrong_genesis", "wrong_round", "stale_attempt", "wrong_client",
     "behind", "desync", "not_finite", "wrong_length", "out_of_range", "implausible", "wrong_tensors", "too_large",
@@ -66,11 +66,12 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """What a client sends: integers with one exponent, and what tells whether to believe them.
+class Reply:
+    """What every reply to a plan says, and what tells whether to believe the rest.
 
-    probe: of the replica they were found on. head: empty where it followed the plan's records to their end, else its
-    own, so that the server can send what it lacks. problem: a reason of its own why there are no integers.
+    probe: of the replica it was found on. head: empty where it followed the plan's records to their end, else its own,
+    so that the server can send what it lacks. problem: a reason of the client's own why there is nothing to use.
+    examples: how many the client holds.
     """
 
     genesis: bytes
@@ -80,31 +81,24 @@ class Answer:
     head: bytes
     probe: bytes
     problem: str
-    coefficients: tuple[int, ...]
-    exponent: int
     loss: float
     examples: int
     milliseconds: int
 
 
 @dataclass(frozen=True, slots=True)
-class Contribution:
-    """What a client that backpropagates sends where no coefficients tell it: its gradient or update, encoded.
+class Answer(Reply):
+    """Slopes or coefficients: integers with one exponent."""
 
-    The other fields are those of an `Answer`.
-    """
+    coefficients: tuple[int, ...]
+    exponent: int
 
-    genesis: bytes
-    round: int
-    attempt: int
-    client: int
-    head: bytes
-    probe: bytes
-    problem: str
+
+@dataclass(frozen=True, slots=True)
+class Contribution(Reply):
+    """What a client that backpropagates sends where no coefficients tell it: its gradient or update, encoded."""
+
     update: bytes
-    loss: float
-    examples: int
-    milliseconds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +123,6 @@ class Measured:
 
 
 def plan_for(
-    settings: Settings,
     worker: Worker,
     after: bytes,
     missing: Sequence[Entry],
@@ -323,9 +316,8 @@ def check_update(
         return None, "not_finite"
     if abs(contribution.loss) > LARGEST_LOSS:
         return None, "out_of_range"
-    shapes = {name: tuple(parameter.shape) for name, parameter in worker.parameters.items()}
     try:
-        update = guides.decoded(contribution.update, shapes)
+        update = guides.decoded(contribution.update, worker.shapes)
     except ValueError:
         return None, "wrong_tensors"
     norm = guides.norm(update)
@@ -334,7 +326,7 @@ def check_update(
     return (None, "too_large") if 0.0 < largest_norm < norm else (update, None)
 
 
-def _check_head(answer: Answer | Contribution, plan: Plan) -> Reason | None:
+def _check_head(answer: Reply, plan: Plan) -> Reason | None:
     """Whether an answer belongs to the plan and to sound weights."""
     if answer.genesis != plan.genesis:
         return "wrong_genesis"

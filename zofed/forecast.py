@@ -87,7 +87,7 @@ def bytes_of_a_round(settings: Settings, worker: Worker) -> tuple[int, int]:
     values = (2**17,) * settings.queries
     clients = (0,) if settings.seeds == "shared" else tuple(range(max(1, settings.clients)))
     record = Seeded(worker.round, settings.learning_rate, clients, settings.queries, values * len(clients), -17, 1.0)
-    plan = federation.plan_for(settings, worker, worker.head, [link(worker.head, record)], client=0)
-    answer = federation.Answer(plan.genesis, plan.round, 1, 0, b"", plan.probe, "", values, -17, 1.0, 1, 1)
+    plan = federation.plan_for(worker, worker.head, [link(worker.head, record)], client=0)
+    answer = federation.Answer(plan.genesis, plan.round, 1, 0, b"", plan.probe, "", 1.0, 1, 1, values, -17)
     up, down = (messages.size(messages.pack(content)) for content in (answer, plan))
     return up, down

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from zofed import directions
+from zofed import directions, merging
 from zofed.worker import Update
 
 BITS = 15
@@ -163,6 +163,6 @@ def robust_mean(updates: Sequence[Mapping[str, Tensor]], rule: str, trim: float)
         if rule == "median":
             found[name] = stacked.median(0).values
         else:
-            cut = min(math.ceil(trim * len(updates)), (len(updates) - 1) // 2)
+            cut = merging.left_out(len(updates), trim)
             found[name] = stacked.sort(0).values[cut : len(updates) - cut].mean(0)
     return found

@@ -62,10 +62,12 @@ def slopes(
 @torch.no_grad()
 def _move(worker: Worker, seeds: Sequence[int], coefficients: Sequence[int], scale: float) -> None:
     """weights -= scale * sum of coefficient * direction: a move that nobody else takes, undone by who asked for it."""
-    scale *= directions.unit(worker.kind)
+    kind, shapes = worker.kind, worker.shapes
+    drawn = dict(directions.draw(kind, seeds, shapes)) if directions.terms(kind) else {}  # all from one generator's run
     for name, parameter in worker.parameters.items():
-        total = directions.weighted_sum(worker.kind, seeds, coefficients, name, tuple(parameter.shape))
-        parameter.sub_(total.mul_(scale * worker.sizes.get(name, 1.0)).to(parameter))
+        shape, own = shapes[name], scale * directions.unit(kind) * worker.sizes.get(name, 1.0)
+        total = directions.WeightedSum(kind, seeds, coefficients, name, shape, parameter.device, drawn.get(name))
+        parameter.sub_(total.rows(0, shape[0] if shape else 1).mul_(own).view(shape).to(parameter))
 
 
 def raw_losses(
@@ -81,9 +83,7 @@ def raw_losses(
 def seeds_of(settings: Settings, worker: Worker, round_: int, client: int, local: int = 0) -> list[int]:
     """Seeds of the directions of one client, or of all where they share them, in one local step of a round."""
     own = 0 if settings.seeds == "shared" else client
-    count = settings.queries
-    every = directions.direction_seeds(worker.genesis["seed"], round_, own, count, local + 1)
-    return every[local * count :]
+    return directions.local_step_seeds(worker.genesis["seed"], round_, own, local, settings.queries)
 
 
 def query_loss(

@@ -96,12 +96,17 @@ def merged(
     if rule == "median":
         return Merged((0,), *rounded([statistics.median_low(column) for column in columns], 1, finest, bits))
     if rule == "trimmed":
-        cut = min(math.ceil(trim * len(rows)), (len(rows) - 1) // 2)
+        cut = left_out(len(rows), trim)
         kept = [sorted(column)[cut : len(rows) - cut] for column in columns]
         return Merged((0,), *rounded([sum(column) for column in kept], len(rows) - 2 * cut, finest, bits))
     own = weights or [1] * len(rows)
     values = [sum(value * weight for value, weight in zip(column, own, strict=True)) for column in columns]
     return Merged((0,), *rounded(values, sum(own), finest, bits))
+
+
+def left_out(count: int, trim: float) -> int:
+    """How many of `count` values a trimmed mean leaves out at either end: a share, and never all."""
+    return min(math.ceil(trim * count), (count - 1) // 2)
 
 
 def _at(slopes: Slopes, exponent: int) -> list[int]:
@@ -126,13 +131,13 @@ def rounded(
         shift = max(shift, 0)
     shift = max(shift, records.SMALLEST_EXPONENT - exponent)
     while True:
-        scaled = _divided(values, divisor, shift)
+        scaled = rounded_quotients(values, divisor, shift)
         if max(map(abs, scaled)) < limit:
             return scaled, exponent + shift
         shift += 1
 
 
-def _divided(values: Sequence[int], divisor: int, shift: int) -> tuple[int, ...]:
+def rounded_quotients(values: Sequence[int], divisor: int, shift: int) -> tuple[int, ...]:
     """values / (divisor * 2^shift), to nearest, ties upwards."""
     below = divisor << (shift + 1) if shift >= 0 else 2 * divisor
     above = 2 if shift >= 0 else 2 << -shift

@@ -235,14 +235,3 @@ def to_integers(slopes: Sequence[float], bits: int = COEFFICIENT_BITS) -> tuple[
     exponent = max(math.frexp(largest)[1] - bits, SMALLEST_EXPONENT) if largest else SMALLEST_EXPONENT
     limit = 2**bits - 1
     return tuple(max(-limit, min(limit, round(math.ldexp(slope, -exponent)))) for slope in slopes), exponent
-
-
-def to_exponent(integers: Sequence[int], old: int, new: int) -> tuple[int, ...]:
-    """Integers at exponent `old` brought to the coarser exponent `new`, rounded to nearest, ties upwards.
-
-    Zeros may come from any exponent.
-    """
-    shift = new - old
-    if shift == 0 or not any(integers):
-        return tuple(integers)
-    return tuple((value + (1 << (shift - 1))) >> shift for value in integers)

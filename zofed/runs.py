@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -125,10 +125,12 @@ class RunFolder:
         """Keep the gradient or guide that a record names by its digest, whole on disk before this returns."""
         self._save(self.path / "updates", digest.hex(), tensors, {})
 
-    def drop_updates(self, digests: Iterable[bytes]) -> None:
-        """Let go of gradients and guides that no checkpoint needs any more."""
-        for digest in digests:
-            self._update_path(digest).unlink(missing_ok=True)
+    def keep_updates(self, digests: Collection[bytes]) -> None:
+        """Let go of all gradients and guides but these."""
+        names = {self._update_path(digest).name for digest in digests}
+        for path in (self.path / "updates").glob("*.safetensors"):
+            if path.name not in names:
+                path.unlink()
 
     def has_update(self, digest: bytes) -> bool:
         """Whether there is a file for the gradient or guide of a digest, be it whole or not."""

@@ -1,5 +1,6 @@
 """Rounds over a Flower grid: plan, send, check, merge, write down, move, announce."""
 
+import itertools
 import math
 import os
 import statistics
@@ -16,7 +17,7 @@ from zofed import config, federation, guides, instruct, local, merging, schedule
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.exchanges import Exchanges
-from zofed.federation import Answer, Contribution
+from zofed.federation import Answer, Reply
 from zofed.finish import finish, status_kept
 from zofed.journal import Journal
 from zofed.members import Members
@@ -25,7 +26,7 @@ from zofed.runs import Row, RunFolder
 from zofed.task import Task, prepare_process, with_absolute_paths
 from zofed.traffic import Traffic
 from zofed.trainer import Step, Trainer, diverged
-from zofed.worker import Update, Worker, tensors_digest, update_digest
+from zofed.worker import Update, Worker, update_digest
 
 app = ServerApp()
 
@@ -220,7 +221,7 @@ class Server:
         guide = self._guide(round_)
         if guide is None:
             return self._skipped(round_)
-        raw, update, _, backward = guide
+        raw, _, update, _, backward = guide
         good = self.exchanges.slopes(round_, "guided", self.members.sampled(round_), guide=raw)
         if not good:
             return self._skipped(round_)
@@ -239,16 +240,16 @@ class Server:
         guide = self._guide(round_)
         if guide is None:
             return self._skipped(round_)
-        _, update, loss, backward = guide
+        _, digest, update, loss, backward = guide
         rate = schedules.backprop_rate(self.settings, round_, self.settings.rounds)
-        return self._dense(round_, rate, update, loss, backward, local.backprop_batch_size(self.settings))
+        return self._dense(round_, rate, digest, update, loss, backward, local.backprop_batch_size(self.settings))
 
     def _first_order(self, round_: int) -> Step:
         found = self.exchanges.contributions(round_, "update", self.members.sampled(round_, self.members.able()))
         if not found:
             return self._skipped(round_)
         update = federation.merged_updates(self.settings, {c: (own, a.examples) for c, (own, a) in found.items()})
-        self._remember(guides.whole(update), update)
+        digest = self._remember(guides.whole(update), update)
         loss = self._mean_loss(answer for _, answer in found.values())
         rate = schedules.learning_rate(self.settings, round_, self.settings.rounds)
         passes = (
@@ -256,10 +257,10 @@ class Server:
             * self.settings.local_steps
             * (self.settings.gradient_accumulation if self.settings.local_steps == 1 else 1)
         )
-        return self._dense(round_, rate, update, loss, passes, self.settings.batch_size)
+        return self._dense(round_, rate, digest, update, loss, passes, self.settings.batch_size)
 
-    def _guide(self, round_: int) -> tuple[bytes, Update, float, int] | None:
-        """(encoded, decoded, loss, backward passes) of the round's gradient, from clients or on public data."""
+    def _guide(self, round_: int) -> tuple[bytes, bytes, Update, float, int] | None:
+        """(encoded, digest, decoded, loss, backward passes) of the round's gradient, from clients or on public data."""
         settings = self.settings
         if settings.guide_source == "server":
             try:
@@ -276,36 +277,35 @@ class Server:
             raw = guides.compressed(merged, settings.guide_rank)
             loss = self._mean_loss(answer for _, answer in found.values())
             passes = settings.gradient_accumulation * len(found)
-        update = guides.decoded(raw, self._shapes())
+        update = guides.decoded(raw, self.worker.shapes)
         if not guides.norm(update):
             raise UserError("the gradient is zero everywhere and shapes no direction: set mode to zo, or scope wider")
-        self._remember(raw, update)
-        return raw, update, loss, passes
+        return raw, self._remember(raw, update), update, loss, passes
 
-    def _remember(self, raw: bytes, update: Update) -> None:
-        """Keep an update for the clients that will need it and, on disk, for a server that starts again."""
+    def _remember(self, raw: bytes, update: Update) -> bytes:
+        """Keep an update for the clients that will need it and, on disk, for a server that starts again: its digest."""
         digest = self.exchanges.remember(raw, update)
         if self.settings.keep_gradients:
-            return  # the trainer keeps them all
+            return digest  # the trainer keeps them all
         self.folder.save_update(digest, update)
         if self.settings.save_interval:
             oldest = self._last_round() - self.settings.save_interval * (self.settings.keep_checkpoints + 1)
-            old = [e.record for e in self.journal.entries if e.record.round <= oldest]
-            self.folder.drop_updates([digest for record in old if (digest := update_digest(record))])
+            late = itertools.takewhile(lambda entry: entry.record.round > oldest, reversed(self.journal.entries))
+            self.folder.keep_updates({digest, *(needed for e in late if (needed := update_digest(e.record)))})
+        return digest
 
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(parameter.shape) for name, parameter in self.worker.parameters.items()}
-
-    def _mean_loss(self, answers: Iterable[Answer | Contribution]) -> float:
+    def _mean_loss(self, answers: Iterable[Reply]) -> float:
         """NaN where the clients keep their losses to themselves."""
         return math.nan if self.settings.losses_withheld else statistics.fmean(answer.loss for answer in answers)
 
     def _skipped(self, round_: int) -> Step:
         return Step(Skipped(round_), math.nan, 0.0, 0, bytes=self.traffic.now.up + self.traffic.now.down)
 
-    def _dense(self, round_: int, rate: float, update: Update, loss: float, passes: int, size: int) -> Step:
+    def _dense(
+        self, round_: int, rate: float, digest: bytes, update: Update, loss: float, passes: int, size: int
+    ) -> Step:
         return Step(
-            record=Dense(round_, rate, bytes.fromhex(tensors_digest(update))),
+            record=Dense(round_, rate, digest),
             loss=loss,
             epoch=0.0,
             batch_size=size,

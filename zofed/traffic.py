@@ -8,7 +8,7 @@ from typing import Any, Self
 from flwr.app import Message
 
 from zofed import messages
-from zofed.federation import Answer, Contribution, Plan
+from zofed.federation import Plan, Reply
 from zofed.runs import Row, RunFolder, Table, cut_table
 
 ROUNDS = (
@@ -84,9 +84,7 @@ class Traffic:
         self.now.updates += updates
         self.now.waiting += seconds
 
-    def result(
-        self, plan: Plan, content: Any, reply: Message | None, answer: Answer | Contribution | None, result: str
-    ) -> None:
+    def result(self, plan: Plan, content: Any, reply: Message | None, answer: Reply | None, result: str) -> None:
         """Note how one reply fared, until `settle` writes it down."""
         self.now.results[result] += 1
         self.reasons.setdefault(plan.client, Counter())[result] += 1

@@ -132,6 +132,11 @@ class Worker:
         self._batches, self._warned = directions.terms(self.kind) > 0, False
         self._checked = False  # that the loss uses every parameter; a batched pass finds out by itself
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every trainable tensor, by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+
     def ask(
         self,
         loss: Loss,
@@ -289,9 +294,8 @@ class Worker:
         if not directions.terms(kind) or not together:
             yield from ([()] * len(seeds) for _ in self.parameters)
             return
-        shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         sizes = [len(own) for own in seeds]
-        for _, parts in directions.draw(kind, together, shapes):
+        for _, parts in directions.draw(kind, together, self.shapes):
             split = [part.split(sizes) for part in parts]
             yield [tuple(part[index] for part in split) for index in range(len(seeds))]
 
