@@ -130,7 +130,7 @@ def memory(folder: Path) -> None:
 def _memory_of(folder: str, clients: int, model: str, rounds: int) -> None:
     values: Values = {"model": model, "rounds": rounds, "queries": 2, "batch_size": 1, "eval_examples": 8}
     if clients > 100:
-        values |= {"participation": 50.0, "dataset": str(Path(os.environ["ZOFED_REAL_DATA"]) / "dclm-web/pages.jsonl")}
+        values |= {"participation": 50.0}
     if model == "20M":
         values |= {"dataset": str(Path(os.environ["ZOFED_REAL_DATA"]) / "dclm-web/pages.jsonl")}
     first: list[int] = []

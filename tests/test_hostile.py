@@ -28,7 +28,7 @@ Forge = Callable[[Plan, random.Random], RecordDict]
 def answer(plan: Plan, **changes: Any) -> RecordDict:
     """What an honest client might say, but for the changes."""
     good = Answer(
-        plan.genesis, plan.round, plan.attempt, plan.client, b"", plan.probe, "", (99, -98), -7, 5.0, 10, 1
+        plan.genesis, plan.round, plan.attempt, plan.client, b"", plan.probe, "", 5.0, 10, 1, (99, -98), -7
     )  # fmt: skip
     return messages.pack(replace(good, **changes))
 
@@ -42,9 +42,9 @@ def encoded(plan: Plan) -> bytes:
 
 
 def with_huge_number(plan: Plan, chance: random.Random) -> RecordDict:
-    """More bits than any integer of a message has, where the examples stand."""
-    tail = compact.packed((10, 1))
-    return raw(encoded(plan)[: -len(tail)] + compact.packed((2 ** chance.randint(64, 300), 1)))
+    """More bits than any integer of a message has, where the exponent stands."""
+    tail = compact.packed((-7,))
+    return raw(encoded(plan)[: -len(tail)] + compact.packed((2 ** chance.randint(64, 300),)))
 
 
 def odd(plan: Plan, chance: random.Random) -> RecordDict:
@@ -93,7 +93,7 @@ def update(plan: Plan, shapes: guides.Shapes, change: Callable[[dict[str, Any]],
     tensors = {name: torch.full(shape, 1e-3) for name, shape in shapes.items()}
     change(tensors)
     good = Contribution(
-        plan.genesis, plan.round, plan.attempt, plan.client, b"", plan.probe, "", guides.whole(tensors), 5.0, 10, 1
+        plan.genesis, plan.round, plan.attempt, plan.client, b"", plan.probe, "", 5.0, 10, 1, guides.whole(tensors)
     )
     return messages.pack(replace(good, **changes))
 

@@ -131,15 +131,17 @@ def federation(folder: RunFolder, clients: int) -> Path:
         place.plot(scored[column], scored["eval_loss"], color="black", marker="o", ms=4, label="held out, server")
         place.set(xlabel=label, ylabel="loss, nats")
     axes.flat[0].legend(frameon=False)
-    last, width = axes.flat[3], max(1.0, len(rounds) / 60)
+    last = axes.flat[3]
     parts = (
-        ("seconds_compute", "0.15", "", "slowest client"),
-        ("seconds_flower", "0.75", "///", "the rest: Flower, waiting, clients in turn"),
+        ("seconds_compute", "0.15", "slowest client"),
+        ("seconds_flower", "0.75", "Flower, waiting, others in turn"),
     )
-    start = np.zeros(len(rounds))
-    for column, color, hatch, label in parts:
-        last.bar(rounds["round"], rounds[column], width, bottom=start, color=color, hatch=hatch, label=label, lw=0)
-        start += rounds[column].fillna(0).to_numpy()
+    below = np.zeros(len(rounds))
+    for column, color, label in parts:
+        above = below + rounds[column].fillna(0).to_numpy()
+        last.fill_between(rounds["round"], below, above, step="mid", color=color, label=label, lw=0)
+        below = above
+    last.set_ylim(0, 1.3 * max(below, default=1))
     last.set(xlabel="round", ylabel="seconds of a round")
     last.legend(frameon=False)
     sns.despine(figure)
