@@ -131,8 +131,8 @@ def _memory_of(folder: str, clients: int, model: str, rounds: int) -> None:
     values: Values = {"model": model, "rounds": rounds, "queries": 2, "batch_size": 1, "eval_examples": 8}
     if clients > 100:
         values |= {"participation": 50.0}
-    if model == "20M":
-        values |= {"dataset": str(Path(os.environ["ZOFED_REAL_DATA"]) / "dclm-web/pages.jsonl")}
+    if model == "20M":  # short sentences, enough for 1,000 clients
+        values |= {"dataset": str(Path(os.environ["ZOFED_REAL_DATA"]) / "sst2/train.tsv"), "block_size": 16}
     first: list[int] = []
     show = server.Server._show
 
@@ -170,7 +170,7 @@ def recovery(folder: Path, count: int) -> None:
         name, at = names[index % 4], chance.randrange(1, 20)
         with _flipped_bit(at, chance) as rebuilt:
             summary = federate(folder / "run", 3, rounds=20, digest_interval=5, **OPTIMIZERS[name])
-        healed += summary["digest"] == whole[name] and set(summary["client_digests"].values()) == {whole[name]}
+        healed += set(summary["client_digests"].values()) == {summary["digest"]}  # slopes may come from wrong weights
         found += bool(rebuilt)
     print(f"one bit flipped in one weight: found by the next check in {found} of {count}, healed in {healed}")
 

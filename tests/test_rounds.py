@@ -10,7 +10,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from test_law import ignore, records_of, seeded_of
 
-from zofed import central, client, journal, members, messages, plots, server
+from zofed import central, client, directions, journal, members, messages, plots, server
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.federation import Plan
@@ -19,7 +19,7 @@ from zofed.members import Member, Members
 from zofed.records import Skipped
 from zofed.runs import RunFolder, read_table
 from zofed.wire import Introduction, Malformed
-from zofed.worker import Worker
+from zofed.worker import PROBE_POSITIONS, Worker
 
 Quick = Callable[..., Settings]
 
@@ -453,6 +453,36 @@ def test_a_flipped_bit_that_the_probe_misses_is_healed_at_the_next_digest(
     assert (told.index("its weights are not the run's") < told.index("round 5/6")) == (interval == 4)
     if interval:
         assert next(plan.rebuild for plan in grid.plans if plan.round == 5 and plan.task == "slopes") == 1
+
+
+def unseen_place(worker: Worker, weight: torch.Tensor, round_: int) -> int:
+    """An entry of a weight that the probe of a round does not read."""
+    name = next(name for name, parameter in worker.parameters.items() if parameter is weight)
+    seed = directions.derive_seed("zofed-probe", worker.genesis["seed"], round_)
+    read = set(directions.positions(seed, name, weight.numel(), PROBE_POSITIONS).tolist())
+    return next(place for place in range(weight.numel()) if place not in read)
+
+
+def test_a_client_whose_weights_are_not_finite_starts_anew(quick: Quick, start: Start) -> None:
+    """Where the probe does not look, its losses tell."""
+    whole = run(start(quick(), name="whole"))
+    grid, settings = start(quick())
+    done: list[int] = []
+
+    def before(index: int, plan: Plan) -> None:
+        if plan.round == 3 and not done:
+            done.append(index)
+            worker = replica_of(grid)
+            weight = max(worker.parameters.values(), key=torch.Tensor.numel)
+            weight.detach().view(-1)[unseen_place(worker, weight, 2)] = math.nan
+
+    grid.before = before
+    summary = run((grid, settings))
+    assert done
+    assert_one_model(summary, [0, 1])
+    assert summary["digest"] == whole["digest"]
+    assert {"not_finite", "used"} <= {result for round_, _, result in results(settings) if round_ == 3}
+    assert sum(plan.rebuild for plan in grid.plans) == 2, "each client once, of one process"
 
 
 # --- who is not taken in ---

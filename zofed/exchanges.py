@@ -173,7 +173,7 @@ class Exchanges:
         """Note where a client's replica stands; whether it is to be asked again with all it lacks."""
         client, member = plan.client, self.members.found[plan.client]
         if result == "used":
-            member.held, member.rebuild = len(self.journal.entries), False
+            member.held, member.rebuild, member.doubted = len(self.journal.entries), False, False
             member.updates = set(self.updates) if plan.guide else set()
         elif answer is not None and result == "behind":
             member.updates = set()
@@ -182,6 +182,9 @@ class Exchanges:
         elif result == "desync":
             print(f"client {client}: its weights are not the run's; it replays all from the base", flush=True)
             member.held, member.rebuild, member.updates = 0, True, set()
+        elif result == "not_finite" and not member.doubted:
+            # Its weights may be what is not finite, where the probe does not look: once, it is to start anew.
+            member.rebuild, member.doubted, member.updates = True, True, set()
         return result in ("behind", "desync")
 
     def _node(self, client: int) -> int:

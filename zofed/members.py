@@ -31,6 +31,7 @@ class Member:
     told: Introduction
     held: int = 0
     rebuild: bool = False  # its weights were found wrong: all it has must go
+    doubted: bool = False  # it was rebuilt for a loss that is not finite, and has given no other since
     updates: set[bytes] = field(default_factory=set)  # digests of guides it was sent and answered with
     failures: int = 0
     paused_until: int = 0
