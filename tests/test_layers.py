@@ -27,9 +27,10 @@ KNOWN_TO = {
     "pandas": {"rows", "plots"},
     "matplotlib": {"plots"},
     "seaborn": {"plots"},
-    "typer": {"cli", "options", "model_commands", "data_commands"},
-    "rich": {"cli", "options", "model_commands", "data_commands"},
+    "typer": {"cli", "options", "model_commands", "data_commands", "keys_commands"},
+    "rich": {"cli", "options", "model_commands", "data_commands", "keys_commands"},
     "pydantic": {"config"},
+    "cryptography": {"keys"},
 }
 CORE = ("directions", "records", "journal", "optimizers", "perturbed", "estimators", "worker")
 CORE_KNOWS = {"torch", "numpy", "zofed"} | set(sys.stdlib_module_names)

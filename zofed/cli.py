@@ -15,6 +15,7 @@ from zofed import __version__, config, model_commands
 from zofed.config import SETTINGS, Settings
 from zofed.data_commands import app as data_app
 from zofed.errors import UserError
+from zofed.keys_commands import app as keys_app
 from zofed.options import Interrupted, console, settings_from, with_settings
 from zofed.runs import Row, RunFolder, timestamp
 
@@ -23,6 +24,7 @@ journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the
 app.add_typer(journal_app, name="journal")
 model_commands.register(app)
 app.add_typer(data_app, name="data")
+app.add_typer(keys_app, name="keys")
 
 QUICKSTART_ROUNDS = 150
 
