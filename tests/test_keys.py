@@ -176,6 +176,14 @@ def test_no_key_of_a_node_is_overwritten(tmp_path: Path, there: str) -> None:
     assert (tmp_path / there).read_text() == "mine"
 
 
+def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    (tmp_path / "target").write_text("theirs")
+    (tmp_path / "a.key").symlink_to(tmp_path / "target")
+    with pytest.raises(FileExistsError):
+        keys._write_new(tmp_path / "a.key", b"ours", 0o600)
+    assert (tmp_path / "target").read_text() == "theirs"
+
+
 def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
