@@ -221,12 +221,12 @@ class Server:
         guide = self._guide(round_)
         if guide is None:
             return self._skipped(round_)
-        raw, _, update, _, backward = guide
+        raw, digest, update, _, backward = guide
         good = self.exchanges.slopes(round_, "guided", self.members.sampled(round_), guide=raw)
         if not good:
             return self._skipped(round_)
         shape = instruct.Shape.of(settings)
-        guidance = instruct.guidance(update, shape)
+        guidance = instruct.guidance(update, shape, digest)
         rate = schedules.backprop_rate(settings, round_, settings.rounds)
         found = {client: (answer.coefficients, answer.exponent) for client, answer in good.items()}
         record = instruct.weighed(self.worker, guidance, shape, found, round_=round_, rate=rate)
