@@ -67,7 +67,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
     worker = task.worker()
     earlier = _reopened(out, task, worker) if os.path.exists(RunFolder(out).journal) else None  # False for a bad name
     try:
-        members = Members(grid, task.settings, worker, earlier)
+        members = Members(grid, task.settings, worker, earlier, task.labels)
         members.meet()
         folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, task.inputs())
     except BaseException:
