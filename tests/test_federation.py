@@ -641,6 +641,18 @@ def broken_snapshots() -> dict[str, bytes]:
         "a weight of another shape": save(parts | {"weight/bias": torch.zeros(3)}),
         "a weight of another type": save(parts | {"weight/bias": torch.zeros(2, dtype=torch.float64)}),
         "a round that is no number": save(parts | {"round": torch.zeros(2)}),
+        "an endless round": save(parts | {"round": torch.tensor(math.inf)}),
+        "a round before the first": save(parts | {"round": torch.tensor(-1)}),
+        "a weight too many": save(parts | {"weight/more": torch.zeros(2)}),
+        "something else": save(parts | {"more": torch.zeros(2)}),
+        "no spread": save({key: tensor for key, tensor in parts.items() if key != "state/spread"}),
+        "a spread of another shape": save(parts | {"state/spread": torch.zeros(3, dtype=torch.float64)}),
+        "no powers": save({key: tensor for key, tensor in parts.items() if key != "state/powers"}),
+        "powers of another type": save(parts | {"state/powers": torch.ones(2)}),
+        "a moment missing": save({key: tensor for key, tensor in parts.items() if key != "state/momentum/bias"}),
+        "a moment of another shape": save(parts | {"state/momentum/bias": torch.zeros(3)}),
+        "a moment of another rule": save(parts | {"state/mean/bias": torch.zeros(2)}),
+        "a state of backprop's": save(parts | {"state/backprop/powers": torch.ones(2, dtype=torch.float64)}),
     }
 
 
@@ -782,12 +794,12 @@ def test_probing_a_linear_loss_is_unbiased() -> None:
 
 CONTENTS: tuple[Any, ...] = (
     PLAN,
-    replace(PLAN, rebuild=1, updates=b"u" * 200, guide=b"g", snapshot=b"s", task="guided", steps=1024),
+    replace(PLAN, rebuild=1, updates=b"u" * 200, guide=b"g", snapshot=b"s", task="guided", steps=1024, classes=2),
     GOOD,
     replace(GOOD, coefficients=(), loss=math.inf, problem="not_finite", head=b"h" * 16),
     replace(GOOD, coefficients=(-(2**63), 2**63 - 1, 0), client=-1),
     GIVEN,
-    Greeting(b'{"a":1}'),
+    Greeting(b'{"a":1}', 3),
     Introduction(1, 4, 100, "fo", b"h" * 16, "{}", "", "/path 0.1.0"),
     Introduction(-1, 0, 0, "", b"", "", "no such dätä", "/päth"),
     Final(2, "ab" * 32, b"h" * 16),

@@ -7,6 +7,7 @@ ZOFED_WRITE_GOLDEN=1 python tests/test_journal.py
 import contextlib
 import errno
 import itertools
+import json
 import math
 import os
 import stat
@@ -482,6 +483,14 @@ def test_a_missing_journal_is_a_users_error(tmp_path: Path) -> None:
         for call in (journal.read, Journal.open):
             with pytest.raises(JournalError, match="cannot read journal"):
                 call(path)
+
+
+def test_a_genesis_does_not_differ_from_itself_read_from_json() -> None:
+    """Where the numbers of labels are strings."""
+    genesis = {"seed": 1, "model": {"config": {"id2label": {0: "no", 1: "yes", 2: "maybe"}}}}
+    read = json.loads(journal.canonical(genesis))
+    assert journal.differences(read, genesis) == journal.differences(genesis, read) == []
+    assert journal.differences(read, genesis | {"seed": 2}) == ["seed"]
 
 
 def test_a_second_writer_is_refused_until_the_first_closes(tmp_path: Path) -> None:

@@ -270,6 +270,20 @@ def test_a_task_deals_by_its_setting_and_a_client_splits_off_its_own_held_out_pa
         assert torch.equal(held["input_ids"], (task.client_parts(client, 3, 0.25)[1] or {})["input_ids"])
 
 
+def test_a_thousand_clients_of_one_process_cost_one_digest_of_the_tokenizer(
+    quick: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a vocabulary of 50,000 it takes half a second, which each of them would wait for."""
+    asked_for: list[object] = []
+    digest = data.tokenizer_digest
+    monkeypatch.setattr(data, "tokenizer_digest", lambda tokenizer: asked_for.append(tokenizer) or digest(tokenizer))
+    task = Task.load(quick())
+    for client in range(4):
+        task.shard(client, 4)
+    assert task.digests()["tokenizer"] == digest(task.tokenizer)
+    assert len(asked_for) == 1
+
+
 def test_a_part_of_less_than_one_example_is_told(quick: Callable[..., Settings]) -> None:
     task = Task.load(quick())
     for share in (-0.1, 1.0):

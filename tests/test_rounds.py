@@ -1,7 +1,9 @@
 """Whole federations in one process: every way of training, who is asked, who comes late, what is healed."""
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,25 @@ def results(settings: Settings) -> list[tuple[int, int, str]]:
     """(round, client, result) of every reply."""
     rows = read_table(Path(settings.out) / "clients.csv")
     return [(int(row["round"]), int(row["client"]), row["result"]) for row in rows]
+
+
+# --- a node's own data ---
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_node_whose_own_data_lack_a_class_takes_part(
+    quick: Quick, start: Start, tmp_path: Path, frozen: bool
+) -> None:
+    """How many classes there are, the server says; a node that forgot it is told again."""
+    texts = ("a fine film", "not worth the time", "it may be seen", "a long and quiet story")
+    rows = [{"text": f"{texts[n % 4]}, number {n}", "label": n % 3} for n in range(40)]
+    for name, some in (("all", rows), ("own", [row for row in rows if row["label"] < 2])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    way = {"task": "classification", "dataset": str(tmp_path / "all.jsonl"), "freeze_encoder": frozen}
+    grid, settings = start(quick(**way, rounds=3))
+    grid.context(1).node_config["dataset"] = str(tmp_path / "own.jsonl")
+    assert_one_model(run((grid, settings)), [0, 1])
+    assert {plan.classes for plan in grid.plans} == {3}
 
 
 # --- ways of training ---
@@ -395,6 +416,35 @@ def test_a_fast_link_brings_a_snapshot_and_a_slow_one_the_records(quick: Quick, 
     assert len(digests) == 1
 
 
+@pytest.mark.parametrize("part", ["snapshot", "updates"])
+def test_a_snapshot_or_an_update_that_cannot_be_used_leaves_the_client_behind(
+    quick: Quick, start: Start, capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    """It says so and is sent it again; nothing raises."""
+    way = {"optimizer": "adamw", "learning_rate": 1e-3, "link_megabits": 1e9} if part == "snapshot" else {"mode": "fo"}
+    whole = run(start(quick(**way), name="whole"))
+    grid, settings = start(quick(**way))
+    forward, spoilt = grid._forward, []
+
+    def spoil(message: Message, context: Context) -> Message:
+        if message.metadata.message_type.startswith("train"):
+            plan = messages.unpack(Plan, message.content)
+            if plan.round == 5 and not spoilt and part == "snapshot":
+                client._replica.cache_clear()
+            if plan.round >= 5 and not spoilt and getattr(plan, part):
+                spoilt.append(plan.client)
+                message.content = messages.pack(replace(plan, **{part: getattr(plan, part)[:-1]}))
+        return forward(message, context)
+
+    grid._forward = spoil  # type: ignore[assignment]
+    summary = run((grid, settings))
+    assert_one_model(summary, [0, 1])
+    assert summary["digest"] == whole["digest"]
+    assert spoilt
+    assert "round 5 cannot be reached" in capsys.readouterr().err
+    assert "error" not in {result for _, _, result in results(settings)}
+
+
 # --- what is found and healed ---
 
 
@@ -516,12 +566,12 @@ def test_a_node_of_another_run_is_named_or_left_out(
 ) -> None:
     grid, settings = start(quick(), 3)
     grid.context(1).run_config = {**grid.context(1).run_config, "learning-rate": 0.5, "momentum": 0.25}
-    with pytest.raises(UserError, match=r"client 1 has another .*optimizer.* than the server: give both the same"):
+    with pytest.raises(UserError, match=r"client 1: it has another .*optimizer.* than the server: give both"):
         run((grid, settings))
     grid, settings = start(quick(quorum=1), 3, name="left out")
     grid.context(1).run_config = {**grid.context(1).run_config, "momentum": 0.25}
     assert_one_model(run((grid, settings)), [0, 2])
-    assert "goes on without a node: client 1 has another" in capsys.readouterr().err
+    assert "goes on without a node: client 1: it has another" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", [RecordDict(), messages.pack(Introduction(1, 2, 3, "fo", b"", "", "", ""))])
@@ -541,6 +591,46 @@ def test_a_node_that_is_too_old_is_named(quick: Quick, start: Start, content: Re
     grid.alter = alter
     with pytest.raises(UserError, match=r"node 1002 runs another zofed .*: give all machines the same"):
         run((grid, settings))
+
+
+def silent_until(grid: Meddling, time: Callable[[], bool]) -> list[bool]:
+    """Client 1 fails to say who it is until then; returns what came of each greeting."""
+    asked: list[bool] = []
+
+    def alter(index: int, message: Message, reply: Message) -> Message:
+        if index == 1 and message.metadata.message_type == "query.status":
+            asked.append(time())
+            if not asked[-1]:
+                raise RuntimeError("its model is still being fetched")
+        return reply
+
+    grid.alter = alter
+    return asked
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3600.0])
+def test_a_node_that_failed_to_say_who_it_is_is_asked_again_later(
+    quick: Quick, start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """At later looks, but not at each, and its failure is told once."""
+    monkeypatch.setattr(members, "AGAIN_SECONDS", seconds)
+    grid, settings = start(quick(quorum=1))
+    asked = silent_until(grid, lambda: grid.plans != [] and grid.plans[-1].round >= 4)
+    assert_one_model(run((grid, settings)), [0, 1] if not seconds else [0])
+    assert asked == ([False] * 5 + [True] if not seconds else [False])
+    out, errors = capsys.readouterr()
+    assert errors.count("node 1002 could not be asked who it is") == 1
+    assert out.count("client 1 joined") == (not seconds)
+
+
+def test_a_node_is_not_asked_again_where_all_that_were_wanted_are_there(
+    quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(members, "AGAIN_SECONDS", 0.0)
+    grid, settings = start(quick(quorum=1), 3, clients=2)
+    asked = silent_until(grid, lambda: bool(grid.plans))
+    assert_one_model(run((grid, settings)), [0, 2])
+    assert asked == [False]
 
 
 # --- what is told ---
@@ -566,6 +656,18 @@ def test_clients_evaluate_on_their_own_held_out_part(quick: Quick, start: Start)
     assert [(row["round"], row["client"]) for row in rows] == [(r, c) for r in ("0", "3", "6") for c in ("0", "1")]
     assert all(math.isfinite(float(row["loss"])) and int(row["examples"]) > 0 for row in rows)
     assert_one_model(summary, [0, 1])
+
+
+def test_clients_that_do_not_evaluate_leave_no_table_of_it(quick: Quick, start: Start) -> None:
+    grid, settings = start(quick(rounds=1))
+    run((grid, settings))
+    assert not (Path(settings.out) / "client_evaluations.csv").exists()
+
+
+def test_an_update_that_is_too_large_names_the_setting(quick: Quick, start: Start) -> None:
+    grid, settings = start(quick(mode="fo", largest_update=1e-9))
+    with pytest.raises(UserError, match=r"'too_large': 6.* raise largest-update = 1e-09, or set quorum below"):
+        run((grid, settings))
 
 
 def test_nodes_beyond_the_clients_asked_for_take_no_part(quick: Quick, start: Start) -> None:

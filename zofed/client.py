@@ -5,6 +5,7 @@ serves every virtual client of a simulation, a long-lived worker and a process s
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -34,10 +35,10 @@ app = ClientApp()
 class Replica:
     """This process's one copy of the model, and the data of the clients it has served."""
 
-    def __init__(self, settings: Settings, own: str) -> None:
+    def __init__(self, settings: Settings, own: str, classes: int) -> None:
         prepare_process(settings.threads)
         self.settings, self._own = settings, own
-        self.task = Task.own(settings, own) if own else Task.load(with_absolute_paths(settings))
+        self.task = Task.own(settings, own, classes) if own else Task.load(with_absolute_paths(settings))
         self.worker = self.task.worker()
         self.genesis = genesis_chain(self.worker.genesis)
         self._parts: dict[tuple[int, int], tuple[Examples, Examples | None]] = {}
@@ -64,7 +65,10 @@ class Replica:
 
         False when this process cannot get there: the answer then tells the server, which sends everything.
         """
-        brought = [guides.decoded(raw, self.worker.shapes) for raw in guides.split(plan.updates)]
+        try:
+            brought = [guides.decoded(raw, self.worker.shapes) for raw in guides.split(plan.updates)]
+        except ValueError as error:
+            return self._unreachable(plan, error)
         for update in brought:
             self.keep(update, len(brought))
         if not plan.rebuild and not plan.snapshot and self._follow(plan):
@@ -72,12 +76,21 @@ class Replica:
         if plan.rebuild:
             self.worker = self.task.worker()
         if plan.snapshot:
-            snapshots.restore(self.worker, plan.snapshot)
+            try:
+                snapshots.restore(self.worker, plan.snapshot)
+            except ValueError as error:
+                return self._unreachable(plan, error)
         elif plan.after != self.genesis:
             return False
         elif not plan.rebuild:
             self.worker = self.task.worker()
         return self._follow(plan)
+
+    def _unreachable(self, plan: Plan, error: ValueError) -> bool:
+        """Tell of updates or a snapshot that cannot be used; the answer will be that the replica is behind."""
+        self.is_unsound = False
+        print(f"round {plan.round} cannot be reached: {error}", file=sys.stderr, flush=True)
+        return False
 
     def keep(self, update: Update, count: int = UPDATES_KEPT) -> None:
         """Have an update or a guide at hand for the entry that names it. count: that are kept together, at least."""
@@ -94,17 +107,21 @@ class Replica:
 
 
 @lru_cache(maxsize=1)
-def _replica(written: str, own: str) -> Replica:
-    return Replica(Settings.model_validate_json(written), own)
+def _replica(written: str, own: str, classes: int) -> Replica:
+    return Replica(Settings.model_validate_json(written), own, classes)
 
 
-def replica(context: Context) -> Replica:
-    """This process's replica for a run's settings: built at their first message, kept until others come."""
+def replica(context: Context, classes: int = 0) -> Replica:
+    """This process's replica for a run's settings: built at their first message, kept until others come.
+
+    classes: of the run, for a node that reads documents of its own.
+    """
     settings = config.resolve(dict(context.run_config))
     federation.check_settings(settings)
     if device := context.node_config.get("device"):
         settings = config.resolve(settings.model_dump(by_alias=True) | {"device": device})
-    return _replica(settings.model_dump_json(by_alias=True), str(context.node_config.get("dataset", "")))
+    own = str(context.node_config.get("dataset", ""))
+    return _replica(settings.model_dump_json(by_alias=True), own, classes if own else 0)
 
 
 def place(context: Context) -> tuple[int, int]:
@@ -135,12 +152,10 @@ def greet(greeting: Greeting, context: Context) -> Introduction:
     client = -1
     try:
         client, clients = place(context)
-        here = replica(context)
+        here = replica(context, greeting.classes)
         theirs = json.loads(greeting.genesis)
         if different := differences(theirs, here.worker.genesis):
-            raise UserError(
-                f"client {client} has another {' and '.join(different)} than the server: give both the same"
-            )
+            raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
         examples = len(here.parts(context)[0]["labels"])
         counts = json.dumps(here.counts(context))
         return Introduction(client, clients, examples, capability(here, context), here.worker.head, counts, "", code)
@@ -177,7 +192,7 @@ def _report(plan: Plan, here: Replica, context: Context, work: Callable[[int, Ex
 
 def measure(plan: Plan, context: Context) -> Answer:
     """Catch up and answer with integers: slopes, or the coefficients of a subspace."""
-    here = replica(context)
+    here = replica(context, plan.classes)
     settings = here.settings
     by_backprop = capability(here, context) == "fo"
 
@@ -202,7 +217,7 @@ def measure(plan: Plan, context: Context) -> Answer:
 
 def backpropagate(plan: Plan, context: Context) -> Contribution:
     """Catch up and answer with a gradient for a guide, or with the update of local training."""
-    here = replica(context)
+    here = replica(context, plan.classes)
     settings = here.settings
 
     def work(client: int, examples: Examples) -> tuple[bytes, float]:
@@ -219,7 +234,7 @@ def backpropagate(plan: Plan, context: Context) -> Contribution:
 
 def evaluate(plan: Plan, context: Context) -> Evaluation:
     """Catch up and score the client's own held-out part."""
-    here, (client, _) = replica(context), place(context)
+    here, (client, _) = replica(context, plan.classes), place(context)
     held_out = here.parts(context)[1]
     if held_out is None or not here.catch_up(plan):
         return Evaluation(client, here.worker.head, NO_LOSS, 0)
@@ -229,7 +244,7 @@ def evaluate(plan: Plan, context: Context) -> Evaluation:
 
 def final(plan: Plan, context: Context) -> Final:
     """Catch up and name the weights this client has."""
-    here = replica(context)
+    here = replica(context, plan.classes)
     arrived = here.catch_up(plan)
     return Final(place(context)[0], here.worker.digest() if arrived or here.is_unsound else "", here.worker.head)
 

@@ -61,12 +61,14 @@ def language_model_examples(
     tokenizer: "PreTrainedTokenizerBase",
     block_size: int,
     cache: Path | None = None,
+    digest: str = "",
 ) -> Examples:
     """Blocks of `block_size` tokens cut from all documents, each ended by the end-of-sequence token.
 
     Returns 'input_ids' int64 (n, block_size) and 'labels', the same tensor: the model shifts. The tokens after the last
     whole block are dropped. With `cache`, a folder, the blocks are kept there in a file named by everything they depend
-    on; a damaged file is made anew. Raises UserError when the documents hold less than one block.
+    on; a damaged file is made anew. digest: the tokenizer's, where it is known: of a large vocabulary it takes half a
+    second. Raises UserError when the documents hold less than one block.
     """
     if block_size < 2:
         raise UserError(f"block size {block_size} leaves no token to predict: use at least 2")
@@ -84,7 +86,7 @@ def language_model_examples(
     if cache is None:
         blocks = cut()
     else:
-        parts = ("blocks 2", documents_digest(documents), tokenizer_digest(tokenizer), str(block_size))
+        parts = ("blocks 2", documents_digest(documents), digest or tokenizer_digest(tokenizer), str(block_size))
         blocks = kept(cache, parts, cut)
     return {"input_ids": blocks, "labels": blocks}
 

@@ -121,10 +121,11 @@ class Exchanges:
             raise diverged(round_, self.settings)
         if self.members.strict:
             missing = sorted(set(clients) - set(good))
+            results = dict(+self.traffic.now.results)
+            limit = f"raise largest-update = {self.settings.largest_update:g}, " if "too_large" in results else ""
             raise UserError(
-                f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts "
-                f"({dict(+self.traffic.now.results)}): see clients.csv in {self.folder}, or set quorum below the "
-                "number of clients"
+                f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts ({results}): see "
+                f"clients.csv in {self.folder}, {limit}or set quorum below the number of clients"
             )
         return {}
 
@@ -203,6 +204,7 @@ class Exchanges:
             guide=guide,
             probe=self._probe[1],
         )  # fmt: skip
+        plan = replace(plan, classes=self.members.classes)
         digests = (update_digest(entry.record) for entry in entries[held:])
         needed = [digest for digest in digests if digest is not None and digest not in member.updates]
         updates = [self.updates[digest] for digest in needed if digest in self.updates]
@@ -264,7 +266,7 @@ class Exchanges:
                 continue
             scores.append(found.loss)
             row = {"round": round_, "client": client, "loss": found.loss, "examples": found.examples}
-            self.traffic.evaluations.write(row)
+            self.traffic.evaluated(row)
         if not scores:
             return ""
         spread = statistics.pstdev(scores)

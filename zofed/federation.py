@@ -47,7 +47,8 @@ class Plan:
     replies and enters no seed, so a round asked again asks the same.
     updates: what records that are no function of seeds need, encoded; guide: what shapes the directions asked for.
     snapshot: weights and state to start from in place of the base, or empty. rebuild: 1 where the client's weights were
-    found wrong, and nothing it holds may be kept.
+    found wrong, and nothing it holds may be kept. classes: of the run's classification, which a node's own documents
+    need not show; 0 for a language model.
     """
 
     genesis: bytes
@@ -63,6 +64,7 @@ class Plan:
     updates: bytes = b""
     guide: bytes = b""
     snapshot: bytes = b""
+    classes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

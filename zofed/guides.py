@@ -19,6 +19,7 @@ from zofed.worker import Update
 
 BITS = 15
 LARGEST_EXPONENT = 140
+SMALLEST_EXPONENT = -126  # that is written: float32 holds the power of two it is multiplied by
 POWER_STEPS = 3  # of the subspace iteration; the leading factors of a gradient stand out after two or three
 _LENGTH = struct.Struct("<I")
 
@@ -49,9 +50,9 @@ def compressed(gradient: Mapping[str, Tensor], rank: int) -> bytes:
             parts[f"whole:{name}"] = value
     integers, exponents = {}, []
     for key in sorted(parts):
-        integer, exponent = _on_grid(parts[key])
-        integers[key] = integer
-        exponents.append(exponent)
+        value = parts[key].clone(memory_format=torch.contiguous_format)
+        exponents.append(to_grid(value))
+        integers[key] = value.to(torch.int16)
     return save(integers | {"exponents": torch.tensor(exponents, dtype=torch.int16)})
 
 
@@ -65,13 +66,17 @@ def leading_factors(matrix: Tensor, rank: int, name: str) -> tuple[Tensor, Tenso
     return matrix @ right, right.T.contiguous()
 
 
-def _on_grid(value: Tensor) -> tuple[Tensor, int]:
-    """int16 integers and the exponent of what they are worth."""
+def to_grid(value: Tensor) -> int:
+    """Make a float32 tensor integers of 15 bits, in place; returns the exponent of what one of them is worth.
+
+    Raises ValueError when an entry is not finite.
+    """
     peak = float(value.abs().max()) if value.numel() else 0.0
-    exponent = max(math.frexp(peak)[1] - BITS, -LARGEST_EXPONENT) if peak else 0
-    return torch.ldexp(value.double(), torch.tensor(-exponent)).round_().clamp_(-(2**BITS) + 1, 2**BITS - 1).to(
-        torch.int16
-    ), exponent
+    if not math.isfinite(peak):
+        raise ValueError("an entry is not finite")
+    exponent = max(math.frexp(peak)[1] - BITS, SMALLEST_EXPONENT) if peak else 0
+    value.mul_(2.0**-exponent).round_().clamp_(-(2**BITS) + 1, 2**BITS - 1)
+    return exponent
 
 
 def decoded(raw: bytes, shapes: Shapes) -> Update:

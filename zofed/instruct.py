@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zofed import directions, perturbed
+from zofed import directions, guides, perturbed
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.estimators import (
@@ -30,7 +30,6 @@ from zofed.perturbed import Loss
 from zofed.records import Guided, Seeded, estimate_norm, to_integers
 from zofed.worker import Update, Worker, tensors_digest
 
-GUIDE_BITS = 15
 BLOCK = 2**18  # entries that are worked on together
 ARMS = ("guide-only", "line")  # instruct kinds that tell what the noise adds to the guide
 
@@ -76,7 +75,8 @@ class Guidance:
     """A guide and what is kept of it.
 
     square, kept_square: |g|^2 and |g_S|^2. noise: standard deviation sigma of the noise in each coordinate that has
-    some; noisy: how many have. masked: the noise spares the kept coordinates.
+    some; noisy: how many have. masked: the noise spares the kept coordinates. digest: of the guide, empty where it is
+    not known yet.
     """
 
     guide: Update
@@ -88,6 +88,7 @@ class Guidance:
     noise: float
     noisy: int
     masked: bool
+    digest: bytes = b""
 
     @property
     def direction_square(self) -> float:
@@ -123,11 +124,11 @@ def on_grid(gradient: Mapping[str, Tensor]) -> Update:
     guide: Update = {}
     for name, tensor in gradient.items():
         value = tensor.detach().to(torch.float32)
-        peak = float(value.abs().max()) if value.numel() else 0.0
-        if not math.isfinite(peak):
-            raise ValueError(f"the gradient of {name} is not finite")
-        step = 2.0 ** max(math.frexp(peak)[1] - GUIDE_BITS, -126) if peak else 1.0
-        guide[name] = value.mul_(1.0 / step).round_().mul_(step)
+        try:
+            exponent = guides.to_grid(value)
+        except ValueError as error:
+            raise ValueError(f"the gradient of {name}: {error}") from None
+        guide[name] = value.mul_(2.0**exponent)
     if not any(bool(tensor.any()) for tensor in guide.values()):
         raise UserError(
             "the backprop gradient is zero everywhere and shapes no direction: set mode to zo, or scope wider"
@@ -160,8 +161,11 @@ def threshold_of(guide: Mapping[str, Tensor], energy: float) -> float:
     return float(ordered[min(int((reached < wanted).sum()), len(ordered) - 1)])
 
 
-def guidance(guide: Update, shape: Shape) -> Guidance:
-    """What a shape keeps of a guide. The kind `cosine` keeps all of it and bends it by noise to the target cosine."""
+def guidance(guide: Update, shape: Shape, digest: bytes = b"") -> Guidance:
+    """What a shape keeps of a guide. The kind `cosine` keeps all of it and bends it by noise to the target cosine.
+
+    digest: the guide's, where it is known.
+    """
     size = sum(tensor.numel() for tensor in guide.values())
     bends = shape.kind == "cosine"
     threshold = 0.0 if bends else threshold_of(guide, shape.cosine_target**2)
@@ -177,7 +181,7 @@ def guidance(guide: Update, shape: Shape) -> Guidance:
     masked = shape.kind == "hybrid"
     noisy = 0 if shape.kind in ARMS else size - kept_count if masked else size
     noise = scale * math.sqrt(square / size)
-    return Guidance(guide, threshold, square, kept_square, size, kept_count, noise, noisy, masked)
+    return Guidance(guide, threshold, square, kept_square, size, kept_count, noise, noisy, masked, digest)
 
 
 def guided(
@@ -312,7 +316,7 @@ def _record(
     coefficients, exponent = to_integers(slopes)
     share = 0.5 if blend else 1.0
     seeded = Seeded(round_, rate, clients, len(slopes) // len(clients), coefficients, exponent, divisor / share)
-    digest = bytes.fromhex(tensors_digest(own.guide))
+    digest = own.digest or bytes.fromhex(tensors_digest(own.guide))
     if not math.isfinite(kept_weight):
         raise ValueError(f"the slope along the guide is {kept_weight}")
     return Guided(seeded, digest, own.threshold, share * kept_weight, 0.5 if blend else 0.0, masked)

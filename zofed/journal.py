@@ -71,8 +71,11 @@ def canonical(genesis: Genesis) -> bytes:
 
 
 def differences(genesis: Genesis, other: Genesis) -> list[str]:
-    """What one genesis pins and another does not pin alike, by key."""
-    return [key for key, value in genesis.items() if other.get(key) != value]
+    """What one genesis pins and another does not pin alike, by key.
+
+    As JSON has them: one of the two was read from it, where the numbers of labels have become strings.
+    """
+    return [key for key, value in genesis.items() if canonical({key: other.get(key)}) != canonical({key: value})]
 
 
 def genesis_chain(genesis: Genesis) -> bytes:

@@ -1,8 +1,8 @@
 """Who takes part in a federation: meeting the nodes, asking some of them each round, leaving out those that fail."""
 
+import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -20,6 +20,8 @@ from zofed.worker import Worker
 POLL_SECONDS = 0.05
 QUIET_SECONDS = 1.0  # "all nodes that are there": no new one came for so long
 LOOK_SECONDS = 1.0  # between looks for nodes that came or went
+AGAIN_SECONDS = 30.0  # until a node that failed to say who it is is asked again; only then, and no oftener
+AGAIN_WAIT_SECONDS = 5.0  # that a round then waits for such nodes, at most
 PATIENCE, PAUSE = 5, 20  # failures in a row after which a client is not asked for so many rounds
 
 
@@ -35,6 +37,14 @@ class Member:
     updates: set[bytes] = field(default_factory=set)  # digests of guides it was sent and answered with
     failures: int = 0
     paused_until: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why a node takes no part, and when it is to be asked again (monotonic seconds); infinity: never."""
+
+    reason: str
+    ask_at: float = math.inf
 
 
 def exchange(
@@ -64,12 +74,14 @@ def exchange(
 
 
 class Members:
-    """The clients of one run, by index."""
+    """The clients of one run, by index. classes: of the run's classification, 0 for a language model."""
 
-    def __init__(self, grid: Grid, settings: Settings, worker: Worker, journal: Journal | None = None) -> None:
-        self.grid, self.settings, self.worker, self.journal = grid, settings, worker, journal
+    def __init__(
+        self, grid: Grid, settings: Settings, worker: Worker, journal: Journal | None = None, classes: int = 0
+    ) -> None:
+        self.grid, self.settings, self.worker, self.journal, self.classes = grid, settings, worker, journal, classes
         self.found: dict[int, Member] = {}
-        self.refused: dict[int, str] = {}  # by node id
+        self.refused: dict[int, Refusal] = {}  # by node id
         self._looked = 0.0
         self._present: set[int] = set()
 
@@ -87,13 +99,13 @@ class Members:
                 f"{settings.clients} or less"
             )
         self._present = set(_wait_for_nodes(self.grid, settings.clients, settings.node_timeout))
-        self._greet(sorted(self._present))
+        self._greet(sorted(self._present), settings.round_timeout)
         if self.strict and self.refused:
-            raise UserError(next(iter(self.refused.values())))
-        for problem in self.refused.values():
-            print(f"goes on without a node: {problem}", file=sys.stderr, flush=True)
+            raise UserError(next(iter(self.refused.values())).reason)
+        for refusal in self.refused.values():
+            print(f"goes on without a node: {refusal.reason}", file=sys.stderr, flush=True)
         for client in sorted(self.found)[settings.clients or len(self.found) :]:
-            self.refused[self.found.pop(client).node] = f"clients = {settings.clients}: client {client} is one more"
+            self._refuse(client, f"clients = {settings.clients}: client {client} is one more")
         self.found = dict(sorted(self.found.items()))
         if settings.quorum > len(self.found) or not self.found:
             raise UserError(
@@ -125,7 +137,10 @@ class Members:
         if self.settings.mode == "fo" and left:
             print(f"clients {left} say mode = zo and cannot train by backpropagation: left out", flush=True)
             for client in left:
-                self.refused[self.found.pop(client).node] = f"client {client} says mode = zo"
+                self._refuse(client, f"client {client} says mode = zo")
+
+    def _refuse(self, client: int, reason: str) -> None:
+        self.refused[self.found.pop(client).node] = Refusal(reason)
 
     def there(self) -> list[int]:
         """Clients whose nodes are there, as far as was last seen."""
@@ -160,20 +175,36 @@ class Members:
             print(f"client {client} failed {PATIENCE} rounds in a row: not asked for {PAUSE} rounds", flush=True)
 
     def look(self) -> None:
-        """Take in nodes that came since the last look, and notice those that went."""
-        if time.monotonic() - self._looked < LOOK_SECONDS:
+        """Take in nodes that came since the last look, and notice those that went.
+
+        Nodes that could not be asked who they are are asked again now and then, unless all clients wanted are there.
+        """
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
             return
         self._present = set(self.grid.get_node_ids())
         known = {member.node for member in self.found.values()} | set(self.refused)
-        if new := sorted(self._present - known):
-            before = set(self.found)
-            self._greet(new)
-            self._leave_out_unable()
-            for client in sorted(set(self.found) - before):
-                print(f"client {client} joined", flush=True)
-            for node in set(new) & set(self.refused):
-                print(f"a node is not taken in: {self.refused[node]}", file=sys.stderr, flush=True)
+        self._take_in(sorted(self._present - known), self.settings.round_timeout)
+        if not 0 < self.settings.clients <= len(self.there()):
+            again = [node for node in sorted(self._present & set(self.refused)) if self.refused[node].ask_at <= now]
+            self._take_in(again, min(AGAIN_WAIT_SECONDS, self.settings.round_timeout))
         self._looked = time.monotonic()
+
+    def _take_in(self, nodes: list[int], seconds: float) -> None:
+        """Ask nodes who they are and tell what came of it, but not what was told of the same node before."""
+        if not nodes:
+            return
+        before, refused = (
+            set(self.found),
+            {node: self.refused.pop(node).reason for node in nodes if node in self.refused},
+        )
+        self._greet(nodes, seconds)
+        self._leave_out_unable()
+        for client in sorted(set(self.found) - before):
+            print(f"client {client} joined", flush=True)
+        for node in nodes:
+            if node in self.refused and self.refused[node].reason != refused.get(node):
+                print(f"a node is not taken in: {self.refused[node].reason}", file=sys.stderr, flush=True)
 
     def wait_for(self, clients: Iterable[int]) -> None:
         """Where all are needed, wait for those that are away; no longer than a run waits for its nodes."""
@@ -185,38 +216,44 @@ class Members:
             self.look()
             time.sleep(POLL_SECONDS)
 
-    def _greet(self, nodes: list[int]) -> None:
-        greeting = messages.pack(Greeting(canonical(self.worker.genesis)))
-        contents = dict.fromkeys(nodes, greeting)
-        replies, _ = exchange(self.grid, contents, "query.status", self.settings.round_timeout)
+    def _greet(self, nodes: list[int], seconds: float) -> None:
+        """Ask nodes who they are, wait at most `seconds`, and put each among those found or refused."""
+        greeting = messages.pack(Greeting(canonical(self.worker.genesis), self.classes))
+        replies, _ = exchange(self.grid, dict.fromkeys(nodes, greeting), "query.status", seconds)
         for node in nodes:
             reply = replies.get(node)
             if reply is None or reply.has_error():
                 reason = "no answer" if reply is None else (reply.error.reason or "no reason given").splitlines()[-1]
-                self.refused[node] = f"node {node} could not be asked who it is ({reason}): see its log"
+                problem = f"node {node} could not be asked who it is ({reason}): see its log"
+                self.refused[node] = Refusal(problem, time.monotonic() + AGAIN_SECONDS)
                 continue
             try:
                 told = messages.unpack(Introduction, reply.content)
             except Malformed as error:
-                self.refused[node] = f"node {node} runs another zofed ({error}): give all machines the same"
+                problem = f"node {node} runs another zofed ({error}): give all machines the same"
+                self.refused[node] = Refusal(problem)
                 continue
-            if problem := told.problem or self._clash(told):
+            if told.problem:
                 who = f"client {told.client}" if told.client >= 0 else "a node"
-                self.refused[node] = problem if problem.startswith(("client", "two")) else f"{who}: {problem}"
+                self.refused[node] = Refusal(f"{who}: {told.problem}")
+                continue
+            if problem := self._clash(told):
+                self.refused[node] = Refusal(problem)
                 continue
             self.found[told.client] = Member(node, told, self._position(told.head))
 
     def _clash(self, told: Introduction) -> str:
+        """Why a node cannot take part beside the others, a whole sentence; empty where it can."""
         if (version := told.code.partition(" ")[0]) != __version__:
             return f"client {told.client} runs zofed {version}, the server {__version__}: give all machines the same"
         other = self.found.get(told.client)
         if other and other.node in self._present:
             return f"two nodes say they are client {told.client}: give each its own partition-id"
-        counts = Counter(member.told.clients for member in self.found.values())
-        if counts and told.clients not in counts:
+        one = next(iter(self.found.values()), None)  # all that were taken in say the same
+        if one and told.clients != one.told.clients:
             return (
-                f"client {told.client} says num-partitions = {told.clients}, others {next(iter(counts))}: give all "
-                "nodes the same"
+                f"client {told.client} says num-partitions = {told.clients}, others {one.told.clients}: give all nodes "
+                "the same"
             )
         return ""
 

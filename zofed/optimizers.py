@@ -5,6 +5,7 @@ on some machines and twice on others), no `alpha=`, no division by a Python numb
 instead), no `pow`. Matrices are orthogonalised with exact products. State is rebuilt by replaying the journal.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Literal
@@ -70,13 +71,17 @@ class Optimizer:
         """Whether a step of this tensor cannot be taken a few rows at a time."""
         return self.name == "mudamw" and (self.cautious or name in self.orthogonal)
 
+    @property
+    def moment_names(self) -> tuple[str, ...]:
+        """What the rule remembers of each tensor."""
+        if self.name == "sgd":
+            return ("momentum",) if self.momentum else ()
+        return "mean", "square"
+
     def moments(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """The state of a tensor, float32 of the weight's shape, zero at first."""
-        wanted = ("mean", "square")
-        if self.name == "sgd":
-            wanted = ("momentum",) if self.momentum else ()
-        if wanted and name not in self.state:
-            self.state[name] = {moment: torch.zeros_like(weight, dtype=torch.float32) for moment in wanted}
+        if self.moment_names and name not in self.state:
+            self.state[name] = {moment: torch.zeros_like(weight, dtype=torch.float32) for moment in self.moment_names}
         return self.state.get(name, {})
 
     def move(
@@ -125,6 +130,16 @@ class Optimizer:
         """Flat state for a checkpoint: '<moment>/<tensor name>' and 'powers' (float64)."""
         flat = {f"{moment}/{name}": value for name, moments in self.state.items() for moment, value in moments.items()}
         return flat | {"powers": torch.tensor(self.powers, dtype=torch.float64)}
+
+    def fits(self, flat: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether `flat` has the keys, types and shapes of a state of tensors of these shapes.
+
+        All tensors move together, so they have moments all or none.
+        """
+        found = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in flat.items()}
+        before = {"powers": (torch.float64, (2,))}  # its first step
+        moments = {f"{m}/{name}": (torch.float32, shape) for m in self.moment_names for name, shape in shapes.items()}
+        return found in (before, before | moments)
 
     def load_state_dict(self, flat: dict[str, Tensor]) -> None:
         """Take over what `state_dict` gave."""

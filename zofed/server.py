@@ -67,7 +67,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
     worker = task.worker()
     earlier = _reopened(out, task, worker) if os.path.exists(RunFolder(out).journal) else None  # False for a bad name
     try:
-        members = Members(grid, task.settings, worker, earlier)
+        members = Members(grid, task.settings, worker, earlier, task.labels)
         members.meet()
         folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, task.inputs())
     except BaseException:
@@ -221,12 +221,12 @@ class Server:
         guide = self._guide(round_)
         if guide is None:
             return self._skipped(round_)
-        raw, _, update, _, backward = guide
+        raw, digest, update, _, backward = guide
         good = self.exchanges.slopes(round_, "guided", self.members.sampled(round_), guide=raw)
         if not good:
             return self._skipped(round_)
         shape = instruct.Shape.of(settings)
-        guidance = instruct.guidance(update, shape)
+        guidance = instruct.guidance(update, shape, digest)
         rate = schedules.backprop_rate(settings, round_, settings.rounds)
         found = {client: (answer.coefficients, answer.exponent) for client, answer in good.items()}
         record = instruct.weighed(self.worker, guidance, shape, found, round_=round_, rate=rate)

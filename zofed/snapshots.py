@@ -19,12 +19,11 @@ def tensors(worker: Worker) -> dict[str, Tensor]:
 
 def take_over(worker: Worker, held: Mapping[str, Tensor], round_: int, head: bytes) -> None:
     """Bring a worker to what `tensors` gave of another one."""
-    worker.load(
-        {key.removeprefix("weight/"): tensor for key, tensor in held.items() if key.startswith("weight/")},
-        {key.removeprefix("state/"): tensor for key, tensor in held.items() if key.startswith("state/")},
-        round_=round_,
-        head=head,
-    )
+    worker.load(_part(held, "weight/"), _part(held, "state/"), round_=round_, head=head)
+
+
+def _part(held: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): tensor for key, tensor in held.items() if key.startswith(prefix)}
 
 
 def taken(worker: Worker) -> bytes:
@@ -44,12 +43,17 @@ def restore(worker: Worker, raw: bytes) -> None:
     try:
         held = load(raw)
         round_, head = int(held.pop("round")), bytes(held.pop("head").tolist())
-        fits = len(head) == CHAIN_BYTES and all(
-            (held[f"weight/{name}"].shape, held[f"weight/{name}"].dtype) == (parameter.shape, parameter.dtype)
-            for name, parameter in worker.parameters.items()
-        )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{len(raw)} bytes are no snapshot: {error}") from None
-    if not fits:
-        raise ValueError("the snapshot is of another model")
-    take_over(worker, held, round_, head)
+    weights, state = _part(held, "weight/"), _part(held, "state/")
+    if len(head) != CHAIN_BYTES or round_ < 0 or len(weights) + len(state) != len(held):
+        raise ValueError("the snapshot has another head, round or tensor than it may")
+    if _types(weights) != _types(worker.parameters):
+        raise ValueError("the snapshot is of another model: weights of other names, types or shapes")
+    if not worker.fits(state):
+        raise ValueError("the snapshot is of another optimizer: state of other names, types or shapes")
+    worker.load(weights, state, round_=round_, head=head)
+
+
+def _types(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}

@@ -115,7 +115,16 @@ class Task:
         size = self.settings.block_size
         if self.labels:
             return data.classification_examples(documents, self.tokenizer, size)
-        return data.language_model_examples(documents, self.tokenizer, size, data.default_cache() if cache else None)
+        if not cache:
+            return data.language_model_examples(documents, self.tokenizer, size)
+        return data.language_model_examples(
+            documents, self.tokenizer, size, data.default_cache(), self._tokenizer_digest
+        )
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        """Computed once: a process may serve a thousand clients."""
+        return data.tokenizer_digest(self.tokenizer)
 
     def _read_by_model(self, tokens: Examples, cache: bool = True) -> Examples:
         """The tokens; of a frozen encoder its features, computed once and kept beside the token caches."""
@@ -228,7 +237,7 @@ class Task:
             "documents": data.documents_digest([*self.train, *self.held_out]),
             **({"backprop": data.documents_digest(self.backprop)} if self.backprop is not self.train else {}),
             **({"groups": self._groups_digest()} if self.settings.partition != "iid" else {}),
-            "tokenizer": data.tokenizer_digest(self.tokenizer),
+            "tokenizer": self._tokenizer_digest,
         }
 
     def _groups_digest(self) -> str:

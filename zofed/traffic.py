@@ -52,7 +52,8 @@ class Traffic:
             cut_table(folder.path / name, "round", last_round)
         self.rounds = Table(folder.path / "rounds.csv", ROUNDS)
         self.clients = Table(folder.path / "clients.csv", CLIENTS)
-        self.evaluations = Table(folder.path / "client_evaluations.csv", EVALUATIONS)
+        self._evaluations: Table | None = None  # most runs have none
+        self._path = folder.path
         self.now = Round()
         self._unsettled: list[Row] = []
         self.up = self.down = self.payload_up = self.payload_down = self.plans = self.beside = 0
@@ -122,6 +123,12 @@ class Traffic:
             self.clients.write(row)
         self._unsettled.clear()
 
+    def evaluated(self, row: Row) -> None:
+        """Write down a client's score on its own held-out part."""
+        if self._evaluations is None:
+            self._evaluations = Table(self._path / "client_evaluations.csv", EVALUATIONS)
+        self._evaluations.write(row)
+
     def tell(self, row: Row, slope_size: float | None) -> None:
         """Write down a round that ended."""
         now = self.now
@@ -162,5 +169,6 @@ class Traffic:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for table in (self.rounds, self.clients, self.evaluations):
-            table.close()
+        for table in (self.rounds, self.clients, self._evaluations):
+            if table is not None:
+                table.close()

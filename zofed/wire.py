@@ -26,9 +26,13 @@ class Malformed(ValueError):  # noqa: N818, a state of a message
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """The server's first word to a node: the genesis (canonical JSON) that its own settings must give too."""
+    """The server's first word to a node: the genesis (canonical JSON) that its own settings must give too.
+
+    classes: as in a plan.
+    """
 
     genesis: bytes
+    classes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -372,6 +372,20 @@ class Worker:
             state |= {f"{BACKPROP}{key}": value for key, value in own.items()}
         return state
 
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether `load` can take this state over: it has the keys, types and shapes that `state_dict` gives."""
+        rest = dict(state)
+        spread = rest.pop("spread", None)
+        own = {key.removeprefix(BACKPROP): rest.pop(key) for key in list(rest) if key.startswith(BACKPROP)}
+        shapes = {name: shape or (1,) for name, shape in self.shapes.items()}  # a scalar's moments are one row
+        is_apart = self.backprop_optimizer is not self.optimizer
+        return (
+            spread is not None
+            and (spread.dtype, tuple(spread.shape)) == (torch.float64, (2,))
+            and self.optimizer.fits(rest, shapes)
+            and (self.backprop_optimizer.fits(own, shapes) if is_apart else not own)
+        )
+
     @torch.no_grad()
     def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], *, round_: int, head: bytes) -> None:
         """Take over a checkpoint, weights and `state_dict`: what applying all entries up to `head` gives."""
