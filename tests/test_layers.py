@@ -17,7 +17,7 @@ ROOT = PACKAGE.parent
 
 # Third-party packages that only the named modules may import; the core knows torch and numpy alone.
 KNOWN_TO = {
-    "flwr": {"messages", "members", "exchanges", "traffic", "server", "client", "grid"},
+    "flwr": {"messages", "members", "exchanges", "traffic", "server", "client", "grid", "warm", "flower_internals"},
     "ray": set(),
     "transformers": {"mixing", "models", "tokenizers", "data", "task", "generate", "model_info"},
     "tokenizers": {"generate"},
@@ -27,10 +27,10 @@ KNOWN_TO = {
     "pandas": {"rows", "plots"},
     "matplotlib": {"plots"},
     "seaborn": {"plots"},
-    "typer": {"cli", "options", "model_commands", "data_commands", "keys_commands"},
+    "typer": {"cli", "options", "model_commands", "data_commands", "keys_commands", "deployment_commands"},
     "rich": {"cli", "options", "model_commands", "data_commands", "keys_commands"},
     "pydantic": {"config"},
-    "cryptography": {"keys"},
+    "cryptography": {"keys", "flower_internals"},
 }
 CORE = ("directions", "records", "journal", "optimizers", "perturbed", "estimators", "worker")
 CORE_KNOWS = {"torch", "numpy", "zofed"} | set(sys.stdlib_module_names)

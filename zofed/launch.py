@@ -83,7 +83,7 @@ def flower_run(project: Path, run_config: dict[str, Setting], nodes: int, cpus_p
         run_id, last_line = stream(command, environment, home)
         if run_id is None:
             raise UserError(f"Flower did not accept the run ({last_line}): mend that and start again")
-        status = true_outcome(run_id, environment, home)
+        status = true_outcome(run_id, CONNECTION, environment, home)
         if status != COMPLETED:
             print(f"logs: {keep_logs(home)}", flush=True)
         return status
@@ -228,20 +228,22 @@ def superlink(home: Path) -> Iterator[dict[str, str]]:
             stop_all(process.pid, home, reap=process.poll)
 
 
-def flower_environment(home: Path) -> dict[str, str]:
+def quiet_environment() -> dict[str, str]:
     """This process's environment with Flower's tools first on PATH and all that Flower would download switched off."""
     return {
         **os.environ,
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",  # Flower's default is a second
-        "RAY_TMPDIR": str(home),
-        "RAY_USAGE_STATS_ENABLED": "0",
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """The quiet environment of a simulation whose files all lie in `home`."""
+    return quiet_environment() | {"FLWR_HOME": str(home), "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def empty_folder(home: Path) -> Path:
@@ -270,8 +272,17 @@ def wait_until_it_answers(process: subprocess.Popen[bytes], port: int, log: Path
     raise UserError(f"the SuperLink did not answer within {START_LIMIT_S:.0f} s: {tail(log)}")
 
 
-def stream(command: list[str], environment: dict[str, str], home: Path) -> tuple[str | None, str]:
-    """Run `flwr run --stream`, pass its output through; return the run's id, if it got one, and the last line."""
+def stream(
+    command: list[str],
+    environment: dict[str, str],
+    home: Path,
+    on_line: Callable[[str], object] = lambda line: None,
+    on_start: Callable[[str], object] = lambda run_id: None,
+) -> tuple[str | None, str]:
+    """Run `flwr run --stream`, pass its output through; return the run's id, if it got one, and the last line.
+
+    on_line gets each line, on_start the id as soon as there is one.
+    """
     run_id, last_line = None, "no output"
     process = subprocess.Popen(
         command,
@@ -290,7 +301,9 @@ def stream(command: list[str], environment: dict[str, str], home: Path) -> tuple
             for line in process.stdout:
                 print(line, end="", flush=True)
                 log.write(line)
-                run_id = run_id or run_id_in(line)
+                on_line(line)
+                if run_id is None and (run_id := run_id_in(line)):
+                    on_start(run_id)
                 last_line = line.strip(" │╰╯─\n") or last_line
         process.wait()
     finally:
@@ -299,9 +312,9 @@ def stream(command: list[str], environment: dict[str, str], home: Path) -> tuple
     return run_id, last_line
 
 
-def true_outcome(run_id: str, environment: dict[str, str], home: Path) -> str:
-    """Ask the SuperLink how the run ended, again until it has ended."""
-    command = [str(tool("flwr")), "list", CONNECTION, "--run-id", run_id, "--format", "json"]
+def true_outcome(run_id: str, connection: str, environment: dict[str, str], home: Path) -> str:
+    """Ask the SuperLink of that name how the run ended, again until it has ended."""
+    command = [str(tool("flwr")), "list", connection, "--run-id", run_id, "--format", "json"]
     limit, status = time.monotonic() + OUTCOME_LIMIT_S, "unknown"
     while (left := limit - time.monotonic()) > 0:
         with suppress(subprocess.TimeoutExpired):

@@ -276,7 +276,7 @@ def _wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:
         if time.monotonic() > deadline:
             need = wanted or 1
             raise UserError(
-                f"clients = {wanted}: the federation has {len(seen)} of {need} nodes after {seconds:g} s; start more, "
-                f"in simulation with --federation-config 'num-supernodes={need}'"
+                f"clients = {wanted}: the federation has {len(seen)} of {need} nodes after {seconds:g} s; start more "
+                f"(zofed supernode), in simulation with --federation-config 'num-supernodes={need}'"
             )
         time.sleep(POLL_SECONDS)

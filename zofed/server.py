@@ -34,6 +34,11 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation from Flower's run configuration; the output folder is absolute and printed."""
+    module = sys.modules[type(grid).__module__]
+    if hasattr(module, "pull_objects"):  # separate machines
+        from zofed import flower_internals
+
+        flower_internals.hasten(module)
     try:
         run(grid, config.resolve(dict(context.run_config)), f"flower-{context.run_id}")
     except UserError as error:

@@ -1,0 +1,111 @@
+"""Flower's private interfaces that `zofed.flower_internals` leans on: whoever raises flwr's version looks here first."""
+
+import inspect
+from importlib.metadata import version
+from types import ModuleType
+from typing import Any
+
+import pytest
+from flwr.superlink.grid import http_grid
+
+from zofed import flower_internals
+from zofed.flower_internals import Patience
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def test_flowers_private_interfaces_are_those_zofed_was_written_against() -> None:
+    known = version("flwr").split(".")[:2]
+    assert known == ["1", "41"], "another Flower: run this file, then zofed's slow tests, then move the pin"
+    internals = flower_internals
+    assert parameters(internals.run_clientapp.pull_task_input) == ["client"]
+    assert parameters(internals.run_clientapp.push_message) == ["client", "message", "context"]
+    assert parameters(internals.run_clientapp.push_task_output) == ["client", "context", "sub_status", "details"]
+    for name in ("PullMessages", "PullObject", "SendTaskHeartbeat", "AcquireTask"):
+        assert parameters(getattr(internals.RuntimeHttpClient, name)) == ["self", "request"], name
+    for name in ("ActivateNode", "DeactivateNode"):
+        assert parameters(getattr(internals.FleetHttpClient, name)) == ["self", "request"], name
+    assert {"server_address", "insecure", "root_certificates", "interceptors"} <= set(
+        parameters(internals.RuntimeHttpClient.from_server_address)
+    )
+    assert {"initial_backoff", "backoff_cap"} <= set(parameters(internals.pull_objects))
+    source = inspect.getsource(internals.start_client_internal.start_client_internal)
+    assert "time.sleep(3)" in source, "the SuperNode's pause between looks for messages is another"
+    source = inspect.getsource(internals.start_client_internal._push_messages)
+    assert "time.sleep(0.5)" in source, "the SuperNode's pause while it waits for an answer is another"
+    for module in (internals.start_client_internal, http_grid):
+        assert module.pull_objects is internals.pull_objects, f"{module.__name__} pulls objects another way"
+
+
+def test_a_module_asks_again_sooner_for_objects_that_are_on_their_way() -> None:
+    module = ModuleType("some")
+    flower_internals.hasten(module)
+    given = module.pull_objects.keywords  # type: ignore[attr-defined]
+    defaults = inspect.signature(flower_internals.pull_objects).parameters
+    assert given["initial_backoff"] < defaults["initial_backoff"].default / 10
+    assert given["backoff_cap"] < defaults["backoff_cap"].default
+
+
+class Clock:
+    """Time that passes by sleeping alone."""
+
+    def __init__(self) -> None:
+        self.now, self.slept = 0.0, list[float]()
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_a_node_that_has_been_idle_for_long_looks_seldom() -> None:
+    clock = Clock()
+    patience = Patience(lambda: clock.now, clock.sleep)
+    while clock.now < 3600:
+        patience.sleep(3)
+    assert clock.slept[0] == Patience.SHORTEST_S
+    assert clock.slept == sorted(clock.slept)  # ever longer
+    assert max(clock.slept) == 3  # and never longer than Flower's own
+    assert len(clock.slept) < 3600 / 3 + 150
+    patience.sleep(0.5)  # a message is in hand
+    assert clock.slept[-1] == Patience.SHORTEST_S
+    patience.sleep(3)
+    assert clock.slept[-1] == Patience.SHORTEST_S  # and the next may follow soon
+
+
+@pytest.mark.parametrize("gap", [0.5, 2.0, 10.0, 60.0])
+def test_a_message_waits_a_twentieth_of_the_pause_before_it(gap: float) -> None:
+    clock = Clock()
+    patience = Patience(lambda: clock.now, clock.sleep)
+    while clock.now < gap:
+        patience.sleep(3)
+    assert clock.now - gap <= max(Patience.SHORTEST_S, Patience.SHARE * gap) + 1e-9
+
+
+class Fake:
+    """A SuperNode's client whose answers come late."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        self.answers = answers
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802
+        return self.answers.pop(0)
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802
+        return self.answers.pop(0)
+
+
+class Answer:
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update(fields)
+
+
+def test_a_task_waits_for_its_message_and_its_objects() -> None:
+    late = Fake([Answer(messages_list=[]), Answer(messages_list=[]), Answer(messages_list=["it"])])
+    assert flower_internals._Patient(late).PullMessages(None).messages_list == ["it"]  # type: ignore[arg-type]
+    fetching = Answer(object_found=True, object_available=False)
+    there = Answer(object_found=True, object_available=True)
+    assert flower_internals._Patient(Fake([fetching, fetching, there])).PullObject(None) is there  # type: ignore[arg-type]
+    gone = Answer(object_found=False, object_available=False)
+    assert flower_internals._Patient(Fake([gone, there])).PullObject(None) is gone  # type: ignore[arg-type]

@@ -1,0 +1,339 @@
+"""Separate machines: the Flower commands behind `zofed superlink`, `supernode` and `run`, and what is done around them."""
+
+import json
+import os
+import re
+import secrets
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import tomli_w
+
+from zofed import keys, launch, reach
+from zofed.errors import UserError
+from zofed.reach import Address
+from zofed.supervisor import Child, supervise
+
+CONTROL = "superlink"  # the name of a SuperLink's connection to itself, in its own Flower folder
+WAIT_S = 5.0  # between tries to reach a SuperLink
+ENROLMENT_S = 2.0  # between looks at the folder of public keys
+
+
+def shown(command: list[str]) -> None:
+    """Print a command as one would type it, so that everything can be done without zofed's launchers."""
+    print("$ " + shlex.join([Path(command[0]).name, *command[1:]]), flush=True)
+
+
+# ---- the SuperLink -------------------------------------------------------------------------------
+
+
+def superlink_command(keys_folder: Path | None, host: str, port: int, state: Path) -> list[str]:
+    """Flower's command for a SuperLink; without a folder of keys it speaks plain HTTP and admits every node."""
+    if keys_folder is None:
+        security = ["--insecure"]
+    else:
+        security = [
+            "--ssl-ca-certfile", str(keys_folder / "ca.crt"), "--ssl-certfile", str(keys_folder / "server.crt"),
+            "--ssl-keyfile", str(keys_folder / "server.key"), "--enable-supernode-auth",
+        ]  # fmt: skip
+    return [
+        str(launch.tool("flower-superlink")), "--host", host, "--port", str(port), *security,
+        "--database", str(state / "state.db"), "--disable-runtime-dependency-installation",
+    ]  # fmt: skip
+
+
+def connection(keys_folder: Path | None, host: str, port: int) -> dict[str, Any]:
+    """The entry of Flower's config.toml that reaches the SuperLink from its own machine."""
+    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104, what is bound, not what is reached
+    if keys_folder is None:
+        return {"address": f"{here}:{port}", "insecure": True}
+    return {"address": f"{here}:{port}", "root-certificates": str(keys_folder / "ca.crt")}
+
+
+def run_superlink(keys_folder: Path | None, host: str, port: int, state: Path, name: str) -> int:
+    """Keep a SuperLink alive until a signal ends it, and admit the nodes whose keys lie in `enrolled`."""
+    if keys_folder is not None:
+        keys.check_server(keys_folder)
+        keys.enrolled(keys_folder)
+    check_port_is_free(host, port)
+    state.mkdir(parents=True, exist_ok=True)
+    home = state / "flower"
+    home.mkdir(exist_ok=True)
+    entry = connection(keys_folder, host, port)
+    (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONTROL, CONTROL: entry}}))
+    save_connection(name, entry)
+    command = superlink_command(keys_folder, host, port, state)
+    environment = launch.quiet_environment() | {"FLWR_HOME": str(home)}
+    shown(command)
+    enrolment = Enrolment(keys_folder, state, environment) if keys_folder is not None else None
+    child = Child("superlink", command, environment)
+    return supervise([child], enrolment.look if enrolment else lambda: None)
+
+
+def check_port_is_free(host: str, port: int) -> None:
+    """Raises UserError where another process listens, or where the address is not this machine's."""
+    import socket
+
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: {error.strerror}; choose another port, or end what listens there"
+        ) from error
+
+
+def save_connection(name: str, entry: Mapping[str, Any]) -> None:
+    """Put the SuperLink into the user's Flower configuration as `name`, beside what is there.
+
+    Raises UserError where that name leads elsewhere.
+    """
+    path = user_flower_home() / "config.toml"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = connections(path).get(name)
+    if found == entry:
+        return
+    block = tomli_w.dumps({"superlink": {name: dict(entry)}})
+    if found is not None:
+        raise UserError(
+            f"--name {name}: {path} has that connection already, to {found.get('address')}; choose another --name, or "
+            f"replace it there by: {' '.join(block.split())}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(".config.toml.new")
+    temporary.write_text(f"{text.rstrip()}\n\n{block}".lstrip(), encoding="utf-8")
+    temporary.rename(path)
+    print(f"saved as {name!r} in {path}: submit runs with zofed run {name}", flush=True)
+
+
+def user_flower_home() -> Path:
+    """Where Flower keeps its configuration."""
+    return Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr").expanduser()
+
+
+def connections(path: Path) -> dict[str, Any]:
+    """SuperLinks by name in a config.toml of Flower's. Raises UserError for one that cannot be read."""
+    import tomllib
+
+    if not path.exists():
+        return {}
+    try:
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}; mend it by hand") from error
+    return {name: entry for name, entry in found.get("superlink", {}).items() if isinstance(entry, dict)}
+
+
+class Enrolment:
+    """Has a SuperLink admit exactly the nodes whose public keys lie in a folder, while it runs.
+
+    A key that comes is registered, one that goes unregistered. Which node a key became is kept beside the SuperLink's
+    database, since Flower does not tell.
+    """
+
+    def __init__(self, keys_folder: Path, state: Path, environment: Mapping[str, str]) -> None:
+        self._keys, self._file, self._environment = keys_folder, state / "enrolled.json", environment
+        self._next, self._last, self._told = 0.0, None, ""
+        self.nodes: dict[str, str] = json.loads(self._file.read_text()) if self._file.exists() else {}
+
+    def look(self) -> None:
+        """Bring the SuperLink in line with the folder; does nothing but for every few seconds."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + ENROLMENT_S
+        try:
+            wanted = {" ".join(text.split()[:2]): name for name, text in keys.enrolled(self._keys).items()}
+            if wanted != self._last and self._bring_in_line(wanted):
+                self._last = wanted
+        except (UserError, OSError) as error:
+            if str(error) != self._told:
+                self._told = str(error)
+                print(f"enrolment: {error}", file=sys.stderr, flush=True)
+
+    def _bring_in_line(self, wanted: Mapping[str, str]) -> bool:
+        """Whether all was done; the SuperLink may not answer yet."""
+        for key, name in wanted.items():
+            if key in self.nodes:
+                continue
+            answer = self._flwr("register", str(self._keys / "enrolled" / f"{name}.pub"), "--name", name)
+            problem = str(answer.get("error-message", ""))
+            if "already in use" in problem:  # by hand, or by a SuperLink whose enrolled.json is lost
+                self.nodes[key] = ""
+                print(f"enrolment: {name} was registered before, not by us: unregister it with flwr", flush=True)
+            elif not answer.get("success"):
+                return False
+            else:
+                self.nodes[key] = str(answer["node-id"])
+                print(f"enrolment: {name} may connect (node {self.nodes[key]})", flush=True)
+            self._save()
+        for key in set(self.nodes) - set(wanted):
+            if self.nodes[key] and not self._flwr("unregister", self.nodes[key]).get("success"):
+                return False
+            print(f"enrolment: node {self.nodes.pop(key)} may no longer connect", flush=True)
+            self._save()
+        return True
+
+    def _save(self) -> None:
+        temporary = self._file.with_suffix(".new")
+        temporary.write_text(json.dumps(self.nodes, indent=2))
+        temporary.rename(self._file)
+
+    def _flwr(self, action: str, what: str, *more: str) -> dict[str, Any]:
+        command = [str(launch.tool("flwr")), "supernode", action, what, CONTROL, *more, "--format", "json"]
+        try:
+            done = subprocess.run(
+                command, env=dict(self._environment), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                errors="replace", timeout=30, check=False,
+            )  # fmt: skip
+            return json.loads(done.stdout[done.stdout.find("{") :])
+        except (subprocess.TimeoutExpired, ValueError):
+            return {}
+
+
+# ---- a node --------------------------------------------------------------------------------------
+
+
+def node_config(partition: int, partitions: int, dataset: str, mode: str) -> str:
+    """Flower's --node-config of a client. Raises UserError for a place that is none, or data that cannot be read."""
+    if not 0 <= partition < partitions:
+        raise UserError(
+            f"--partition-id {partition} --num-partitions {partitions}: give each of N nodes its own number, 0 to N - 1"
+        )
+    words = [f"partition-id={partition}", f"num-partitions={partitions}"]
+    if dataset:
+        path = Path(dataset).expanduser().absolute()
+        if not os.access(path, os.R_OK):
+            why = "cannot be read by this user" if path.exists() else "does not exist"
+            raise UserError(f"--dataset {path} {why}: client {partition} needs it; give the file of this node's data")
+        if '"' in str(path) or "\\" in str(path):
+            raise UserError(f"--dataset {path}: Flower takes no path with quotes or backslashes; rename it")
+        words.append(f'dataset="{path}"')
+    return " ".join([*words, f'mode="{mode}"'])
+
+
+def supernode_command(
+    address: Address, root_certificates: Path | None, key: Path | None, config: str, port: int, secret: Path | None
+) -> list[str]:
+    """Flower's command for a SuperNode whose messages a process of its own answers, over a port of this machine."""
+    security = ["--insecure"] if root_certificates is None else ["--root-certificates", str(root_certificates)]
+    security += ["--auth-supernode-private-key", str(key)] if key else []
+    guard = ["--superexec-auth-secret-file", str(secret)] if secret else []
+    return [
+        "flower-supernode", "--superlink", str(address), *security, "--node-config", config,
+        "--isolation", "process", "--port", str(port), *guard,
+    ]  # fmt: skip
+
+
+def worker_command(port: int, device: str, secret: Path | None) -> list[str]:
+    """The command of the process that answers a SuperNode's messages."""
+    chosen = ["--device", device] if device else []
+    guard = ["--secret-file", str(secret)] if secret else []
+    return [str(launch.tool("zofed")), "worker", "--runtime-api", f"127.0.0.1:{port}", *chosen, *guard]
+
+
+def run_supernode(
+    address: Address, root_certificates: Path | None, key: Path | None, config: str, port: int, device: str
+) -> int:
+    """Keep a SuperNode and its worker alive until a signal ends them."""
+    if key is not None and root_certificates is not None:
+        keys.check_node(key, root_certificates)
+    port = port or launch.free_port()
+    check_port_is_free("127.0.0.1", port)
+    with tempfile.TemporaryDirectory(prefix="zofed-") as folder:  # only this user may look into it
+        secret = Path(folder) / "secret"
+        secret.write_bytes(secrets.token_bytes(32))
+        wait_for_superlink(address, root_certificates, key)
+        command = supernode_command(address, root_certificates, key, config, port, secret)
+        shown(command)
+        shown(worker := worker_command(port, device, secret))
+        module = [sys.executable, "-m", "zofed.flower_internals"]  # the same command, which looks more often
+
+        def give_up_messages() -> None:
+            if said := not_admitted(address, root_certificates, key):
+                print(said, file=sys.stderr, flush=True)
+
+        environment = launch.quiet_environment()
+        # A worker that dies has lost its message: the SuperNode goes with it, which tells the SuperLink at once.
+        return supervise(
+            [
+                Child("supernode", [*module, *command[1:]], environment, before_restart=give_up_messages),
+                Child("worker", worker, environment, takes_along=["supernode"]),
+            ]
+        )
+
+
+def wait_for_superlink(address: Address, root_certificates: Path | None, key: Path | None) -> None:
+    """Return once the SuperLink answers and admits the node; say what it waits for, once. Raises UserError as `reach`."""
+    said = ""
+    while problem := reach.problem(address, root_certificates) or not_admitted(address, root_certificates, key):
+        if problem != said:
+            print(problem, file=sys.stderr, flush=True)
+            said = problem
+        time.sleep(WAIT_S)
+
+
+def not_admitted(address: Address, root_certificates: Path | None, key: Path | None) -> str:
+    """Why the SuperLink does not take the node, empty if it does; what the node had in hand is given up."""
+    if key is None:
+        return ""
+    from zofed import flower_internals
+
+    try:
+        flower_internals.release(str(address), root_certificates, key)
+    except httpx.HTTPError as error:
+        return reach.refusal(error, f"{key.stem}.pub")
+    return ""
+
+
+# ---- a run ---------------------------------------------------------------------------------------
+
+
+def run_on(name: str, run_config: Mapping[str, launch.Setting]) -> tuple[str, str]:
+    """Submit a run to the SuperLink `name` of Flower's configuration, stream its log and wait for its end.
+
+    Returns Flower's verdict, such as finished:completed, and the run's folder on the SuperLink's machine, if it told.
+    """
+    path = user_flower_home() / "config.toml"
+    known = connections(path)
+    if name not in known:
+        raise UserError(
+            f"{path} knows no SuperLink {name!r}, only {', '.join(sorted(known)) or 'none'}: start one here with zofed "
+            f"superlink --name {name}, or add [superlink.{name}] with address and root-certificates"
+        )
+    project = Path(__file__).resolve().parent.parent
+    folder: list[str] = []
+
+    def note(line: str) -> None:
+        if found := re.search(r"run folder: (.+)$", line.rstrip()):
+            folder[:] = [found.group(1)]
+
+    with launch.stop_on_signals(), launch.flower_home() as scratch:
+        launch.empty_folder(scratch)
+        settings = scratch / "run-config.toml"
+        settings.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
+        environment = launch.quiet_environment()
+        command = [str(launch.tool("flwr")), "run", str(project), name, "--stream", "--run-config", str(settings)]
+        shown(command)
+        submitted: list[str] = []
+        try:
+            run_id, last_line = launch.stream(command, environment, scratch, note, submitted.append)
+        except launch.Stopped:
+            if submitted:
+                print(
+                    f"the run goes on: follow it with flwr log {submitted[0]} {name}, end it with flwr stop "
+                    f"{submitted[0]} {name}",
+                    file=sys.stderr,
+                )
+            raise
+        if run_id is None:
+            raise UserError(f"the SuperLink {name!r} did not accept the run ({last_line}): mend that and try again")
+        return launch.true_outcome(run_id, name, environment, scratch), "".join(folder)

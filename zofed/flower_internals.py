@@ -1,0 +1,212 @@
+"""All that zofed takes from Flower's private interfaces, in one place: a SuperNode's tasks, its connection, its sleeps.
+
+Written against flwr 1.41, which requirements.txt pins. `tests/test_flower_internals.py` names what a newer one changed.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType, SimpleNamespace, TracebackType
+from typing import Any, Self, TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import Context, Message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, SubStatus
+from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
+from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender
+from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode import start_client_internal
+from flwr.supernode.cli.flower_supernode import flower_supernode
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+from flwr.supernode.runtime import run_clientapp
+
+T = TypeVar("T")
+
+OBJECTS_LIMIT_S = 7200.0  # for a message's content to arrive at the SuperNode over a thin link
+RETRY_S = 0.01
+_ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a SuperNode asks of its worker. app: PUBLISHER/NAME of the bundle the run came with."""
+
+    message: Message
+    context: Context
+    app: str
+
+
+class Runtime:
+    """A SuperNode's Runtime API, as its worker sees it.
+
+    address: host:port on this machine. secret: shared with the SuperNode (`--superexec-auth-secret-file`), if it has one.
+    """
+
+    def __init__(self, address: str, secret: bytes | None = None) -> None:
+        self._address = address
+        version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
+        signing = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE})] if secret else []
+        self._client = _client(address, version, *signing)
+
+    def acquire(self) -> "Task | None":
+        """The next message's task, if there is one. Raises httpx.HTTPError while the SuperNode is away."""
+        request = AcquireTaskRequest(supported_task_types={TaskType.CLIENT_APP}, agentapp_fab_hashes=set())
+        found = self._client.AcquireTask(request)
+        return Task(self._address, found.token) if found.HasField("task") and found.token else None
+
+
+class Task:
+    """One message's task, between its acquisition and the answer; the SuperNode hears that it is alive meanwhile."""
+
+    def __init__(self, address: str, token: str) -> None:
+        interceptors = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)
+        self._client = _client(address, *interceptors)
+        self._context: Context | None = None
+        self._problem = "no answer was made"
+        self._heart = HeartbeatSender(self._beat)
+
+    def __enter__(self) -> Self:
+        self._heart.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        status = SubStatus.FAILED if self._problem else SubStatus.COMPLETED
+        try:
+            run_clientapp.push_task_output(self._client, self._context, status, self._problem)
+        finally:
+            if self._heart.is_running:
+                self._heart.stop()
+            self._client.close()
+
+    def take(self) -> Assignment:
+        """The message and what belongs to it, once the SuperNode has all of it."""
+        message, self._context, run, _ = run_clientapp.pull_task_input(_Patient(self._client))  # type: ignore[arg-type]
+        return Assignment(message, self._context, run.fab_id)
+
+    def answer(self, reply: Message) -> None:
+        """Hand the answer to the SuperNode."""
+        assert self._context is not None, "there is a message to answer only after take()"
+        run_clientapp.push_message(self._client, reply, self._context)
+        self._problem = ""
+
+    def _beat(self) -> bool:
+        try:
+            self._client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+        except httpx.HTTPError:
+            return False
+        return True
+
+
+def _client(address: str, *interceptors: Any) -> RuntimeHttpClient:
+    """Without Flower's retries: they end the process with SIGINT when a SuperNode that started anew knows no task."""
+    return RuntimeHttpClient.from_server_address(
+        server_address=address, insecure=True, root_certificates=None, interceptors=interceptors
+    )
+
+
+class _Patient:
+    """A Runtime client that waits until the SuperNode has fetched what it was asked for.
+
+    A SuperNode offers a task before it has the message; Flower's own client would then sleep for a second.
+    """
+
+    def __init__(self, client: RuntimeHttpClient) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def PullMessages(self, request: Any) -> Any:  # noqa: N802, Flower's name
+        return _until(lambda: self._client.PullMessages(request), lambda answer: bool(answer.messages_list))
+
+    def PullObject(self, request: Any) -> Any:  # noqa: N802, Flower's name
+        def is_settled(answer: Any) -> bool:
+            return answer.object_available or not answer.object_found
+
+        return _until(lambda: self._client.PullObject(request), is_settled)
+
+
+def _until(ask: Callable[[], T], is_settled: Callable[[T], bool]) -> T:
+    limit = time.monotonic() + OBJECTS_LIMIT_S
+    while not is_settled(answer := ask()) and time.monotonic() < limit:
+        time.sleep(RETRY_S)
+    return answer
+
+
+def release(address: str, root_certificates: Path | None, key: Path) -> None:
+    """Tell the SuperLink that a node that died with a message in hand will not answer it, so that nobody waits for it.
+
+    Raises httpx.HTTPError where the SuperLink does not answer or refuses the node.
+    """
+    private = load_ssh_private_key(key.read_bytes(), None)
+    public = private.public_key()
+    interceptors = [
+        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+        NodeAuthHttpInterceptor(private, public),  # type: ignore[arg-type]
+    ]
+    certificates = root_certificates.read_bytes() if root_certificates else None
+    client = FleetHttpClient.from_server_address(address, certificates is None, certificates, interceptors=interceptors)
+    with client:
+        request = ActivateNodeRequest(
+            public_key=public_key_to_bytes(public),  # type: ignore[arg-type]
+            heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL,
+        )
+        node = client.ActivateNode(request)
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+
+
+class Patience:
+    """How long a SuperNode sleeps where Flower's would sleep 3 s between looks for a message, 0.5 s for its answer.
+
+    A look for messages costs bytes, so it waits a share of the time that has already passed since the last one: rounds
+    that follow each other in seconds lose little, a node that is idle for hours looks every `seconds`, as Flower's does.
+    """
+
+    SHARE, SHORTEST_S = 0.05, 0.02
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._clock, self._sleep, self._last = clock, sleep, clock()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep for `seconds` at most."""
+        if seconds < 1:  # it has a message in hand and waits for the answer, on this machine
+            self._last = self._clock()
+            self._sleep(min(seconds, self.SHORTEST_S))
+        else:
+            self._sleep(self.after(self._clock() - self._last, seconds))
+
+    def after(self, idle: float, longest: float) -> float:
+        """Seconds to the next look, `idle` seconds after the last message."""
+        return max(self.SHORTEST_S, min(longest, idle * self.SHARE))
+
+
+def hasten(module: ModuleType) -> None:
+    """Have a module of Flower's ask again soon, not a second later, for objects that their sender is still pushing."""
+    module.pull_objects = partial(pull_objects, initial_backoff=RETRY_S, backoff_cap=1.0)  # type: ignore[attr-defined]
+
+
+def run_supernode() -> None:
+    """`flower-supernode` with its own arguments (sys.argv), looking for messages as Patience says."""
+    hasten(start_client_internal)
+    others = {name: getattr(time, name) for name in dir(time) if not name.startswith("_")}
+    start_client_internal.time = SimpleNamespace(**others | {"sleep": Patience().sleep})  # type: ignore[attr-defined]
+    flower_supernode()
+
+
+if __name__ == "__main__":
+    sys.argv[0] = "flower-supernode"
+    run_supernode()
