@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -244,54 +244,53 @@ def run_supernode(
     address: Address, root_certificates: Path | None, key: Path | None, config: str, port: int, device: str
 ) -> int:
     """Keep a SuperNode and its worker alive until a signal ends them."""
+    node = None
     if key is not None and root_certificates is not None:
         keys.check_node(key, root_certificates)
+        from zofed.flower_internals import Node
+
+        node = Node(str(address), root_certificates, key)
     port = port or launch.free_port()
     check_port_is_free("127.0.0.1", port)
+
+    def leave() -> str:
+        try:
+            if node is not None:
+                node.leave()
+        except httpx.HTTPError as error:
+            return reach.refusal(error, f"{key.stem}.pub" if key else "")
+        return ""
+
     with tempfile.TemporaryDirectory(prefix="zofed-") as folder:  # only this user may look into it
         secret = Path(folder) / "secret"
         secret.write_bytes(secrets.token_bytes(32))
-        wait_for_superlink(address, root_certificates, key)
+        wait_for(lambda: reach.problem(address, root_certificates) or leave())
         command = supernode_command(address, root_certificates, key, config, port, secret)
         shown(command)
         shown(worker := worker_command(port, device, secret))
         module = [sys.executable, "-m", "zofed.flower_internals"]  # the same command, which looks more often
-
-        def give_up_messages() -> None:
-            if said := not_admitted(address, root_certificates, key):
-                print(said, file=sys.stderr, flush=True)
-
         environment = launch.quiet_environment()
         # A worker that dies has lost its message: the SuperNode goes with it, which tells the SuperLink at once.
         return supervise(
             [
-                Child("supernode", [*module, *command[1:]], environment, before_restart=give_up_messages),
+                Child("supernode", [*module, *command[1:]], environment, before_restart=lambda: tell(leave())),
                 Child("worker", worker, environment, takes_along=["supernode"]),
             ]
         )
 
 
-def wait_for_superlink(address: Address, root_certificates: Path | None, key: Path | None) -> None:
-    """Return once the SuperLink answers and admits the node; say what it waits for, once. Raises UserError as `reach`."""
+def tell(problem: str) -> None:
+    if problem:
+        print(problem, file=sys.stderr, flush=True)
+
+
+def wait_for(problem: Callable[[], str]) -> None:
+    """Return once there is no problem any more; say what is waited for, once."""
     said = ""
-    while problem := reach.problem(address, root_certificates) or not_admitted(address, root_certificates, key):
-        if problem != said:
-            print(problem, file=sys.stderr, flush=True)
-            said = problem
+    while found := problem():
+        if found != said:
+            tell(said := found)
         time.sleep(WAIT_S)
-
-
-def not_admitted(address: Address, root_certificates: Path | None, key: Path | None) -> str:
-    """Why the SuperLink does not take the node, empty if it does; what the node had in hand is given up."""
-    if key is None:
-        return ""
-    from zofed import flower_internals
-
-    try:
-        flower_internals.release(str(address), root_certificates, key)
-    except httpx.HTTPError as error:
-        return reach.refusal(error, f"{key.stem}.pub")
-    return ""
 
 
 # ---- a run ---------------------------------------------------------------------------------------

@@ -104,6 +104,8 @@ class Exchanges:
         good: dict[int, Any] = {}
         for attempt in range(ATTEMPTS):
             missing = [client for client in clients if client not in good]
+            if attempt:
+                self.members.look(at_once=True)  # one that gave no answer may have gone
             self.members.wait_for(missing)
             good |= self._asked(missing, attempt, task, message_type, judge, steps, guide)
             if task in ("slopes", "coefficients", "guided"):

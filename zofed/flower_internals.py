@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace, TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Context, Message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, SubStatus
@@ -147,26 +148,36 @@ def _until(ask: Callable[[], T], is_settled: Callable[[T], bool]) -> T:
     return answer
 
 
-def release(address: str, root_certificates: Path | None, key: Path) -> None:
-    """Tell the SuperLink that a node that died with a message in hand will not answer it, so that nobody waits for it.
+class Node:
+    """A node's own standing at its SuperLink, apart from any SuperNode that runs for it.
 
-    Raises httpx.HTTPError where the SuperLink does not answer or refuses the node.
+    The SuperLink admits a node once at a time, and takes one that died silently for alive for a minute more.
     """
-    private = load_ssh_private_key(key.read_bytes(), None)
-    public = private.public_key()
-    interceptors = [
-        RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-        NodeAuthHttpInterceptor(private, public),  # type: ignore[arg-type]
-    ]
-    certificates = root_certificates.read_bytes() if root_certificates else None
-    client = FleetHttpClient.from_server_address(address, certificates is None, certificates, interceptors=interceptors)
-    with client:
-        request = ActivateNodeRequest(
-            public_key=public_key_to_bytes(public),  # type: ignore[arg-type]
-            heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL,
+
+    def __init__(self, address: str, root_certificates: Path, key: Path) -> None:
+        private = load_ssh_private_key(key.read_bytes(), None)
+        assert isinstance(private, EllipticCurvePrivateKey), "keys.check_node lets no other pass"
+        self._public = public_key_to_bytes(private.public_key())
+        interceptors = [
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(private, private.public_key()),
+        ]
+        self._client = partial(
+            FleetHttpClient.from_server_address, address, False, root_certificates.read_bytes(), interceptors
         )
-        node = client.ActivateNode(request)
-        client.DeactivateNode(DeactivateNodeRequest(node_id=node.node_id))
+        self._id: int | None = None
+
+    def leave(self) -> None:
+        """Have the SuperLink take the node for gone, so that nobody waits for what it had in hand.
+
+        The first time it comes to leave, which shows that it is admitted. Raises httpx.HTTPError where the SuperLink
+        does not answer, or does not take the node.
+        """
+        with self._client() as client:
+            if self._id is None:
+                request = ActivateNodeRequest(public_key=self._public, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
+                self._id = client.ActivateNode(request).node_id
+            client.DeactivateNode(DeactivateNodeRequest(node_id=self._id))
 
 
 class Patience:

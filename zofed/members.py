@@ -174,13 +174,13 @@ class Members:
             member.paused_until, member.failures = round_ + PAUSE, 0
             print(f"client {client} failed {PATIENCE} rounds in a row: not asked for {PAUSE} rounds", flush=True)
 
-    def look(self) -> None:
-        """Take in nodes that came since the last look, and notice those that went.
+    def look(self, *, at_once: bool = False) -> None:
+        """Take in nodes that came since the last look, and notice those that went; once a second, or at once.
 
         Nodes that could not be asked who they are are asked again now and then, unless all clients wanted are there.
         """
         now = time.monotonic()
-        if now - self._looked < LOOK_SECONDS:
+        if now - self._looked < LOOK_SECONDS and not at_once:
             return
         self._present = set(self.grid.get_node_ids())
         known = {member.node for member in self.found.values()} | set(self.refused)
@@ -212,8 +212,7 @@ class Members:
         while self.strict and time.monotonic() < deadline:
             if all(self.found[client].node in self._present for client in clients):
                 return
-            self._looked = 0.0
-            self.look()
+            self.look(at_once=True)
             time.sleep(POLL_SECONDS)
 
     def _greet(self, nodes: list[int], seconds: float) -> None:

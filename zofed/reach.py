@@ -55,10 +55,9 @@ def problem(address: Address, root_certificates: Path | None) -> str:
         if "WRONG_VERSION" in str(error) or "HTTP_REQUEST" in str(error):
             raise UserError(f"{address} does not speak TLS: give the port of zofed superlink, started with keys") from None
         return f"{address} breaks off the TLS handshake ({error.reason})"
-    except HTTPException as error:
-        if context is None:
-            raise UserError(f"{address} speaks TLS: give --ca and --key instead of --insecure") from error
-        return f"{address} is no SuperLink: {error!r}"
+    except (HTTPException, ConnectionResetError) as error:
+        told = "" if context else ", perhaps because it speaks TLS: then give --ca and --key instead of --insecure"
+        return f"{address} does not answer as a SuperLink does ({error!r}){told}"
     except socket.gaierror as error:
         return f"the name {address.host} is not known ({error.strerror}): is it spelled right?"
     except OSError as error:
@@ -102,10 +101,10 @@ def refusal(error: httpx.HTTPError, key: str) -> str:
     """What a SuperLink's refusal of a node means. key: the name of the node's public key."""
     if isinstance(error, httpx.HTTPStatusError):
         status = error.response.status_code
-        if status in (401, 403, 404):
+        if status in (401, 412):
             return (
-                f"the SuperLink does not admit this node's key ({status}): copy {key} into the folder keys/enrolled on "
-                "the server; waiting for that"
+                f"the SuperLink does not admit this node ({status}): copy {key} into the folder keys/enrolled on the "
+                "server; a node that died without a word is admitted again after a minute"
             )
         return f"the SuperLink answers with status {status}: {error.response.text[:200]}"
     return f"the SuperLink does not answer: {error}"

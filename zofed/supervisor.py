@@ -59,7 +59,7 @@ def supervise(children: Sequence[Child], every: Callable[[], None] = lambda: Non
                     _end(together)
                     for one in together:
                         one.process, one.due = None, child.due
-                        one.before_restart()
+                    child.before_restart()
             every()
             time.sleep(0.1)
         return 128 + stop[0]
