@@ -391,6 +391,17 @@ def test_a_node_misses_a_file(node: tuple[Path, Path], tmp_path: Path) -> None:
         keys.check_node(node[0], tmp_path / "x.crt")
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_a_folder_that_may_not_be_entered_is_told(node: tuple[Path, Path], made: Path) -> None:
+    made.chmod(0)
+    try:
+        for check in (lambda: keys.check_node(*node), lambda: keys.check_server(made), lambda: keys.enrolled(made)):
+            with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): check its owner"):
+                check()
+    finally:
+        made.chmod(0o700)
+
+
 def test_a_nodes_key_that_others_can_read_is_refused(node: tuple[Path, Path]) -> None:
     node[0].chmod(0o644)
     with pytest.raises(UserError, match=r"gpu0.key' has mode 0644, .*: chmod 600 "):

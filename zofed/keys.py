@@ -295,13 +295,17 @@ def enrolled(folder: Path) -> dict[str, str]:
     files with one key: nothing is skipped silently.
     """
     place = folder / ENROLLED
-    if not place.is_dir():
+    try:
+        paths = sorted(place.iterdir())
+    except FileNotFoundError:
         raise UserError(
             f"{str(place)!r} is not there: make keys with zofed keys init, or name their folder with --keys"
-        )
+        ) from None
+    except OSError as error:
+        raise _unreadable(place, error) from error
     found: dict[str, str] = {}
     holders: dict[str, str] = {}
-    for path in sorted(place.iterdir()):
+    for path in paths:
         name = path.name.removesuffix(".pub")
         if name == path.name or not path.is_file():
             raise UserError(
@@ -402,7 +406,11 @@ def _is_authority(found: x509.Certificate) -> bool:
 
 
 def _check_there(path: Path, remedy: str) -> None:
-    if not path.is_file():
+    try:
+        is_there = path.is_file()
+    except OSError as error:  # a folder on the way that this user may not enter
+        raise _unreadable(path, error) from error
+    if not is_there:
         raise UserError(f"{str(path)!r} is not there: {remedy}")
 
 
@@ -470,10 +478,16 @@ def _content(path: Path) -> bytes:
         with path.open("rb") as file:
             raw = file.read(LARGEST_FILE + 1)
     except OSError as error:
-        raise UserError(f"{str(path)!r} cannot be read ({error.strerror}): check its owner and its mode") from error
+        raise _unreadable(path, error) from error
     if len(raw) > LARGEST_FILE:
         raise UserError(f"{str(path)!r} has more than {LARGEST_FILE} bytes and is no key or certificate: copy it again")
     return raw
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{str(path)!r} cannot be read ({error.strerror}): check its owner and its mode, and who runs zofed"
+    )
 
 
 def _date(moment: datetime) -> str:
