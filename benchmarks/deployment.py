@@ -1,6 +1,6 @@
 """Separate machines, as far as one machine shows them: real SuperLink, SuperNodes and workers, TLS and node keys.
 
-python -m benchmarks.deployment rounds    seconds a round: stock SuperNodes and zofed's; the digest beside a simulation's
+python -m benchmarks.deployment rounds    seconds a round, stock SuperNodes and zofed's; digest as simulated
 python -m benchmarks.deployment link      the same through a slow link: a proxy that delays and throttles
 python -m benchmarks.deployment wire      bytes by interface counters, network namespaces (root): a run, and idle nodes
 python -m benchmarks.deployment kills     worker, SuperNode, SuperLink, ServerApp killed with SIGKILL in a round
@@ -182,7 +182,9 @@ def simulated(out: Path, **values: Any) -> str:
     given = {key.replace("_", "-"): value for key, value in (TINY | values).items()}
     settings = config.resolve(given | {"out": str(out)})
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        return server.run(LocalGrid(client.app, settings.clients, settings.model_dump(by_alias=True)), settings, "")["digest"]
+        return server.run(LocalGrid(client.app, settings.clients, settings.model_dump(by_alias=True)), settings, "")[
+            "digest"
+        ]
 
 
 def digests(out: Path) -> set[str]:
@@ -277,7 +279,9 @@ def link(folder: Path, count: int, model: str) -> None:
                     lab.run(place / "out", model=name, rounds=number, clients=2, node_timeout=STARTED_S, **own), 3600
                 )
             seconds, compute = seconds_a_round(place / "out"), computing(place / "out")
-            mode = ", ".join(f"{key.replace('_', '-')} {value}" for key, value in own.items()) if name == "tiny" else "zo"
+            mode = (
+                ", ".join(f"{key.replace('_', '-')} {value}" for key, value in own.items()) if name == "tiny" else "zo"
+            )
             print(
                 f"| {name} | {mode or 'zo'} | {2000 * delay:.0f} | {rate / 1e6:g} | {number} | {told(seconds)} | "
                 f"{compute:.2f} | {statistics.mean(seconds) - compute:.2f} |",
@@ -366,7 +370,8 @@ def kills(folder: Path, count: int) -> None:
             well = found == {whole} if quorum == 0 else len(found) == 1 and summary["replay_equal"]
             name = re.sub(r"\d", "", what).replace("node", "SuperNode")
             print(
-                f"| {name} | {quorum or 'all'} | {recovered:.1f} | {count} | {len(found)} | {'yes' if well else 'NO'} |",
+                f"| {name} | {quorum or 'all'} | {recovered:.1f} | {count} | {len(found)} | "
+                f"{'yes' if well else 'NO'} |",
                 flush=True,
             )
 

@@ -81,7 +81,7 @@ def test_a_port_in_use_is_refused() -> None:
         other.listen()
         with pytest.raises(UserError, match="in use; choose another port"):
             deployment.check_port_is_free("127.0.0.1", other.getsockname()[1])
-    with pytest.raises(UserError, match="192.0.2.1"):
+    with pytest.raises(UserError, match=r"192\.0\.2\.1"):
         deployment.check_port_is_free("192.0.2.1", 8000)
 
 

@@ -1,4 +1,4 @@
-"""Flower's private interfaces that `zofed.flower_internals` leans on: whoever raises flwr's version looks here first."""
+"""Flower's private interfaces, that `zofed.flower_internals` uses: whoever raises flwr's version looks here."""
 
 import inspect
 from importlib.metadata import version

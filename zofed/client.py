@@ -9,22 +9,20 @@ import sys
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-import zofed
-from zofed import config, federation, guides, local, messages, metrics, partitions, snapshots
+from zofed import config, federation, guides, identity, local, messages, metrics, partitions, snapshots
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
 from zofed.federation import NO_LOSS, Answer, Contribution, Measured, Plan
 from zofed.journal import differences, genesis_chain
 from zofed.task import Task, prepare_process, with_absolute_paths
-from zofed.wire import Evaluation, Final, Greeting, Introduction
+from zofed.wire import Evaluation, Final, Greeting, Introduction, Malformed
 from zofed.worker import Update, tensors_digest
 
 UPDATES_KEPT = 2  # guides and updates that entries soon to come will name
@@ -148,7 +146,6 @@ def capability(here: Replica, context: Context) -> str:
 
 def greet(greeting: Greeting, context: Context) -> Introduction:
     """Say who this client is, or in one line why it cannot take part in the run."""
-    code = f"{zofed.__version__} {Path(zofed.__file__).parent}"
     client = -1
     try:
         client, clients = place(context)
@@ -158,9 +155,11 @@ def greet(greeting: Greeting, context: Context) -> Introduction:
             raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
         examples = len(here.parts(context)[0]["labels"])
         counts = json.dumps(here.counts(context))
-        return Introduction(client, clients, examples, capability(here, context), here.worker.head, counts, "", code)
+        return Introduction(
+            client, clients, examples, capability(here, context), here.worker.head, counts, "", identity.code()
+        )
     except UserError as error:
-        return Introduction(client, 0, 0, "", b"", "", str(error), code)
+        return Introduction(client, 0, 0, "", b"", "", str(error), identity.code())
 
 
 def _report(plan: Plan, here: Replica, context: Context, work: Callable[[int, Examples], Any]) -> dict[str, Any]:
@@ -251,7 +250,12 @@ def final(plan: Plan, context: Context) -> Final:
 
 @app.query("status")
 def on_status(message: Message, context: Context) -> Message:
-    return _reply(message, greet(messages.unpack(Greeting, message.content), context))
+    try:
+        greeting = messages.unpack(Greeting, message.content)
+    except Malformed:
+        told = f"runs zofed {identity.code()}, which reads the server's messages otherwise: give all machines the same"
+        return _reply(message, Introduction(-1, 0, 0, "", b"", "", told, identity.code()))
+    return _reply(message, greet(greeting, context))
 
 
 @app.train("zo")

@@ -1,4 +1,4 @@
-"""Separate machines: the Flower commands behind `zofed superlink`, `supernode` and `run`, and what is done around them."""
+"""Separate machines: the Flower commands behind `zofed superlink`, `supernode` and `run`, and what goes around them."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def superlink_command(keys_folder: Path | None, host: str, port: int, state: Pat
 
 def connection(keys_folder: Path | None, host: str, port: int) -> dict[str, Any]:
     """The entry of Flower's config.toml that reaches the SuperLink from its own machine."""
-    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104, what is bound, not what is reached
+    here = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
     if keys_folder is None:
         return {"address": f"{here}:{port}", "insecure": True}
     return {"address": f"{here}:{port}", "root-certificates": str(keys_folder / "ca.crt")}

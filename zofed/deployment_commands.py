@@ -14,8 +14,8 @@ from zofed.runs import RunFolder
 Keys = Annotated[Path, typer.Option(help="folder that zofed keys init made")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="no TLS, no keys: for trials on one machine")]
 WARNING = (
-    "warning: --insecure: whoever reaches the port reads and changes everything and can join or run code; use it on one "
-    "machine only"
+    "warning: --insecure: whoever reaches the port reads and changes everything and can join or run code; use it on "
+    "one machine only"
 )
 
 
@@ -42,8 +42,8 @@ def superlink(
         print(WARNING, file=sys.stderr)
     elif host not in ("127.0.0.1", "::1", "localhost"):
         print(
-            f"warning: --host {host}: whoever reaches port {port} can submit runs to all nodes; keep it inside a VPN or "
-            "behind the proxy of docs/deployment.md",
+            f"warning: --host {host}: whoever reaches port {port} can submit runs to all nodes; keep it inside a VPN "
+            "or behind the proxy of docs/deployment.md",
             file=sys.stderr,
         )
     folder = None if insecure else config.absolute(keys, "keys")
@@ -76,9 +76,10 @@ def supernode(
         raise UserError("give --ca and --key, as zofed keys made them (or --insecure for a trial on one machine)")
     check_device(device)
     node_config = deployment.node_config(partition_id, num_partitions, dataset, mode)
-    paths = [config.absolute(path, name) if path else None for path, name in ((ca, "ca"), (key, "key"))]
+    root_certificates = config.absolute(ca, "ca") if ca else None
+    own_key = config.absolute(key, "key") if key else None
     try:
-        status = deployment.run_supernode(Address.of(superlink), *paths, node_config, port, device)
+        status = deployment.run_supernode(Address.of(superlink), root_certificates, own_key, node_config, port, device)
     except KeyboardInterrupt:
         status = 130
     raise typer.Exit(status)
@@ -89,7 +90,7 @@ def worker(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; empty: as the run says")] = "",
     secret_file: Annotated[Path | None, typer.Option(help="what flower-supernode has as superexec secret")] = None,
 ) -> None:
-    """Answer a SuperNode's messages in one process that keeps the model; beside flower-supernode --isolation process."""
+    """Answer a SuperNode's messages in one process that keeps the model; for flower-supernode --isolation process."""
     check_device(device)
     from zofed import warm
     from zofed.flower_internals import Runtime
@@ -144,7 +145,9 @@ def run(
     except launch.Stopped as stop:
         raise typer.Exit(128 + stop.number) from None
     if status != launch.COMPLETED:
-        again = f"; go on with zofed run {name} --resume {out}" if out and (Path(out) / "journal.zofed").exists() else ""
+        again = (
+            f"; go on with zofed run {name} --resume {out}" if out and (Path(out) / "journal.zofed").exists() else ""
+        )
         raise UserError(f"the run ended as {status!r}: the cause stands above{again}")
     if (Path(out) / "summary.json").exists():
         folder = RunFolder.open(Path(out))

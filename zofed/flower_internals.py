@@ -54,7 +54,7 @@ class Assignment:
 class Runtime:
     """A SuperNode's Runtime API, as its worker sees it.
 
-    address: host:port on this machine. secret: shared with the SuperNode (`--superexec-auth-secret-file`), if it has one.
+    address: host:port on this machine. secret: shared with the SuperNode (its `--superexec-auth-secret-file`).
     """
 
     def __init__(self, address: str, secret: bytes | None = None) -> None:
@@ -74,7 +74,10 @@ class Task:
     """One message's task, between its acquisition and the answer; the SuperNode hears that it is alive meanwhile."""
 
     def __init__(self, address: str, token: str) -> None:
-        interceptors = RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), RuntimeTokenHttpInterceptor(token)
+        interceptors = (
+            RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
+            RuntimeTokenHttpInterceptor(token),
+        )
         self._client = _client(address, *interceptors)
         self._context: Context | None = None
         self._problem = "no answer was made"
@@ -184,12 +187,14 @@ class Patience:
     """How long a SuperNode sleeps where Flower's would sleep 3 s between looks for a message, 0.5 s for its answer.
 
     A look for messages costs bytes, so it waits a share of the time that has already passed since the last one: rounds
-    that follow each other in seconds lose little, a node that is idle for hours looks every `seconds`, as Flower's does.
+    that follow each other in seconds lose little, a node idle for hours looks every `seconds`, as Flower's does.
     """
 
     SHARE, SHORTEST_S = 0.05, 0.02
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
         self._clock, self._sleep, self._last = clock, sleep, clock()
 
     def sleep(self, seconds: float) -> None:

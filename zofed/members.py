@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from zofed import __version__, federation, messages
+from zofed import __version__, federation, identity, messages
 from zofed.config import Settings
 from zofed.documents import random_order
 from zofed.errors import UserError
@@ -219,27 +219,27 @@ class Members:
         """Ask nodes who they are, wait at most `seconds`, and put each among those found or refused."""
         greeting = messages.pack(Greeting(canonical(self.worker.genesis), self.classes))
         replies, _ = exchange(self.grid, dict.fromkeys(nodes, greeting), "query.status", seconds)
+        ask_at = time.monotonic() + AGAIN_SECONDS
         for node in nodes:
-            reply = replies.get(node)
-            if reply is None or reply.has_error():
-                reason = "no answer" if reply is None else (reply.error.reason or "no reason given").splitlines()[-1]
-                problem = f"node {node} could not be asked who it is ({reason}): see its log"
-                self.refused[node] = Refusal(problem, time.monotonic() + AGAIN_SECONDS)
-                continue
-            try:
-                told = messages.unpack(Introduction, reply.content)
-            except Malformed as error:
-                problem = f"node {node} runs another zofed ({error}): give all machines the same"
-                self.refused[node] = Refusal(problem)
-                continue
-            if told.problem:
-                who = f"client {told.client}" if told.client >= 0 else "a node"
-                self.refused[node] = Refusal(f"{who}: {told.problem}")
-                continue
-            if problem := self._clash(told):
-                self.refused[node] = Refusal(problem)
-                continue
-            self.found[told.client] = Member(node, told, self._position(told.head))
+            told, problem = self._introduced(node, replies.get(node))
+            if told is None or problem:
+                self.refused[node] = Refusal(problem, ask_at)  # it may be mended meanwhile
+            else:
+                self._tell_other_code(told)
+                self.found[told.client] = Member(node, told, self._position(told.head))
+
+    def _introduced(self, node: int, reply: Message | None) -> tuple[Introduction | None, str]:
+        """What a node says of itself, and why it cannot take part; empty where it can."""
+        if reply is None or reply.has_error():
+            reason = "no answer" if reply is None else (reply.error.reason or "no reason given").splitlines()[-1]
+            return None, f"node {node} could not be asked who it is ({reason}): see its log"
+        try:
+            told = messages.unpack(Introduction, reply.content)
+        except Malformed as error:
+            return None, f"node {node} runs another zofed ({error}): give all machines the same"
+        if told.problem:
+            return told, f"{f'client {told.client}' if told.client >= 0 else 'a node'}: {told.problem}"
+        return told, self._clash(told)
 
     def _clash(self, told: Introduction) -> str:
         """Why a node cannot take part beside the others, a whole sentence; empty where it can."""
@@ -255,6 +255,16 @@ class Members:
                 "the same"
             )
         return ""
+
+    def _tell_other_code(self, told: Introduction) -> None:
+        theirs, ours = told.code.split(" ")[1:2], identity.code().split(" ")[1:2]
+        if theirs != ours:
+            print(
+                f"client {told.client} runs other code than the server under the same version {__version__} "
+                f"({''.join(theirs)}, here {''.join(ours)}): bring all machines to one commit if in doubt",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _position(self, head: bytes) -> int:
         entries = self.journal.entries if self.journal else []

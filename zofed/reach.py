@@ -53,7 +53,9 @@ def problem(address: Address, root_certificates: Path | None) -> str:
         raise UserError(_certificate_problem(error, address, root_certificates)) from error
     except ssl.SSLError as error:
         if "WRONG_VERSION" in str(error) or "HTTP_REQUEST" in str(error):
-            raise UserError(f"{address} does not speak TLS: give the port of zofed superlink, started with keys") from None
+            raise UserError(
+                f"{address} does not speak TLS: give the port of zofed superlink, started with keys"
+            ) from None
         return f"{address} breaks off the TLS handshake ({error.reason})"
     except (HTTPException, ConnectionResetError) as error:
         told = "" if context else ", perhaps because it speaks TLS: then give --ca and --key instead of --insecure"
@@ -93,7 +95,7 @@ def _certificate_problem(error: ssl.SSLCertVerificationError, address: Address, 
     if code == NOT_YET_VALID:
         return f"the certificate of {address} is not valid yet: is this machine's clock right?"
     if code in UNKNOWN_ISSUER:
-        return f"the certificate of {address} was not signed by {root}: bring the server's ca.crt, or is it another server?"
+        return f"the certificate of {address} was not signed by {root}: bring its ca.crt, or is it another server?"
     return f"the certificate of {address} is not taken: {error.verify_message}"
 
 
