@@ -323,7 +323,11 @@ def ferret(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
         print(f"  {arm} rate {rate:.3g} seed {seed}: {curve[-1][1]:.4f}", flush=True)
         return curve
 
-    rate = 3.0 ** _best_power(lambda power: one(3.0**power, 0)[-1][1])
+    def loss(power: int) -> float:
+        found = one(3.0**power, 0)[-1][1]
+        return found if math.isfinite(found) else math.inf
+
+    rate = 3.0 ** _best_power(loss)
     _note_rate(out, size, arm, rate)
     for seed in seeds:
         one(rate, seed)
