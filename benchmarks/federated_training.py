@@ -17,24 +17,27 @@ seeds reported are others.
 import argparse
 import contextlib
 import json
+import math
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from zofed import central, client, config, data, documents, messages, metrics, server, wire
+from zofed import central, client, config, data, directions, documents, messages, metrics, server, wire
 from zofed.errors import UserError
 from zofed.grid import LocalGrid
 from zofed.runs import RunFolder, read_table
 from zofed.task import Task, prepare_process
 
 Values = dict[str, Any]
+Curve = list[tuple[float, float]]  # (bytes of one client so far, held-out loss)
 
 CLIENTS = 4
 SHAPES: dict[str, Values] = {
@@ -82,6 +85,7 @@ ARMS["subspace core 1024, 6 bits, forward passes only"] = (
     SUBSPACE | {"subspace-size": 1024, "coefficient-bits": 6, "queries": 16, "forward-only": True},
 )
 LORA = ("LoRA, FedAvg, rank 1", "LoRA, FedAvg, rank 4")
+FERRET = {f"Ferret's way, {count} coefficients": count for count in (1024, 4096, 16384)}
 ROUNDS = {"1M": 12, "20M": 6}
 
 
@@ -187,14 +191,23 @@ def run(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
                 losses[power] = float("inf")
         return losses[power]
 
+    rate = first * 3.0 ** _best_power(loss)
+    _note_rate(out, size, arm, rate)
+    for seed in seeds:
+        federate(_values(out, size, arm, rate, seed), _folder(out, size, arm) / f"{rate:.3g}-{seed}", CLIENTS, modes)
+
+
+def _best_power(loss: Callable[[int], float]) -> int:
+    """The power of three of the first rate with the lowest loss, walked to from 0 or 1; no further than 4."""
     best = min((0, 1), key=loss)
     while abs(best) < 4 and (better := min((best - 1, best, best + 1), key=loss)) != best:
         best = better
-    rate = first * 3.0**best
+    return best
+
+
+def _note_rate(out: Path, size: str, arm: str, rate: float) -> None:
     with (out / f"rates-{size}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"arm": arm, "rate": rate}) + "\n")
-    for seed in seeds:
-        federate(_values(out, size, arm, rate, seed), _folder(out, size, arm) / f"{rate:.3g}-{seed}", CLIENTS, modes)
 
 
 def _folder(out: Path, size: str, arm: str) -> Path:
@@ -258,10 +271,119 @@ def lora(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
 
     found = {rate: one(rate, 0)[-1][1] for rate in (1e-3, 3e-3, 1e-2)}
     rate = min(found, key=lambda key: found[key])
-    with (out / f"rates-{size}.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"arm": arm, "rate": rate}) + "\n")
+    _note_rate(out, size, arm, rate)
     for seed in seeds:
         one(rate, seed)
+
+
+def ferret(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
+    """FedAvg whose updates travel as their products with random vectors (Shu et al., "Ferret", arXiv 2409.06277).
+
+    As their code has it: blocks of consecutive tensors, of which each gets coefficients in proportion to the norm of
+    its part of the update, at least two; vectors with uniform entries, from a seed; plain SGD locally, here at the rate
+    chosen for FedAvg. Not as there: the seeds are new in every round, and the sum of coefficient * vector is scaled to
+    the least square error instead of being unbiased, which at so few coefficients would need a server's rate of a
+    thousandth. That server's rate is what is chosen. Bytes: bfloat16 coefficients (they travel rounded), two bytes a
+    block for its number, a seed down, with an empty message's own.
+    """
+    count, rounds = FERRET[arm], ROUNDS[size] * 3
+    overhead = messages.size(messages.pack(wire.Final(0, "", b"")))
+    rates = {row["arm"]: row["rate"] for row in map(json.loads, (out / f"rates-{size}.jsonl").open())}
+
+    def one(rate: float, seed: int) -> Curve:
+        name = _folder(out, size, arm) / f"{rate:.3g}-{seed}.json"
+        if name.exists():
+            return [tuple(row) for row in json.loads(name.read_text())]
+        prepare_process(1)
+        task = Task.load(config.resolve(_values(out, size, "FedAvg", 0.1, seed)))
+        model = task.worker().model
+        shares = [task.shard(index, CLIENTS) for index in range(CLIENTS)]
+        blocks = _blocks(list(model.parameters()))
+        cost, curve = 0.0, [(0.0, task.evaluate(model)["all"].loss)]
+        for round_ in range(1, rounds + 1):
+            start = [_flat(block) for block in blocks]
+            updates: list[list[Tensor]] = []  # by client, by block
+            for index, share in enumerate(shares):
+                drawn = data.batch(share, seed=seed, client=index, step=round_, batch_size=32)
+                _descend(model, drawn, rates["FedAvg"])
+                updates.append([before - _flat(block) for before, block in zip(start, blocks, strict=True)])
+                for before, block in zip(start, blocks, strict=True):
+                    _write(block, before)
+            norms = torch.tensor([[float(part.norm()) for part in own] for own in updates])
+            counts = (count * norms / norms.sum(1, keepdim=True)).long().clamp_(min=2)  # (clients, blocks)
+            for at, (before, block) in enumerate(zip(start, blocks, strict=True)):
+                own = torch.stack([update[at] for update in updates])
+                drawn_from = directions.derive_seed("ferret", seed, round_, at)
+                _write(block, before - rate * _projected(own, counts[:, at], drawn_from))
+            up = float(counts.sum(1).double().mean())
+            cost += 2 * (up + int(counts.amax(0).sum())) + 4 * len(blocks) + 8 + 2 * overhead
+            curve.append((cost, task.evaluate(model)["all"].loss))
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.write_text(json.dumps(curve))
+        print(f"  {arm} rate {rate:.3g} seed {seed}: {curve[-1][1]:.4f}", flush=True)
+        return curve
+
+    def loss(power: int) -> float:
+        found = one(3.0**power, 0)[-1][1]
+        return found if math.isfinite(found) else math.inf
+
+    rate = 3.0 ** _best_power(loss)
+    _note_rate(out, size, arm, rate)
+    for seed in seeds:
+        one(rate, seed)
+
+
+def _blocks(parameters: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Consecutive tensors together, as long as they hold less than 0.9 of the median tensor's entries."""
+    limit = 0.9 * statistics.median(parameter.numel() for parameter in parameters)
+    blocks: list[list[Tensor]] = []
+    for parameter in parameters:
+        if blocks and sum(one.numel() for one in blocks[-1]) + parameter.numel() <= limit:
+            blocks[-1].append(parameter)
+        else:
+            blocks.append([parameter])
+    return blocks
+
+
+def _flat(block: Sequence[Tensor]) -> Tensor:
+    """The block's entries in one new tensor."""
+    return torch.cat([parameter.detach().flatten() for parameter in block])
+
+
+@torch.no_grad()
+def _write(block: Sequence[Tensor], flat: Tensor) -> None:
+    parts = flat.split([parameter.numel() for parameter in block])
+    for parameter, part in zip(block, parts, strict=True):
+        parameter.copy_(part.view_as(parameter))
+
+
+def _descend(model: Any, drawn: data.Examples, rate: float) -> None:
+    """Eight steps of SGD, on four of the examples each."""
+    trained = list(model.parameters())
+    optimizer = torch.optim.SGD(trained, lr=rate)
+    for parameter in trained:
+        parameter.requires_grad_()
+    for local in range(8):
+        optimizer.zero_grad()
+        batch = {key: value[local * 4 : local * 4 + 4] for key, value in drawn.items()}
+        metrics.loss_of(model, batch, "weights").backward()
+        optimizer.step()
+
+
+def _projected(updates: Tensor, counts: Tensor, seed: int) -> Tensor:
+    """Mean over clients of what their coefficients tell of a block's updates, (clients, entries) -> (entries,).
+
+    counts: of each client's coefficients, int64 (clients,); they belong to the first of the vectors that `seed` draws.
+    """
+    entries, total = updates.shape[1], torch.zeros(updates.shape[1])
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    at_once = max(1, 2**22 // entries)
+    for first in range(0, int(counts.max()), at_once):
+        index = torch.arange(first, min(first + at_once, int(counts.max())))
+        vectors = torch.rand(len(index), entries, generator=generator).sub_(0.5).mul_(math.sqrt(12.0))  # variance 1
+        sent = (updates @ vectors.T).mul_(index < counts[:, None]).div_(counts[:, None] + entries).bfloat16()
+        total += sent.float().mean(0).bfloat16().float() @ vectors
+    return total
 
 
 def curve_of(folder: Path) -> list[tuple[float, float]]:
@@ -280,9 +402,6 @@ def curve_of(folder: Path) -> list[tuple[float, float]]:
 def reached(curve: Sequence[tuple[float, float]], loss: float) -> float | None:
     """Bytes after which a curve is at or below a loss."""
     return next((cost for cost, value in curve if value <= loss), None)
-
-
-Curve = list[tuple[float, float]]
 
 
 def _curves(out: Path, size: str, arm: str, rate: float) -> dict[int, Curve]:
@@ -489,7 +608,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--encoder", type=Path, help="folder of MiniLM, for sst2")
     parser.add_argument("--size", choices=SHAPES, default="1M")
-    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *LORA], default=[*ARMS, *LORA])
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *LORA, *FERRET], default=[*ARMS, *LORA, *FERRET])
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     given = parser.parse_args()
     out = given.out.absolute()
@@ -499,7 +618,7 @@ def main() -> None:
     elif given.what == "run":
         for arm in given.arms:
             print(arm, flush=True)
-            (lora if arm in LORA else run)(out, given.size, arm, given.seeds)
+            (lora if arm in LORA else ferret if arm in FERRET else run)(out, given.size, arm, given.seeds)
     elif given.what == "report":
         report(out)
     elif given.what == "sst2":
