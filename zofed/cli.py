@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zofed import __version__, config, model_commands
+from zofed import __version__, config, experiment_commands, model_commands
 from zofed.config import SETTINGS, Settings
 from zofed.data_commands import app as data_app
 from zofed.errors import UserError
@@ -22,6 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
 app.add_typer(journal_app, name="journal")
 model_commands.register(app)
+experiment_commands.register(app)
 app.add_typer(data_app, name="data")
 
 QUICKSTART_ROUNDS = 150
