@@ -270,20 +270,6 @@ def evaluate(
     console.print(table)
 
 
-@app.command("compare")
-def compare_runs(
-    folders: Annotated[list[Path], typer.Argument(help="folders of runs")],
-    axis: Annotated[str, typer.Option(help="step, forward-equivalents, seconds or bytes")] = "forward-equivalents",
-    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("compare.png"),
-) -> None:
-    """Draw the losses of several runs in one picture."""
-    from zofed import plots
-
-    if axis not in plots.AXES:
-        raise UserError(config.unknown(axis, list(plots.AXES), "axis"))
-    console.print(f"wrote {plots.compare([RunFolder.open(folder) for folder in folders], axis, out.absolute())}")
-
-
 @app.command()
 @with_settings
 def diagnose(

@@ -1,6 +1,7 @@
-"""Commands of experiments: `zofed sweep`."""
+"""Commands of experiments: `zofed sweep`, `zofed plot`, `zofed report`."""
 
 import statistics
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -9,15 +10,25 @@ from rich.live import Live
 from rich.table import Table
 
 from zofed import config
+from zofed.errors import UserError
 from zofed.options import Interrupted, console, with_settings
 
 if TYPE_CHECKING:
     from zofed.sweep_runner import Board
 
 
+plot_app = typer.Typer(no_args_is_help=True, help="Pictures of runs and sweeps, read back from their folders.")
+
+Out = Annotated[Path | None, typer.Option(help="PNG file to write; empty: beside what is drawn")]
+Folder = Annotated[Path, typer.Argument(help="folder of a sweep, or one that holds folders of runs")]
+RunPath = Annotated[Path, typer.Argument(help="folder of a run")]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("sweep")(with_settings(sweep))
+    app.add_typer(plot_app, name="plot")
+    app.command("report")(report)
 
 
 def sweep(
@@ -103,3 +114,92 @@ class Watching:
             how = f"failed: {run.error}" if run.error else f"held-out {run.loss:.4f}, {run.seconds:.1f} s"
             print(f"[{at}/{board.most}] {run.name}: {how}{left}", flush=True)
         self.told = len(board.ended)
+
+
+def report(
+    folder: Folder,
+    points: Annotated[int, typer.Option(min=0, help="steps at which slopes are set against backpropagation")] = 0,
+) -> None:
+    """One HTML page and a summary.md: what won, by how much, how surely; pictures, controls, costs, environment."""
+    from zofed import report as reports
+
+    page, summary = reports.report(folder, points)
+    for line in summary.read_text(encoding="utf-8").splitlines():
+        if line.startswith("- "):
+            console.print(line, markup=False)
+    console.print(f"wrote {page} and {summary}", markup=False)
+
+
+@plot_app.command("quick")
+def plot_quick(run: RunPath, out: Out = None) -> None:
+    """One run: losses, rate, spread of the slopes."""
+    from zofed import plot_run, results
+
+    console.print(f"wrote {plot_run.quick(results.read(run), _png(out, run, 'quick'))}", markup=False)
+
+
+@plot_app.command("compare")
+def plot_compare(
+    folders: Annotated[list[Path], typer.Argument(help="folders of runs, or of sweeps")],
+    axis: Annotated[
+        list[str] | None, typer.Option(help="step, forward-equivalents, seconds, tokens or bytes; may be repeated")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("compare.png"),
+) -> None:
+    """Runs beside each other: training and held-out losses against what they cost, with bands over seeds."""
+    from zofed import plot_arms, plot_style, results
+
+    for name in axis or []:
+        if name not in plot_style.AXES:
+            raise UserError(config.unknown(name, list(plot_style.AXES), "axis"))
+    found, notes = results.collect(folders)
+    _told(plot_arms.compare(results.arms(found), axis or [], out.absolute(), notes), notes)
+
+
+@plot_app.command("sweep")
+def plot_sweep(folder: Folder, out: Out = None) -> None:
+    """Heat maps of the end loss over the settings that vary, and the best at each value."""
+    from zofed import plot_sweep, results
+
+    found, notes = results.collect([folder])
+    _told(plot_sweep.sweep(found, _png(out, folder, "sweep"), notes), notes)
+
+
+@plot_app.command("zo")
+def plot_zo(
+    folder: Folder,
+    points: Annotated[int, typer.Option(min=0, help="steps at which slopes are set against backpropagation")] = 5,
+    out: Out = None,
+) -> None:
+    """Zeroth order: loss by queries, epsilon, batch size and optimizer; cosine and signal to noise over time."""
+    from zofed import plot_sweep, results
+
+    found, notes = results.collect([folder])
+    _told(plot_sweep.zo(found, _png(out, folder, "zo"), points, notes), notes)
+
+
+@plot_app.command("fo-vs-zo")
+def plot_fo_vs_zo(folder: Folder, out: Out = None) -> None:
+    """First order beside zeroth order and the other modes: loss against cost, end losses, memory."""
+    from zofed import plot_arms, results
+
+    found, notes = results.collect([folder])
+    _told(plot_arms.fo_vs_zo(results.arms(found), _png(out, folder, "fo-vs-zo"), notes), notes)
+
+
+@plot_app.command("federated")
+def plot_federated(run: RunPath, out: Out = None) -> None:
+    """One federated run: who took part, what was refused, bytes, each client's loss."""
+    from zofed import plot_run, results
+
+    console.print(f"wrote {plot_run.federated(results.read(run), _png(out, run, 'federated'))}", markup=False)
+
+
+def _png(out: Path | None, folder: Path, name: str) -> Path:
+    return (out or folder / f"{name}.png").absolute()
+
+
+def _told(path: Path, notes: list[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"wrote {path}", markup=False)

@@ -25,7 +25,7 @@ ASIDE = ("seed", "out", "device", "devices", "controls", "save-interval", "keep-
 SCORED_BY = ("task", "dataset", "eval-dataset", "held-out", "block-size", "tokenizer", "eval-examples")
 SHORT = ("mode", "optimizer", "dataset", "model", "instruct-kind")  # whose value alone tells what it is
 
-Array = np.ndarray[Any, np.dtype[np.float64]]
+Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def _at_scale(parts: Values, scale: str) -> Values:
             if key == "runs" and before:
                 own = {run.get("name"): run for run in value}
                 value = [run | own.pop(run.get("name"), {}) for run in before] + list(own.values())
-            parts[key] = {**before, **value} if isinstance(before, dict) else value
+            parts[key] = before | value if isinstance(before, dict) and isinstance(value, dict) else value
     for key in parts:
         if key not in PARTS:
             told = f"{key} is a setting: it goes into [base]" if key in SETTINGS else ""
