@@ -25,10 +25,10 @@ KNOWN_TO = {
     "flwr_datasets": {"partitions"},
     "huggingface_hub": {"download", "hub"},
     "pandas": {"rows", "plots"},
-    "matplotlib": {"plots"},
-    "seaborn": {"plots"},
-    "typer": {"cli", "options", "model_commands", "data_commands"},
-    "rich": {"cli", "options", "model_commands", "data_commands"},
+    "matplotlib": {"plots", "plot_style", "plot_run"},
+    "seaborn": {"plots", "plot_style"},
+    "typer": {"cli", "options", "model_commands", "data_commands", "experiment_commands"},
+    "rich": {"cli", "options", "model_commands", "data_commands", "experiment_commands"},
     "pydantic": {"config"},
 }
 CORE = ("directions", "records", "journal", "optimizers", "perturbed", "estimators", "worker")

@@ -14,7 +14,7 @@ from zofed.task import Task, prepare_process
 from zofed.trainer import replay
 
 FILE = "course.csv"
-COLUMNS = ("step", "signal_to_noise", "cosine", "expected_cosine")
+COLUMNS: tuple[str, ...] = ("step", "signal_to_noise", "cosine", "expected_cosine")
 BATCHES = 4
 QUERIES = 64  # directions, at most, along which one look compares slopes
 
@@ -29,7 +29,7 @@ def course(path: Path, points: int) -> list[dict[str, float]]:
     if not (rows := read_table(folder.path / FILE)):
         rows = _measure(folder, points)
         text = io.StringIO()
-        writer = csv.DictWriter[str](text, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         folder.write_text(FILE, text.getvalue())

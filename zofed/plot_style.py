@@ -23,7 +23,7 @@ LOSS = "held-out loss (nats)"
 MOST = 10  # curves that an eye can still tell apart in one panel
 
 # Okabe and Ito's colours, which any eye can tell apart, in an order in which lightness alternates, for print in grey.
-_COLORS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#999933", "#661100", "#888888")
+_COLORS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#661100", "#999933", "#D55E00", "#888888")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1, 1)), (0, (6, 1.5, 1, 1.5)), (0, (3, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "++", "oo", "|||", "---", "**")

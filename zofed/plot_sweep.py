@@ -119,7 +119,7 @@ def _map(figure: Any, place: Any, results: Sequence[Result], row: str, column: s
     place.set_xticks(
         range(len(columns)),
         [_short(one, column) for one in columns],
-        rotation=25 if len(columns) > 5 or row == "arm" else 0,
+        rotation=25 if len(columns) > 5 or column == "arm" else 0,
     )
     place.set_yticks(range(len(rows)), [_short(one, row) for one in rows])
     place.set(xlabel=column, ylabel=row)
