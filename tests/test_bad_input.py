@@ -673,7 +673,7 @@ def test_a_spoilt_metrics_file_is_told(refused: Refused, copy_of: Callable[[str]
     refused("train", "--resume", folder, value=str(folder / "metrics.csv"), remedy="delete it")
 
 
-@pytest.mark.parametrize("command", [["compare", "{run}", "--out", "/proc/no.png"], ["make-data", "/proc/no"]])
+@pytest.mark.parametrize("command", [["plot", "compare", "{run}", "--out", "/proc/no.png"], ["make-data", "/proc/no"]])
 def test_a_place_where_nothing_can_be_written_is_told(
     refused: Refused, copy_of: Callable[[str], Path], command: list[str]
 ) -> None:

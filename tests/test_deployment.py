@@ -22,11 +22,12 @@ from flwr.app import Context, Message, RecordDict
 from flwr.common.config import parse_config_args
 from flwr.supercore.task_identity import TaskIdentity
 
-from zofed import deployment, keys, reach, supervisor, warm
+from zofed import deployment, identity, keys, messages, reach, supervisor, warm
 from zofed.errors import UserError
 from zofed.flower_internals import Assignment
 from zofed.reach import Address
 from zofed.supervisor import Child, supervise
+from zofed.wire import Introduction
 
 # ---- commands ------------------------------------------------------------------------------------
 
@@ -251,7 +252,7 @@ def test_a_clock_that_is_off_is_named(made: Path, off: float, said: str) -> None
 def test_another_ca_another_name_and_no_tls_are_told_apart(made: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     keys.make(other, ["host"])
-    with https(made) as port, pytest.raises(UserError, match=r"was not signed by .*other/ca.crt: bring the server's"):
+    with https(made) as port, pytest.raises(UserError, match=r"was not signed by .*other/ca.crt: bring its ca.crt"):
         reach.problem(Address("localhost", port), other / "ca.crt")
     with https(made, host="127.0.0.2") as port, pytest.raises(UserError, match=r"is not for 127.0.0.2: renew it"):
         reach.problem(Address("127.0.0.2", port), made / "ca.crt")
@@ -385,9 +386,9 @@ def test_a_supervisor_killed_outright_takes_its_children_along(tmp_path: Path) -
 # ---- the worker ----------------------------------------------------------------------------------
 
 
-def assignment(app: str = warm.APP, **node: Any) -> Assignment:
+def assignment(app: str = warm.APP, kind: str = "query.status", **node: Any) -> Assignment:
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
-    message = Message(RecordDict(), dst_node_id=2, message_type="query.status", ttl=60)
+    message = Message(RecordDict(), dst_node_id=2, message_type=kind, ttl=60)
     message.metadata.__dict__["_message_id"] = "1"
     context = Context(run_id=1, node_id=2, node_config=node, state=RecordDict(), run_config={})
     return Assignment(message, context, app)
@@ -399,9 +400,14 @@ def test_a_worker_runs_no_other_apps_code() -> None:
 
 
 def test_a_message_that_fails_is_answered_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    reply = warm.reply_to(assignment(), "cpu")  # no content: malformed
+    reply = warm.reply_to(assignment(kind="train.zo"), "cpu")  # no content: malformed
     assert reply.has_error() and reply.error.code == warm.CLIENT_FAILED
     assert "Malformed" in reply.error.reason and "Traceback" not in capsys.readouterr().err
+
+
+def test_a_greeting_of_another_zofed_is_answered_with_who_this_is() -> None:
+    told = messages.unpack(Introduction, warm.reply_to(assignment(), "").content)
+    assert "give all machines the same" in told.problem and told.code == identity.code()
 
 
 def test_a_worker_is_of_the_bundle_that_the_project_makes() -> None:

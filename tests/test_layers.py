@@ -15,6 +15,7 @@ from zofed import config
 PACKAGE = Path(zofed.__file__).parent
 ROOT = PACKAGE.parent
 
+COMMANDS = {f"{name}_commands" for name in ("model", "data", "keys", "deployment", "experiment")}
 # Third-party packages that only the named modules may import; the core knows torch and numpy alone.
 KNOWN_TO = {
     "flwr": {"messages", "members", "exchanges", "traffic", "server", "client", "grid", "warm", "flower_internals"},
@@ -25,10 +26,10 @@ KNOWN_TO = {
     "flwr_datasets": {"partitions"},
     "huggingface_hub": {"download", "hub"},
     "pandas": {"rows", "plots"},
-    "matplotlib": {"plots"},
-    "seaborn": {"plots"},
-    "typer": {"cli", "options", "model_commands", "data_commands", "keys_commands", "deployment_commands"},
-    "rich": {"cli", "options", "model_commands", "data_commands", "keys_commands"},
+    "matplotlib": {"plots", "plot_style", "plot_run"},
+    "seaborn": {"plots", "plot_style"},
+    "typer": {"cli", "options"} | COMMANDS,
+    "rich": {"cli", "options"} | COMMANDS,
     "pydantic": {"config"},
     "cryptography": {"keys", "flower_internals"},
 }

@@ -12,7 +12,7 @@ from zofed import config, data, documents, models, runs, tokenizers
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
-from zofed.forecast import bytes_of_a_round, free_bytes, pace
+from zofed.forecast import bytes_of_a_round, duration, free_bytes, pace
 from zofed.model_info import ModelInfo, info
 from zofed.task import Task, device, prepare_process, with_absolute_paths
 from zofed.worker import Worker
@@ -177,19 +177,24 @@ def _model(
         with _collect(lines, f"step {mode}"):
             found = pace(task, worker, examples, mode)
             count = settings.rounds if settings.clients else settings.steps
-            told = f"loss {found.loss:.4f}, about {_duration(found.step)} a step"
+            told = f"loss {found.loss:.4f}, about {duration(found.step)} a step"
             lines.append(Line("ok", f"step {mode}", told))
-            told = f"{count} steps and their evaluations about {_duration(found.total)}"
+            told = f"{count} steps and their evaluations about {duration(found.total)}"
             lines.append(Line("ok", f"time {mode}", told))
         yield from lines
     if line := _federation(settings, worker):
         yield line
 
 
-def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
+def bytes_needed(of: ModelInfo, mode: str) -> int:
+    """The most that a run in a mode holds at once: in a step, in an evaluation, in the replay that proves it."""
     memory = of.memory[mode]
-    end = 2 * (memory.weights + memory.state) if mode == "zo" else 0  # the replay that proves the run
-    peak = max(memory.peak, memory.peak - memory.step + memory.evaluation, end)
+    end = 2 * (memory.weights + memory.state) if mode == "zo" else 0
+    return max(memory.peak, memory.peak - memory.step + memory.evaluation, end)
+
+
+def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
+    memory, peak = of.memory[mode], bytes_needed(of, mode)
     told = f"{mode}: predicted {_mib(memory.peak)} a step, {_mib(peak)} in all"
     if free is None:
         return Line("note", "memory", f"{told}; how much is free this system does not tell")
@@ -222,9 +227,3 @@ def _federation(settings: Settings, worker: Worker) -> Line | None:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -11,7 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zofed import __version__, config, deployment_commands, model_commands
+from zofed import __version__, config, deployment_commands, experiment_commands, model_commands
 from zofed.config import SETTINGS, Settings
 from zofed.data_commands import app as data_app
 from zofed.errors import UserError
@@ -24,6 +24,7 @@ journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the
 app.add_typer(journal_app, name="journal")
 model_commands.register(app)
 deployment_commands.register(app)
+experiment_commands.register(app)
 app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
 
@@ -270,20 +271,6 @@ def evaluate(
     for source, score in scores.items():
         table.add_row(source, *(f"{value:.4f}" for value in score.columns().values()))
     console.print(table)
-
-
-@app.command("compare")
-def compare_runs(
-    folders: Annotated[list[Path], typer.Argument(help="folders of runs")],
-    axis: Annotated[str, typer.Option(help="step, forward-equivalents, seconds or bytes")] = "forward-equivalents",
-    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("compare.png"),
-) -> None:
-    """Draw the losses of several runs in one picture."""
-    from zofed import plots
-
-    if axis not in plots.AXES:
-        raise UserError(config.unknown(axis, list(plots.AXES), "axis"))
-    console.print(f"wrote {plots.compare([RunFolder.open(folder) for folder in folders], axis, out.absolute())}")
 
 
 @app.command()

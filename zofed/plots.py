@@ -1,53 +1,36 @@
-"""Pictures of runs, read back from their folders."""
+"""The pictures that every run leaves in its folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from zofed import partitions
-from zofed.errors import UserError
+from zofed import partitions, results
+from zofed import plot_style as style
 from zofed.runs import RunFolder
 
-AXES = {
-    "step": "step",
-    "forward-equivalents": "forward-equivalents (examples run forward, a backward pass counts two)",
-    "seconds": "seconds",
-    "bytes": "bytes up and down, all clients",
-}
 GROUPS_SHOWN = 10  # colours and hatches that an eye can still tell apart
-
-
-def read_metrics(folder: RunFolder) -> pd.DataFrame:
-    """The run's metrics. Raises UserError when there are none."""
-    path = folder.path / "metrics.csv"
-    try:
-        table = pd.read_csv(path)
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise UserError(f"cannot read {path}: {error}; give the folder of a run") from error
-    table = table.rename(columns={"forward_equivalents": "forward-equivalents"})
-    if missing := [axis for axis in AXES if axis not in table]:
-        raise UserError(f"{path} has no column {missing[0]}: another version of zofed wrote it, which can draw it")
-    return table
 
 
 def plot_loss(folder: RunFolder, baselines: Mapping[str, float]) -> Path:
     """loss.png in the run's folder: training and held-out loss by step, with the baselines as lines."""
-    path = folder.path / "loss.png"
-    _draw([folder], "step", path, baselines)
-    return path
-
-
-def compare(folders: Sequence[RunFolder], axis: str, path: Path) -> Path:
-    """One picture of several runs' training and held-out losses along `axis`, one of AXES."""
-    _draw(folders, axis, path, {})
-    return path
+    result = results.read(folder.path)
+    steps, training, (rows, held_out) = result.columns["step"], result.columns["loss"], result.held_out
+    figure, places = style.panels(1, 1, width=8, height=5)
+    place = places[0, 0]
+    seen = np.flatnonzero(np.isfinite(training))
+    place.plot(steps[seen], training[seen], color="0.7", lw=1, label="training")
+    place.plot(steps[rows], held_out, **style.stroke(0).line(), label="held-out")
+    for index, (name, loss) in enumerate((k, v) for k, v in baselines.items() if not k.endswith("accuracy")):
+        place.axhline(loss, color="0.35", lw=1, ls=("--", "-.", ":")[index % 3])
+        place.annotate(f"{name} {loss:.2f}", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    place.set(xlabel="step", ylabel="loss (nats)")
+    place.legend(loc="best", fontsize="small")
+    return style.save(figure, folder.path / "loss.png")
 
 
 def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> Path:
@@ -90,38 +73,13 @@ def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> 
     return path
 
 
-def _draw(folders: Sequence[RunFolder], axis: str, path: Path, baselines: Mapping[str, float]) -> None:
-    sns.set_theme(style="whitegrid", context="notebook")
-    colors = sns.color_palette("colorblind")
-    figure, axes = plt.subplots(figsize=(8, 5))
-    styles = ("-", "--", "-.", ":")
-    for index, folder in enumerate(folders):
-        table = read_metrics(folder)
-        name = "" if len(folders) == 1 else f"{folder.path.name}: "
-        color, style = colors[index % len(colors)], styles[index % len(styles)]
-        training, held_out = table.dropna(subset=["loss"]), table.dropna(subset=["eval_loss"])
-        axes.plot(training[axis], training["loss"], color=color, alpha=0.3, lw=1, label=f"{name}training")
-        axes.plot(held_out[axis], held_out["eval_loss"], style, color=color, lw=2, marker="o", ms=4)
-        axes.lines[-1].set_label(f"{name}held-out")
-    top = axes.get_ylim()[1]
-    for index, (name, loss) in enumerate((k, v) for k, v in baselines.items() if not k.endswith("accuracy")):
-        axes.axhline(loss, color="0.35", lw=1, ls=styles[1 + index % 3])
-        axes.annotate(f"{name} {loss:.2f}", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    axes.set(xlabel=AXES[axis], ylabel="loss (nats)")
-    axes.set_ylim(top=max(top, axes.get_ylim()[1]))
-    axes.legend(loc="best", fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def federation(folder: RunFolder, clients: int) -> Path:
     """federation.png: losses by round, by bytes of a client and by seconds, and where each round's seconds went."""
     path = folder.path / "federation.png"
-    metrics, rounds = read_metrics(folder), pd.read_csv(folder.path / "rounds.csv")
+    metrics, rounds = results.read(folder.path).columns, pd.read_csv(folder.path / "rounds.csv")
     sums = rounds[["bytes_up", "bytes_down"]].cumsum() / max(1, clients)
     rounds["kilobytes"] = (sums["bytes_up"] + sums["bytes_down"]) / 1000
-    rounds["seconds"] = metrics.set_index("step")["seconds"].reindex(rounds["round"]).to_numpy()
+    rounds["seconds"] = pd.Series(metrics["seconds"], metrics["step"]).reindex(rounds["round"]).to_numpy()
     sns.set_theme(style="ticks", context="notebook")
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5))
     places = (("round", "round"), ("kilobytes", "KB up and down, mean of a client"), ("seconds", "seconds"))

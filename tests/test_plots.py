@@ -1,0 +1,259 @@
+"""Pictures of runs: what they show, and what they say of what they leave out."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.colors
+import numpy as np
+import pytest
+
+from zofed import central, client, plot_arms, plot_run, plot_style, plot_sweep, results, server
+from zofed.errors import UserError
+from zofed.grid import LocalGrid
+from zofed.results import Arm, Result
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """Two seeds each of a zo and an fo run, and a federated one."""
+    from zofed import config
+
+    folder = tmp_path_factory.mktemp("runs")
+    common = {"dataset": str(corpus), "block-size": 16, "batch-size": 2, "queries": 3, "steps": 6, "rounds": 6}
+    common |= {"eval-interval": 3, "eval-examples": 8, "save-interval": 0, "device": "cpu", "controls": True}
+    for mode, seed in itertools.product(("zo", "fo"), (0, 1)):
+        settings = config.resolve(common | {"mode": mode, "seed": seed})
+        central.train(settings, folder / f"{mode}-{seed}", lambda row: None)
+    values = common | {"clients": 3, "participation": 0.7, "out": str(folder / "federated"), "client-held-out": 0.2}
+    server.run(LocalGrid(client.app, 3, values), config.resolve(values), "")
+    return folder
+
+
+@pytest.fixture
+def runs(made: Path, tmp_path: Path) -> Path:
+    """A copy of the central runs that a test may spoil."""
+    for path in made.iterdir():
+        if path.name != "federated":
+            shutil.copytree(path, tmp_path / "runs" / path.name)
+    return tmp_path / "runs"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Sequence[str]]]:
+    """(figure, notes) of every picture, which is written as ever."""
+    found: list[tuple[Any, Sequence[str]]] = []
+    save = plot_style.save
+
+    def keep(figure: Any, path: Path, title: str = "", notes: Sequence[str] = (), legend_of: Any = None) -> Path:
+        found.append((figure, notes))
+        return save(figure, path, title, notes, legend_of)
+
+    monkeypatch.setattr(plot_style, "save", keep)
+    return found
+
+
+def line(place: Any, label: str) -> Any:
+    return next(each for each in place.lines if each.get_label() == label)
+
+
+def test_curves_can_be_told_apart_in_grey_and_by_any_eye() -> None:
+    strokes = [plot_style.stroke(index) for index in range(plot_style.MOST)]
+    assert len({(repr(one.dash), one.marker) for one in strokes}) == len(strokes)
+    assert len({one.hatch for one in strokes}) == len(strokes)
+    grey = [float(np.dot(matplotlib.colors.to_rgb(one.color), (0.3, 0.59, 0.11))) for one in strokes]
+    assert all(abs(a - b) > 0.1 for a, b in itertools.pairwise(grey[:8])), (
+        "neighbours in the legend look alike in print"
+    )
+
+
+def test_compare_shows_mean_and_range_of_the_seeds_against_each_cost(runs: Path, drawn: Any, tmp_path: Path) -> None:
+    found, notes = results.collect([runs])
+    arms = results.arms(found)
+    assert [(arm.name, len(arm.results)) for arm in arms] == [("fo", 2), ("zo", 2)] and not notes
+    path = plot_arms.compare(arms, [], tmp_path / "compare.png", notes)
+    assert path.stat().st_size > 10_000
+    figure, _ = drawn[0]
+    places = figure.axes
+    assert [place.get_xlabel() for place in places[2:4]] == ["forward-equivalents (examples)", "seconds of training"]
+    assert places[0].get_ylabel() == "held-out loss (nats)"
+    ends = [result.end for result in found if result.settings["mode"] == "zo"]
+    curve = line(places[0], "zo (n = 2)")
+    assert curve.get_ydata()[-1] == pytest.approx(np.mean(ends))
+    assert curve.get_xdata()[-1] == 6 * 4 * 2, "6 steps of 4 passes of 2 examples"
+    band = places[0].collections[1].get_paths()[0].vertices
+    last = band[band[:, 0] == band[:, 0].max()][:, 1]
+    assert (last.min(), last.max()) == pytest.approx((min(ends), max(ends)))
+
+
+def test_a_running_mean_is_centred_and_keeps_a_constant() -> None:
+    assert plot_arms.smoothed(np.full(7, 3.0)) == pytest.approx(np.full(7, 3.0))
+    assert plot_arms.smoothed(np.array([0.0, 0, 0, 5, 0, 0, 0]))[3] == pytest.approx(1.0)
+    assert plot_arms.smoothed(np.array([4.0, 6.0])) == pytest.approx([5.0, 5.0]) and not len(
+        plot_arms.smoothed(np.zeros(0))
+    )
+
+
+def test_fo_vs_zo_takes_the_best_arm_of_each_mode_and_needs_both(runs: Path, drawn: Any, tmp_path: Path) -> None:
+    found, _ = results.collect([runs])
+    plot_arms.fo_vs_zo(results.arms(found), tmp_path / "a.png")
+    figure, _ = drawn[0]
+    heights = [patch.get_height() + patch.get_y() for patch in figure.axes[2].patches]
+    assert heights == pytest.approx([arm.mean for arm in results.arms(found)])
+    only = [result for result in found if result.settings["mode"] == "fo"]
+    with pytest.raises(UserError, match="no run of mode zo"):
+        plot_arms.fo_vs_zo(results.arms(only), tmp_path / "b.png")
+
+
+def fake(name: str, end: float, **settings: Any) -> Result:
+    columns = {"step": np.arange(2.0), "eval_loss": np.array([6.0, end]), "loss": np.array([np.nan, end])}
+    summary = {"status": "completed", "eval_loss_end": end, "eval_loss_start": 6.0}
+    return Result(Path(name), {"seed": 0, "mode": "zo"} | settings, summary, columns)
+
+
+GRID = {(2, 0.1): 5.0, (2, 0.2): 4.0, (8, 0.1): 3.0, (8, 0.2): 9.0}
+
+
+def test_a_heat_map_has_the_mean_of_the_seeds_at_the_best_of_the_rest(drawn: Any, tmp_path: Path) -> None:
+    found = [
+        fake(f"{n}", end + 0.2 * seed + (mode == "fo"), queries=q, seed=seed, mode=mode, **{"learning-rate": rate})
+        for n, (((q, rate), end), seed, mode) in enumerate(itertools.product(GRID.items(), (0, 1), ("zo", "fo")))
+    ]
+    plot_sweep.sweep(found, tmp_path / "map.png")
+    figure, _ = drawn[0]
+    maps = {
+        (place.get_ylabel(), place.get_xlabel()): place.images[0].get_array() for place in figure.axes if place.images
+    }
+    # ratio of rows to columns may turn the map; queries are 2 and 8, rates 0.1 and 0.2, both in their order
+    assert np.asarray(maps["queries", "learning-rate"]) == pytest.approx(np.array([[5.1, 4.1], [3.1, 9.1]]))
+    best = next(place for place in figure.axes if place.get_xlabel() == "queries" and not place.images)
+    joined = next(each for each in best.lines if len(each.get_ydata()) == 2 and each.get_linestyle() == "-")
+    assert list(joined.get_ydata()) == pytest.approx([4.1, 3.1])
+
+
+def test_a_map_needs_runs_that_ended_and_differ(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run is complete"):
+        plot_sweep.sweep([fake("a", float("nan"))], tmp_path / "x.png")
+    with pytest.raises(UserError, match="do not differ but by their seed"):
+        plot_sweep.sweep([fake("a", 1.0), fake("b", 2.0, seed=1)], tmp_path / "x.png")
+
+
+def test_zo_compares_slopes_with_backpropagation_along_the_way_once(runs: Path, drawn: Any, tmp_path: Path) -> None:
+    found, notes = results.collect([runs])
+    plot_sweep.zo(found, tmp_path / "zo.png", 2, notes)
+    figure, told = drawn[0]
+    assert any("not zeroth order, left out: fo-0, fo-1" in note for note in told)
+    cosine = next(place for place in figure.axes if place.get_ylabel().startswith("cosine"))
+    measured, chance = cosine.lines
+    assert list(measured.get_xdata()) == [0, 5]
+    assert list(chance.get_ydata()) == pytest.approx([(3 / 141_056) ** 0.5] * 2, rel=0.05)
+    kept = runs / "zo-0" / "course.csv"
+    before = kept.stat().st_mtime_ns
+    plot_sweep.zo(found, tmp_path / "again.png", 2, [])
+    assert kept.stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="no run with zeroth-order steps"):
+        plot_sweep.zo([result for result in found if result.settings["mode"] == "fo"], tmp_path / "x.png", 0)
+
+
+def test_quick_shows_loss_rate_and_spread(runs: Path, drawn: Any, tmp_path: Path) -> None:
+    result = results.read(runs / "zo-0")
+    plot_run.quick(result, tmp_path / "quick.png")
+    figure, notes = drawn[0]
+    loss, rate, spread = figure.axes
+    assert list(line(loss, "held out").get_ydata()) == pytest.approx(list(result.held_out[1]))
+    assert set(rate.lines[0].get_ydata()[1:]) == {0.01}
+    assert list(spread.lines[0].get_xdata()) == [1, 2, 3, 4, 5, 6] and "slopes" in spread.get_ylabel() and not notes
+
+
+def test_federated_shows_who_took_part_and_refuses_other_runs(made: Path, drawn: Any, tmp_path: Path) -> None:
+    plot_run.federated(results.read(made / "federated"), tmp_path / "federated.png")
+    figure, _ = drawn[0]
+    grid = np.asarray(figure.axes[0].images[0].get_array())
+    assert grid.shape == (3, 6) and set(grid.sum(0)) == {2.0}, "two of three clients are asked in each round"
+    with pytest.raises(UserError, match="no federated run"):
+        plot_run.federated(results.read(made / "zo-0"), tmp_path / "x.png")
+
+
+# --- what cannot be read ---
+
+
+def test_what_was_cut_or_is_of_another_version_is_shown_as_far_as_it_goes_and_told(
+    runs: Path, drawn: Any, tmp_path: Path
+) -> None:
+    metrics = runs / "zo-0" / "metrics.csv"
+    metrics.write_text(metrics.read_text()[:-120])  # cut in the middle of a line
+    old = runs / "zo-1" / "metrics.csv"
+    old.write_text(old.read_text().replace("forward_equivalents", "queries_asked"))
+    (runs / "zo-1" / "settings.toml").write_text('mode = "zo"\nseed = 1\nfrom-elsewhere = 3\n')
+    (runs / "fo-0" / "summary.json").write_text('{"status": "interrupted"}')
+    (runs / "fo-1" / "metrics.csv").unlink()
+    found, notes = results.collect([runs])
+    assert [result.name for result in found] == ["fo-0", "zo-0", "zo-1"]
+    told = "\n".join(notes)
+    assert "left out fo-1" in told and "not finished, shown as far as they are: fo-0" in told
+    assert "metrics.csv was cut, shown as far as it goes: zo-0" in told
+    plot_arms.compare(results.arms(found), ["forward-equivalents"], tmp_path / "compare.png", notes)
+    assert any("without forward_equivalents" in note and "zo-1" in note for note in drawn[0][1])
+
+
+def test_no_run_to_draw_is_told(runs: Path, tmp_path: Path, zofed_command: Command) -> None:
+    (tmp_path / "empty").mkdir()
+    for words, what in (
+        (("compare", tmp_path / "empty"), "holds no runs"),
+        (("sweep", tmp_path / "nowhere"), "there is no folder"),
+        (("quick", tmp_path / "empty"), "is not the folder of a run"),
+        (("compare", runs, "--axis", "second"), "did you mean 'seconds'"),
+    ):
+        status, _, errors = zofed_command("plot", *words)
+        assert status == 2 and what in errors, errors
+    for path in runs.glob("*/metrics.csv"):
+        path.write_text("")
+    status, _, errors = zofed_command("plot", "compare", runs)
+    assert status == 2 and "not one run can be read" in errors and "(and 3 more)" in errors
+    old = next(runs.glob("*/metrics.csv"))
+    old.write_text("step,loss\n0,1.0\n")
+    status, _, errors = zofed_command("plot", "compare", old.parent, "--axis", "bytes")
+    assert status == 2 and "no run has the column bytes" in errors
+
+
+def test_every_picture_has_a_command(made: Path, tmp_path: Path, zofed_command: Command) -> None:
+    for words in (
+        ("quick", made / "zo-0"), ("compare", made / "zo-0", made / "fo-0", "--axis", "tokens"), ("sweep", made),
+        ("zo", made, "--points", 0), ("fo-vs-zo", made), ("federated", made / "federated"),
+    ):  # fmt: skip
+        out = tmp_path / f"{words[0]}.png"
+        status, told, errors = zofed_command("plot", *words, "--out", out)
+        assert status == 0 and f"wrote {out}" in told, errors
+        assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_losses_of_other_data_are_warned_of() -> None:
+    a, b = fake("a", 1.0, dataset="x"), fake("b", 1.0, dataset="y")
+    assert "differ in dataset" in results.incomparable([a, b])
+    same = [fake(name, 1.0, dataset=name, **{"eval-dataset": "z"}) for name in "ab"]
+    assert not results.incomparable(same)
+
+
+def test_arms_of_a_sweep_report_other_seeds_than_those_that_chose() -> None:
+    def run(end: float, rate: float, seed: int, tunes: bool) -> Result:
+        one = fake(f"{rate}-{seed}", end, seed=seed, **{"learning-rate": rate})
+        return Result(one.path, one.settings, one.summary, one.columns, "arm", tunes)
+
+    tuning = [run(3.0, 0.1, 0, True), run(2.0, 0.2, 0, True)]
+    (alone,) = results.arms(tuning)
+    assert (alone.ends, len(alone.chosen_from)) == ({0: 2.0}, 2)
+    (whole,) = results.arms([*tuning, run(2.5, 0.2, 1, False), run(2.7, 0.2, 2, False)])
+    assert whole.ends == {1: 2.5, 2: 2.7} and whole.mean == pytest.approx(2.6)
+    assert isinstance(whole, Arm)
+
+
+def test_the_settings_of_a_missing_summary_are_those_of_its_file(runs: Path) -> None:
+    (runs / "zo-0" / "summary.json").unlink()
+    result = results.read(runs / "zo-0")
+    assert not result.is_complete and np.isnan(result.end) and result.settings["queries"] == 3
+    assert json.loads((runs / "zo-1" / "summary.json").read_text())["eval_loss_end"] == results.read(runs / "zo-1").end

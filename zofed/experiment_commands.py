@@ -1,0 +1,205 @@
+"""Commands of experiments: `zofed sweep`, `zofed plot`, `zofed report`."""
+
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+
+from zofed import config
+from zofed.errors import UserError
+from zofed.options import Interrupted, console, with_settings
+
+if TYPE_CHECKING:
+    from zofed.sweep_runner import Board
+
+
+plot_app = typer.Typer(no_args_is_help=True, help="Pictures of runs and sweeps, read back from their folders.")
+
+Out = Annotated[Path | None, typer.Option(help="PNG file to write; empty: beside what is drawn")]
+Folder = Annotated[Path, typer.Argument(help="folder of a sweep, or one that holds folders of runs")]
+RunPath = Annotated[Path, typer.Argument(help="folder of a run")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command("sweep")(with_settings(sweep))
+    app.add_typer(plot_app, name="plot")
+    app.command("report")(report)
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(help="TOML file of a sweep, or the name of a shipped experiment")],
+    scale: Annotated[str, typer.Option(help="which of the file's scales, as laptop or paper; empty: its first")] = "",
+    parallel: Annotated[int, typer.Option(min=1, help="runs at a time, each in a process of its own")] = 1,
+    data: Annotated[list[str] | None, typer.Option(help="NAME=PATH: read PATH for a data set the file names")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and what they will cost, run none")] = False,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Carry out many runs: what is finished is skipped, what was cut goes on, what fails is told and stops no other.
+
+    Settings typed as options override the file's base. Start it again, after Ctrl-C or kill -9, and it goes on.
+    """
+    from zofed import sweep_file
+
+    path = sweep_file.find(file)
+    out = options.pop("out", "")
+    wanted = sweep_file.read(path, scale, options, data or [])
+    folder_path = config.absolute(out or f"runs/{path.stem}{'-' + scale if scale else ''}", "out")
+    from zofed import sweep_cost  # torch and transformers take seconds to load
+
+    if dry_run:
+        for line in sweep_cost.estimate(wanted, parallel):
+            console.print(line, markup=False)
+        return
+    from zofed.sweep_folder import SweepFolder
+    from zofed.sweep_runner import Runner
+
+    folder = SweepFolder(folder_path)
+    with folder.opened():
+        wanted = folder.begin(wanted)
+        console.print(f"sweep: {folder.path}: {wanted.most} runs, {parallel} at a time", markup=False)
+        if warning := sweep_cost.too_much(wanted, parallel):
+            console.print(f"zofed: warning: {warning}", markup=False)
+        try:
+            with Watching() as watching:
+                runner = Runner(wanted, folder, parallel, watching)
+                board = runner.run()
+        except KeyboardInterrupt:
+            raise Interrupted(f"continue with: zofed sweep {folder.path / 'sweep.toml'} --out {folder.path}") from None
+    failed = board.failed
+    console.print(f"{board.over - len(failed)} runs complete, {board.skipped} of them before; {len(failed)} failed")
+    for run in failed:
+        console.print(f"  {run.name}: {run.error}", markup=False)
+    if runner.first_steps:
+        median = statistics.median(runner.first_steps)
+        console.print(f"from a run's start to its first step {median:.2f} s (median of {len(runner.first_steps)})")
+    console.print(f"results in {folder.path / 'summary.csv'}; next: zofed report {folder.path}", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+class Watching:
+    """Shows a sweep's board as it changes: a table on a terminal, else a line for each run that ends."""
+
+    def __init__(self) -> None:
+        self.live = Live(console=console, transient=True) if console.is_terminal else None
+        self.told = 0
+
+    def __enter__(self) -> "Watching":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, board: "Board") -> None:
+        from zofed.forecast import duration
+
+        left = f", about {duration(board.left)} left" if board.left else ""
+        if self.live:
+            table = Table("run", "step", "of", "seconds", box=None, pad_edge=False)
+            for run in board.running:
+                table.add_row(run.name, str(run.step), str(run.steps), f"{run.seconds:.0f}")
+            counts = f"{board.over} of {board.most} runs over, {len(board.failed)} failed{left}"
+            self.live.update(Group(table, counts))
+            return
+        for at, run in enumerate(board.ended[self.told :], board.skipped + self.told + 1):
+            how = f"failed: {run.error}" if run.error else f"held-out {run.loss:.4f}, {run.seconds:.1f} s"
+            print(f"[{at}/{board.most}] {run.name}: {how}{left}", flush=True)
+        self.told = len(board.ended)
+
+
+def report(
+    folder: Folder,
+    points: Annotated[int, typer.Option(min=0, help="steps at which slopes are set against backpropagation")] = 0,
+) -> None:
+    """One HTML page and a summary.md: what won, by how much, how surely; pictures, controls, costs, environment."""
+    from zofed import report as reports
+
+    page, summary = reports.report(folder, points)
+    for line in summary.read_text(encoding="utf-8").splitlines():
+        if line.startswith("- "):
+            console.print(line, markup=False)
+    console.print(f"wrote {page} and {summary}", markup=False)
+
+
+@plot_app.command("quick")
+def plot_quick(run: RunPath, out: Out = None) -> None:
+    """One run: losses, rate, spread of the slopes."""
+    from zofed import plot_run, results
+
+    console.print(f"wrote {plot_run.quick(results.read(run), _png(out, run, 'quick'))}", markup=False)
+
+
+@plot_app.command("compare")
+def plot_compare(
+    folders: Annotated[list[Path], typer.Argument(help="folders of runs, or of sweeps")],
+    axis: Annotated[
+        list[str] | None, typer.Option(help="step, forward-equivalents, seconds, tokens or bytes; may be repeated")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("compare.png"),
+) -> None:
+    """Runs beside each other: training and held-out losses against what they cost, with bands over seeds."""
+    from zofed import plot_arms, plot_style, results
+
+    for name in axis or []:
+        if name not in plot_style.AXES:
+            raise UserError(config.unknown(name, list(plot_style.AXES), "axis"))
+    found, notes = results.collect(folders)
+    _told(plot_arms.compare(results.arms(found), axis or [], out.absolute(), notes), notes)
+
+
+@plot_app.command("sweep")
+def plot_sweep(folder: Folder, out: Out = None) -> None:
+    """Heat maps of the end loss over the settings that vary, and the best at each value."""
+    from zofed import plot_sweep, results
+
+    found, notes = results.collect([folder])
+    _told(plot_sweep.sweep(found, _png(out, folder, "sweep"), notes), notes)
+
+
+@plot_app.command("zo")
+def plot_zo(
+    folder: Folder,
+    points: Annotated[int, typer.Option(min=0, help="steps at which slopes are set against backpropagation")] = 5,
+    out: Out = None,
+) -> None:
+    """Zeroth order: loss by queries, epsilon, batch size and optimizer; cosine and signal to noise over time."""
+    from zofed import plot_sweep, results
+
+    found, notes = results.collect([folder])
+    _told(plot_sweep.zo(found, _png(out, folder, "zo"), points, notes), notes)
+
+
+@plot_app.command("fo-vs-zo")
+def plot_fo_vs_zo(folder: Folder, out: Out = None) -> None:
+    """First order beside zeroth order and the other modes: loss against cost, end losses, memory."""
+    from zofed import plot_arms, results
+
+    found, notes = results.collect([folder])
+    _told(plot_arms.fo_vs_zo(results.arms(found), _png(out, folder, "fo-vs-zo"), notes), notes)
+
+
+@plot_app.command("federated")
+def plot_federated(run: RunPath, out: Out = None) -> None:
+    """One federated run: who took part, what was refused, bytes, each client's loss."""
+    from zofed import plot_run, results
+
+    console.print(f"wrote {plot_run.federated(results.read(run), _png(out, run, 'federated'))}", markup=False)
+
+
+def _png(out: Path | None, folder: Path, name: str) -> Path:
+    return (out or folder / f"{name}.png").absolute()
+
+
+def _told(path: Path, notes: list[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"wrote {path}", markup=False)

@@ -1,0 +1,227 @@
+"""A sweep at a glance: heat maps of end losses, the best by setting, and what zeroth order's settings do."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zofed import course
+from zofed import plot_style as style
+from zofed.errors import UserError
+from zofed.results import Arm, Result, arms, differing, some
+from zofed.sweep import shown
+
+LONGEST_TICK = 30  # characters
+MAPS = 4  # heat maps in one picture
+ZO_SETTINGS = ("queries", "epsilon", "batch-size", "zo-query-batch-size", "optimizer")
+ZO_RUNS = 6  # runs whose slopes are looked at along their way
+GUIDED = ("cosine_kept", "cosine_direction")
+
+
+def sweep(results: Sequence[Result], path: Path, notes: Sequence[str] = ()) -> Path:
+    """Heat maps of the end loss over pairs of settings that vary, and the best loss at each value of each of them.
+
+    Raises UserError where no run is complete, or none differs from another.
+    """
+    done = [result for result in results if math.isfinite(result.end)]
+    if not done:
+        raise UserError("no run is complete, so that there is nothing to map: let the sweep go on")
+    settings = _axes(done)
+    if not settings:
+        raise UserError("the runs do not differ but by their seed: draw them with zofed plot compare")
+    pairs = sorted(itertools.combinations(settings, 2), key=lambda pair: -_cells(done, pair))[:MAPS]
+    pairs = [pair for pair in pairs if _cells(done, pair) > 1]
+    most = max(len(pairs), len(settings))
+    columns = {1: 1, 2: 2, 4: 2}.get(most, 3)
+    rows = -(-len(pairs) // columns) + -(-len(settings) // columns)
+    figure, places = style.panels(rows, columns, width=4.9, height=3.6)
+    flat = list(places.flat)
+    for place, pair in zip(flat, pairs, strict=False):
+        _map(figure, place, done, *pair)
+    start = -(-len(pairs) // columns) * columns
+    for place, key in zip(flat[start:], settings, strict=False):
+        by_setting(place, done, key)
+    for place in [*flat[len(pairs) : start], *flat[start + len(settings) :]]:
+        place.set_visible(False)
+    if len(done) < len(results):
+        missing = [result.name for result in results if result not in done]
+        notes = [*notes, f"not complete, left out of the maps: {some(missing)}"]
+    if any(result.tunes for result in done):
+        notes = [*notes, "a tuned value that was not chosen has the tuning's seed alone"]
+    title = f"{style.LOSS} at the end, mean of the seeds, at the best of all other settings; lower is better"
+    return style.save(figure, path, title, notes)
+
+
+def _axes(results: Sequence[Result]) -> list[str]:
+    """What to draw by: the settings that differ; of arms that have names, those, and what their tuning varies."""
+    keys = differing(results)
+    if any(result.arm and "=" not in result.arm.split(",")[0] for result in results):
+        return ["arm", *(key for key in keys if _within_arms(results, key))]
+    return keys
+
+
+def _within_arms(results: Sequence[Result], key: str) -> bool:
+    """Whether a setting differs inside an arm: one that its tuning chooses."""
+    by_arm: dict[str, set[str]] = {}
+    for result in results:
+        by_arm.setdefault(result.arm, set()).add(repr(result.settings.get(key)))
+    return any(len(values) > 1 for values in by_arm.values())
+
+
+def value(result: Result, key: str) -> Any:
+    """What a run has of a setting, or its arm's name."""
+    return result.arm if key == "arm" else result.settings.get(key)
+
+
+def values(results: Sequence[Result], key: str) -> list[Any]:
+    """The values of a setting, numbers in their order, others as they come."""
+    found = list(dict.fromkeys(value(result, key) for result in results))
+    return sorted(found) if all(isinstance(one, int | float) for one in found) else found
+
+
+def best(results: Sequence[Result]) -> tuple[float, int]:
+    """(mean end loss over the seeds of the best combination among these runs, number of its seeds)."""
+    by_rest: dict[str, list[float]] = {}
+    for result in results:
+        rest = {key: v for key, v in result.settings.items() if key not in ("seed", "out")}
+        by_rest.setdefault(repr(sorted(rest.items(), key=str)), []).append(result.end)
+    chosen = min(by_rest.values(), key=lambda ends: float(np.mean(ends)), default=[])
+    return (float(np.mean(chosen)), len(chosen)) if chosen else (math.nan, 0)
+
+
+def _cells(results: Sequence[Result], pair: tuple[str, str]) -> int:
+    rows, columns = (len(values(results, key)) for key in pair)
+    return rows * columns if min(rows, columns) > 1 else 0
+
+
+def _map(figure: Any, place: Any, results: Sequence[Result], row: str, column: str) -> None:
+    rows, columns = values(results, row), values(results, column)
+    if len(columns) > len(rows):
+        rows, columns, row, column = columns, rows, column, row
+    grid = np.array([
+        [best([r for r in results if value(r, row) == one and value(r, column) == other])[0] for other in columns]
+        for one in rows
+    ])  # fmt: skip
+    known = grid[np.isfinite(grid)]
+    # One run that diverged must not take all the colours: those beyond the start's loss share the last.
+    starts = [loss for r in results if (loss := r.summary.get("eval_loss_start")) is not None]
+    high = min(known.max(), max([*starts, known.min()])) if len(starts) else known.max()
+    image = place.imshow(grid, cmap="cividis_r", vmin=known.min(), vmax=max(high, known.min() + 1e-9), aspect="auto")
+    for (y, x), loss in np.ndenumerate(grid):
+        if math.isfinite(loss):
+            red, green, blue, _ = image.cmap(image.norm(loss))
+            ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
+            weight = "bold" if loss == known.min() else "normal"
+            place.text(x, y, f"{loss:.3f}", ha="center", va="center", color=ink, fontsize="small", weight=weight)
+    place.set_xticks(
+        range(len(columns)),
+        [_short(one, column) for one in columns],
+        rotation=25 if len(columns) > 5 or column == "arm" else 0,
+    )
+    place.set_yticks(range(len(rows)), [_short(one, row) for one in rows])
+    place.set(xlabel=column, ylabel=row)
+    place.grid(visible=False)
+    figure.colorbar(image, ax=place, shrink=0.9)
+
+
+def by_setting(place: Any, results: Sequence[Result], key: str) -> None:
+    """Every run's end loss at each value of a setting, and the best combination's mean; of numbers, joined.
+
+    What ended far above where it began would squeeze all else: it is counted at the frame's edge.
+    """
+    found = values(results, key)
+    are_numbers = all(isinstance(one, int | float) for one in found)
+    means = [best([result for result in results if value(result, key) == one])[0] for one in found]
+    low, high = min(result.end for result in results), max(means)
+    starts = [loss for result in results if (loss := result.summary.get("eval_loss_start")) is not None]
+    edge = max([high, *starts]) + 0.15 * (max([high, *starts]) - low or 0.1)
+    rows = np.arange(len(found))
+
+    def across(at: Any, losses: Any) -> tuple[Any, Any]:
+        return (at, losses) if are_numbers else (losses, at)  # names are written along the other axis, where they fit
+
+    for at, one in enumerate(found):
+        own = [result.end for result in results if value(result, key) == one]
+        within = [loss for loss in own if loss <= edge]
+        place.plot(*across([at] * len(within), within), "o", color="0.6", ms=4, alpha=0.7, mec="none")
+        if beyond := len(own) - len(within):
+            place.annotate(f"+{beyond} worse", across(at, edge), ha="center" if are_numbers else "right", va="center",
+                           fontsize="x-small", color="0.35")  # fmt: skip
+    place.plot(*across(rows, means), color="black", marker="D", ms=6, lw=1.4, ls="-" if are_numbers else "")
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
+    for at, loss in enumerate(means):
+        place.annotate(f"{loss:.3f}", across(at, loss), (7, 6), textcoords="offset points", fontsize="small", bbox=box)
+    label, ticks = f"{style.LOSS}\ngrey: each run, black: best", [_short(one, key) for one in found]
+    margin = 0.08 * (edge - low)
+    if are_numbers:
+        place.set_xticks(rows, ticks)
+        place.set(xlabel=key, ylabel=label, ylim=(low - margin, edge + margin))
+        place.margins(x=0.18)
+    else:
+        place.set_yticks(rows, ticks)
+        place.set(ylabel=key, xlabel=label, xlim=(low - margin, edge + margin), ylim=(len(found) - 0.4, -0.6))
+
+
+def _short(one: Any, key: str) -> str:
+    text = str(one) if key == "arm" else shown(one)
+    return text if len(text) < LONGEST_TICK else text[: LONGEST_TICK - 3] + "..."
+
+
+def zo(results: Sequence[Result], path: Path, points: int, notes: Sequence[str] = ()) -> Path:
+    """What queries, epsilon, batch size and optimizer do to zeroth order's loss; how good its slopes are over time.
+
+    points: steps at which a run's slopes are compared with backpropagation, by replay; 0: none. Raises UserError where
+    no run of zeroth order is there.
+    """
+    notes = list(notes)
+    own = [result for result in results if result.settings["mode"] in ("zo", "instruct", "calibrate")]
+    if not own:
+        raise UserError("there is no run with zeroth-order steps here: give a folder with runs of mode zo")
+    if others := [result.name for result in results if result not in own]:
+        notes.append(f"not zeroth order, left out: {some(others)}")
+    done = [result for result in own if math.isfinite(result.end)]
+    keys = [key for key in ZO_SETTINGS if key in differing(own)]
+    columns = max(2, min(3, len(keys)))
+    rows = -(-len(keys) // columns)
+    figure, places = style.panels(rows + 1, columns, width=4.9, height=3.6)
+    flat = list(places.flat)
+    for place, key in zip(flat, keys, strict=False):
+        by_setting(place, done, key)
+    for place in [*flat[len(keys) : rows * columns], *places[rows, 2:]]:
+        place.set_visible(False)
+    _over_time(places[rows, 0], places[rows, 1], arms(own), points, notes)
+    title = "zeroth order: end loss by setting; quality of the slopes over time"
+    return style.save(figure, path, title, notes, places[rows, 0])
+
+
+def _over_time(cosine: Any, signal: Any, found: Sequence[Arm], points: int, notes: list[str]) -> None:
+    chosen = sorted(found, key=lambda arm: arm.mean)[:ZO_RUNS]
+    if len(found) > len(chosen):
+        notes.append(f"slopes over time: the best {len(chosen)} of {len(found)} arms, first seed")
+    for index, arm in enumerate(arm for arm in found if arm in chosen):
+        result, drawn = arm.results[0], style.stroke(index).line()
+        for name in GUIDED:
+            values_ = result.columns.get(name, np.zeros(0))
+            rows = np.flatnonzero(np.isfinite(values_))
+            if len(rows):
+                steps = result.columns["step"][rows]
+                cosine.plot(steps, values_[rows], **drawn | {"ms": 0}, label=f"{arm.name}: {name.replace('_', ' ')}")
+        if not points or result.settings["mode"] != "zo":
+            continue
+        try:
+            rows_ = course.course(result.path, points)
+        except UserError as error:
+            notes.append(f"without slopes over time: {result.name}: {error}")
+            continue
+        steps = [row["step"] for row in rows_]
+        cosine.plot(steps, [row["cosine"] for row in rows_], **drawn, label=arm.name)
+        cosine.plot(steps, [row["expected_cosine"] for row in rows_], color=drawn["color"], lw=0.8, ls=":")
+        signal.plot(steps, [row["signal_to_noise"] for row in rows_], **drawn)
+    cosine.set(xlabel="step", ylabel="cosine with the gradient\n(dotted: what chance gives)")
+    signal.set(xlabel="step", ylabel="signal to noise of one batch's slopes")
+    for place in (cosine, signal):
+        if not place.lines:
+            place.annotate("not measured", (0.5, 0.5), xycoords="axes fraction", ha="center")
