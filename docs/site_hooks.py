@@ -17,8 +17,8 @@ BLOCK = re.compile(r"^\[tool\.flwr\.app\.config\]\n(.*?)^# --- end", re.MULTILIN
 SETTING = re.compile(r"^(\S+) = (.*?)  # (.*)$", re.MULTILINE)
 SETTINGS_HEAD = """# Settings
 
-One schema for the options of the commands (`--learning-rate 0.03`), TOML files (`zofed train settings.toml`) and Flower's
-run config. `zofed settings` prints them as a TOML file to start from. (zo) and the like: the modes that read it.
+One schema for the options of the commands (`--learning-rate 0.03`), TOML files (`zofed train settings.toml`) and
+Flower's run config. `zofed settings` prints them as a TOML file to start from. (zo) and the like: the modes that read it.
 
 | setting | default | what it is |
 | --- | --- | --- |
@@ -26,7 +26,7 @@ run config. `zofed settings` prints them as a TOML file to start from. (zo) and 
 
 
 def home(page: str, target: str) -> str:
-    """The path from the repository's root that a link on a page of the site means, as the page lies in the repository."""
+    """The path from the repository's root that a link on a page means, as the page lies in the repository."""
     folder = posixpath.dirname(page) if (ROOT / page).is_file() else "docs"
     return posixpath.normpath(posixpath.join(folder, target))
 

@@ -18,7 +18,8 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -374,7 +375,10 @@ def test_a_command_that_does_not_exist_is_found_out(line: str) -> None:
 
 
 def test_blocks_are_cut_into_the_commands_a_shell_would_run() -> None:
-    page = "text\n\n- point\n\n    ```bash\n    zofed train \\\n        --steps 3 && A=1 zofed eval 'a b' > file  # why\n    ```\n"
+    page = (
+        "text\n\n- point\n\n    ```bash\n    zofed train \\\n        --steps 3 && A=1 zofed eval 'a b' > file  # why\n"
+    )
+    page += "    ```\n"
     (block,) = blocks_of("page", page)
     assert (block.line, block.language) == (6, "bash")
     one, two = commands(block)
@@ -519,7 +523,7 @@ def wrong_name(span: str) -> str:
             name = word.split("=")[0]
             if name.startswith("--") and name not in options_there_are() | OPTIONS_OF_OTHERS:
                 return f"no command has the option {name}"
-        for name, value in zip(words, words[1:], strict=False):
+        for name, value in pairwise(words):
             key = name.removeprefix("--")
             if name.startswith("--") and key in SETTINGS and not value.startswith("--") and not is_placeholder(value):
                 return wrong_value(key, value)
@@ -663,7 +667,7 @@ def wrong_file(span: str, words: str) -> str:
 
 @functools.cache
 def code() -> str:
-    """The text of zofed's modules, of what may be deployed, and of blocks in pages, which may write files of their own."""
+    """The text of zofed's modules, of what may be deployed, and of blocks in pages, which may write files."""
     parts = [path.read_text(encoding="utf-8") for path in (ROOT / "zofed").glob("*.py")]
     parts += [path.read_text(encoding="utf-8") for path in (ROOT / "deploy").iterdir()]
     return "\n".join([*parts, *(block.text for page in PAGES for block in blocks(page, "bash", "sh", "python"))])
@@ -805,8 +809,6 @@ def test_the_page_of_formats_names_every_column_and_key(bench: Path, finished_ru
 
 
 def test_the_page_of_formats_has_the_fields_of_every_message() -> None:
-    from dataclasses import fields
-
     rows = re.findall(r"^\| (\d) \| (\w+) \| (?:client|server) \| (.*) \|$", text_of("docs/formats.md"), re.MULTILINE)
     assert [(int(number), name) for number, name, _ in rows] == [
         (at, kind.__name__) for at, kind in enumerate(wire.KINDS)
