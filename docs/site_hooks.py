@@ -18,7 +18,7 @@ SETTING = re.compile(r"^(\S+) = (.*?)  # (.*)$", re.MULTILINE)
 SETTINGS_HEAD = """# Settings
 
 One schema for the options of the commands (`--learning-rate 0.03`), TOML files (`zofed train settings.toml`) and
-Flower's run config. `zofed settings` prints them as a TOML file to start from. (zo) and the like: the modes that read it.
+Flower's run config. `zofed settings` prints them as a TOML file to start from. (zo) and the like: modes that read it.
 
 | setting | default | what it is |
 | --- | --- | --- |

@@ -375,10 +375,8 @@ def test_a_command_that_does_not_exist_is_found_out(line: str) -> None:
 
 
 def test_blocks_are_cut_into_the_commands_a_shell_would_run() -> None:
-    page = (
-        "text\n\n- point\n\n    ```bash\n    zofed train \\\n        --steps 3 && A=1 zofed eval 'a b' > file  # why\n"
-    )
-    page += "    ```\n"
+    lines = "zofed train \\\n    --steps 3 && A=1 zofed eval 'a b' > file  # why\n"
+    page = "text\n\n- point\n\n" + textwrap.indent(f"```bash\n{lines}```\n", "    ")
     (block,) = blocks_of("page", page)
     assert (block.line, block.language) == (6, "bash")
     one, two = commands(block)
