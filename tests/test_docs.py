@@ -33,10 +33,11 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import zofed
-from zofed import catalog, central, cli, config, data, runs, sweep_file, traffic, wire
+from zofed import catalog, central, cli, client, config, data, runs, server, sweep_file, traffic, wire
 from zofed.config import SETTINGS, Settings
 from zofed.errors import UserError
 from zofed.federation import Reason
+from zofed.grid import LocalGrid
 
 Zofed = Callable[..., tuple[int, str, str]]
 
@@ -52,7 +53,6 @@ TOO_MUCH = {
     "supernode": "serves until it is stopped",
     "run": "needs a SuperLink with nodes",
     "sweep": "takes minutes, but for --dry-run",
-    "report": "needs a finished sweep",
     "data download": "needs the network",
     "models download": "needs the network",
 }
@@ -310,6 +310,7 @@ def names_there_are() -> set[str]:
     """Commands, choices of settings, data sets, programs of Flower, and every word of zofed's own files."""
     found = {name for field in SETTINGS.values() for name in get_args(field.annotation) if isinstance(name, str)}
     found |= {option.removeprefix("--") for option in options_there_are()} | set(catalog.CATALOG)
+    found |= set(sweep_file.names())
     found |= {path.name for path in Path(sys.executable).parent.glob("flw*")}
     for folder, pattern in (("zofed", "*.py"), ("deploy", "*"), ("tests", "test_proxy.py")):
         for path in (ROOT / folder).glob(pattern):
@@ -410,8 +411,10 @@ def not_run(command: Command, folder: Path) -> str:
         named += [values.get("name", ""), *values.get("names", ())]
     if parsed.name != "data show" and not all(is_here(name, folder) for name in named if name):
         return "its data are not here"
-    if values.get("file") and parsed.name != "sweep" and not (folder / values["file"]).exists():
-        return "its file of settings is not here"
+    if file := values.get("file"):
+        ships = parsed.name == "sweep" and file in sweep_file.names()
+        if not ships and not (folder / file).exists():
+            return "its file is not here"
     if "cuda" in f"{values.get('device')}{values.get('devices')}":
         return "it takes a GPU"
     if values.get("devices"):
@@ -433,14 +436,32 @@ def is_run(path: str) -> bool:
     return path.startswith("runs/")
 
 
+@dataclass(frozen=True)
+class Finished:
+    """Folders for commands that read what they did not make: a run, a federated one, a folder of two runs."""
+
+    run: Path
+    federated: Path
+    several: Path
+
+    def for_command(self, name: str) -> Path:
+        if name == "plot federated":
+            return self.federated
+        return self.several if name in ("report", "plot sweep", "plot zo", "plot fo-vs-zo") else self.run
+
+
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two steps, for commands that read one they did not make."""
-    folder = tmp_path_factory.mktemp("docs") / "run"
-    os.environ["ZOFED_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
-    settings = config.resolve({**SMALL, "dataset": "sample-dclm"})
-    central.train(settings, folder, lambda row: None)
-    return folder
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Runs of two steps."""
+    folder = tmp_path_factory.mktemp("docs")
+    found = Finished(folder / "several/zo", folder / "federated", folder / "several")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZOFED_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        for mode in ("zo", "fo"):
+            central.train(config.resolve({**SMALL, "mode": mode}), found.several / mode, lambda row: None)
+        settings = config.resolve({**SMALL, "clients": 2, "out": str(found.federated), "controls": True})
+        server.run(LocalGrid(client.app, 2, settings.model_dump(by_alias=True)), settings, "")
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -462,14 +483,14 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield tmp_path
 
 
-def made_small(command: Command, folder: Path, finished: Path, encoder: Path) -> list[str]:
+def made_small(command: Command, folder: Path, finished: Finished, encoder: Path) -> list[str]:
     """The words to run: the command's own, at a size that takes a second, with the runs it reads put in place."""
     parsed = parse(command.words)
     words: list[str] = []
     for before, word in zip(("", *command.words), command.words, strict=False):
         if is_run(word) and before != "--out":
             if "*" not in word and not (folder / word).exists():
-                shutil.copytree(finished, folder / word.removesuffix("/model"))
+                shutil.copytree(finished.for_command(parsed.name), folder / word.removesuffix("/model"))
             words += sorted(glob.glob(word)) if "*" in word else [word]
         else:
             words.append(str(encoder) if word == "FOLDER" else word)
@@ -489,13 +510,13 @@ RUN: dict[str, list[str]] = {}  # page -> names of the commands that were run
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_that_can_be_run_are(
-    page: str, bench: Path, finished_run: Path, encoder: Path, zofed_command: Zofed
+    page: str, bench: Path, finished: Finished, encoder: Path, zofed_command: Zofed
 ) -> None:
     RUN[page] = []
     for block in blocks(page, "bash", "sh"):
         for command in commands(block):
             if not not_run(command, bench):
-                words = made_small(command, bench, finished_run, encoder)
+                words = made_small(command, bench, finished, encoder)
                 status, out, errors = zofed_command(*words)
                 assert status == 0, f"{command}\nrun as zofed {shlex.join(words)}\n{out}{errors}"
                 RUN[page].append(parse(command.words).name)
@@ -757,9 +778,9 @@ def check_names_of_zofed(tree: ast.Module) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_python_compile_and_run_where_they_can(
-    page: str, bench: Path, finished_run: Path, capsys: pytest.CaptureFixture[str]
+    page: str, bench: Path, finished: Finished, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(finished_run, bench / "runs/zo")
+    shutil.copytree(finished.run, bench / "runs/zo")
     for block in blocks(page, "python"):
         tree = ast.parse(block.text.replace('"20M"', '"tiny"'), str(block))
         check_names_of_zofed(tree)
@@ -791,19 +812,13 @@ def in_backticks(page: str) -> set[str]:
     return set(spans(page))
 
 
-def test_the_page_of_formats_names_every_column_and_key(bench: Path, finished_run: Path, zofed_command: Zofed) -> None:
+def test_the_page_of_formats_names_every_column_key_and_file(finished: Finished) -> None:
     named = in_backticks("docs/formats.md")
     tables = (runs.METRICS, runs.EVALUATIONS, traffic.ROUNDS, traffic.CLIENTS, traffic.EVALUATIONS)
     assert {column for table in tables for column in table} <= named
-    small = [part for key, value in SMALL.items() for part in (f"--{key}", value)]
-    assert zofed_command("simulate", *small, "--clients", 2, "--out", "simulated", "--controls", "true")[0] == 0
-    for folder in (finished_run, bench / "simulated"):
-        run = runs.RunFolder.open(folder)
-        assert set(run.summary()) <= named
-        files = {path.name + "/" * path.is_dir() for path in folder.iterdir()} - {"checkpoints/"}
-        assert files <= named, files - named
-    contents = runs.read_checkpoint(next((finished_run / "checkpoints").glob("step-*")))
-    assert contents and {"weight/NAME", "state/powers", "state/spread"} <= named
+    for folder in (finished.run, finished.federated):
+        assert set(runs.RunFolder.open(folder).summary()) <= named
+        assert {path.name + "/" * path.is_dir() for path in folder.iterdir()} - {"checkpoints/"} <= named
 
 
 def test_the_page_of_formats_has_the_fields_of_every_message() -> None:
