@@ -367,7 +367,9 @@ def kills(folder: Path, count: int) -> None:
                 recovered = time.monotonic() - killed
                 lab.finish(run)
             found, summary = digests(out), RunFolder(out).summary()
-            well = found == {whole} if quorum == 0 else len(found) == 1 and summary["replay_digest"] == summary["digest"]
+            well = (
+                found == {whole} if quorum == 0 else len(found) == 1 and summary["replay_digest"] == summary["digest"]
+            )
             name = re.sub(r"\d", "", what).replace("node", "SuperNode")
             print(
                 f"| {name} | {quorum or 'all'} | {recovered:.1f} | {count} | {len(found)} | "
