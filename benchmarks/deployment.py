@@ -249,13 +249,20 @@ class SlowLink:
                 writer.write(chunk)
 
         task = asyncio.ensure_future(deliver())
-        while chunk := await reader.read(16384):
+        while chunk := await _some(reader):
             now = self._loop.time()
             self._free[way] = max(now, self._free[way]) + len(chunk) / self.rate
             arrivals.put_nowait((self._free[way] + self.delay, chunk))
             await asyncio.sleep(max(0.0, self._free[way] - now - 0.1))  # a short queue, as a modem's
         arrivals.put_nowait((self._loop.time() + self.delay, b""))
         await task
+
+
+async def _some(reader: asyncio.StreamReader) -> bytes:
+    """What arrives next; nothing more from a connection that is gone."""
+    with contextlib.suppress(ConnectionError):
+        return await reader.read(16384)
+    return b""
 
 
 LINKS = ((0.05, 1e6), (0.1, 1e6))  # one-way delay in seconds, bits a second
