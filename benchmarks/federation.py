@@ -385,7 +385,7 @@ def _tenfold(index: int, answer: Answer, chance: random.Random) -> Answer:
 
 
 def absence(folder: Path, seeds: Sequence[int], only: str) -> None:
-    """Final held-out losses, mean ± standard deviation over the seeds. only: of the disturbances that hold this text."""
+    """Final held-out losses, mean ± standard deviation over the seeds. only: disturbances that hold this text."""
     shared = {"rounds": 200, "queries": 16, "quorum": 3, "learning_rate": 0.02, "round_timeout": 0.05}
 
     def several(alter: Alter | None, **values: Any) -> str:
