@@ -5,9 +5,10 @@ PYTHON ?= python3
 PIP_ARGS ?=
 VENV := .venv
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow run lint types clean-venv
+.PHONY: help install test test-slow run lint types docs clean-venv
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +40,14 @@ lint: $(STAMP) ## check style and format
 
 types: $(STAMP) ## check the types
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+docs: $(DOCS_STAMP) ## build the documentation site into site/
+	$(VENV)/bin/mkdocs build --strict --quiet
+	@echo "the site is built: open site/index.html"
+
+$(DOCS_STAMP): $(STAMP) requirements-docs.txt
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -r requirements-docs.txt
+	@touch $(DOCS_STAMP)
 
 clean-venv: ## remove .venv, so that the next command installs anew
 	rm -rf $(VENV)
