@@ -384,8 +384,8 @@ def _tenfold(index: int, answer: Answer, chance: random.Random) -> Answer:
     return replace(answer, coefficients=tuple(-c for c in answer.coefficients), exponent=answer.exponent + 3)
 
 
-def absence(folder: Path, seeds: Sequence[int]) -> None:
-    """Final held-out losses, mean ± standard deviation over the seeds."""
+def absence(folder: Path, seeds: Sequence[int], only: str) -> None:
+    """Final held-out losses, mean ± standard deviation over the seeds. only: disturbances that hold this text."""
     shared = {"rounds": 200, "queries": 16, "quorum": 3, "learning_rate": 0.02, "round_timeout": 0.05}
 
     def several(alter: Alter | None, **values: Any) -> str:
@@ -424,6 +424,8 @@ def absence(folder: Path, seeds: Sequence[int]) -> None:
         ("20 % send -8 times", _tenfold, "distinct", "mean", 0.0),
         ("20 % send -8 times", _tenfold, "distinct", "mean", 2.0),
     ):
+        if only not in name:
+            continue
         told = several(alter, seeds=kind, merge=rule, clip_slopes=limit)
         print(f"| {name} | {kind} | {rule}{f', clipped at {limit:g}' if limit else ''} | {told} |", flush=True)
 
@@ -433,6 +435,7 @@ def main() -> None:
     parser.add_argument("what", choices=("costs", "memory", "recovery", "kills", "machines", "joining", "absence"))
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    parser.add_argument("--only", default="", help="absence: only disturbances whose name holds this")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -448,7 +451,7 @@ def main() -> None:
         elif given.what == "kills":
             kills(folder, given.count)
         else:
-            absence(folder, given.seeds)
+            absence(folder, given.seeds, given.only)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,20 @@ def test_few_seeds_unequal_cost_edges_and_controls_are_told() -> None:
 # --- the page ---
 
 
+def test_a_table_of_pairs_sets_each_arm_against_each_better_one() -> None:
+    arms = [arm("c", 5.0, 5.1), arm("a", 3.0, 3.1), arm("b", 3.0, 3.2)]
+    found = report._pairs(arms)
+    assert found
+    head, rows = found
+    assert head == ["", "a", "b"] and [row[0] for row in rows] == ["b", "c"]
+    assert (
+        rows[0][1].startswith("+0.050 (-0.585 to +0.685)")
+        and rows[1][1].startswith("+2.000")
+        and rows[1][2].endswith("*")
+    )
+    assert report._pairs(arms[:2]) is None
+
+
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder as a sweep leaves it, of runs made in this process."""
@@ -147,6 +161,7 @@ def test_the_page_holds_all_of_it_and_needs_nothing_else(swept: Path, zofed_comm
     assert "- Lowest held-out loss: mode=" in told
     page = (swept / "report.html").read_text()
     assert "is &lt;i&gt;fo&lt;/i&gt; lower &amp; cheaper?" in page and "<i>fo" not in page
+    assert "Differences between arms" not in page, "two arms need no table of pairs"
     pictures = re.findall(r'src="([^"]{30})', page)
     assert len(pictures) == 4 and all(one.startswith("data:image/png;base64,") for one in pictures)
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zofed import budget, data, directions, local, metrics, pool
+from zofed import budget, data, directions, local, metrics, pool, sinks
 from zofed.config import WITH_BACKPROP, Settings, resolve
 from zofed.data import Examples
 from zofed.diagnostics import Diagnosis, diagnose
@@ -26,6 +26,7 @@ Show = Callable[[Row], None]
 
 def train(settings: Settings, out: Path, show: Show) -> dict[str, Any]:
     """A new central run in folder `out`; returns its summary. Raises UserError before anything is written."""
+    sinks.check(settings)
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings))
     task.check_held_out()
@@ -70,9 +71,12 @@ def _run(
     settings = task.settings
     total = steps_of(settings, examples)
     backprop_examples = task.backprop_examples if settings.mode in WITH_BACKPROP else None
-    trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
-        with pool.opened(task, worker, journal, folder.path) as split:
+        with (
+            sinks.opened(settings, folder.path, show) as shown,
+            pool.opened(task, worker, journal, folder.path) as split,
+        ):
+            trainer = Trainer(worker, journal, folder, settings, task.evaluate, shown)
             totals = trainer.run(total, asker(settings, worker, examples, total, backprop_examples, split))
         return finish(task, worker, journal, folder, totals)
 

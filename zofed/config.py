@@ -208,6 +208,9 @@ class Settings(BaseModel):
         False, description="keep every gradient and guide beside the journal, so that it replays in every mode (large)"
     )
     controls: bool = Field(False, description="after the run, also report random slopes of the same size")
+    tensorboard: bool = Field(
+        False, description="also write the metrics for TensorBoard, in the run's folder (the extra zofed[tensorboard])"
+    )
     out: str = Field("", description="folder of the run; empty: a new one, printed at the start")
 
     @field_validator("mode", mode="before")
@@ -301,7 +304,7 @@ FREE_ON_RESUME = (
     "model", "revision", "dataset", "tokenizer", "steps", "rounds", "round-timeout", "node-timeout", "device",
     "eval-interval", "eval-examples", "eval-dataset", "epochs", "max-forward-equivalents", "max-seconds", "max-tokens",
     "save-interval", "keep-checkpoints", "keep-best", "controls", "out", "bp-dataset", "devices", "digest-interval",
-    "link-megabits", "clients",
+    "link-megabits", "clients", "tensorboard",
 )  # fmt: skip
 
 

@@ -183,14 +183,21 @@ class Node:
             client.DeactivateNode(DeactivateNodeRequest(node_id=self._id))
 
 
-class Patience:
-    """How long a SuperNode sleeps where Flower's would sleep 3 s between looks for a message, 0.5 s for its answer.
+def pause(idle: float, shortest: float, longest: float) -> float:
+    """Seconds to the next look for a message, `idle` seconds after the last one: a twentieth of it, within bounds.
 
-    A look for messages costs bytes, so it waits a share of the time that has already passed since the last one: rounds
-    that follow each other in seconds lose little, a node idle for hours looks every `seconds`, as Flower's does.
+    Rounds that follow each other in seconds lose little by it, and a node that is idle for hours seldom looks.
+    """
+    return max(shortest, min(longest, idle / 20))
+
+
+class Patience:
+    """How long a SuperNode sleeps where Flower's sleeps 3 s between looks for a message, 0.5 s for its answer.
+
+    A look for messages costs about a kilobyte on the link; one for the answer stays on this machine.
     """
 
-    SHARE, SHORTEST_S = 0.05, 0.02
+    LOOK_S, ANSWER_S = 0.05, 0.02
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
@@ -199,15 +206,11 @@ class Patience:
 
     def sleep(self, seconds: float) -> None:
         """Sleep for `seconds` at most."""
-        if seconds < 1:  # it has a message in hand and waits for the answer, on this machine
+        if seconds < 1:  # it has a message in hand and waits for the answer
             self._last = self._clock()
-            self._sleep(min(seconds, self.SHORTEST_S))
+            self._sleep(min(seconds, self.ANSWER_S))
         else:
-            self._sleep(self.after(self._clock() - self._last, seconds))
-
-    def after(self, idle: float, longest: float) -> float:
-        """Seconds to the next look, `idle` seconds after the last message."""
-        return max(self.SHORTEST_S, min(longest, idle * self.SHARE))
+            self._sleep(pause(self._clock() - self._last, self.LOOK_S, seconds))
 
 
 def hasten(module: ModuleType) -> None:

@@ -1,12 +1,13 @@
 """What a run will cost, from one short step: seconds, free memory, bytes of a round."""
 
+import math
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from zofed import federation, metrics
+from zofed import federation, local, metrics
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.estimators import forward_passes
@@ -65,10 +66,25 @@ def pace(task: Task, worker: Worker, examples: Examples, mode: str) -> Pace:
     read = min(8, len(examples["labels"]))
     metrics.evaluate(worker.model, examples, read)
     evaluation = (time.monotonic() - began) / read * settings.eval_examples
-    count = settings.rounds if settings.clients else settings.steps
+    count = steps_within(settings)
     replayed = moving if mode in ("zo", "subspace") else 0.0  # the replay that proves the run
     total = count * (seconds + moving + replayed) + (count / settings.eval_interval + 2) * evaluation
-    return Pace(loss, seconds + moving, total)
+    return Pace(loss, seconds + moving, min(total, settings.max_seconds or total))
+
+
+def steps_within(settings: Settings) -> int:
+    """Steps or rounds of a run: those asked for, or as many as its budget of forward-equivalents about allows."""
+    count = settings.rounds if settings.clients else settings.steps
+    if not settings.max_forward_equivalents:
+        return count
+    forward = local.passes(settings) * (local.examples_per_query(settings) or settings.batch_size)
+    backward = 3 * settings.gradient_accumulation * local.backprop_batch_size(settings)
+    cost = {
+        "zo": forward,
+        "fo": 3 * settings.gradient_accumulation * settings.batch_size,
+        "subspace": 3 * settings.subspace_interval * settings.batch_size,
+    }.get(settings.mode, forward + backward / settings.bp_interval)
+    return min(count, math.ceil(settings.max_forward_equivalents / (cost * max(1, settings.clients))))
 
 
 def _timed(worker: Worker, examples: Examples, settings: Settings) -> tuple[float, float, float]:

@@ -27,7 +27,7 @@ def compare(arms: Sequence[Arm], axes: Sequence[str], path: Path, notes: Sequenc
     arms, notes = _shown(arms, notes)
     results = [result for arm in arms for result in arm.results]
     axes = axes or [axis for axis in FAIR if axis != "bytes" or any(result.total("bytes") > 0 for result in results)]
-    figure, places = style.panels(2, len(axes), sharey="row", height=3.4)
+    figure, places = style.panels(2, len(axes), sharex="col", sharey="row", height=3.4)
     for column, axis in enumerate(axes):
         name = axis.replace("-", "_")
         lacking = [result.name for result in results if name not in result.columns]
@@ -47,8 +47,10 @@ def compare(arms: Sequence[Arm], axes: Sequence[str], path: Path, notes: Sequenc
             training(places[1, column], own, name, index, logarithmic)
         places[1, column].set(xlabel=style.AXES[axis])
         if logarithmic:
-            for place in places[:, column]:
-                place.set_xscale("log")
+            places[1, column].set_xscale("log")
+            notes.append(
+                f"{axis}: on a logarithmic axis the start, which has cost nothing, stands half-way to the first"
+            )
     places[0, 0].set_ylabel(style.LOSS)
     places[1, 0].set_ylabel("training loss, smoothed (nats)")
     title = "mean of the seeds, band from lowest to highest" if any(len(arm.results) > 1 for arm in arms) else ""

@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import seaborn as sns
 
+from zofed.errors import UserError
+
 AXES = {
     "step": "step",
     "forward-equivalents": "forward-equivalents (examples)",
@@ -61,6 +63,8 @@ def panels(rows: int, columns: int, width: float = 5.2, height: float = 3.9, **m
 def save(figure: Any, path: Path, title: str = "", notes: Sequence[str] = (), legend_of: Any = None) -> Path:
     """Write the picture whole, with its title above and notes below; returns the path.
 
+    Raises UserError where it cannot be written.
+
     legend_of: a panel whose legend all panels share, below them.
     """
     sns.despine(figure)
@@ -86,7 +90,11 @@ def save(figure: Any, path: Path, title: str = "", notes: Sequence[str] = (), le
         figure.text(0.01, (0.06 + 0.2 * at) / total, line, fontsize="x-small", color="0.25")
     figure.tight_layout(rect=(0, below / total, 1, 1 - above / total))
     temporary = path.with_name(f".{path.name}.new.png")
-    figure.savefig(temporary, dpi=120)
-    plt.close(figure)
-    temporary.rename(path)
+    try:
+        figure.savefig(temporary, dpi=120)
+        temporary.rename(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    finally:
+        plt.close(figure)
     return path

@@ -138,6 +138,7 @@ def by_setting(place: Any, results: Sequence[Result], key: str) -> None:
     low, high = min(result.end for result in results), max(means)
     starts = [loss for result in results if (loss := result.summary.get("eval_loss_start")) is not None]
     edge = max([high, *starts]) + 0.15 * (max([high, *starts]) - low or 0.1)
+    edge = max(high, min(edge, max(result.end for result in results)))
     rows = np.arange(len(found))
 
     def across(at: Any, losses: Any) -> tuple[Any, Any]:
@@ -155,7 +156,7 @@ def by_setting(place: Any, results: Sequence[Result], key: str) -> None:
     for at, loss in enumerate(means):
         place.annotate(f"{loss:.3f}", across(at, loss), (7, 6), textcoords="offset points", fontsize="small", bbox=box)
     label, ticks = f"{style.LOSS}\ngrey: each run, black: best", [_short(one, key) for one in found]
-    margin = 0.08 * (edge - low)
+    margin = 0.1 * (edge - low) or 0.1
     if are_numbers:
         place.set_xticks(rows, ticks)
         place.set(xlabel=key, ylabel=label, ylim=(low - margin, edge + margin))
@@ -224,4 +225,5 @@ def _over_time(cosine: Any, signal: Any, found: Sequence[Arm], points: int, note
     signal.set(xlabel="step", ylabel="signal to noise of one batch's slopes")
     for place in (cosine, signal):
         if not place.lines:
+            place.set(xticks=[], yticks=[])
             place.annotate("not measured", (0.5, 0.5), xycoords="axes fraction", ha="center")

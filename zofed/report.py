@@ -15,6 +15,8 @@ from zofed.results import Arm, Result
 from zofed.runs import timestamp
 from zofed.sweep_folder import SweepFolder
 
+MOST_PAIRED = 10  # arms whose differences one table shows
+
 
 def report(path: Path, points: int) -> tuple[Path, Path]:
     """Write report.html and summary.md into a folder of runs; returns their paths.
@@ -36,6 +38,12 @@ def report(path: Path, points: int) -> tuple[Path, Path]:
     page.heading("Arms", short=True)
     page.table(*_arms(arms), short=True)
     page.sentences([plot_arms.EQUIVALENTS, f"± is the standard deviation over seeds; {_rule(arms)}"], short=True)
+    if pairs := _pairs(arms):
+        page.heading("Differences between arms")
+        page.table(*pairs)
+        page.sentences(
+            ["row above column, in nats at the end, with the 95 % t interval of the pair alone; * holds no zero"]
+        )
     failed = folder.failures()
     if notes or failed:
         page.heading("Left out, failed, not finished", short=True)
@@ -87,6 +95,22 @@ def _arms(arms: Sequence[Arm]) -> tuple[list[str], Rows]:
     return head, rows
 
 
+def _pairs(arms: Sequence[Arm]) -> tuple[list[str], Rows] | None:
+    """How much higher each arm ends than each better one; None for fewer than three, or more than a page can hold."""
+    known = sorted((arm for arm in arms if arm.ends), key=lambda arm: arm.mean)
+    if not 3 <= len(known) <= MOST_PAIRED:
+        return None
+    rows: Rows = []
+    for at, arm in enumerate(known[1:], 1):
+        cells = []
+        for better in known[:at]:
+            found, _ = verdicts.difference(better.ends, arm.ends)
+            interval = f" ({found.low:+.3f} to {found.high:+.3f})" if found.n > 1 else " (n = 1)"
+            cells.append(f"{found.mean:+.3f}{interval}{'*' * found.is_clear}")
+        rows.append([arm.name, *cells, *[""] * (len(known) - 1 - at)])
+    return ["", *(arm.name for arm in known[:-1])], rows
+
+
 def _plus(found: verdicts.Estimate) -> str:
     return f"{found.mean:.4f}" + (f" ± {found.deviation:.4f}" if found.n > 1 else "")
 
@@ -111,23 +135,23 @@ def _rule(arms: Sequence[Arm]) -> str:
 def _pictures(page: Page, path: Path, found: Sequence[Result], arms: Sequence[Arm], points: int) -> None:
     """The pictures that these runs allow; a sentence for one that cannot be drawn."""
     modes = {str(result.settings["mode"]) for result in found}
-    drawn: list[tuple[str, Callable[[Path], Path]]] = [
-        ("Losses against what they cost", lambda out: plot_arms.compare(arms, [], out))
+    drawn: list[tuple[str, str, Callable[[Path], Path]]] = [
+        ("compare", "Losses against what they cost", lambda out: plot_arms.compare(arms, [], out))
     ]
     if len(arms) > 1:
-        drawn.append(("End losses over the settings that vary", lambda out: plot_sweep.sweep(found, out)))
+        drawn.append(("sweep", "End losses over the settings that vary", lambda out: plot_sweep.sweep(found, out)))
     if {"fo", "zo"} <= modes:
-        drawn.append(("First order beside zeroth order", lambda out: plot_arms.fo_vs_zo(arms, out)))
+        drawn.append(("fo-vs-zo", "First order beside zeroth order", lambda out: plot_arms.fo_vs_zo(arms, out)))
     if modes & {"zo", "instruct", "calibrate"}:
-        drawn.append(("Zeroth order's settings, and its slopes", lambda out: plot_sweep.zo(found, out, points)))
+        drawn.append(("zo", "Zeroth order's settings and slopes", lambda out: plot_sweep.zo(found, out, points)))
     federated = [result for result in found if (result.path / "rounds.csv").exists()]
     if federated:
         told = f"One federated run: {federated[0].name}"
-        drawn.append((told, lambda out: plot_run.federated(federated[0], out)))
-    for index, (told, draw) in enumerate(drawn, 1):
+        drawn.append(("federated", told, lambda out: plot_run.federated(federated[0], out)))
+    for name, told, draw in drawn:
         page.parts.append(f"<h3>{html.escape(told)}</h3>")
         try:
-            page.picture(draw(path / f"picture-{index}.png"), told)
+            page.picture(draw(path / f"{name}.png"), told)
         except UserError as error:
             page.sentences([f"not drawn: {error}"])
 
@@ -150,10 +174,8 @@ def _settings(page: Page, found: Sequence[Result], arms: Sequence[Arm]) -> None:
     rows = [[arm.name, *(_said(arm.results[0].settings.get(key)) for key in differ)] for arm in arms]
     if differ:
         page.table(["arm", *differ], rows)
-    same = {key: value for key, value in found[0].settings.items() if key not in (*differ, "seed", "out")}
-    page.table(
-        ["setting", "value"], [[key, _said(value)] for key, value in same.items()], folded="settings of all runs"
-    )
+    same = [[key, _said(value)] for key, value in found[0].settings.items() if key not in (*differ, "seed", "out")]
+    page.table(["setting", "value"], same, folded="settings that all runs share")
 
 
 def _said(value: Any) -> str:

@@ -20,7 +20,9 @@ from zofed.runs import RunFolder, read_table
 from zofed.sweep import Sweep, shown
 
 # Settings that say where and how a run went, not what it found.
-ASIDE = ("seed", "out", "device", "devices", "controls", "save-interval", "keep-checkpoints", "keep-best")
+ASIDE = (
+    "seed", "out", "device", "devices", "controls", "save-interval", "keep-checkpoints", "keep-best", "tensorboard",
+)  # fmt: skip
 # Settings without which two held-out losses are not of the same thing.
 SCORED_BY = ("task", "dataset", "eval-dataset", "held-out", "block-size", "tokenizer", "eval-examples")
 SHORT = ("mode", "optimizer", "dataset", "model", "instruct-kind")  # whose value alone tells what it is

@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from zofed import config, federation, guides, instruct, local, merging, schedules
+from zofed import config, federation, guides, instruct, local, merging, schedules, sinks
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.exchanges import Exchanges
@@ -53,6 +53,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
     name: of the folder, where settings.out is empty.
     """
     federation.check_settings(settings)
+    sinks.check(settings)
     out = config.absolute(settings.out or Path.home() / "zofed-runs" / name, "out")
     if settings.out and not Path(os.path.expanduser(settings.out)).is_absolute():
         raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
@@ -143,7 +144,8 @@ class Server:
     def run(self) -> dict[str, Any]:
         from zofed import plots
 
-        totals = self.trainer.run(self.settings.rounds, self._round)
+        with sinks.opened(self.settings, self.folder.path, self._show) as self.trainer.show:
+            totals = self.trainer.run(self.settings.rounds, self._round)
         digests = self.exchanges.digests(self.members.there())
         if wrong := self._wrong(digests):
             digests |= self.exchanges.digests(wrong)  # rebuilt from the base

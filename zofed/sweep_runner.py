@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from multiprocessing import connection
 
 from zofed import sweep_process
+from zofed.forecast import steps_within
 from zofed.sweep import Run, Sweep
 from zofed.sweep_folder import SweepFolder
 from zofed.sweep_process import Process
@@ -104,8 +105,7 @@ class Runner:
     def board(self) -> Board:
         running = []
         for process in self._running:
-            settings = process.run.settings
-            steps = settings.rounds if settings.clients else settings.steps
+            steps = steps_within(process.run.settings)
             seconds = time.monotonic() - process.began
             running.append(Running(process.run.name, self.folder.steps_done(process.run), steps, seconds))
         return Board(self.sweep.most, self._skipped, tuple(self.ended), tuple(running), self._left(running))

@@ -13,11 +13,11 @@ from flwr.app import Error, Message
 
 from zofed import client
 from zofed.errors import UserError
-from zofed.flower_internals import Assignment, Patience, Runtime, Task
+from zofed.flower_internals import Assignment, Runtime, Task, pause
 
 APP = "zofed/zofed"  # publisher and name in pyproject.toml
 CLIENT_FAILED = 2  # Flower's own code for a ClientApp that raised
-LONGEST_PAUSE_S = 1.0
+SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
 
 
 def serve(runtime: Runtime, device: str = "", *, is_over: Callable[[], bool] = lambda: False) -> None:
@@ -25,7 +25,7 @@ def serve(runtime: Runtime, device: str = "", *, is_over: Callable[[], bool] = l
 
     device: where the model runs, whatever the run's settings say; empty: as they say.
     """
-    patience, last, is_away = Patience(), time.monotonic(), False
+    last, is_away = time.monotonic(), False
     while not is_over():
         try:
             task = runtime.acquire()
@@ -35,7 +35,7 @@ def serve(runtime: Runtime, device: str = "", *, is_over: Callable[[], bool] = l
                 print(f"the SuperNode does not answer ({error}): waiting for it", file=sys.stderr, flush=True)
             task, is_away = None, True
         if task is None:
-            time.sleep(patience.after(time.monotonic() - last, LONGEST_PAUSE_S))
+            time.sleep(pause(time.monotonic() - last, SHORTEST_PAUSE_S, LONGEST_PAUSE_S))
             continue
         work(task, device)
         last = time.monotonic()
