@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from zofed import central, sweep_cost, sweep_file
+from zofed import central, sweep_cost, sweep_file, sweep_process
 from zofed.errors import UserError
 from zofed.runs import RunFolder
 from zofed.sweep import Sweep
+from zofed.sweep_folder import SweepFolder
 
+ZOFED = [sys.executable, "-c", "import sys; sys.argv[0] = 'zofed'; from zofed.cli import main; main()"]
 Command = Callable[..., tuple[int, str, str]]
 
 SMALL = """
@@ -323,8 +325,6 @@ def test_more_runs_at_a_time_than_memory_allows_are_warned_of_with_the_numbers(
 
 
 def test_two_sweeps_do_not_work_in_one_folder(tmp_path: Path, zofed_command: Command) -> None:
-    from zofed.sweep_folder import SweepFolder
-
     with SweepFolder(tmp_path / "out").opened():
         status, _, errors = zofed_command("sweep", written(tmp_path, SMALL), "--out", tmp_path / "out")
     assert status == 2 and "another sweep is at work" in errors
@@ -336,8 +336,7 @@ def test_a_sweep_of_24_runs_killed_twice_completes_each_run_once(tmp_path: Path)
     text = "seeds = [0, 1, 2]\n" + SMALL.replace("steps = 4", "steps = 25").replace("rounds = 4", "rounds = 25")
     text += "save-interval = 10\n[grid]\nclients = [0, 2]\nmode = ['zo', 'fo']\nlearning-rate = [0.01, 0.02]"
     out = tmp_path / "sweep"
-    code = "import sys; sys.argv[0] = 'zofed'; from zofed.cli import main; main()"
-    command = [sys.executable, "-c", code, "sweep", str(written(tmp_path, text)), "--out", str(out), "--parallel", "2"]
+    command = [*ZOFED, "sweep", str(written(tmp_path, text)), "--out", str(out), "--parallel", "2"]
     finished: dict[Path, int] = {}
     for after in (5, 13):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
@@ -359,6 +358,39 @@ def test_a_sweep_of_24_runs_killed_twice_completes_each_run_once(tmp_path: Path)
     for path in (out / "runs").iterdir():
         with open(path / "metrics.csv") as file:
             assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(26)), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sweep_file.names())
+def test_every_arm_of_a_shipped_experiment_takes_a_step(name: str, tmp_path: Path) -> None:
+    found = SweepFolder(tmp_path).begin(sweep_file.read(sweep_file.find(name), "laptop"))
+    for arm in found.arms:
+        out = tmp_path / arm.name
+        short = {"steps": 1, "rounds": 1, "eval_examples": 8, "out": str(out)}
+        run = found.run(arm, arm.tuned[0], found.seeds[0])
+        sweep_process.carry_out(run.settings.model_copy(update=short), lambda row: None)
+        assert json.loads((out / "summary.json").read_text())["status"] == "completed"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_runs_too_and_says_how_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    text = SMALL.replace("steps = 4", "steps = 100000").replace("eval-interval = 2", "eval-interval = 1000")
+    command = [*ZOFED, "sweep", str(written(tmp_path, text)), "--out", str(out)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics, deadline = out / "runs" / "seed=0" / "metrics.csv", time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
+        assert process.poll() is None and time.monotonic() < deadline, "the sweep did not get going"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == f"zofed: interrupted; continue with: zofed sweep {out / 'sweep.toml'} --out {out}\n"
+    assert json.loads((metrics.parent / "summary.json").read_text())["status"] == "interrupted"
+    size = metrics.stat().st_size
+    time.sleep(1)
+    assert metrics.stat().st_size == size, "the run went on"
+    assert rows(out)["seed=0"]["status"] == "cut"
 
 
 def complete(out: Path) -> list[Path]:

@@ -71,12 +71,12 @@ def _run(
     settings = task.settings
     total = steps_of(settings, examples)
     backprop_examples = task.backprop_examples if settings.mode in WITH_BACKPROP else None
+    trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
         with (
-            sinks.opened(settings, folder.path, show) as shown,
+            sinks.opened(settings, folder.path, show) as trainer.show,
             pool.opened(task, worker, journal, folder.path) as split,
         ):
-            trainer = Trainer(worker, journal, folder, settings, task.evaluate, shown)
             totals = trainer.run(total, asker(settings, worker, examples, total, backprop_examples, split))
         return finish(task, worker, journal, folder, totals)
 

@@ -49,7 +49,7 @@ def compare(arms: Sequence[Arm], axes: Sequence[str], path: Path, notes: Sequenc
         if logarithmic:
             places[1, column].set_xscale("log")
             notes.append(
-                f"{axis}: on a logarithmic axis the start, which has cost nothing, stands half-way to the first"
+                f"{axis}: the start has cost nothing, which has no place here; it stands before the first cost"
             )
     places[0, 0].set_ylabel(style.LOSS)
     places[1, 0].set_ylabel("training loss, smoothed (nats)")

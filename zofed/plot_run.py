@@ -129,7 +129,7 @@ def _refusals(place: Any, replies: list[dict[str, str]], last: int) -> None:
     if reasons:
         place.legend(frameon=False, fontsize="small")
     else:
-        place.set(xticks=[], yticks=[])
+        place.set_axis_off()
         place.annotate("every answer was used", (0.5, 0.5), xycoords="axes fraction", ha="center")
 
 

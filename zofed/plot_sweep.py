@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from zofed.errors import UserError
 from zofed.results import Arm, Result, arms, differing, some
 from zofed.sweep import shown
 
-LONGEST_TICK = 30  # characters
+LONGEST_TICK = 44  # characters of a line
 MAPS = 4  # heat maps in one picture
 ZO_SETTINGS = ("queries", "epsilon", "batch-size", "zo-query-batch-size", "optimizer")
 ZO_RUNS = 6  # runs whose slopes are looked at along their way
@@ -37,7 +38,7 @@ def sweep(results: Sequence[Result], path: Path, notes: Sequence[str] = ()) -> P
     most = max(len(pairs), len(settings))
     columns = {1: 1, 2: 2, 4: 2}.get(most, 3)
     rows = -(-len(pairs) // columns) + -(-len(settings) // columns)
-    figure, places = style.panels(rows, columns, width=4.9, height=3.6)
+    figure, places = style.panels(rows, columns, width=4.9 if columns > 1 else 8, height=3.6)
     flat = list(places.flat)
     for place, pair in zip(flat, pairs, strict=False):
         _map(figure, place, done, *pair)
@@ -121,7 +122,7 @@ def _map(figure: Any, place: Any, results: Sequence[Result], row: str, column: s
         [_short(one, column) for one in columns],
         rotation=25 if len(columns) > 5 or column == "arm" else 0,
     )
-    place.set_yticks(range(len(rows)), [_short(one, row) for one in rows])
+    place.set_yticks(range(len(rows)), [_short(one, row) for one in rows], fontsize="small")
     place.set(xlabel=column, ylabel=row)
     place.grid(visible=False)
     figure.colorbar(image, ax=place, shrink=0.9)
@@ -162,13 +163,15 @@ def by_setting(place: Any, results: Sequence[Result], key: str) -> None:
         place.set(xlabel=key, ylabel=label, ylim=(low - margin, edge + margin))
         place.margins(x=0.18)
     else:
-        place.set_yticks(rows, ticks)
+        place.set_yticks(rows, ticks, fontsize="small" if len(rows) < 6 else "x-small")
         place.set(ylabel=key, xlabel=label, xlim=(low - margin, edge + margin), ylim=(len(found) - 0.4, -0.6))
 
 
 def _short(one: Any, key: str) -> str:
-    text = str(one) if key == "arm" else shown(one)
-    return text if len(text) < LONGEST_TICK else text[: LONGEST_TICK - 3] + "..."
+    """What a tick says: an arm's long name in several lines, whole, since its end may tell it from its neighbours."""
+    if key != "arm":
+        return shown(one)
+    return "\n".join(textwrap.wrap(str(one).replace(",", ", "), LONGEST_TICK))
 
 
 def zo(results: Sequence[Result], path: Path, points: int, notes: Sequence[str] = ()) -> Path:
