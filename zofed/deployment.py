@@ -5,10 +5,12 @@ import os
 import re
 import secrets
 import shlex
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,8 +81,6 @@ def run_superlink(keys_folder: Path | None, host: str, port: int, state: Path, n
 
 def check_port_is_free(host: str, port: int) -> None:
     """Raises UserError where another process listens, or where the address is not this machine's."""
-    import socket
-
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family) as probe:
@@ -122,8 +122,6 @@ def user_flower_home() -> Path:
 
 def connections(path: Path) -> dict[str, Any]:
     """SuperLinks by name in a config.toml of Flower's. Raises UserError for one that cannot be read."""
-    import tomllib
-
     if not path.exists():
         return {}
     try:
@@ -151,7 +149,7 @@ class Enrolment:
             return
         self._next = time.monotonic() + ENROLMENT_S
         try:
-            wanted = {" ".join(text.split()[:2]): name for name, text in keys.enrolled(self._keys).items()}
+            wanted = {key: name for name, key in keys.enrolled(self._keys).items()}
             if wanted != self._last and self._bring_in_line(wanted):
                 self._last = wanted
         except (UserError, OSError) as error:

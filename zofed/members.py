@@ -194,10 +194,8 @@ class Members:
         """Ask nodes who they are and tell what came of it, but not what was told of the same node before."""
         if not nodes:
             return
-        before, refused = (
-            set(self.found),
-            {node: self.refused.pop(node).reason for node in nodes if node in self.refused},
-        )
+        before = set(self.found)
+        refused = {node: self.refused.pop(node).reason for node in nodes if node in self.refused}
         self._greet(nodes, seconds)
         self._leave_out_unable()
         for client in sorted(set(self.found) - before):

@@ -14,9 +14,9 @@ from flwr.app import Error, Message
 from zofed import client
 from zofed.errors import UserError
 from zofed.flower_internals import Assignment, Runtime, Task, pause
+from zofed.grid import CLIENT_FAILED
 
 APP = "zofed/zofed"  # publisher and name in pyproject.toml
-CLIENT_FAILED = 2  # Flower's own code for a ClientApp that raised
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
 
 
