@@ -21,6 +21,7 @@ import tomli_w
 from zofed import keys, launch, reach
 from zofed.errors import UserError
 from zofed.reach import Address
+from zofed.runs import write_whole
 from zofed.supervisor import Child, supervise
 
 CONTROL = "superlink"  # the name of a SuperLink's connection to itself, in its own Flower folder
@@ -109,9 +110,7 @@ def save_connection(name: str, entry: Mapping[str, Any]) -> None:
             f"replace it there by: {' '.join(block.split())}"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(".config.toml.new")
-    temporary.write_text(f"{text.rstrip()}\n\n{block}".lstrip(), encoding="utf-8")
-    temporary.rename(path)
+    write_whole(path, f"{text.rstrip()}\n\n{block}".lstrip())
     print(f"saved as {name!r} in {path}: submit runs with zofed run {name}", flush=True)
 
 
@@ -181,9 +180,7 @@ class Enrolment:
         return True
 
     def _save(self) -> None:
-        temporary = self._file.with_suffix(".new")
-        temporary.write_text(json.dumps(self.nodes, indent=2))
-        temporary.rename(self._file)
+        write_whole(self._file, json.dumps(self.nodes, indent=2))
 
     def _flwr(self, action: str, what: str, *more: str) -> dict[str, Any]:
         command = [str(launch.tool("flwr")), "supernode", action, what, CONTROL, *more, "--format", "json"]

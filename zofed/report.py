@@ -12,7 +12,7 @@ from zofed import config, plot_arms, plot_run, plot_sweep, results, verdicts
 from zofed.errors import UserError
 from zofed.page import Page, Rows
 from zofed.results import Arm, Result
-from zofed.runs import timestamp
+from zofed.runs import timestamp, write_whole
 from zofed.sweep_folder import SweepFolder
 
 MOST_PAIRED = 10  # arms whose differences one table shows
@@ -61,9 +61,7 @@ def report(path: Path, points: int) -> tuple[Path, Path]:
     page.table(*_sessions(folder))
     written = path / "report.html", path / "summary.md"
     for target, text in zip(written, (page.to_html(), "\n".join(page.summary)), strict=True):
-        temporary = target.with_name(f".{target.name}.new")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(target)
+        write_whole(target, text)
     return written
 
 

@@ -35,6 +35,13 @@ BEST = "best"  # name of the checkpoint with the lowest held-out loss
 Row = dict[str, Any]
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.rename(path)
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths and files of one run. `path` is absolute."""
@@ -86,9 +93,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file so that a reader sees the old or the new one, never half of it."""
-        temporary = self.path / f".{name}.new"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(self.path / name)
+        write_whole(self.path / name, text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         self.write_text("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")

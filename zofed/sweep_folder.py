@@ -18,7 +18,7 @@ import tomli_w
 
 from zofed import config, mixing, subsets, sweep_file
 from zofed.errors import UserError
-from zofed.runs import RunFolder, read_table, timestamp, versions
+from zofed.runs import RunFolder, read_table, timestamp, versions, write_whole
 from zofed.sweep import Run, Sweep
 from zofed.task import with_absolute_paths
 
@@ -148,9 +148,7 @@ class SweepFolder:
         return row | {"status": status, "error": error}
 
     def _write(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.new"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.rename(self.path / name)
+        write_whole(self.path / name, text)
 
 
 def _varying(runs: list[Run]) -> list[str]:
