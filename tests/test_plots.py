@@ -158,6 +158,8 @@ def test_zo_compares_slopes_with_backpropagation_along_the_way_once(runs: Path, 
     assert kept.stat().st_mtime_ns == before
     with pytest.raises(UserError, match="no run with zeroth-order steps"):
         plot_sweep.zo([result for result in found if result.settings["mode"] == "fo"], tmp_path / "x.png", 0)
+    with pytest.raises(UserError, match="--points 5 shows how good"):
+        plot_sweep.zo(found, tmp_path / "x.png", 0)
 
 
 def test_quick_shows_loss_rate_and_spread(runs: Path, drawn: Any, tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_no_run_to_draw_is_told(runs: Path, tmp_path: Path, zofed_command: Comma
 def test_every_picture_has_a_command(made: Path, tmp_path: Path, zofed_command: Command) -> None:
     for words in (
         ("quick", made / "zo-0"), ("compare", made / "zo-0", made / "fo-0", "--axis", "tokens"), ("sweep", made),
-        ("zo", made, "--points", 0), ("fo-vs-zo", made), ("federated", made / "federated"),
+        ("zo", made, "--points", 1), ("fo-vs-zo", made), ("federated", made / "federated"),
     ):  # fmt: skip
         out = tmp_path / f"{words[0]}.png"
         status, told, errors = zofed_command("plot", *words, "--out", out)
@@ -250,6 +252,22 @@ def test_arms_of_a_sweep_report_other_seeds_than_those_that_chose() -> None:
     (whole,) = results.arms([*tuning, run(2.5, 0.2, 1, False), run(2.7, 0.2, 2, False)])
     assert whole.ends == {1: 2.5, 2: 2.7} and whole.mean == pytest.approx(2.6)
     assert isinstance(whole, Arm)
+
+
+def test_a_tuned_setting_is_mapped_over_the_seed_that_all_its_values_have(drawn: Any, tmp_path: Path) -> None:
+    def run(arm: str, end: float, rate: float, seed: int, tunes: bool) -> Result:
+        one = fake(f"{arm}-{rate}-{seed}", end, seed=seed, **{"learning-rate": rate})
+        return Result(one.path, one.settings, one.summary, one.columns, arm, tunes)
+
+    # Of arm b 0.1 wins on the tuning's seed, and does worse on the others than 0.2 did there.
+    found = [run("a", 4.0, 0.1, 0, True), run("a", 5.0, 0.2, 0, True), run("a", 4.2, 0.1, 1, False)]
+    found += [run("b", 2.0, 0.1, 0, True), run("b", 2.1, 0.2, 0, True), run("b", 2.6, 0.1, 1, False)]
+    plot_sweep.sweep(found, tmp_path / "map.png")
+    figure, notes = drawn[0]
+    grid = next(np.asarray(place.images[0].get_array()) for place in figure.axes if place.images)
+    assert grid == pytest.approx(np.array([[4.0, 5.0], [2.0, 2.1]])) and any("tuning's seed alone" in n for n in notes)
+    best = next(place for place in figure.axes if place.get_ylabel() == "arm" and not place.images)
+    assert list(best.lines[-1].get_xdata()) == pytest.approx([4.2, 2.6]), "the arms at the seeds that are reported"
 
 
 def test_the_settings_of_a_missing_summary_are_those_of_its_file(runs: Path) -> None:

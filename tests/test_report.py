@@ -102,6 +102,20 @@ def test_few_seeds_unequal_cost_edges_and_controls_are_told() -> None:
     assert said(Arm("a", {}, [])) == "No run is complete: there is nothing to say yet."
 
 
+def test_accuracies_are_compared_in_points_of_a_per_cent() -> None:
+    def scored(name: str, *scores: float) -> Arm:
+        return Arm(name, {}, [result(0.5, seed, summary={"accuracy": score}) for seed, score in enumerate(scores)])
+
+    told = said(scored("zo", 0.70, 0.72, 0.74), scored("fo", 0.80, 0.82, 0.84))
+    assert "Highest accuracy: fo, 82.0 % (n = 3, standard deviation 2.0)." in told
+    assert "Accuracy of zo: 72.0 %, 10.0 points below fo; difference +10.0 (95 % t interval +10.0 to +10.0" in told
+    told = said(scored("zo", 0.70, 0.90, 0.74), scored("fo", 0.80, 0.82, 0.84))
+    assert "not told apart from fo; difference +4.0" in told
+    told = said(scored("zo", 0.70), scored("fo", 0.80))
+    assert "not told apart from fo; difference +10.0 (no interval, paired by seed, n = 1)" in told
+    assert "ccuracy" not in said(arm("a", 3.0, 3.1))
+
+
 # --- the page ---
 
 
@@ -163,7 +177,7 @@ def test_the_page_holds_all_of_it_and_needs_nothing_else(swept: Path, zofed_comm
     assert "is &lt;i&gt;fo&lt;/i&gt; lower &amp; cheaper?" in page and "<i>fo" not in page
     assert "Differences between arms" not in page, "two arms need no table of pairs"
     pictures = re.findall(r'src="([^"]{30})', page)
-    assert len(pictures) == 4 and all(one.startswith("data:image/png;base64,") for one in pictures)
+    assert len(pictures) == 3 and all(one.startswith("data:image/png;base64,") for one in pictures)
     assert not re.search(r'(src|href)="(?!data:)', page) and "http" not in page
     for path in (swept / "runs").iterdir():
         summary = json.loads((path / "summary.json").read_text())

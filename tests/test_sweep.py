@@ -154,7 +154,7 @@ def test_options_override_the_base_and_data_take_the_place_of_names(tmp_path: Pa
     a, b = (run.settings for run in found.first())
     assert (a.steps, a.dataset, b.bp_dataset) == (9, "/data/x.jsonl", "/data/x.jsonl")
     assert found.merge == {"both": ["/data/x.jsonl", "pydoc"]}
-    again = sweep_file._sweep(found.parts, {})
+    again = sweep_file.of(found.parts)
     assert again.first() == found.first(), "what is written into the folder is the sweep"
 
 
@@ -178,6 +178,7 @@ WRONG = [
     ("runs = []", "no runs", "runs = []"),
     ("[grid]\nmode = ['zo']\n[[leave-out]]\nmode = 'zo'", "no runs", "[[leave-out]]"),
     ("[[leave-out]]\nmod = 'zo'", "'mod'", "'mode'"),
+    ("with-controls = 1", "with-controls = 1", "true or false"),
     ("[tune]\nlearning-rate = 0.1", "learning-rate = 0.1 is no list", "[0.1]"),
     ("[merge]\nboth = ['pydoc']", "both = ['pydoc']", "two data sets"),
     ("[grid\n", "not valid TOML", "line 1"),
@@ -231,6 +232,55 @@ def test_the_file_that_the_docs_show_is_read_at_its_scales(tmp_path: Path) -> No
         line.split("`")[1] for line in page.split("## Experiments that ship")[1].splitlines() if line.startswith("| `")
     }
     assert shown == set(sweep_file.names())
+
+
+INSTRUCT = """
+[tune]
+learning-rate = [0.1, 0.2]
+[[runs]]
+name = "zo"
+[[runs]]
+name = "guided"
+mode = "instruct"
+[[runs]]
+name = "guide"
+mode = "instruct"
+instruct-kind = "guide-only"
+"""
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_one_flag_adds_the_controls_and_the_arms_of_instruct(tmp_path: Path, by_flag: bool) -> None:
+    path = written(tmp_path, INSTRUCT if by_flag else "with-controls = true" + INSTRUCT)
+    found = sweep_file.read(path, with_controls=by_flag)
+    assert [arm.name for arm in found.arms] == [
+        "zo", "guided", "guided,instruct-kind=guide-only", "guided,instruct-kind=line", "guide",
+    ]  # fmt: skip
+    assert all(run.settings.controls for run in found.first()) and all(len(arm.tuned) == 2 for arm in found.arms)
+    assert sweep_file.of(found.parts).first() == found.first()
+    assert not sweep_file.read(written(tmp_path, INSTRUCT)).first()[0].settings.controls
+
+
+def test_runs_share_gpus_as_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_process, "device_count", lambda: 2)
+    chosen = [(None, 0.5, 4), (3, 0.5, 3), (9, 0.5, 4), (None, 1, 2), (None, 0.3, 6), (5, 0, 5), (None, 0, 1)]
+    for parallel, share, runs in chosen:
+        assert sweep_process.at_a_time(parallel, share) == runs
+    monkeypatch.setattr(sweep_process, "device_count", lambda: 0)
+    assert sweep_process.at_a_time(None, 0) == 1
+    with pytest.raises(UserError, match=r"--gpus-per-run 0.5: no CUDA device.*--parallel"):
+        sweep_process.at_a_time(None, 0.5)
+
+
+def test_runs_that_may_choose_take_the_gpus_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(sweep_process, "device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", taken.append)
+    chooses, named = (sweep(tmp_path, f"[base]\ndevice = '{name}'").first()[0].settings for name in ("auto", "cpu"))
+    for slot in range(4):
+        sweep_process.choose_gpu(chooses, slot)
+        sweep_process.choose_gpu(named, slot)
+    assert taken == [0, 1, 0, 1]
 
 
 # --- what is run ---
@@ -303,6 +353,27 @@ def test_a_sweep_tunes_merges_and_goes_on_from_its_own_folder(tmp_path: Path, zo
     assert list(found)[-1] == f"{chosen}seed=1"
     status, told, _ = zofed_command("sweep", out / "sweep.toml", "--out", out)
     assert status == 0 and "3 runs complete, 3 of them before; 0 failed" in told
+
+
+def test_a_sweep_goes_on_from_another_working_folder(
+    tmp_path: Path, zofed_command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    text = "".join(json.dumps({"text": f"word {n} and another word, {n} times over"}) + "\n" for n in range(60))
+    for name in ("words.jsonl", "more.jsonl"):
+        (here / name).write_text(text)
+    monkeypatch.chdir(here)
+    file = written(here, SMALL + '[[runs]]\nname = "a"\ndataset = "pydoc"\n[grid]\neval-dataset = ["more.jsonl"]')
+    command = ("sweep", file, "--out", "out", "--data", "pydoc=words.jsonl")
+    status, told, errors = zofed_command(*command)
+    assert status == 0, told + errors
+    monkeypatch.chdir(there)
+    status, told, _ = zofed_command("sweep", here / "out" / "sweep.toml", "--out", here / "out")
+    assert status == 0 and "1 runs complete, 1 of them before" in told
+    settings = RunFolder.open(next((here / "out" / "runs").iterdir())).settings()
+    assert (settings.dataset, settings.eval_dataset) == (str(here / "words.jsonl"), str(here / "more.jsonl"))
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path: Path, zofed_command: Command) -> None:

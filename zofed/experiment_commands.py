@@ -34,7 +34,18 @@ def register(app: typer.Typer) -> None:
 def sweep(
     file: Annotated[str, typer.Argument(help="TOML file of a sweep, or the name of a shipped experiment")],
     scale: Annotated[str, typer.Option(help="which of the file's scales, as laptop or paper; empty: its first")] = "",
-    parallel: Annotated[int, typer.Option(min=1, help="runs at a time, each in a process of its own")] = 1,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="runs at a time, each in a process of its own [1]", show_default=False)
+    ] = None,
+    gpus_per_run: Annotated[
+        float, typer.Option(min=0, max=1, help="share of a GPU for each run: as many at a time as the GPUs hold")
+    ] = 0.0,
+    with_controls: Annotated[
+        bool,
+        typer.Option(
+            "--with-controls", help="frozen weights and random slopes for all, guide-only and line of instruct"
+        ),
+    ] = False,
     data: Annotated[list[str] | None, typer.Option(help="NAME=PATH: read PATH for a data set the file names")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and what they will cost, run none")] = False,
     *,
@@ -48,12 +59,13 @@ def sweep(
 
     path = sweep_file.find(file)
     out = options.pop("out", "")
-    wanted = sweep_file.read(path, scale, options, data or [])
+    wanted = sweep_file.read(path, scale, options, data or [], with_controls=with_controls)
     folder_path = config.absolute(out or f"runs/{path.stem}{'-' + scale if scale else ''}", "out")
-    from zofed import sweep_cost  # torch and transformers take seconds to load
+    from zofed import sweep_cost, sweep_process  # torch and transformers take seconds to load
 
+    at_a_time = sweep_process.at_a_time(parallel, gpus_per_run)
     if dry_run:
-        for line in sweep_cost.estimate(wanted, parallel):
+        for line in sweep_cost.estimate(wanted, at_a_time):
             console.print(line, markup=False)
         return
     from zofed.sweep_folder import SweepFolder
@@ -62,12 +74,12 @@ def sweep(
     folder = SweepFolder(folder_path)
     with folder.opened():
         wanted = folder.begin(wanted)
-        console.print(f"sweep: {folder.path}: {wanted.most} runs, {parallel} at a time", markup=False)
-        if warning := sweep_cost.too_much(wanted, parallel):
+        console.print(f"sweep: {folder.path}: {wanted.most} runs, {at_a_time} at a time", markup=False)
+        if warning := sweep_cost.too_much(wanted, at_a_time):
             console.print(f"zofed: warning: {warning}", markup=False)
         try:
             with Watching() as watching:
-                runner = Runner(wanted, folder, parallel, watching)
+                runner = Runner(wanted, folder, at_a_time, watching)
                 board = runner.run()
         except KeyboardInterrupt:
             raise Interrupted(f"continue with: zofed sweep {folder.path / 'sweep.toml'} --out {folder.path}") from None

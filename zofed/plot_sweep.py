@@ -41,17 +41,18 @@ def sweep(results: Sequence[Result], path: Path, notes: Sequence[str] = ()) -> P
     figure, places = style.panels(rows, columns, width=4.9 if columns > 1 else 8, height=3.6)
     flat = list(places.flat)
     for place, pair in zip(flat, pairs, strict=False):
-        _map(figure, place, done, *pair)
+        _map(figure, place, comparable(done, pair), *pair)
     start = -(-len(pairs) // columns) * columns
     for place, key in zip(flat[start:], settings, strict=False):
-        by_setting(place, done, key)
+        by_setting(place, comparable(done, [key]), key)
     for place in [*flat[len(pairs) : start], *flat[start + len(settings) :]]:
         place.set_visible(False)
     if len(done) < len(results):
         missing = [result.name for result in results if result not in done]
         notes = [*notes, f"not complete, left out of the maps: {some(missing)}"]
     if any(result.tunes for result in done):
-        notes = [*notes, "a tuned value that was not chosen has the tuning's seed alone"]
+        told = "the tuning's seed alone, which all values have; elsewhere: the seeds that are reported"
+        notes = [*notes, f"where a tuned setting is shown: {told}"]
     title = f"{style.LOSS} at the end, mean of the seeds, at the best of all other settings; lower is better"
     return style.save(figure, path, title, notes)
 
@@ -70,6 +71,17 @@ def _within_arms(results: Sequence[Result], key: str) -> bool:
     for result in results:
         by_arm.setdefault(result.arm, set()).add(repr(result.settings.get(key)))
     return any(len(values) > 1 for values in by_arm.values())
+
+
+def comparable(results: Sequence[Result], keys: Sequence[str]) -> list[Result]:
+    """The runs that may be set against each other over these settings.
+
+    Over one that is tuned, the runs of the tuning, which have one seed for every value; else those that are reported.
+    """
+    found = arms(results)
+    if any(_within_arms(results, key) for key in keys):
+        return [result for arm in found for result in arm.chosen_from or arm.results]
+    return [result for arm in found for result in arm.results]
 
 
 def value(result: Result, key: str) -> Any:
@@ -163,6 +175,7 @@ def by_setting(place: Any, results: Sequence[Result], key: str) -> None:
         place.set(xlabel=key, ylabel=label, ylim=(low - margin, edge + margin))
         place.margins(x=0.18)
     else:
+        place.locator_params(axis="x", nbins=5)
         place.set_yticks(rows, ticks, fontsize="small" if len(rows) < 6 else "x-small")
         place.set(ylabel=key, xlabel=label, xlim=(low - margin, edge + margin), ylim=(len(found) - 0.4, -0.6))
 
@@ -188,31 +201,48 @@ def zo(results: Sequence[Result], path: Path, points: int, notes: Sequence[str] 
         notes.append(f"not zeroth order, left out: {some(others)}")
     done = [result for result in own if math.isfinite(result.end)]
     keys = [key for key in ZO_SETTINGS if key in differing(own)]
+    if not keys and not points and not any(_has(result, name) for result in own for name in GUIDED):
+        raise UserError(
+            f"the runs of zeroth order do not differ in {', '.join(ZO_SETTINGS)}; --points 5 shows how good their "
+            "slopes are"
+        )
     columns = max(2, min(3, len(keys)))
     rows = -(-len(keys) // columns)
     figure, places = style.panels(rows + 1, columns, width=4.9, height=3.6)
     flat = list(places.flat)
     for place, key in zip(flat, keys, strict=False):
-        by_setting(place, done, key)
+        by_setting(place, comparable(done, [key]), key)
     for place in [*flat[len(keys) : rows * columns], *places[rows, 2:]]:
         place.set_visible(False)
     _over_time(places[rows, 0], places[rows, 1], arms(own), points, notes)
+    for place in places[rows, :2]:
+        place.set_visible(bool(place.lines))
+    if not points:
+        notes.append("slopes are not set against backpropagation: --points 5 does so at five steps, by replay")
     title = "zeroth order: end loss by setting; quality of the slopes over time"
     return style.save(figure, path, title, notes, places[rows, 0])
 
 
+def _has(result: Result, name: str) -> bool:
+    return bool(np.isfinite(result.columns.get(name, np.zeros(0))).any())
+
+
 def _over_time(cosine: Any, signal: Any, found: Sequence[Arm], points: int, notes: list[str]) -> None:
     chosen = sorted(found, key=lambda arm: arm.mean)[:ZO_RUNS]
-    if len(found) > len(chosen):
+    if points and len(found) > len(chosen):
         notes.append(f"slopes over time: the best {len(chosen)} of {len(found)} arms, first seed")
     for index, arm in enumerate(arm for arm in found if arm in chosen):
         result, drawn = arm.results[0], style.stroke(index).line()
         for name in GUIDED:
-            values_ = result.columns.get(name, np.zeros(0))
-            rows = np.flatnonzero(np.isfinite(values_))
-            if len(rows):
+            if _has(result, name):
+                rows = np.flatnonzero(np.isfinite(result.columns[name]))
                 steps = result.columns["step"][rows]
-                cosine.plot(steps, values_[rows], **drawn | {"ms": 0}, label=f"{arm.name}: {name.replace('_', ' ')}")
+                cosine.plot(
+                    steps,
+                    result.columns[name][rows],
+                    **drawn | {"ms": 0},
+                    label=f"{arm.name}: {name.replace('_', ' ')}",
+                )
         if not points or result.settings["mode"] != "zo":
             continue
         try:
@@ -226,7 +256,3 @@ def _over_time(cosine: Any, signal: Any, found: Sequence[Arm], points: int, note
         signal.plot(steps, [row["signal_to_noise"] for row in rows_], **drawn)
     cosine.set(xlabel="step", ylabel="cosine with the gradient\n(dotted: what chance gives)")
     signal.set(xlabel="step", ylabel="signal to noise of one batch's slopes")
-    for place in (cosine, signal):
-        if not place.lines:
-            place.set(xticks=[], yticks=[])
-            place.annotate("not measured", (0.5, 0.5), xycoords="axes fraction", ha="center")

@@ -115,7 +115,7 @@ def _plus(found: verdicts.Estimate) -> str:
 
 def _mean(values: Sequence[float]) -> str:
     known = [value for value in values if math.isfinite(value)]
-    return f"{sum(known) / len(known):,.0f}" if known else ""
+    return verdicts.said(sum(known) / len(known)) if known else ""
 
 
 def _rule(arms: Sequence[Arm]) -> str:

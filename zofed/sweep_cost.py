@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from zofed import sweep_process
 from zofed.check import bytes_needed
 from zofed.config import Settings
 from zofed.errors import UserError
@@ -78,13 +79,15 @@ def too_much(sweep: Sweep, parallel: int) -> str:
             except UserError:
                 kinds[kind] = 0  # the run itself will say why it cannot be
         sizes.append((kinds[kind], run.name))
-    free = free_bytes(sweep.first()[0].settings)
-    largest = sorted(sizes, reverse=True)[:parallel]
+    settings = sweep.first()[0].settings
+    free, places = free_bytes(settings), max(1, sweep_process.gpus(settings))
+    largest = sorted(sizes, reverse=True)[: -(-parallel // places)]  # those that may meet on one GPU
     if free is None or sum(size for size, _ in largest) <= free:
         return ""
-    fit = max(1, int(free // max(1, largest[0][0])))
+    fit = max(1, int(free // max(1, largest[0][0]))) * places
     return (
-        f"{len(largest)} runs at a time may take {sum(size for size, _ in largest) / 2**20:,.0f} MiB (the largest, "
+        f"{len(largest)} runs at a time{' on a GPU' * (places > 1)} may take "
+        f"{sum(size for size, _ in largest) / 2**20:,.0f} MiB (the largest, "
         f"{largest[0][1]}, {largest[0][0] / 2**20:,.0f}), but {free / 2**20:,.0f} MiB are free: "
         + (f"take --parallel {fit}" if fit < parallel else "take a smaller model, batch-size or block-size")
     )

@@ -8,6 +8,7 @@
     [tune]                           # key = [values]: tried with the first seed; the others run at the best of them
     [[leave-out]]                    # key = value or [values]: combinations that are not run
     [merge]                          # name = [data sets]: data that are merged before the runs begin
+    with-controls = true             # controls of every run, and beside each run of instruct its arms without noise
     [scale.laptop]                   # any of the above, put in its place at this scale
 
 Everything here is a plain function of the file: nothing is read but it, nothing is written.
@@ -24,9 +25,10 @@ from zofed.errors import UserError
 from zofed.sweep import Arm, Sweep, Values, pairs, safe
 
 SHIPPED = Path(__file__).parent.parent / "experiments"
-PARTS = ("about", "seeds", "base", "grid", "runs", "tune", "leave-out", "merge")
+PARTS = ("about", "seeds", "base", "grid", "runs", "tune", "leave-out", "merge", "with-controls")
 OWN = {"out": "--out names the sweep's folder", "seed": "write seeds = [0, 1, 2] at the top of the file"}
 DATA_KEYS = ("dataset", "bp-dataset", "eval-dataset")
+WITHOUT_NOISE = ("guide-only", "line")  # kinds of instruct that tell what its noise adds
 LONGEST_NAME = 150  # characters of a run's name, which is a folder's
 
 
@@ -49,22 +51,30 @@ def find(name: str) -> Path:
     raise UserError(config.unknown(name, names(), "experiment"))
 
 
-def read(path: Path, scale: str = "", options: Mapping[str, str] | None = None, data: Sequence[str] = ()) -> Sweep:
+def read(
+    path: Path,
+    scale: str = "",
+    options: Mapping[str, str] | None = None,
+    data: Sequence[str] = (),
+    *,
+    with_controls: bool = False,
+) -> Sweep:
     """The sweep in a file at one of its scales (empty: the first).
 
     options: settings of every run that override the base. data: `NAME=PATH`, a path read in place of a data set that
-    the file names. Raises UserError, one line that names the file and what is wrong in it.
+    the file names. with_controls: as the part of that name. Raises UserError, one line that names the file and what is
+    wrong in it.
     """
-    parts = config.read_toml(path)
+    parts = config.read_toml(path) | ({"with-controls": True} if with_controls else {})
     try:
-        return _sweep(_with_data(_at_scale(parts, scale), data), options or {})
+        return of(_with_data(_at_scale(parts, scale), data), options or {})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
 def with_merged(sweep: Sweep, data: Sequence[str]) -> Sweep:
     """The sweep with its merged data as `NAME=PATH`; there is nothing left to merge."""
-    return _sweep(_with_data({key: value for key, value in sweep.parts.items() if key != "merge"}, data), {})
+    return of(_with_data({key: value for key, value in sweep.parts.items() if key != "merge"}, data))
 
 
 def _at_scale(parts: Values, scale: str) -> Values:
@@ -89,7 +99,9 @@ def _at_scale(parts: Values, scale: str) -> Values:
     return parts
 
 
-def _sweep(parts: Values, options: Mapping[str, str]) -> Sweep:
+def of(parts: Values, options: Mapping[str, str] | None = None) -> Sweep:
+    """The sweep that these parts of a file are, at its scale. Raises UserError for what is wrong in them."""
+    options = options or {}
     _check_kinds(parts)
     seeds = parts.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int and seed >= 0 for seed in seeds):
@@ -114,6 +126,9 @@ def _sweep(parts: Values, options: Mapping[str, str]) -> Sweep:
         if key in OWN:
             raise UserError(f"--{key}: {OWN[key]}")
     base = base | dict(options)
+    if parts.get("with-controls"):
+        base = base | {"controls": True}
+        arms = [one for arm in arms for one in (arm, *_without_noise(arm, base))]
     parts = parts | {"base": base}
     sweep = Sweep(str(parts.get("about", "")), tuple(seeds), base, tuple(arms), parts.get("merge", {}), parts)
     _check_names(sweep)
@@ -129,6 +144,8 @@ def _check_kinds(parts: Values) -> None:
         found = parts.get(key, [])
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise UserError(f"{key} is no list of tables: write [[{key}]], and key = value below it")
+    if type(parts.get("with-controls", False)) is not bool:
+        raise UserError(f"with-controls = {parts['with-controls']!r}: write true or false")
     if parts.get("grid") == {}:
         raise UserError("[grid] is empty: give it key = [values], or leave it out")
     for name, some in parts.get("merge", {}).items():
@@ -165,6 +182,15 @@ def _kept(arms: Iterable[Arm], base: Values, left_out: Sequence[Values]) -> Iter
         tuned = tuple(values for values in arm.tuned if not is_out(base | arm.values | values))
         if tuned:
             yield Arm(arm.name, arm.values, tuned)
+
+
+def _without_noise(arm: Arm, base: Values) -> Iterable[Arm]:
+    """Beside an arm of instruct: the same with its guide in the place of its noisy directions."""
+    values = base | arm.values
+    if values.get("mode") == "instruct" and values.get("instruct-kind") not in WITHOUT_NOISE:
+        for kind in WITHOUT_NOISE:
+            own = {"instruct-kind": kind}
+            yield Arm(",".join(part for part in (arm.name, *pairs(own)) if part), arm.values | own, arm.tuned)
 
 
 def _with_data(parts: Values, data: Sequence[str]) -> Values:

@@ -20,7 +20,7 @@ from zofed import config, mixing, subsets, sweep_file
 from zofed.errors import UserError
 from zofed.runs import RunFolder, read_table, timestamp, versions, write_whole
 from zofed.sweep import Run, Sweep
-from zofed.task import with_absolute_paths
+from zofed.task import NAMES, absolute_path, with_absolute_paths
 
 COSTS = ("forward_passes", "backward_passes", "forward_equivalents", "tokens", "seconds", "bytes")
 SUMMARY = (
@@ -77,7 +77,8 @@ class SweepFolder:
     def begin(self, sweep: Sweep) -> Sweep:
         """Merge the data that are to be merged, unless they are here, and write down the sweep and who begins it.
 
-        Returns the sweep with paths in the place of the merged data's names.
+        Returns the sweep as written: with paths in the place of the merged data's names, and all paths absolute, so
+        that it can go on from any working folder.
         """
         pairs = []
         for name, some in sweep.merge.items():
@@ -87,6 +88,7 @@ class SweepFolder:
             pairs.append(f"{name}={folder}")
         if pairs:
             sweep = sweep_file.with_merged(sweep, pairs)
+        sweep = sweep_file.of(_with_absolute_paths(sweep.parts))
         self._write("sweep.toml", tomli_w.dumps(sweep.parts))
         self._write("sessions.json", json.dumps([*self.sessions(), session()], indent=2) + "\n")
         return sweep
@@ -149,6 +151,16 @@ class SweepFolder:
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.path / name, text)
+
+
+def _with_absolute_paths(value: Any, key: str = "") -> Any:
+    """Parts of a sweep's file with the local paths of settings absolute; key: the setting that has the value."""
+    if isinstance(value, dict):
+        return {name: _with_absolute_paths(own, name) for name, own in value.items()}
+    if isinstance(value, list):
+        return [_with_absolute_paths(own, key) for own in value]
+    key = key.replace("-", "_")
+    return absolute_path(key, value) if key in NAMES and isinstance(value, str) else value
 
 
 def _varying(runs: list[Run]) -> list[str]:

@@ -136,12 +136,37 @@ def carry_out(settings: Settings, show: Any) -> None:
         central.train(settings, out, show)
 
 
+def at_a_time(parallel: int | None, share: float) -> int:
+    """Runs at a time: `parallel`, 1 if not given; with a share of a GPU a run (above 0, at most 1) as many as fit.
+
+    Raises UserError for a share where there is no GPU.
+    """
+    if not share:
+        return parallel or 1
+    fit = device_count() * int(1 / share + 1e-9)
+    if not fit:
+        raise UserError(
+            f"--gpus-per-run {share:g}: no CUDA device is seen here: leave it out, and say how many with --parallel"
+        )
+    return min(parallel or fit, fit)
+
+
+def gpus(settings: Settings) -> int:
+    """GPUs that runs with such settings take in turn; 0: none, or the settings say which device."""
+    return device_count() if settings.device == "auto" and not settings.devices else 0
+
+
+def device_count() -> int:
+    import torch  # takes seconds to load
+
+    return torch.cuda.device_count()
+
+
 def choose_gpu(settings: Settings, slot: int) -> None:
-    """Where runs may choose and there are several GPUs, make the slot's own the one that `cuda` means here."""
+    """Where runs take several GPUs in turn, make the slot's own the one that `cuda` means in this process."""
     import torch
 
-    count = torch.cuda.device_count()
-    if settings.device == "auto" and not settings.devices and count > 1:
+    if (count := gpus(settings)) > 1:
         torch.cuda.set_device(slot % count)
 
 

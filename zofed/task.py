@@ -347,16 +347,17 @@ def with_absolute_paths(settings: Settings) -> Settings:
 
     Raises UserError for a revision that is not there.
     """
-    update = {}
-    for key, names in NAMES.items():
-        name = getattr(settings, key)
-        path = os.path.expanduser(name)
-        if key.endswith("dataset") and name and name not in names and (folder := subsets.find(name)):
-            update[key] = str(folder)
-        elif path and path not in names and os.path.exists(path):
-            update[key] = os.path.abspath(path)
+    update = {key: absolute_path(key, getattr(settings, key)) for key in NAMES}
     update["revision"] = models.commit(settings)
     return settings.model_copy(update=update)
+
+
+def absolute_path(key: str, name: str) -> str:
+    """What the setting `key` of NAMES names, as an absolute path where it is on this machine; else the name."""
+    path = os.path.expanduser(name)
+    if key.endswith("dataset") and name and name not in NAMES[key] and (folder := subsets.find(name)):
+        return str(folder)
+    return os.path.abspath(path) if path and path not in NAMES[key] and os.path.exists(path) else name
 
 
 def prepare_process(threads: int) -> None:

@@ -93,6 +93,7 @@ def sentences(arms: Sequence[Arm]) -> list[str]:
     if few := [arm for arm in known if len(arm.ends) < ENOUGH]:
         told.append(f"Fewer than {ENOUGH} seeds, too few to tell noise from an effect: {_some(few, known)}.")
     told += [sentence for column in COSTS if (sentence := _at_equal_cost(known, column))]
+    told += _accuracies(known)
     told += [sentence for arm in known if (sentence := _learnt(arm))]
     if edges := [arm for arm in known if _is_at_the_edge(arm)]:
         told.append(
@@ -160,6 +161,31 @@ def _at_equal_cost(arms: Sequence[Arm], column: str) -> str:
         f"At equal cost, {said(cost)} {COSTS[column]}, which all arms have spent: {best} is lowest with "
         f"{found[best]:.4f} nats; {named}{rest}."
     )
+
+
+def _accuracies(arms: Sequence[Arm]) -> list[str]:
+    """Which arm classifies best, and by how much, in per cent and points of it; nothing where none classifies."""
+    scores = {
+        arm.name: {
+            int(r.settings["seed"]): 100 * r.summary["accuracy"]
+            for r in arm.results
+            if r.is_complete and "accuracy" in r.summary
+        }
+        for arm in arms
+    }
+    found = {name: estimate(list(own.values())) for name, own in scores.items() if own}
+    if not found:
+        return []
+    best, *others = sorted(found, key=lambda name: -found[name].mean)
+    spread = f", standard deviation {found[best].deviation:.1f}" if found[best].n > 1 else ""
+    told = [f"Highest accuracy: {best}, {found[best].mean:.1f} % (n = {found[best].n}{spread})."]
+    for name in others[:SHOWN]:
+        less, paired = difference(scores[name], scores[best])
+        how = f"95 % t interval {less.low:+.1f} to {less.high:+.1f}" if less.n > 1 else "no interval"
+        how += f"{', paired by seed' * paired}, n = {less.n}"
+        where = f"{less.mean:.1f} points below {best}" if less.is_clear else f"not told apart from {best}"
+        told.append(f"Accuracy of {name}: {found[name].mean:.1f} %, {where}; difference {less.mean:+.1f} ({how}).")
+    return told
 
 
 def _learnt(arm: Arm) -> str:
