@@ -162,6 +162,19 @@ def test_zo_compares_slopes_with_backpropagation_along_the_way_once(runs: Path, 
         plot_sweep.zo(found, tmp_path / "x.png", 0)
 
 
+def test_cosines_that_all_arms_share_are_one_line(drawn: Any, tmp_path: Path) -> None:
+    def guided(name: str, queries: int, kept: float, direction: float) -> Result:
+        one = fake(name, 1.0, queries=queries, mode="instruct")
+        more = {"cosine_kept": np.array([np.nan, kept]), "cosine_direction": np.array([np.nan, direction])}
+        return Result(one.path, one.settings, one.summary, one.columns | more)
+
+    plot_sweep.zo([guided("a", 2, 0.9, 0.7), guided("b", 4, 0.901, 0.5)], tmp_path / "zo.png", 0)
+    figure, _ = drawn[0]
+    cosine = next(place for place in figure.axes if place.get_ylabel().startswith("cosine"))
+    labels = [each.get_label() for each in cosine.lines]
+    assert labels == ["cosine kept, alike in 2 arms", "queries 2: cosine direction", "queries 4: cosine direction"]
+
+
 def test_quick_shows_loss_rate_and_spread(runs: Path, drawn: Any, tmp_path: Path) -> None:
     result = results.read(runs / "zo-0")
     plot_run.quick(result, tmp_path / "quick.png")
@@ -268,6 +281,14 @@ def test_a_tuned_setting_is_mapped_over_the_seed_that_all_its_values_have(drawn:
     assert grid == pytest.approx(np.array([[4.0, 5.0], [2.0, 2.1]])) and any("tuning's seed alone" in n for n in notes)
     best = next(place for place in figure.axes if place.get_ylabel() == "arm" and not place.images)
     assert list(best.lines[-1].get_xdata()) == pytest.approx([4.2, 2.6]), "the arms at the seeds that are reported"
+
+
+def test_runs_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    names = ["q=2,rate=1e-05", "q=2,rate=0.003", "q=2,rate=0.01", "q=16,rate=0.01,seed=2", "q=16,rate=0.01,seed=10"]
+    for name in sorted(names):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.toml").write_text("")
+    assert [path.name for path in results.run_folders(tmp_path)] == names
 
 
 def test_the_settings_of_a_missing_summary_are_those_of_its_file(runs: Path) -> None:

@@ -55,7 +55,8 @@ class Page:
 
 
 def _cell(text: str) -> str:
-    return f"<td{' class=n' if _is_number(text) else ''}>{html.escape(text)}</td>"
+    kept = html.escape(text).replace("± ", "±&nbsp;").replace(" to ", " to&nbsp;")  # so that a line breaks before them
+    return f"<td{' class=n' if _is_number(text) else ''}>{kept}</td>"
 
 
 def _is_number(text: str) -> bool:

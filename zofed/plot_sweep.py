@@ -19,6 +19,7 @@ LONGEST_TICK = 44  # characters of a line
 MAPS = 4  # heat maps in one picture
 ZO_SETTINGS = ("queries", "epsilon", "batch-size", "zo-query-batch-size", "optimizer")
 ZO_RUNS = 6  # runs whose slopes are looked at along their way
+ALIKE = 0.005  # by which cosines of all arms may differ and still be one line
 GUIDED = ("cosine_kept", "cosine_direction")
 
 
@@ -36,9 +37,9 @@ def sweep(results: Sequence[Result], path: Path, notes: Sequence[str] = ()) -> P
     pairs = sorted(itertools.combinations(settings, 2), key=lambda pair: -_cells(done, pair))[:MAPS]
     pairs = [pair for pair in pairs if _cells(done, pair) > 1]
     most = max(len(pairs), len(settings))
-    columns = {1: 1, 2: 2, 4: 2}.get(most, 3)
+    columns = 1 if "arm" in settings else {1: 1, 2: 2, 4: 2}.get(most, 3)  # names of arms take a panel's width
     rows = -(-len(pairs) // columns) + -(-len(settings) // columns)
-    figure, places = style.panels(rows, columns, width=4.9 if columns > 1 else 8, height=3.6)
+    figure, places = style.panels(rows, columns, width=4.9 if columns > 1 else 9, height=3.6)
     flat = list(places.flat)
     for place, pair in zip(flat, pairs, strict=False):
         _map(figure, place, comparable(done, pair), *pair)
@@ -132,7 +133,7 @@ def _map(figure: Any, place: Any, results: Sequence[Result], row: str, column: s
     place.set_xticks(
         range(len(columns)),
         [_short(one, column) for one in columns],
-        rotation=25 if len(columns) > 5 or column == "arm" else 0,
+        rotation=25 if column == "arm" or max(len(_short(one, column)) for one in columns) > 8 else 0,
     )
     place.set_yticks(range(len(rows)), [_short(one, row) for one in rows], fontsize="small")
     place.set(xlabel=column, ylabel=row)
@@ -223,6 +224,19 @@ def zo(results: Sequence[Result], path: Path, points: int, notes: Sequence[str] 
     return style.save(figure, path, title, notes, places[rows, 0])
 
 
+def _is_drawn_as_one(place: Any, some_: Sequence[Result], name: str) -> bool:
+    """Draw a column that is alike in all runs that have it, as a target that all reach, as one line; else draw none."""
+    own = [result for result in some_ if _has(result, name)]
+    levels = np.concatenate([result.columns[name] for result in own]) if own else np.zeros(0)
+    if len(own) < 2 or np.nanmax(levels) - np.nanmin(levels) > ALIKE:
+        return False
+    last = max(float(result.columns["step"][-1]) for result in own)
+    dash = {"cosine_kept": "-", "cosine_direction": "--"}[name]
+    label = f"{name.replace('_', ' ')}, alike in {len(own)} arms"
+    place.plot([0, last], [np.nanmean(levels)] * 2, color="0.3", ls=dash, label=label)
+    return True
+
+
 def _has(result: Result, name: str) -> bool:
     return bool(np.isfinite(result.columns.get(name, np.zeros(0))).any())
 
@@ -231,9 +245,10 @@ def _over_time(cosine: Any, signal: Any, found: Sequence[Arm], points: int, note
     chosen = sorted(found, key=lambda arm: arm.mean)[:ZO_RUNS]
     if points and len(found) > len(chosen):
         notes.append(f"slopes over time: the best {len(chosen)} of {len(found)} arms, first seed")
+    guided = [name for name in GUIDED if not _is_drawn_as_one(cosine, [arm.results[0] for arm in chosen], name)]
     for index, arm in enumerate(arm for arm in found if arm in chosen):
         result, drawn = arm.results[0], style.stroke(index).line()
-        for name in GUIDED:
+        for name in guided:
             if _has(result, name):
                 rows = np.flatnonzero(np.isfinite(result.columns[name]))
                 steps = result.columns["step"][rows]

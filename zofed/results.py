@@ -4,6 +4,7 @@ Files of a killed process or of another version are read as far as they go; what
 """
 
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -153,11 +154,16 @@ def collect(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
 
 
 def run_folders(path: Path) -> list[Path]:
-    """Folders of runs in a sweep's folder, or in any other that holds some; sorted."""
+    """Folders of runs in a sweep's folder, or in any other that holds some; by name, numbers in it by their size."""
     place = path / "runs" if (path / "runs").is_dir() else path
     if not place.is_dir():
         raise UserError(f"there is no folder {path}")
-    return sorted(each for each in place.iterdir() if (each / "settings.toml").exists())
+    return sorted((each for each in place.iterdir() if (each / "settings.toml").exists()), key=_in_order)
+
+
+def _in_order(path: Path) -> list[Any]:
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", path.name)
+    return [float(part) if at % 2 else part for at, part in enumerate(parts)]
 
 
 def sweep_of(path: Path) -> Sweep | None:
