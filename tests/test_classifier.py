@@ -25,7 +25,7 @@ from transformers import (
     T5Model,
 )
 
-from zofed import central, classifier, client, config, data, metrics, models, server
+from zofed import central, classifier, client, config, data, metrics, model_info, models, server
 from zofed.classifier import PooledClassifier
 from zofed.errors import UserError
 from zofed.estimators import FiniteDifference
@@ -289,6 +289,16 @@ def test_scopes_leave_out_what_the_loss_does_not_use(classify: Classify, folders
     assert set(pooler) - set(mean) == {"encoder.pooler.dense.weight", "encoder.pooler.dense.bias"}
     last = trained(pooling="mean", scope="last-1")
     assert last[-2:] == head and len(last) == 18 and all(".1." in name for name in last[:-2])
+
+
+@pytest.mark.parametrize(("name", "pooling"), WAYS)
+def test_a_check_outlines_the_model_that_a_run_makes(
+    classify: Classify, folders: dict[str, Path], name: str, pooling: str
+) -> None:
+    settings = classify(model=str(folders[name]), pooling=pooling, freeze_encoder=True)
+    outlined = model_info.info(settings, ("zo", "fo"), 2)
+    assert outlined.parameters == sum(each.numel() for each in built(settings)[0].parameters())
+    assert outlined.memory["zo"].peak > 0
 
 
 def test_a_head_begins_as_a_function_of_the_seed(classify: Classify, folders: dict[str, Path]) -> None:

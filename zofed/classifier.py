@@ -57,7 +57,7 @@ class PooledClassifier(nn.Module):
         kind = type(self.encoder).__name__
         ids = torch.zeros(1, 2, dtype=torch.int64)
         try:
-            output = self.encoder.eval()(input_ids=ids, attention_mask=torch.ones_like(ids))
+            output = self.encoder.eval()(input_ids=ids)  # no mask, whose values an outline does not have
         except (ValueError, TypeError, RuntimeError) as error:  # of encoder-decoders, image models and the like
             raise UserError(
                 f"pooling = {self.pooling!r}: {kind} does not run on token ids alone: "

@@ -129,7 +129,8 @@ def _map(figure: Any, place: Any, results: Sequence[Result], row: str, column: s
             red, green, blue, _ = image.cmap(image.norm(loss))
             ink = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "black"
             weight = "bold" if loss == known.min() else "normal"
-            place.text(x, y, f"{loss:.3f}", ha="center", va="center", color=ink, fontsize="small", weight=weight)
+            told = f"{loss:.3f}" if abs(loss) < 1000 else f"{loss:.0e}"
+            place.text(x, y, told, ha="center", va="center", color=ink, fontsize="small", weight=weight)
     place.set_xticks(
         range(len(columns)),
         [_short(one, column) for one in columns],

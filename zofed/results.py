@@ -188,7 +188,8 @@ def _roles(path: Path, notes: list[str]) -> dict[str, tuple[str, bool]]:
 def arms(results: Sequence[Result]) -> list[Arm]:
     """The runs by arm, in their order; of an arm that was tuned, those at the chosen values.
 
-    Where seeds beside the tuning's are there, they alone are an arm's results: what chose is not what is reported.
+    Where seeds beside the tuning's are there, they alone are an arm's results: what chose is not what is reported. So
+    are those at values that a grid, since widened, no longer chooses.
     """
     by_arm: dict[Any, list[Result]] = {}
     differ = differing(results)
@@ -199,8 +200,9 @@ def arms(results: Sequence[Result]) -> list[Arm]:
     for own in by_arm.values():
         tuning = [result for result in own if result.tunes]
         reported = [result for result in own if not result.tunes]
-        if tuning and not reported:
-            reported = [min(tuning, key=lambda result: result.end if math.isfinite(result.end) else math.inf)]
+        if tuning:
+            chosen = min(tuning, key=lambda result: result.end if math.isfinite(result.end) else math.inf)
+            reported = [result for result in reported if not differing([chosen, result])] or [chosen]
         values = {name: reported[0].settings.get(name) for name in differ}
         found.append(Arm(reported[0].arm or label(values) or reported[0].name, values, reported, tuning))
     return found
