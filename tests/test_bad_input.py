@@ -536,7 +536,7 @@ def test_a_diverged_run_says_so_and_keeps_its_steps(
     assert status == 2
     assert len(errors.splitlines()) == 1
     assert "learning-rate = 1e+30" in errors and "a tenth of it" in errors
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
     assert len(journal.read(tmp_path / "run" / "journal.zofed").entries) == 1
 
 
@@ -633,7 +633,7 @@ def test_a_run_that_diverges_in_its_last_step_is_not_completed(
     status, _, errors = zofed("train", *QUICK, *options, "--steps", "1", "--out", tmp_path / "run")
     assert status == 2
     assert "learning-rate = 1e+30" in errors
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
 
 
 def test_a_diverged_federation_names_the_rate(zofed: Zofed, runs: dict[str, Path], tmp_path: Path) -> None:

@@ -355,6 +355,26 @@ def test_a_sweep_tunes_merges_and_goes_on_from_its_own_folder(tmp_path: Path, zo
     assert status == 0 and "3 runs complete, 3 of them before; 0 failed" in told
 
 
+def test_a_tried_value_that_diverges_is_an_outcome_and_not_tried_again(tmp_path: Path, zofed_command: Command) -> None:
+    text = "seeds = [0, 1]\n" + SMALL + "[tune]\nlearning-rate = [1e30, 0.01]\n"
+    out = tmp_path / "sweep"
+    command = ("sweep", written(tmp_path, text), "--out", out)
+    status, told, errors = zofed_command(*command)
+    assert status == 0, told + errors
+    diverged = "learning-rate=1e+30,seed=0"
+    assert f"{diverged}: diverged" in told and "3 runs complete, 0 of them before; 0 failed" in told
+    assert {name: row["status"] for name, row in rows(out).items()} == {
+        diverged: "diverged", "learning-rate=0.01,seed=0": "completed", "learning-rate=0.01,seed=1": "completed"
+    }  # fmt: skip
+    status, told, _ = zofed_command(*command)
+    assert status == 0 and "3 runs complete, 3 of them before" in told and f"others were chosen: {diverged}" in told
+    status, _, _ = zofed_command("report", out)
+    assert status == 0 and f"- diverged, shown as far as they went: {diverged}" in (out / "summary.md").read_text()
+    # What is no tuning must not diverge.
+    status, told, _ = zofed_command("sweep", written(tmp_path, SMALL + "learning-rate = 1e30"), "--out", tmp_path / "b")
+    assert status == 1 and "1 failed" in told and "training diverged" in told
+
+
 def test_a_sweep_goes_on_from_another_working_folder(
     tmp_path: Path, zofed_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,3 +7,7 @@ class UserError(Exception):
     The message names the value, the limit it breaks and the remedy, on one line. The commands print it
     without a traceback and exit with status 2.
     """
+
+
+class DivergenceError(UserError):
+    """A loss is no finite number any more: of a rate that a sweep only tries, an outcome; else a mistake."""

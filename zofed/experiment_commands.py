@@ -1,5 +1,6 @@
 """Commands of experiments: `zofed sweep`, `zofed plot`, `zofed report`."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,7 +85,12 @@ def sweep(
         except KeyboardInterrupt:
             raise Interrupted(f"continue with: zofed sweep {folder.path / 'sweep.toml'} --out {folder.path}") from None
     failed = board.failed
+    diverged = [
+        name for name, loss in runner.losses.items() if loss == math.inf and name not in {run.name for run in failed}
+    ]
     console.print(f"{board.over - len(failed)} runs complete, {board.skipped} of them before; {len(failed)} failed")
+    if diverged:
+        console.print(f"diverged while tuning, so that others were chosen: {', '.join(diverged)}", markup=False)
     for run in failed:
         console.print(f"  {run.name}: {run.error}", markup=False)
     if runner.first_steps:
@@ -123,7 +129,8 @@ class Watching:
             self.live.update(Group(table, counts))
             return
         for at, run in enumerate(board.ended[self.told :], board.skipped + self.told + 1):
-            how = f"failed: {run.error}" if run.error else f"held-out {run.loss:.4f}, {run.seconds:.1f} s"
+            how = f"held-out {run.loss:.4f}" if math.isfinite(run.loss) else "diverged"
+            how = f"failed: {run.error}" if run.error else f"{how}, {run.seconds:.1f} s"
             print(f"[{at}/{board.most}] {run.name}: {how}{left}", flush=True)
         self.told = len(board.ended)
 

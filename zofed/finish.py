@@ -9,7 +9,7 @@ from torch import nn
 
 from zofed import models
 from zofed.config import Settings
-from zofed.errors import UserError
+from zofed.errors import DivergenceError, UserError
 from zofed.journal import Journal, read
 from zofed.records import Guided, Seeded
 from zofed.runs import RunFolder, peak_memory_bytes, read_table, versions
@@ -29,7 +29,8 @@ def status_kept(folder: RunFolder) -> Iterator[None]:
         raise
     except Exception as error:
         with suppress(OSError):  # the disk may be what failed
-            folder.write_summary({"status": "failed", "error": str(error)})
+            status = "diverged" if isinstance(error, DivergenceError) else "failed"
+            folder.write_summary({"status": status, "error": str(error)})
         raise
 
 

@@ -153,7 +153,7 @@ def _losses(place: Any, folder: Path, replies: list[dict[str, str]], clients: li
         at, losses = by_client.setdefault(int(row["client"]), ([], []))  # type: ignore[attr-defined]
         at.append(int(row["round"]))
         losses.append(float(row["loss"]))
-    place.set(xlabel="round", ylabel=f"a client's loss, {what} (nats)")
+    place.set(xlabel="round", ylabel=f"a client's loss,\n{what} (nats)")
     if not rows:
         place.annotate("the clients told no losses", (0.5, 0.5), xycoords="axes fraction", ha="center")
         return []

@@ -41,9 +41,10 @@ def report(path: Path, points: int) -> tuple[Path, Path]:
     if pairs := _pairs(arms):
         page.heading("Differences between arms")
         page.table(*pairs)
-        page.sentences(
-            ["row above column, in nats at the end, with the 95 % t interval of the pair alone; * holds no zero"]
+        told = (
+            "row above the arm whose number heads the column, in nats at the end, with the 95 % t interval of the pair"
         )
+        page.sentences([f"{told} alone; * holds no zero"])
     failed = folder.failures()
     if notes or failed:
         page.heading("Left out, failed, not finished", short=True)
@@ -99,14 +100,15 @@ def _pairs(arms: Sequence[Arm]) -> tuple[list[str], Rows] | None:
     if not 3 <= len(known) <= MOST_PAIRED:
         return None
     rows: Rows = []
+    numbered = [f"{at}. {arm.name}" for at, arm in enumerate(known, 1)]
     for at, arm in enumerate(known[1:], 1):
         cells = []
         for better in known[:at]:
             found, _ = verdicts.difference(better.ends, arm.ends)
             interval = f" ({found.low:+.3f} to {found.high:+.3f})" if found.n > 1 else " (n = 1)"
             cells.append(f"{found.mean:+.3f}{interval}{'*' * found.is_clear}")
-        rows.append([arm.name, *cells, *[""] * (len(known) - 1 - at)])
-    return ["", *(arm.name for arm in known[:-1])], rows
+        rows.append([numbered[at], *cells, *[""] * (len(known) - 1 - at)])
+    return ["", numbered[0], *(f"{at}." for at in range(2, len(known)))], rows
 
 
 def _plus(found: verdicts.Estimate) -> str:
@@ -142,9 +144,9 @@ def _pictures(page: Page, path: Path, found: Sequence[Result], arms: Sequence[Ar
         drawn.append(("fo-vs-zo", "First order beside zeroth order", lambda out: plot_arms.fo_vs_zo(arms, out)))
     if modes & {"zo", "instruct", "calibrate"}:
         drawn.append(("zo", "Zeroth order's settings and slopes", lambda out: plot_sweep.zo(found, out, points)))
-    federated = [result for result in found if (result.path / "rounds.csv").exists()]
-    if federated:
-        told = f"One federated run: {federated[0].name}"
+    best_first = [result for arm in sorted(arms, key=lambda arm: arm.mean) for result in arm.results]
+    if federated := [result for result in best_first if (result.path / "rounds.csv").exists()]:
+        told = f"One run of the best federated arm: {federated[0].name}"
         drawn.append(("federated", told, lambda out: plot_run.federated(federated[0], out)))
     for name, told, draw in drawn:
         page.parts.append(f"<h3>{html.escape(told)}</h3>")

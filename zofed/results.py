@@ -54,6 +54,10 @@ class Result:
         return self.summary.get("status") == "completed"
 
     @property
+    def has_diverged(self) -> bool:
+        return self.summary.get("status") == "diverged"
+
+    @property
     def is_cut(self) -> bool:
         """Whether the metrics tell less than the summary says the run cost."""
         cost = self.summary.get("forward_equivalents")
@@ -146,7 +150,9 @@ def collect(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
             found.append(Result(result.path, result.settings, result.summary, result.columns, arm, tunes))
     if not found:
         raise UserError(f"not one run can be read: {notes[0]}" + (f" (and {len(notes) - 1} more)" if notes[1:] else ""))
-    if unfinished := [result.name for result in found if not result.is_complete]:
+    if diverged := [result.name for result in found if result.has_diverged]:
+        notes.append(f"diverged, shown as far as they went: {some(diverged)}")
+    if unfinished := [result.name for result in found if not result.is_complete and not result.has_diverged]:
         notes.append(f"not finished, shown as far as they are: {some(unfinished)}")
     if cut := [result.name for result in found if result.is_cut]:
         notes.append(f"metrics.csv was cut, shown as far as it goes: {some(cut)}")

@@ -4,6 +4,7 @@ import csv
 import fcntl
 import io
 import json
+import math
 import os
 import platform
 import subprocess
@@ -94,8 +95,10 @@ class SweepFolder:
         return sweep
 
     def loss(self, run: Run) -> float | None:
-        """End loss of a run that is complete, else None."""
+        """End loss of a run that is complete, infinite for one that tuned and diverged; else None: it is to run."""
         summary = RunFolder(self.run_path(run)).summary()
+        if run.tunes and summary.get("status") == "diverged":
+            return math.inf
         return float(summary["eval_loss_end"]) if summary.get("status") == "completed" else None
 
     def steps_done(self, run: Run) -> int:
@@ -138,8 +141,8 @@ class SweepFolder:
         summary, lines = folder.summary(), read_table(folder.path / "metrics.csv")
         if error:
             status = "failed"
-        elif summary.get("status") == "completed":
-            status = "completed"
+        elif self.loss(run) is not None:
+            status = summary["status"]
         else:
             status = "running" if is_running else "cut" if folder.journal.exists() else "waiting"
         row = {"run": run.name, "arm": run.arm, "tunes": run.tunes, "seed": run.settings.seed}

@@ -29,7 +29,7 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A run that is over. loss: held-out at its end, nats; error: empty unless it failed."""
+    """A run that is over. loss: held-out at its end, nats, infinite if it diverged; error: empty unless it failed."""
 
     name: str
     loss: float
@@ -134,8 +134,8 @@ class Runner:
         if process.first_step is not None:
             self.first_steps.append(process.first_step)
         loss = self.folder.loss(run)
-        error = process.error or ("" if loss is not None else "it ended without a summary")
-        loss = math.inf if loss is None or error else loss
+        error = "" if loss is not None else process.error or "it ended without a summary"
+        loss = math.inf if loss is None else loss
         self.ended.append(Ended(run.name, loss, time.monotonic() - process.began, error))
         self.losses[run.name] = loss
         self._enter(self.sweep.later(self.losses))

@@ -9,7 +9,7 @@ import torch
 
 from zofed import directions, snapshots
 from zofed.config import Settings
-from zofed.errors import UserError
+from zofed.errors import DivergenceError, UserError
 from zofed.journal import Entry, Journal, link
 from zofed.metrics import Score
 from zofed.records import Guided, Record, Seeded, Skipped
@@ -271,9 +271,9 @@ def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest:
         return
 
 
-def diverged(round_: int, settings: Settings) -> UserError:
+def diverged(round_: int, settings: Settings) -> DivergenceError:
     """What to say when a loss is no number any more."""
-    return UserError(
+    return DivergenceError(
         f"the loss of step {round_} (seed {settings.seed}) is not finite: training diverged with learning-rate = "
         f"{settings.learning_rate:g}; start again with a tenth of it"
     )
