@@ -370,6 +370,13 @@ def test_a_tried_value_that_diverges_is_an_outcome_and_not_tried_again(tmp_path:
     assert status == 0 and "3 runs complete, 3 of them before" in told and f"others were chosen: {diverged}" in told
     status, _, _ = zofed_command("report", out)
     assert status == 0 and f"- diverged, shown as far as they went: {diverged}" in (out / "summary.md").read_text()
+    # A grid that no longer has that value, in the same folder.
+    written(tmp_path, text.replace("1e30, ", ""))
+    status, told, _ = zofed_command(*command)
+    assert status == 0 and "2 runs complete, 2 of them before" in told
+    status, _, _ = zofed_command("report", out)
+    told = (out / "summary.md").read_text()
+    assert status == 0 and f"- left out, no runs of the sweep as it now stands: {diverged}" in told
     # What is no tuning must not diverge.
     status, told, _ = zofed_command("sweep", written(tmp_path, SMALL + "learning-rate = 1e30"), "--out", tmp_path / "b")
     assert status == 1 and "1 failed" in told and "training diverged" in told

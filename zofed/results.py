@@ -140,6 +140,9 @@ def collect(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
             folders, roles = run_folders(path), _roles(path, notes)
         if not folders:
             raise UserError(f"{path} holds no runs: give the folder of a run, or of a sweep that has begun")
+        if roles and (strangers := [folder.name for folder in folders if folder.name not in roles]):
+            notes.append(f"left out, no runs of the sweep as it now stands: {some(strangers)}")
+            folders = [folder for folder in folders if folder.name in roles]
         for folder in folders:
             try:
                 result = read(folder)
