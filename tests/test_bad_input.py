@@ -543,6 +543,12 @@ def test_a_diverged_run_says_so_and_keeps_its_steps(
 # --- how it reads ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["train", "sweep", "report", "supernode"])
+def test_help_shows_brackets_as_they_are(zofed: Zofed, command: str) -> None:
+    status, told, _ = zofed(command, "--help")
+    assert status == 0 and "\\[" not in told
+
+
 @pytest.mark.parametrize("command", [["train"], ["simulate", "--clients", "2"]], ids=["train", "simulate"])
 def test_output_to_a_pipe_has_no_colour_no_bar_and_no_library_chatter(
     zofed: Zofed, runs: dict[str, Path], tmp_path: Path, command: list[str]

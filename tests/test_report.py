@@ -124,7 +124,7 @@ def test_a_table_of_pairs_sets_each_arm_against_each_better_one() -> None:
     found = report._pairs(arms)
     assert found
     head, rows = found
-    assert head == ["", "1. a", "2."] and [row[0] for row in rows] == ["2. b", "3. c"]
+    assert head == ["", "(1) a", "(2)"] and [row[0] for row in rows] == ["(2) b", "(3) c"]
     assert (
         rows[0][1].startswith("+0.050 (-0.585 to +0.685)")
         and rows[1][1].startswith("+2.000")

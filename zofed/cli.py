@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import click
 import typer
+import typer.core
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,6 +20,7 @@ from zofed.keys_commands import app as keys_app
 from zofed.options import Interrupted, console, settings_from, with_settings
 from zofed.runs import Row, RunFolder, timestamp
 
+typer.core.HAS_RICH = False  # else plain help shows what hides brackets from rich: a backslash before each
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, help=__doc__)
 journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
 app.add_typer(journal_app, name="journal")

@@ -100,7 +100,7 @@ def _pairs(arms: Sequence[Arm]) -> tuple[list[str], Rows] | None:
     if not 3 <= len(known) <= MOST_PAIRED:
         return None
     rows: Rows = []
-    numbered = [f"{at}. {arm.name}" for at, arm in enumerate(known, 1)]
+    numbered = [f"({at}) {arm.name}" for at, arm in enumerate(known, 1)]
     for at, arm in enumerate(known[1:], 1):
         cells = []
         for better in known[:at]:
@@ -108,7 +108,7 @@ def _pairs(arms: Sequence[Arm]) -> tuple[list[str], Rows] | None:
             interval = f" ({found.low:+.3f} to {found.high:+.3f})" if found.n > 1 else " (n = 1)"
             cells.append(f"{found.mean:+.3f}{interval}{'*' * found.is_clear}")
         rows.append([numbered[at], *cells, *[""] * (len(known) - 1 - at)])
-    return ["", numbered[0], *(f"{at}." for at in range(2, len(known)))], rows
+    return ["", numbered[0], *(f"({at})" for at in range(2, len(known)))], rows
 
 
 def _plus(found: verdicts.Estimate) -> str:
