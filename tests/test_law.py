@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from zofed import central, client, journal, server
 from zofed.config import Settings
-from zofed.errors import UserError
+from zofed.errors import DivergenceError, UserError
 from zofed.finish import replay_run
 from zofed.grid import LocalGrid
 from zofed.records import Seeded, Spread
@@ -270,6 +270,24 @@ def test_a_client_that_keeps_failing_ends_the_run_with_its_name(
     with pytest.raises(UserError, match=r"round 1: clients \[0, 1\] gave no usable reply in 3 attempts"):
         federate(quick(), tmp_path / "run", clients=2)
     assert RunFolder(tmp_path / "run").summary()["status"] == "failed"
+
+
+def test_a_client_whose_loss_never_is_finite_means_that_training_diverged(
+    quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure = client.local.slopes
+
+    def infinite(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
+        if index == 1:
+            raise ValueError("not finite")
+        return measure(settings, worker, examples, index, *rest)
+
+    monkeypatch.setattr(client.local, "slopes", infinite)
+    with pytest.raises(
+        DivergenceError, match=r"step 1 .* with learning-rate = .* and local-learning-rate = 0.5; start"
+    ):
+        federate(quick(local_learning_rate=0.5), tmp_path / "run", clients=2)
+    assert RunFolder(tmp_path / "run").summary()["status"] == "diverged"
 
 
 def test_with_a_quorum_a_failing_client_is_left_out_and_its_absence_is_recorded(

@@ -119,11 +119,11 @@ class Exchanges:
             self.members.note(client, round_, is_well=client in good)
         if len(good) >= need:
             return good
-        if not good and set(+self.traffic.now.results) == {"not_finite"}:
+        results = dict(+self.traffic.now.results)
+        if set(results) == {"not_finite"} or (self.members.strict and set(results) == {"not_finite", "used"}):
             raise diverged(round_, self.settings)
         if self.members.strict:
             missing = sorted(set(clients) - set(good))
-            results = dict(+self.traffic.now.results)
             limit = f"raise largest-update = {self.settings.largest_update:g}, " if "too_large" in results else ""
             raise UserError(
                 f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts ({results}): see "
