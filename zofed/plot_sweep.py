@@ -16,6 +16,7 @@ from zofed.results import Arm, Result, arms, differing, some
 from zofed.sweep import shown
 
 LONGEST_TICK = 44  # characters of a line
+HEIGHT, LINE = 3.6, 0.21  # inches of a panel, and of a line of names beside it
 MAPS = 4  # heat maps in one picture
 ZO_SETTINGS = ("queries", "epsilon", "batch-size", "zo-query-batch-size", "optimizer")
 ZO_RUNS = 6  # runs whose slopes are looked at along their way
@@ -39,7 +40,14 @@ def sweep(results: Sequence[Result], path: Path, notes: Sequence[str] = ()) -> P
     most = max(len(pairs), len(settings))
     columns = 1 if "arm" in settings else {1: 1, 2: 2, 4: 2}.get(most, 3)  # names of arms take a panel's width
     rows = -(-len(pairs) // columns) + -(-len(settings) // columns)
-    figure, places = style.panels(rows, columns, width=4.9 if columns > 1 else 9, height=3.6)
+    heights = [HEIGHT] * rows
+    if columns == 1:  # a row a panel: one that has names of arms is as high as their lines take
+        lines = sum(_short(arm, "arm").count("\n") + 1 for arm in values(done, "arm"))
+        tall = max(HEIGHT, LINE * lines + 1)
+        heights = [tall if "arm" in keys else HEIGHT for keys in (*pairs, *((key,) for key in settings))]
+    figure, places = style.panels(
+        rows, columns, 4.9 if columns > 1 else 9, sum(heights) / rows, gridspec_kw={"height_ratios": heights}
+    )
     flat = list(places.flat)
     for place, pair in zip(flat, pairs, strict=False):
         _map(figure, place, comparable(done, pair), *pair)
@@ -113,7 +121,7 @@ def _cells(results: Sequence[Result], pair: tuple[str, str]) -> int:
 
 def _map(figure: Any, place: Any, results: Sequence[Result], row: str, column: str) -> None:
     rows, columns = values(results, row), values(results, column)
-    if len(columns) > len(rows):
+    if len(columns) > len(rows) and row != "arm":  # names are read best beside their rows
         rows, columns, row, column = columns, rows, column, row
     grid = np.array([
         [best([r for r in results if value(r, row) == one and value(r, column) == other])[0] for other in columns]
@@ -134,7 +142,7 @@ def _map(figure: Any, place: Any, results: Sequence[Result], row: str, column: s
     place.set_xticks(
         range(len(columns)),
         [_short(one, column) for one in columns],
-        rotation=25 if column == "arm" or max(len(_short(one, column)) for one in columns) > 8 else 0,
+        rotation=25 if max(len(_short(one, column)) for one in columns) > 8 else 0,
     )
     place.set_yticks(range(len(rows)), [_short(one, row) for one in rows], fontsize="small")
     place.set(xlabel=column, ylabel=row)
