@@ -270,6 +270,8 @@ def test_runs_share_gpus_as_they_are_told_to(monkeypatch: pytest.MonkeyPatch) ->
     assert sweep_process.at_a_time(None, 0) == 1
     with pytest.raises(UserError, match=r"--gpus-per-run 0.5: no CUDA device.*--parallel"):
         sweep_process.at_a_time(None, 0.5)
+    with pytest.raises(UserError, match=r"--gpus-per-run nan: give a share above 0"):
+        sweep_process.at_a_time(None, float("nan"))
 
 
 def test_runs_that_may_choose_take_the_gpus_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,10 +139,12 @@ def carry_out(settings: Settings, show: Any) -> None:
 def at_a_time(parallel: int | None, share: float) -> int:
     """Runs at a time: `parallel`, 1 if not given; with a share of a GPU a run (above 0, at most 1) as many as fit.
 
-    Raises UserError for a share where there is no GPU.
+    Raises UserError for another share, and for one where there is no GPU.
     """
-    if not share:
+    if share == 0:
         return parallel or 1
+    if not 0 < share <= 1:
+        raise UserError(f"--gpus-per-run {share:g}: give a share above 0, at most 1")
     fit = device_count() * int(1 / share + 1e-9)
     if not fit:
         raise UserError(
