@@ -1,6 +1,7 @@
 """Flower's private interfaces, that `zofed.flower_internals` uses: whoever raises flwr's version looks here."""
 
 import inspect
+from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
@@ -101,11 +102,49 @@ class Answer:
         self.__dict__.update(fields)
 
 
+FETCHING = Answer(object_found=True, object_available=False)
+
+
+def patient(answers: list[Any], is_given_up: Callable[[], bool] = lambda: False) -> Any:
+    return flower_internals._Patient(Fake(answers), is_given_up)  # type: ignore[arg-type]
+
+
 def test_a_task_waits_for_its_message_and_its_objects() -> None:
-    late = Fake([Answer(messages_list=[]), Answer(messages_list=[]), Answer(messages_list=["it"])])
-    assert flower_internals._Patient(late).PullMessages(None).messages_list == ["it"]  # type: ignore[arg-type]
-    fetching = Answer(object_found=True, object_available=False)
+    late = [Answer(messages_list=[]), Answer(messages_list=[]), Answer(messages_list=["it"])]
+    assert patient(late).PullMessages(None).messages_list == ["it"]
     there = Answer(object_found=True, object_available=True)
-    assert flower_internals._Patient(Fake([fetching, fetching, there])).PullObject(None) is there  # type: ignore[arg-type]
+    assert patient([FETCHING, FETCHING, there]).PullObject(None) is there
     gone = Answer(object_found=False, object_available=False)
-    assert flower_internals._Patient(Fake([gone, there])).PullObject(None) is gone  # type: ignore[arg-type]
+    assert patient([gone, there]).PullObject(None) is gone
+
+
+def test_a_task_whose_message_was_given_up_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flower_internals, "GIVEN_UP_S", 0.02)
+    offered: list[str] = []
+    runtime = flower_internals.Runtime("127.0.0.1:1")
+    monkeypatch.setattr(runtime, "_client", Acquiring(offered))
+    asked = 0
+
+    def is_given_up() -> bool:
+        nonlocal asked
+        asked += 1
+        if asked == 3:  # the SuperNode comes to the next message
+            offered.append("token of the next")
+        return runtime.offers_another()
+
+    with pytest.raises(RuntimeError, match="gave its message up"):
+        patient([FETCHING] * 10_000, is_given_up).PullObject(None)
+    assert asked == 3 and runtime.offers_another() and not offered
+    assert isinstance(runtime.acquire(), flower_internals.Task), "the task that was seen is the next to be done"
+    assert runtime.acquire() is None
+
+
+class Acquiring:
+    """A SuperNode's client with tasks to offer."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens = tokens
+
+    def AcquireTask(self, request: Any) -> Any:  # noqa: N802
+        token = self.tokens.pop(0) if self.tokens else ""
+        return Answer(HasField=lambda name: bool(token), token=token)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from zofed import catalog, subsets
 from zofed.errors import UserError
+from zofed.files import write_whole
 from zofed.options import Interrupted, console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -207,7 +208,7 @@ def show_partition(
     console.print(f"documents of each group; {len(found):,} in all, without the held-out ones")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        subsets.write_whole(out / "partition.csv", partitions.to_csv(counts, characters))
+        write_whole(out / "partition.csv", partitions.to_csv(counts, characters))
         picture = plots.partition(counts, out / "partition.png")
     except OSError as error:
         raise UserError(f"{str(out)!r} cannot be written ({error.strerror}): choose another --out") from error

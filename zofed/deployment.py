@@ -20,8 +20,8 @@ import tomli_w
 
 from zofed import keys, launch, reach
 from zofed.errors import UserError
+from zofed.files import write_whole
 from zofed.reach import Address
-from zofed.runs import write_whole
 from zofed.supervisor import Child, supervise
 
 CONTROL = "superlink"  # the name of a SuperLink's connection to itself, in its own Flower folder

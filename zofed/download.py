@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from zofed import documents, subsets
 from zofed.catalog import DatasetInfo
 from zofed.errors import UserError
+from zofed.files import write_whole
 from zofed.rows import one_line
 
 _ROWS_BETWEEN_STATES = 500
@@ -204,4 +205,4 @@ def _save(folder: Path, part: BinaryIO, state: dict[str, Any]) -> None:
     part.flush()
     os.fsync(part.fileno())
     state["bytes"] = part.tell()
-    subsets.write_whole(folder / "rows.state.json", json.dumps(state))
+    write_whole(folder / "rows.state.json", json.dumps(state))

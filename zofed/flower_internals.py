@@ -4,6 +4,7 @@ Written against flwr 1.41, which requirements.txt pins. `tests/test_flower_inter
 """
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ T = TypeVar("T")
 
 OBJECTS_LIMIT_S = 7200.0  # for a message's content to arrive at the SuperNode over a thin link
 RETRY_S = 0.01
+GIVEN_UP_S = 1.0  # between two looks whether a message that does not arrive was given up
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
 
@@ -62,23 +64,46 @@ class Runtime:
         version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
         signing = [SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods={_ACQUIRE})] if secret else []
         self._client = _client(address, version, *signing)
+        self._next: Task | None = None
+        self._lock = threading.Lock()  # a message's objects are fetched by several threads
 
     def acquire(self) -> "Task | None":
         """The next message's task, if there is one. Raises httpx.HTTPError while the SuperNode is away."""
+        with self._lock:
+            task, self._next = self._next or self._ask(), None
+            return task
+
+    def offers_another(self) -> bool:
+        """Whether there is a task beside the one in hand.
+
+        A SuperNode takes one message after another. If it has come to the next, it has given up the one before, as it
+        does without a word where a run ends while its message is fetched.
+        """
+        with self._lock:
+            self._next = self._next or self._ask()
+            return self._next is not None
+
+    def _ask(self) -> "Task | None":
         request = AcquireTaskRequest(supported_task_types={TaskType.CLIENT_APP}, agentapp_fab_hashes=set())
         found = self._client.AcquireTask(request)
-        return Task(self._address, found.token) if found.HasField("task") and found.token else None
+        if not found.HasField("task") or not found.token:
+            return None
+        return Task(self._address, found.token, self.offers_another)
 
 
 class Task:
-    """One message's task, between its acquisition and the answer; the SuperNode hears that it is alive meanwhile."""
+    """One message's task, between its acquisition and the answer; the SuperNode hears that it is alive meanwhile.
 
-    def __init__(self, address: str, token: str) -> None:
+    is_given_up: asked now and then while the message does not arrive.
+    """
+
+    def __init__(self, address: str, token: str, is_given_up: Callable[[], bool]) -> None:
         interceptors = (
             RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"),
             RuntimeTokenHttpInterceptor(token),
         )
         self._client = _client(address, *interceptors)
+        self._is_given_up = is_given_up
         self._context: Context | None = None
         self._problem = "no answer was made"
         self._heart = HeartbeatSender(self._beat)
@@ -97,8 +122,12 @@ class Task:
             self._client.close()
 
     def take(self) -> Assignment:
-        """The message and what belongs to it, once the SuperNode has all of it."""
-        message, self._context, run, _ = run_clientapp.pull_task_input(_Patient(self._client))  # type: ignore[arg-type]
+        """The message and what belongs to it, once the SuperNode has all of it.
+
+        Raises RuntimeError where the SuperNode has given the message up.
+        """
+        patient: Any = _Patient(self._client, self._is_given_up)
+        message, self._context, run, _ = run_clientapp.pull_task_input(patient)
         return Assignment(message, self._context, run.fab_id)
 
     def answer(self, reply: Message) -> None:
@@ -128,27 +157,30 @@ class _Patient:
     A SuperNode offers a task before it has the message; Flower's own client would then sleep for a second.
     """
 
-    def __init__(self, client: RuntimeHttpClient) -> None:
-        self._client = client
+    def __init__(self, client: RuntimeHttpClient, is_given_up: Callable[[], bool]) -> None:
+        self._client, self._is_given_up = client, is_given_up
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
     def PullMessages(self, request: Any) -> Any:  # noqa: N802, Flower's name
-        return _until(lambda: self._client.PullMessages(request), lambda answer: bool(answer.messages_list))
+        return self._until(lambda: self._client.PullMessages(request), lambda answer: bool(answer.messages_list))
 
     def PullObject(self, request: Any) -> Any:  # noqa: N802, Flower's name
         def is_settled(answer: Any) -> bool:
             return answer.object_available or not answer.object_found
 
-        return _until(lambda: self._client.PullObject(request), is_settled)
+        return self._until(lambda: self._client.PullObject(request), is_settled)
 
-
-def _until(ask: Callable[[], T], is_settled: Callable[[T], bool]) -> T:
-    limit = time.monotonic() + OBJECTS_LIMIT_S
-    while not is_settled(answer := ask()) and time.monotonic() < limit:
-        time.sleep(RETRY_S)
-    return answer
+    def _until(self, ask: Callable[[], T], is_settled: Callable[[T], bool]) -> T:
+        began = looked = time.monotonic()
+        while not is_settled(answer := ask()) and (now := time.monotonic()) < began + OBJECTS_LIMIT_S:
+            if now >= looked + GIVEN_UP_S:
+                looked = now
+                if self._is_given_up():
+                    raise RuntimeError("the SuperNode gave its message up and has another")
+            time.sleep(RETRY_S)
+        return answer
 
 
 class Node:

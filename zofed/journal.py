@@ -10,7 +10,6 @@ genesis, that of an entry the BLAKE2b-128 of the chain before it and the body: t
 the same history. An entry counts once `fdatasync` has returned, and only then may anybody act on it.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +22,7 @@ from typing import Any, Self
 
 from zofed import compact, records
 from zofed.errors import UserError
+from zofed.files import hold
 from zofed.records import Record
 
 FORMAT = 3
@@ -222,16 +222,13 @@ class Journal:
         except OSError as error:
             raise UserError(f"cannot write journal {path}: {error.strerror}; mend its permissions") from error
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(file, f"{path} is being written by another process: wait for it or stop it")
             contents = read(path)  # again: it may have grown before the lock was ours
             if contents.torn:
                 os.ftruncate(file, contents.end)
                 os.fsync(file)
             os.lseek(file, 0, os.SEEK_END)
             return cls(file, contents)
-        except BlockingIOError as error:
-            os.close(file)
-            raise UserError(f"{path} is being written by another process: wait for it or stop it") from error
         except BaseException:
             os.close(file)
             raise

@@ -10,9 +10,10 @@ from typing import Any
 
 from zofed import config, plot_arms, plot_run, plot_sweep, results, verdicts
 from zofed.errors import UserError
+from zofed.files import write_whole
 from zofed.page import Page, Rows
 from zofed.results import Arm, Result
-from zofed.runs import timestamp, write_whole
+from zofed.runs import timestamp
 from zofed.sweep_folder import SweepFolder
 
 MOST_PAIRED = 10  # arms whose differences one table shows

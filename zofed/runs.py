@@ -21,6 +21,7 @@ from torch import Tensor
 from zofed import __version__, config
 from zofed.config import Settings
 from zofed.errors import UserError
+from zofed.files import write_whole
 from zofed.journal import Genesis, differences, sync_folder
 from zofed.worker import NotKept, tensors_digest
 
@@ -33,13 +34,6 @@ EVALUATIONS = ("step", "source", "loss", "perplexity", "bits_per_byte", "accurac
 BEST = "best"  # name of the checkpoint with the lowest held-out loss
 
 Row = dict[str, Any]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.rename(path)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """A folder of rows that zofed made: one JSON-lines file and an info.json that names it and its digest."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,7 @@ from typing import Any
 
 from zofed.catalog import data_root
 from zofed.errors import UserError
+from zofed.files import hold, write_whole
 
 FORMAT = "zofed subset 1"
 
@@ -56,19 +56,17 @@ def locked(folder: Path) -> Iterator[None]:
         info(folder)  # somebody else's info.json is refused before anything is written
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "rows.lock", "a")  # noqa: SIM115, closed below, after the yield
+        lock = open(folder / "rows.lock", "a")  # noqa: SIM115, closed below
     except OSError as error:
         raise UserError(f"{str(folder)!r} cannot be written ({error.strerror}): choose another place") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise UserError(f"another command is writing {str(folder)!r}: wait for it, or stop it") from error
-    finally:
-        (folder / "rows.lock").unlink(missing_ok=True)
-        lock.close()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    with lock:
+        hold(lock.fileno(), f"another command is writing {str(folder)!r}: wait for it, or stop it")
+        try:
+            yield
+        finally:
+            (folder / "rows.lock").unlink(missing_ok=True)
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def publish(folder: Path, part: Path, about: dict[str, Any]) -> dict[str, Any]:
@@ -85,16 +83,6 @@ def publish(folder: Path, part: Path, about: dict[str, Any]) -> dict[str, Any]:
     if old is not None and old.name != described["file"]:
         old.unlink(missing_ok=True)
     return described
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write beside the target, sync, then rename: no reader and no crash meets half a file."""
-    temporary = path.with_name(f"rows.{path.name}.new")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,6 @@
 """A sweep's folder: runs, what they print, why some failed, who carried the sweep out, and one table of all."""
 
 import csv
-import fcntl
 import io
 import json
 import math
@@ -19,7 +18,8 @@ import tomli_w
 
 from zofed import config, mixing, subsets, sweep_file
 from zofed.errors import UserError
-from zofed.runs import RunFolder, read_table, timestamp, versions, write_whole
+from zofed.files import hold, write_whole
+from zofed.runs import RunFolder, read_table, timestamp, versions
 from zofed.sweep import Run, Sweep
 from zofed.task import NAMES, absolute_path, with_absolute_paths
 
@@ -51,10 +51,8 @@ class SweepFolder:
                 f"out = {str(self.path)!r} cannot be written: {error.strerror}; choose another --out"
             ) from error
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(lock, f"another sweep is at work in {self.path}: wait for it, or stop it")
             yield
-        except BlockingIOError as error:
-            raise UserError(f"another sweep is at work in {self.path}: wait for it, or stop it") from error
         finally:
             os.close(lock)
 
