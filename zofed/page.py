@@ -9,7 +9,7 @@ from pathlib import Path
 Rows = list[list[str]]
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #111; max-width: 1150px; margin: 2em auto; padding: 0 1.2em }
+body { font: 15px/1.5 system-ui, sans-serif; color: #111; max-width: 1300px; margin: 2em auto; padding: 0 1.2em }
 h1 { font-size: 1.5em } h2 { font-size: 1.15em; margin-top: 2em; border-bottom: 1px solid #bbb }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; margin: .6em 0 }
 th, td { border-bottom: 1px solid #ddd; padding: .25em .7em; text-align: left; vertical-align: top }

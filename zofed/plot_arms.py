@@ -15,6 +15,7 @@ POINTS = 200  # at which curves of several seeds are averaged
 WIDEST = 20  # times that arms may differ in what they cost before an axis is logarithmic
 EQUIVALENTS = "forward-equivalents: examples run forward, a backward pass counting two"
 LEAST_SMOOTHED = 5  # values
+TICKS = 6  # that large numbers leave room for
 FAIR = ("forward-equivalents", "seconds", "bytes")
 
 
@@ -46,7 +47,9 @@ def compare(arms: Sequence[Arm], axes: Sequence[str], path: Path, notes: Sequenc
             curve(places[0, column], own, name, index, label, logarithmic)
             training(places[1, column], own, name, index, logarithmic)
         places[1, column].set(xlabel=style.AXES[axis])
-        if logarithmic:
+        if not logarithmic:
+            places[1, column].locator_params(axis="x", nbins=TICKS)
+        else:
             places[1, column].set_xscale("log")
             notes.append(
                 f"{axis}: the start has cost nothing, which has no place here; it stands before the first cost"
@@ -80,6 +83,8 @@ def fo_vs_zo(arms: Sequence[Arm], path: Path, notes: Sequence[str] = ()) -> Path
             label = f"{arm.name if mode in arm.name else f'{mode}: {arm.name}'} (n = {len(arm.results)})"
             curve(place, arm.results, name, index, label, logarithmic)
         place.set(xlabel=style.AXES[axis], ylabel=style.LOSS, xscale="log" if logarithmic else "linear")
+        if not logarithmic:
+            place.locator_params(axis="x", nbins=TICKS)
     ends(places[1, 0], [arm for _, arm in chosen], [mode for mode, _ in chosen])
     peaks = [[result.summary.get("peak_memory_bytes", math.nan) / 2**20 for result in arm.results] for _, arm in chosen]
     bars(places[1, 1], [mode for mode, _ in chosen], peaks, "peak memory of the process (MiB)", 0.0)
