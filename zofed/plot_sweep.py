@@ -237,11 +237,11 @@ def _is_drawn_as_one(place: Any, some_: Sequence[Result], name: str) -> bool:
     """Draw a column that is alike in all runs that have it, as a target that all reach, as one line; else draw none."""
     own = [result for result in some_ if _has(result, name)]
     levels = np.concatenate([result.columns[name] for result in own]) if own else np.zeros(0)
-    if len(own) < 2 or np.nanmax(levels) - np.nanmin(levels) > ALIKE:
+    if not own or np.nanmax(levels) - np.nanmin(levels) > ALIKE:
         return False
     last = max(float(result.columns["step"][-1]) for result in own)
     dash = {"cosine_kept": "-", "cosine_direction": "--"}[name]
-    label = f"{name.replace('_', ' ')}, alike in {len(own)} arms"
+    label = name.replace("_", " ") + f", alike in {len(own)} arms" * (len(own) > 1)
     place.plot([0, last], [np.nanmean(levels)] * 2, color="0.3", ls=dash, label=label)
     return True
 
