@@ -859,7 +859,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(
         with pytest.raises(UserError, match=r"the loss of step 4 \(seed 0\) is not finite") as stopped:
             central.train(settings, tmp_path / "run", spoil)
     assert "\n" not in str(stopped.value)
-    assert RunFolder(tmp_path / "run").summary()["status"] == "failed"
+    assert RunFolder(tmp_path / "run").summary()["status"] == "diverged"
     assert len(contents(tmp_path / "run")) == 3
     assert central.resume(tmp_path / "run", ignore)["digest"] == whole["digest"]
 
