@@ -642,6 +642,17 @@ def test_a_run_that_diverges_in_its_last_step_is_not_completed(
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
 
 
+def test_a_fault_of_the_users_own_objective_is_told_and_is_no_divergence(
+    zofed: Zofed, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "faulty_objective.py").write_text("def f(model, batch):\n    raise ValueError('no labels_mask')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--objective", "faulty_objective:f", "--dataset", runs["zo"].parent / "corpus.jsonl"]
+    status, _, errors = zofed("train", *QUICK, *options, "--out", tmp_path / "run")
+    assert status == 2 and "mend objective = 'faulty_objective:f': no labels_mask" in errors
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
 def test_a_diverged_federation_names_the_rate(zofed: Zofed, runs: dict[str, Path], tmp_path: Path) -> None:
     options = ["--learning-rate", "1e30", "--dataset", runs["zo"].parent / "corpus.jsonl"]
     status, _, errors = zofed("simulate", *QUICK, *options, "--clients", "2", "--out", tmp_path / "run")

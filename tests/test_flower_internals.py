@@ -135,8 +135,15 @@ def test_a_task_whose_message_was_given_up_is_let_go(monkeypatch: pytest.MonkeyP
     with pytest.raises(RuntimeError, match="gave its message up"):
         patient([FETCHING] * 10_000, is_given_up).PullObject(None)
     assert asked == 3 and runtime.offers_another() and not offered
-    assert isinstance(runtime.acquire(), flower_internals.Task), "the task that was seen is the next to be done"
+    task = runtime.acquire()
+    assert task, "the task that was seen is the next to be done"
     assert runtime.acquire() is None
+    given: list[Any] = []
+    monkeypatch.setattr(flower_internals.run_clientapp, "pull_task_input", lambda client: given.append(client) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        task.take()
+    offered.append("another")
+    assert given[0]._is_given_up(), "a task asks the runtime it came from"
 
 
 class Acquiring:

@@ -278,16 +278,22 @@ def test_a_client_whose_loss_never_is_finite_means_that_training_diverged(
     measure = client.local.slopes
 
     def infinite(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
-        if index == 1:
+        if index == 1 and worker.round >= first - 1:
             raise ValueError("not finite")
         return measure(settings, worker, examples, index, *rest)
 
     monkeypatch.setattr(client.local, "slopes", infinite)
-    with pytest.raises(
-        DivergenceError, match=r"step 1 .* with learning-rate = .* and local-learning-rate = 0.5; start"
-    ):
+    first = 2
+    told = (
+        r"step 2 .* with learning-rate = .* and local-learning-rate = 0.5; start .* clients \[1\]: see clients.csv in"
+    )
+    with pytest.raises(DivergenceError, match=told):
         federate(quick(local_learning_rate=0.5), tmp_path / "run", clients=2)
     assert RunFolder(tmp_path / "run").summary()["status"] == "diverged"
+    first = 1  # before anything moved
+    with pytest.raises(UserError, match=r"round 1: clients \[1\] gave no usable reply"):
+        federate(quick(), tmp_path / "other", clients=2)
+    assert RunFolder(tmp_path / "other").summary()["status"] == "failed"
 
 
 def test_with_a_quorum_a_failing_client_is_left_out_and_its_absence_is_recorded(

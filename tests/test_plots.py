@@ -264,6 +264,8 @@ def test_arms_of_a_sweep_report_other_seeds_than_those_that_chose() -> None:
     assert (alone.ends, len(alone.chosen_from)) == ({0: 2.0}, 2)
     (whole,) = results.arms([*tuning, run(2.5, 0.2, 1, False), run(2.7, 0.2, 2, False)])
     assert whole.ends == {1: 2.5, 2: 2.7} and whole.mean == pytest.approx(2.6)
+    tie = [run(3.0, 0.1, 0, True), run(3.0, 0.2, 0, True), run(2.5, 0.2, 1, False)]
+    assert results.arms(tie)[0].ends == {1: 2.5}, "of equals the one with which the sweep went on"
     wider = [*tuning, run(2.5, 0.2, 1, False), run(1.0, 0.3, 0, True), run(1.2, 0.3, 1, False)]
     assert results.arms(wider)[0].ends == {1: 1.2}, "seeds at the rate that an earlier grid chose"
     assert isinstance(whole, Arm)

@@ -254,11 +254,15 @@ def test_one_flag_adds_the_controls_and_the_arms_of_instruct(tmp_path: Path, by_
     path = written(tmp_path, INSTRUCT if by_flag else "with-controls = true" + INSTRUCT)
     found = sweep_file.read(path, with_controls=by_flag)
     assert [arm.name for arm in found.arms] == [
-        "zo", "guided", "guided,instruct-kind=guide-only", "guided,instruct-kind=line", "guide",
+        "zo", "guided", "guide", "guided,instruct-kind=line",
     ]  # fmt: skip
     assert all(run.settings.controls for run in found.first()) and all(len(arm.tuned) == 2 for arm in found.arms)
     assert sweep_file.of(found.parts).first() == found.first()
     assert not sweep_file.read(written(tmp_path, INSTRUCT)).first()[0].settings.controls
+    kinds = sweep(
+        tmp_path, "with-controls = true\n[base]\nmode = 'instruct'\n[tune]\ninstruct-kind = ['hybrid', 'cosine']"
+    )
+    assert [run.settings.instruct_kind for run in kinds.first()] == ["hybrid", "cosine", "guide-only", "line"]
 
 
 def test_runs_share_gpus_as_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,14 +368,16 @@ def test_a_tried_value_that_diverges_is_an_outcome_and_not_tried_again(tmp_path:
     status, told, errors = zofed_command(*command)
     assert status == 0, told + errors
     diverged = "learning-rate=1e+30,seed=0"
-    assert f"{diverged}: diverged" in told and "3 runs complete, 0 of them before; 0 failed" in told
+    assert f"{diverged}: diverged" in told and "2 runs complete, 0 of them before; 0 failed" in told
     assert {name: row["status"] for name, row in rows(out).items()} == {
         diverged: "diverged", "learning-rate=0.01,seed=0": "completed", "learning-rate=0.01,seed=1": "completed"
     }  # fmt: skip
     status, told, _ = zofed_command(*command)
-    assert status == 0 and "3 runs complete, 3 of them before" in told and f"others were chosen: {diverged}" in told
+    assert (
+        status == 0 and "2 runs complete, 2 of them before" in told and f"1 diverged while tuning: {diverged}" in told
+    )
     status, _, _ = zofed_command("report", out)
-    assert status == 0 and f"- diverged, shown as far as they went: {diverged}" in (out / "summary.md").read_text()
+    assert status == 0 and f"- diverged while tuning, not chosen: {diverged}" in (out / "summary.md").read_text()
     # A grid that no longer has that value, in the same folder.
     written(tmp_path, text.replace("1e30, ", ""))
     status, told, _ = zofed_command(*command)
@@ -379,6 +385,12 @@ def test_a_tried_value_that_diverges_is_an_outcome_and_not_tried_again(tmp_path:
     status, _, _ = zofed_command("report", out)
     told = (out / "summary.md").read_text()
     assert status == 0 and f"- left out, no runs of the sweep as it now stands: {diverged}" in told
+    # An arm of which nothing trains is told, and so is a page of nothing else.
+    none = written(tmp_path, text.replace("0.01", "1e31") + "[grid]\nqueries = [2, 4]\nmode = ['zo', 'fo']")
+    status, told, _ = zofed_command("sweep", none, "--out", tmp_path / "none")
+    assert status == 1 and "0 runs complete" in told and "for queries=4,mode=fo trains: its other seeds" in told
+    status, told, errors = zofed_command("report", tmp_path / "none")
+    assert status == 0 and "No run is complete" in told, errors
     # What is no tuning must not diverge.
     status, told, _ = zofed_command("sweep", written(tmp_path, SMALL + "learning-rate = 1e30"), "--out", tmp_path / "b")
     assert status == 1 and "1 failed" in told and "training diverged" in told

@@ -85,19 +85,25 @@ def sweep(
         except KeyboardInterrupt:
             raise Interrupted(f"continue with: zofed sweep {folder.path / 'sweep.toml'} --out {folder.path}") from None
     failed = board.failed
-    diverged = [
-        name for name, loss in runner.losses.items() if loss == math.inf and name not in {run.name for run in failed}
-    ]
-    console.print(f"{board.over - len(failed)} runs complete, {board.skipped} of them before; {len(failed)} failed")
+    lost = {name for name, loss in runner.losses.items() if loss == math.inf}  # failed, or tuned and diverged
+    diverged = sorted(lost - {run.name for run in failed})
+    before = board.skipped - len(set(diverged) - {run.name for run in board.ended})
+    complete = board.over - len(failed) - len(diverged)
+    console.print(f"{complete} runs complete, {before} of them before; {len(failed)} failed")
     if diverged:
-        console.print(f"diverged while tuning, so that others were chosen: {', '.join(diverged)}", markup=False)
+        console.print(f"{len(diverged)} diverged while tuning: {', '.join(diverged)}", markup=False)
+    untuned = [arm.name for arm in wanted.arms if wanted.chosen(arm, runner.losses) is None]
+    for name in untuned:
+        console.print(
+            f"no value that was tried for {name or 'the runs'} trains: its other seeds did not run", markup=False
+        )
     for run in failed:
         console.print(f"  {run.name}: {run.error}", markup=False)
     if runner.first_steps:
         median = statistics.median(runner.first_steps)
         console.print(f"from a run's start to its first step {median:.2f} s (median of {len(runner.first_steps)})")
     console.print(f"results in {folder.path / 'summary.csv'}; next: zofed report {folder.path}", markup=False)
-    if failed:
+    if failed or untuned:
         raise typer.Exit(1)
 
 

@@ -177,7 +177,7 @@ class _Patient:
         while not is_settled(answer := ask()) and (now := time.monotonic()) < began + OBJECTS_LIMIT_S:
             if now >= looked + GIVEN_UP_S:
                 looked = now
-                if self._is_given_up():
+                if self._is_given_up() and not is_settled(ask()):  # it may have arrived between the two looks
                     raise RuntimeError("the SuperNode gave its message up and has another")
             time.sleep(RETRY_S)
         return answer

@@ -112,6 +112,7 @@ def ends(place: Any, arms: Sequence[Arm], names: Sequence[str]) -> None:
 
 def bars(place: Any, names: Sequence[str], values: Sequence[Sequence[float]], label: str, floor: float) -> None:
     """A hatched bar for each name: the mean of its values, whiskers from the lowest to the highest."""
+    values = [[value for value in own if math.isfinite(value)] for own in values]  # none of what diverged
     for index, own in enumerate(values):
         if not own:
             continue

@@ -89,7 +89,9 @@ def comparable(results: Sequence[Result], keys: Sequence[str]) -> list[Result]:
     """
     found = arms(results)
     if any(_within_arms(results, key) for key in keys):
-        return [result for arm in found for result in arm.chosen_from or arm.results]
+        seeds = {result.settings["seed"] for arm in found for result in arm.chosen_from}
+        own = [result for arm in found for result in arm.chosen_from or arm.results]
+        return [result for result in own if not seeds or result.settings["seed"] in seeds] or own
     return [result for arm in found for result in arm.results]
 
 
@@ -210,7 +212,9 @@ def zo(results: Sequence[Result], path: Path, points: int, notes: Sequence[str] 
     if others := [result.name for result in results if result not in own]:
         notes.append(f"not zeroth order, left out: {some(others)}")
     done = [result for result in own if math.isfinite(result.end)]
-    keys = [key for key in ZO_SETTINGS if key in differing(own)]
+    keys = [key for key in ZO_SETTINGS if key in differing(own)] if done else []
+    if not done and not points:
+        raise UserError("no run with zeroth-order steps is complete")
     if not keys and not points and not any(_has(result, name) for result in own for name in GUIDED):
         raise UserError(
             f"the runs of zeroth order do not differ in {', '.join(ZO_SETTINGS)}; --points 5 shows how good their "

@@ -7,7 +7,7 @@ import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,10 @@ def collect(paths: Sequence[Path]) -> tuple[list[Result], list[str]]:
             found.append(Result(result.path, result.settings, result.summary, result.columns, arm, tunes))
     if not found:
         raise UserError(f"not one run can be read: {notes[0]}" + (f" (and {len(notes) - 1} more)" if notes[1:] else ""))
-    if diverged := [result.name for result in found if result.has_diverged]:
+    if diverged := [result.name for result in found if result.has_diverged and not result.tunes]:
         notes.append(f"diverged, shown as far as they went: {some(diverged)}")
+    if tried := [result.name for result in found if result.has_diverged and result.tunes]:
+        notes.append(f"diverged while tuning, not chosen: {some(tried)}")
     if unfinished := [result.name for result in found if not result.is_complete and not result.has_diverged]:
         notes.append(f"not finished, shown as far as they are: {some(unfinished)}")
     if cut := [result.name for result in found if result.is_cut]:
@@ -203,18 +205,31 @@ def arms(results: Sequence[Result]) -> list[Arm]:
     by_arm: dict[Any, list[Result]] = {}
     differ = differing(results)
     for result in results:
-        key = result.arm or tuple(repr(result.settings.get(name)) for name in differ)
+        key = (result.path.parent, result.arm) if result.arm else tuple(repr(result.settings.get(k)) for k in differ)
         by_arm.setdefault(key, []).append(result)
     found = []
     for own in by_arm.values():
         tuning = [result for result in own if result.tunes]
         reported = [result for result in own if not result.tunes]
         if tuning:
-            chosen = min(tuning, key=lambda result: result.end if math.isfinite(result.end) else math.inf)
-            reported = [result for result in reported if not differing([chosen, result])] or [chosen]
+            candidates = [(tried, [one for one in reported if not differing([tried, one])]) for tried in tuning]
+            # Of equals the one with which the sweep went on.
+            chosen, reported = min(candidates, key=lambda own: (_sortable(own[0].end), not own[1]))
+            reported = reported or [chosen]
         values = {name: reported[0].settings.get(name) for name in differ}
         found.append(Arm(reported[0].arm or label(values) or reported[0].name, values, reported, tuning))
-    return found
+    names = [arm.name for arm in found]
+    return [replace(arm, name=_with_folder(arm)) if names.count(arm.name) > 1 else arm for arm in found]
+
+
+def _sortable(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _with_folder(arm: Arm) -> str:
+    """The arm's name and its sweep's, where several sweeps have such an arm."""
+    place = arm.results[0].path.parent
+    return f"{(place.parent if place.name == 'runs' else place).name}: {arm.name}"
 
 
 def differing(results: Sequence[Result]) -> list[str]:

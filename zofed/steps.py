@@ -6,6 +6,7 @@ from collections.abc import Callable
 from zofed import federation, instruct, local, schedules
 from zofed.config import Settings
 from zofed.data import Examples
+from zofed.errors import UserError
 from zofed.estimators import Split
 from zofed.records import Dense
 from zofed.trainer import Step, diverged
@@ -36,7 +37,10 @@ def asker(
                 return steps.guided(round_)
             return steps.in_subspace(round_) if mode == "subspace" else steps.zeroth_order(round_)
         except ValueError as error:
-            raise diverged(round_, settings) from error
+            told = diverged(round_, settings)
+            if ":" in settings.objective:  # a function of the user's, which may have raised it
+                raise UserError(f"{told}, or mend objective = {settings.objective!r}: {error}") from error
+            raise told from error
 
     return ask
 

@@ -94,7 +94,7 @@ def shown(value: Any) -> str:
     """A setting's value in few characters that a folder's name may have."""
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else safe(Path(value).stem if "/" in str(value) else str(value))
+    return f"{value:g}" if isinstance(value, float) else safe(Path(str(value)).name)
 
 
 def safe(text: str) -> str:

@@ -128,7 +128,7 @@ def of(parts: Values, options: Mapping[str, str] | None = None) -> Sweep:
     base = base | dict(options)
     if parts.get("with-controls"):
         base = base | {"controls": True}
-        arms = [one for arm in arms for one in (arm, *_without_noise(arm, base))]
+        arms = _with_arms_without_noise(arms, base)
     parts = parts | {"base": base}
     sweep = Sweep(str(parts.get("about", "")), tuple(seeds), base, tuple(arms), parts.get("merge", {}), parts)
     _check_names(sweep)
@@ -184,13 +184,19 @@ def _kept(arms: Iterable[Arm], base: Values, left_out: Sequence[Values]) -> Iter
             yield Arm(arm.name, arm.values, tuned)
 
 
-def _without_noise(arm: Arm, base: Values) -> Iterable[Arm]:
-    """Beside an arm of instruct: the same with its guide in the place of its noisy directions."""
-    values = base | arm.values
-    if values.get("mode") == "instruct" and values.get("instruct-kind") not in WITHOUT_NOISE:
-        for kind in WITHOUT_NOISE:
+def _with_arms_without_noise(arms: Sequence[Arm], base: Values) -> list[Arm]:
+    """The arms, and of each one of instruct the same with its guide in the place of its noisy directions, each once."""
+    found = list(arms)
+    for arm in arms:
+        tuned = [{key: value for key, value in values.items() if key != "instruct-kind"} for values in arm.tuned]
+        tuned = tuple(values for at, values in enumerate(tuned) if values not in tuned[:at])
+        for kind in WITHOUT_NOISE if (base | arm.values).get("mode") == "instruct" else ():
             own = {"instruct-kind": kind}
-            yield Arm(",".join(part for part in (arm.name, *pairs(own)) if part), arm.values | own, arm.tuned)
+            name = ",".join(part for part in (arm.name, *pairs(own)) if part)
+            control = Arm(name, arm.values | own, tuned)
+            if not any((one.values, one.tuned) == (control.values, control.tuned) for one in found):
+                found.append(control)
+    return found
 
 
 def _with_data(parts: Values, data: Sequence[str]) -> Values:

@@ -271,12 +271,12 @@ def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest:
         return
 
 
-def diverged(round_: int, settings: Settings) -> DivergenceError:
-    """What to say when a loss is no number any more."""
+def diverged(round_: int, settings: Settings, more: str = "") -> DivergenceError:
+    """What to say when a loss is no number any more. more: what else is known."""
     own = f" and local-learning-rate = {settings.local_learning_rate:g}" if settings.local_learning_rate else ""
     return DivergenceError(
         f"the loss of step {round_} (seed {settings.seed}) is not finite: training diverged with learning-rate = "
-        f"{settings.learning_rate:g}{own}; start again with a tenth of it"
+        f"{settings.learning_rate:g}{own}; start again with a tenth of it{more}"
     )
 
 

@@ -185,6 +185,8 @@ def _accuracies(arms: Sequence[Arm]) -> list[str]:
         how += f"{', paired by seed' * paired}, n = {less.n}"
         where = f"{less.mean:.1f} points below {best}" if less.is_clear else f"not told apart from {best}"
         told.append(f"Accuracy of {name}: {found[name].mean:.1f} %, {where}; difference {less.mean:+.1f} ({how}).")
+    if others[SHOWN:]:
+        told.append(f"Accuracies of {len(others) - SHOWN} more arms are lower; the table has them.")
     return told
 
 
