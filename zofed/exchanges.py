@@ -120,14 +120,14 @@ class Exchanges:
         if len(good) >= need:
             return good
         results = dict(+self.traffic.now.results)
-        missing = sorted(set(clients) - set(good))
         if set(results) == {"not_finite"}:
             raise diverged(round_, self.settings)
-        if (
-            self.members.strict and set(results) == {"not_finite", "used"} and round_ > 1
-        ):  # at first it is the data's fault
-            raise diverged(round_, self.settings, f"; it is so of clients {missing}: see clients.csv in {self.folder}")
         if self.members.strict:
+            missing = sorted(set(clients) - set(good))
+            # In the first round nothing has moved yet, so that it is the fault of some client's data.
+            if set(results) == {"not_finite", "used"} and round_ > 1:
+                where = f"; it is so of clients {missing}: see clients.csv in {self.folder}"
+                raise diverged(round_, self.settings, where)
             limit = f"raise largest-update = {self.settings.largest_update:g}, " if "too_large" in results else ""
             raise UserError(
                 f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts ({results}): see "

@@ -94,10 +94,7 @@ class SweepFolder:
 
     def loss(self, run: Run) -> float | None:
         """End loss of a run that is complete, infinite for one that tuned and diverged; else None: it is to run."""
-        summary = RunFolder(self.run_path(run)).summary()
-        if run.tunes and summary.get("status") == "diverged":
-            return math.inf
-        return float(summary["eval_loss_end"]) if summary.get("status") == "completed" else None
+        return _loss(run, RunFolder(self.run_path(run)).summary())
 
     def steps_done(self, run: Run) -> int:
         """The last step in a run's metrics; 0 where there is none yet."""
@@ -139,7 +136,7 @@ class SweepFolder:
         summary, lines = folder.summary(), read_table(folder.path / "metrics.csv")
         if error:
             status = "failed"
-        elif self.loss(run) is not None:
+        elif _loss(run, summary) is not None:
             status = summary["status"]
         else:
             status = "running" if is_running else "cut" if folder.journal.exists() else "waiting"
@@ -152,6 +149,12 @@ class SweepFolder:
 
     def _write(self, name: str, text: str) -> None:
         write_whole(self.path / name, text)
+
+
+def _loss(run: Run, summary: Mapping[str, Any]) -> float | None:
+    if run.tunes and summary.get("status") == "diverged":
+        return math.inf
+    return float(summary["eval_loss_end"]) if summary.get("status") == "completed" else None
 
 
 def _with_absolute_paths(value: Any, key: str = "") -> Any:
