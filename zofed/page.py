@@ -15,7 +15,10 @@ table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabula
 th, td { border-bottom: 1px solid #ddd; padding: .25em .7em; text-align: left; vertical-align: top }
 th { border-bottom: 2px solid #555 } td.n { text-align: right } .wide { overflow-x: auto }
 img { max-width: 100%; height: auto } summary { cursor: pointer; margin: .6em 0 } code { font-size: 12px }
-@media print { body { max-width: none } table { font-size: 9px } h2, img, tr { break-inside: avoid } }
+@page { size: landscape; margin: 12mm }
+@media print { body { max-width: none; margin: 0; padding: 0; font-size: 11px } table { font-size: 8px }
+  th, td { padding: .2em .4em } .wide { overflow: visible } img { max-height: 160mm }
+  h2, h3 { break-after: avoid } img, tr { break-inside: avoid } }
 """
 
 
