@@ -303,6 +303,79 @@ def test_a_changed_token_changes_the_digest(tmp_path: Path, tokenizer: PreTraine
     assert tokenizer_digest(changed) != tokenizer_digest(tokenizer)
 
 
+def saved_with(folder: Path, tokenizer: PreTrainedTokenizerBase, key: str, value: object) -> PreTrainedTokenizerBase:
+    """The tokenizer after one value of its files, named by its way there, was exchanged."""
+    tokenizer.save_pretrained(str(folder))
+    name, *way, last = key.split("/")
+    written = json.loads((folder / name).read_text())
+    at = written
+    for step in way:
+        at = at[int(step) if step.isdecimal() else step]
+    at[last] = value
+    (folder / name).write_text(json.dumps(written))
+    return load_tokenizer(str(folder))
+
+
+def unigram(folder: Path, *scores: float) -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer
+    from tokenizers.models import Unigram
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = zip(("<unk>", "a", "b", "ab"), scores, strict=True)
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(Unigram([*pieces], 0)), eos_token="<unk>")
+    made.save_pretrained(str(folder))
+    return load_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("tokenizer.json/normalizer", {"type": "Lowercase"}, "THE QUICK"),
+        ("tokenizer.json/pre_tokenizer/add_prefix_space", True, "the quick"),
+        ("tokenizer.json/added_tokens/0/rstrip", True, "a<|endoftext|> b"),
+        ("tokenizer_config.json/truncation_side", "left", "the quick brown fox"),
+    ],
+)
+def test_whatever_changes_the_ids_changes_the_digest_and_misses_the_cache(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, key: str, value: object, text: str
+) -> None:
+    def ids(of: PreTrainedTokenizerBase) -> list[int]:
+        return of(text, truncation=True, max_length=4)["input_ids"]
+
+    changed = saved_with(tmp_path / "changed", tokenizer, key, value)
+    assert ids(changed) != ids(tokenizer) and changed.get_vocab() == tokenizer.get_vocab()
+    assert tokenizer_digest(changed) != tokenizer_digest(tokenizer)
+    documents = [Document(text * 40, "x")]
+    language_model_examples(documents, tokenizer, 8, tmp_path / "cache")
+    found = language_model_examples(documents, changed, 8, tmp_path / "cache")["input_ids"]
+    assert torch.equal(found, language_model_examples(documents, changed, 8)["input_ids"])
+
+
+def test_scores_and_options_that_change_the_ids_change_the_digest(tmp_path: Path) -> None:
+    """Of a Unigram model its scores; of a tokenizer written in Python what its files and its options say."""
+    from transformers import CanineTokenizer, EsmTokenizer
+
+    whole, parts = unigram(tmp_path / "1", -9.0, -3.0, -3.0, -1.0), unigram(tmp_path / "2", -9.0, -1.0, -1.0, -8.0)
+    assert whole("ab")["input_ids"] == [3] and parts("ab")["input_ids"] == [1, 2]
+    assert tokenizer_digest(whole) != tokenizer_digest(parts)
+    written(tmp_path / "vocab.txt", "<cls>\n<pad>\n<eos>\n<unk>\n<mask>\nHello\nworld\n")
+    plain = EsmTokenizer(str(tmp_path / "vocab.txt"))
+    plain.save_pretrained(str(tmp_path / "esm"))
+    assert tokenizer_digest(load_tokenizer(str(tmp_path / "esm"))) == tokenizer_digest(plain)
+    written(tmp_path / "vocab.txt", "<cls>\n<pad>\n<eos>\n<unk>\n<mask>\nworld\nHello\n")
+    assert tokenizer_digest(EsmTokenizer(str(tmp_path / "vocab.txt"))) != tokenizer_digest(plain)
+    assert tokenizer_digest(CanineTokenizer()) != tokenizer_digest(CanineTokenizer(eos_token="\ue005"))
+
+
+def test_what_no_id_depends_on_leaves_the_digest(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    before = tokenizer_digest(tokenizer)
+    used = saved_with(tmp_path, tokenizer, "tokenizer_config.json/chat_template", "{{ messages }}")
+    used(["a b c d"], truncation=True, max_length=2, padding="max_length")
+    assert tokenizer_digest(used) == before
+    used.save_pretrained(str(tmp_path / "after"))  # its file holds the truncation of that call
+    assert tokenizer_digest(load_tokenizer(str(tmp_path / "after"))) == before
+
+
 # Examples
 
 

@@ -4,6 +4,8 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,16 +42,48 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 (hexadecimal) over vocabulary, merges and special tokens: equal for equal tokenizers from any place."""
+    """SHA-256 (hexadecimal) over all that decides which ids a text becomes: equal for equal tokenizers from any place.
+
+    That is the whole serialised tokenizer (normalizer, pre-tokenizer, model with merges or scores, post-processor,
+    added tokens with their flags), the special tokens and how a text is cut. Left out are truncation and padding, which
+    every call sets anew and leaves behind, and what no id depends on: chat template, paths, largest length.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    # The backend's own text spells merges in one way, however they were handed in.
-    model: dict[str, Any] = {} if backend is None else json.loads(backend.to_str())["model"]
     content = {
-        "vocabulary": tokenizer.get_vocab(),
-        "merges": model.get("merges", []),
+        "serialised": _vocabulary_files(tokenizer) if backend is None else _serialised(backend.to_str()),
         "special tokens": tokenizer.special_tokens_map,
+        "truncation side": tokenizer.truncation_side,
+        "split special tokens": getattr(tokenizer, "split_special_tokens", False),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _serialised(text: str) -> dict[str, Any]:
+    """The backend's own text, parsed: it spells merges in one way, however they were handed in."""
+    left_out = ("version", "truncation", "padding")
+    return {key: value for key, value in json.loads(text).items() if key not in left_out}
+
+
+def _vocabulary_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    """The same of a tokenizer written in Python: class, options, added tokens, digests of the files it would save."""
+    told_elsewhere = re.compile(
+        r".*_token|.*_files?|name_or_path|chat_template|.*local.*|model_max_length|padding_side"
+    )
+    options = {
+        key: value
+        for key, value in tokenizer.init_kwargs.items()
+        if isinstance(value, bool | int | float | str) and not told_elsewhere.fullmatch(key)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        files = tokenizer.save_vocabulary(folder, filename_prefix=None)
+        digests = {Path(file).name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+    return {
+        "class": type(tokenizer).__name__,
+        "options": options,
+        "vocabulary": tokenizer.get_vocab(),
+        "added": {number: repr(token) for number, token in tokenizer.added_tokens_decoder.items()},
+        "files": digests,
+    }
 
 
 def _gpt2() -> "PreTrainedTokenizerBase":
