@@ -1,5 +1,6 @@
 """The command line: `zofed --help` lists the commands."""
 
+import os
 import signal
 import sys
 import warnings
@@ -12,7 +13,7 @@ import typer.core
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zofed import __version__, config, deployment_commands, experiment_commands, model_commands
+from zofed import __version__, config, deployment_commands, experiment_commands, model_commands, proxies
 from zofed.config import SETTINGS, Settings
 from zofed.data_commands import app as data_app
 from zofed.errors import UserError
@@ -357,6 +358,7 @@ def version() -> None:
 def main() -> None:
     """Run a command: status 2 and one line for a mistake, 130 after an interruption, never a traceback for either."""
     warnings.showwarning = lambda message, *_: print(f"zofed: warning: {message}", file=sys.stderr)
+    os.environ.update(proxies.exempt(os.environ))  # before httpx or a process of Flower's reads them
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop ends a run as Ctrl-C does
     try:
         sys.exit(app(standalone_mode=False))

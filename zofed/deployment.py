@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import tomli_w
 
-from zofed import keys, launch, reach
+from zofed import keys, launch, proxies, reach
 from zofed.errors import UserError
 from zofed.files import write_whole
 from zofed.reach import Address
@@ -304,6 +304,11 @@ def run_on(name: str, run_config: Mapping[str, launch.Setting]) -> tuple[str, st
             f"superlink --name {name}, or add [superlink.{name}] with address and root-certificates"
         )
     project = Path(__file__).resolve().parent.parent
+    address = str(known[name].get("address", ""))
+    host = "127.0.0.1" if address == ":local:" else re.sub(r":\d*$", "", address).strip("[]")
+    scheme = "http" if known[name].get("insecure") else "https"
+    environment = launch.quiet_environment()
+    environment |= proxies.towards(host, environment)
     folder: list[str] = []
 
     def note(line: str) -> None:
@@ -314,7 +319,6 @@ def run_on(name: str, run_config: Mapping[str, launch.Setting]) -> tuple[str, st
         launch.empty_folder(scratch)
         settings = scratch / "run-config.toml"
         settings.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
-        environment = launch.quiet_environment()
         command = [str(launch.tool("flwr")), "run", str(project), name, "--stream", "--run-config", str(settings)]
         shown(command)
         submitted: list[str] = []
@@ -329,5 +333,7 @@ def run_on(name: str, run_config: Mapping[str, launch.Setting]) -> tuple[str, st
                 )
             raise
         if run_id is None:
-            raise UserError(f"the SuperLink {name!r} did not accept the run ({last_line}): mend that and try again")
+            through = proxies.in_the_way(scheme, host, environment)
+            remedy = through or "mend that and try again"
+            raise UserError(f"the SuperLink {name!r} did not accept the run ({last_line}): {remedy}")
         return launch.true_outcome(run_id, name, environment, scratch), "".join(folder)

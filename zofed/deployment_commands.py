@@ -1,12 +1,13 @@
 """Commands for separate machines: `zofed superlink`, `supernode`, `worker` and `run`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from zofed import config
+from zofed import config, proxies
 from zofed.errors import UserError
 from zofed.options import console, settings_from, with_settings
 from zofed.runs import RunFolder
@@ -46,6 +47,7 @@ def superlink(
             "or behind the proxy of docs/deployment.md",
             file=sys.stderr,
         )
+    os.environ.update(proxies.towards(host, os.environ, is_here=True))
     folder = None if insecure else config.absolute(keys, "keys")
     status = deployment.run_superlink(folder, host, port, config.absolute(state, "state"), name)
     raise typer.Exit(status)
@@ -78,8 +80,10 @@ def supernode(
     node_config = deployment.node_config(partition_id, num_partitions, dataset, mode)
     root_certificates = config.absolute(ca, "ca") if ca else None
     own_key = config.absolute(key, "key") if key else None
+    address = Address.of(superlink)
+    os.environ.update(proxies.towards(address.host, os.environ))
     try:
-        status = deployment.run_supernode(Address.of(superlink), root_certificates, own_key, node_config, port, device)
+        status = deployment.run_supernode(address, root_certificates, own_key, node_config, port, device)
     except KeyboardInterrupt:
         status = 130
     raise typer.Exit(status)
@@ -100,8 +104,10 @@ def worker(
         secret = secret_file.read_bytes() if secret_file else None
     except OSError as error:
         raise UserError(f"--secret-file {secret_file}: {error.strerror}") from error
-    console.print(f"worker of {Address.of(runtime_api)} is ready")
-    warm.serve(Runtime(str(Address.of(runtime_api)), secret), device)
+    address = Address.of(runtime_api)
+    os.environ.update(proxies.towards(address.host, os.environ))
+    console.print(f"worker of {address} is ready")
+    warm.serve(Runtime(str(address), secret), device)
 
 
 def check_device(device: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zofed import documents, subsets
+from zofed import documents, hub, subsets
 from zofed.catalog import DatasetInfo
 from zofed.errors import UserError
 from zofed.files import write_whole
@@ -105,10 +105,11 @@ def _resolved(repository: str, revision: str) -> str:
         raise UserError(f"{repository} has no revision {revision!r} on the hub: name another --revision") from error
     except errors.RepositoryNotFoundError as error:  # the hub answers so for private repositories, too
         raise UserError(f"{repository} is not on the hub, or not open to you: log in with `hf auth login`") from error
-    except (httpx.HTTPError, OSError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ImportError, ValueError) as error:  # the last two of proxies
+        way = hub.proxy() or "go online (unset HF_HUB_OFFLINE)"
         raise UserError(
-            f"the hub cannot be reached for {repository} ({one_line(error)}): go online (unset HF_HUB_OFFLINE), or "
-            "give a local copy by --from FOLDER"
+            f"the hub cannot be reached for {repository} ({one_line(error)}): {way}, or give a local copy by "
+            "--from FOLDER"
         ) from error
 
 

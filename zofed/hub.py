@@ -1,8 +1,11 @@
 """Models of the Hugging Face hub: read from the local cache alone, fetched only by `download`."""
 
+import os
 import re
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from zofed import proxies
 from zofed.errors import UserError
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # weights, configs, tokenizer; no pickle, no code
@@ -73,6 +76,14 @@ def cached() -> list[str]:
     return sorted(name.removeprefix("models--").replace("--", "/", 1) for name in folders)
 
 
+def proxy() -> str:
+    """The proxy of the environment between this machine and the hub, and what to do where it fails; empty if none."""
+    import huggingface_hub
+
+    place = urlsplit(huggingface_hub.constants.ENDPOINT)
+    return proxies.unusable(os.environ) or proxies.in_the_way(place.scheme, place.hostname or "", os.environ)
+
+
 def _commits(name: str) -> list[str]:
     """Commits of a model that the cache holds, the newest first."""
     folder = _cache() / f"models--{name.replace('/', '--')}" / "snapshots"
@@ -101,4 +112,4 @@ def _remedy(error: Exception) -> str:
         return "choose another --revision"
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "unset HF_HUB_OFFLINE"
-    return "check the network, or copy the hub's cache of a machine that has the model"
+    return proxy() or "check the network, or copy the hub's cache of a machine that has the model"

@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import tomli_w
 
+from zofed import proxies
 from zofed.errors import UserError
 
 CONNECTION = "zofed"  # the name of our connection in Flower's config.toml
@@ -232,6 +233,7 @@ def quiet_environment() -> dict[str, str]:
     """This process's environment with Flower's tools first on PATH and all that Flower would download switched off."""
     return {
         **os.environ,
+        **proxies.exempt(os.environ),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -243,7 +245,8 @@ def quiet_environment() -> dict[str, str]:
 
 def flower_environment(home: Path) -> dict[str, str]:
     """The quiet environment of a simulation whose files all lie in `home`."""
-    return quiet_environment() | {"FLWR_HOME": str(home), "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {"FLWR_HOME": str(home), "RAY_TMPDIR": str(home), "RAY_USAGE_STATS_ENABLED": "0"}
+    return proxies.towards("127.0.0.1", quiet_environment()) | own
 
 
 def empty_folder(home: Path) -> Path:
