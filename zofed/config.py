@@ -326,11 +326,12 @@ def absolute(path: str | Path, key: str) -> Path:
 def read_toml(path: Path) -> dict[str, Any]:
     """Settings from a TOML file with flat kebab-case keys."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors may begin with a mark
     except OSError as error:
         raise UserError(f"cannot read settings file {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"settings file {path} is not valid TOML: {error}") from error
+        encoding = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise UserError(f"settings file {path} is not valid TOML: {error}{encoding}") from error
 
 
 def to_toml(settings: Settings) -> str:

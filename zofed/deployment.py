@@ -124,7 +124,7 @@ def connections(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; mend it by hand") from error
     return {name: entry for name, entry in found.get("superlink", {}).items() if isinstance(entry, dict)}

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +12,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from zofed import subsets
-from zofed.catalog import CATALOG, suggestion
+from zofed import columns, subsets
+from zofed.catalog import CATALOG, data_root, suggestion
+from zofed.columns import Columns, Unread
 from zofed.errors import UserError
-from zofed.rows import PUBMEDQA_COLUMNS, TEXT_COLUMNS, Row, one_line, rows_of_file, rows_of_folder
+from zofed.rows import Rows, one_line, rows_of_file, rows_of_folder
 
 # Found by __file__, since Flower runs an installed copy of the app from somebody else's working folder.
 SHIPPED = Path(__file__).resolve().parent.parent / "datasets_subset"
@@ -41,8 +43,53 @@ class Document:
     topic: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The documents of a data set and what was read of it.
+
+    read: the columns that were; unread: those that hold text and were not. blank: rows left out because their text is
+    blank. names: what the data call the labels 0, 1, ..., if anything; is_ordered: whether that order is the data's
+    own, so that a number means the same class elsewhere, or just that of the words' letters.
+    """
+
+    dataset: str
+    documents: list[Document]
+    read: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    blank: int = 0
+    names: tuple[str, ...] = ()
+    is_ordered: bool = True
+
+    def told(self) -> str:
+        """One line for people."""
+        name = os.path.basename(self.dataset) if os.path.isabs(self.dataset) else self.dataset
+        parts = [f"{len(self.documents):,} documents of {name}"]
+        if self.read:
+            parts.append(f"read from {', '.join(self.read)}")
+        if self.unread:
+            parts.append(f"text that was NOT read: {', '.join(self.unread)}")
+        if self.blank:
+            parts.append(f"{self.blank:,} rows without text left out")
+        return "; ".join(parts)
+
+    def facts(self) -> dict[str, Any]:
+        """The same for a summary."""
+        return {
+            "dataset": self.dataset,
+            "documents": len(self.documents),
+            "columns_read": list(self.read),
+            "text_columns_not_read": list(self.unread),
+            "blank_rows": self.blank,
+        }
+
+
 def load_documents(dataset: str) -> list[Document]:
-    """Read every document of a data set, in a fixed order.
+    """Read every document of a data set, in a fixed order: the documents of `read`."""
+    return read(dataset).documents
+
+
+def read(dataset: str) -> Reading:
+    """Read every document of a data set, in a fixed order, and say which columns were read.
 
     `dataset` is a shipped sample ('sample-dclm', 'sample-pubmedqa', 'sample-sst2': train rows, then validation rows),
     'pydoc' (Python's own reference prose, one document a topic, sorted by topic name), the name of a subset that
@@ -62,30 +109,34 @@ def load_documents(dataset: str) -> list[Document]:
 
     The text is the first of the columns text, sentence, content; a PubMedQA row (either spelling) gives its question,
     contexts and long answer as one text, and the label 0, 1 or 2 for yes, no or maybe. The column label, if there, is
-    an integer; -1 marks a hidden label and counts as none. The column source, if there, names where a row came from.
-    The column topic, if there, names what a row is about; sample-dclm's topics are the first parts of its urls' paths.
-    Rows whose text is blank are left out.
+    an integer; -1 marks a hidden label and counts as none. A column labels is taken for it where it holds such. Case
+    and outer spaces of these names do not count. The column source, if there, names where a row came from. The column
+    topic, if there, names what a row is about; sample-dclm's topics are the first parts of its urls' paths. Rows whose
+    text is blank are left out.
 
     Raises UserError where the name is unknown, nothing is found, or a row cannot be read.
     """
     if dataset == "pydoc":
         from pydoc_data.topics import topics
 
-        return [Document(topics[name], dataset) for name in sorted(topics)]
+        return Reading(dataset, [Document(topics[name], dataset) for name in sorted(topics)])
     path = subsets.find(dataset) or Path(os.path.expanduser(dataset))
     if dataset not in _SHIPPED_FILES and (not dataset or not path.exists()):
         if dataset in CATALOG:
-            raise UserError(f"data set {dataset!r} is not on this machine: zofed data download {dataset} fetches it")
+            raise UserError(
+                f"data set {dataset!r} is not on this machine (looked in {data_root()}): zofed data download {dataset} "
+                "fetches it"
+            )
         raise UserError(
-            f"data set {dataset!r} is neither a known name nor an existing path: {suggestion(dataset)}"
+            f"data set {dataset!r} is neither a known name nor an existing path{_place(path)}: {suggestion(dataset)}"
             f"use one of {', '.join(KNOWN_NAMES)}, a name of zofed data list, or the path of a local file or folder"
         )
     try:
         if dataset in _SHIPPED_FILES:
-            rows = (row for name in _SHIPPED_FILES[dataset] for row in rows_of_file(SHIPPED / name))
+            rows = Rows(row for name in _SHIPPED_FILES[dataset] for row in rows_of_file(SHIPPED / name).found)
         else:
             rows = rows_of_folder(path) if path.is_dir() else rows_of_file(path)
-        return _documents(rows, dataset)
+        return _reading(rows, dataset)
     except OSError as error:
         raise UserError(
             f"data set {dataset!r} cannot be read ({one_line(error)}): check that the file is whole and readable"
@@ -158,15 +209,30 @@ def random_order(count: int, purpose: str, *numbers: int) -> np.ndarray:
     return order
 
 
-def _documents(rows: Iterable[Row], source: str) -> list[Document]:
-    documents = []
-    for place, row in rows:
-        text, label = text_and_label(place, row)
+def _place(path: Path) -> str:
+    """Where a relative path or one below ~ was looked for; the working folder may not be what a person thinks."""
+    return f" (there is no {str(path.absolute())!r})" if path.name else ""
+
+
+def _reading(rows: Rows, dataset: str) -> Reading:
+    documents: list[Document] = []
+    found: dict[str, None] = {}  # in the order they are met
+    unread, blank, label_column = Unread(), 0, ""
+    for number, (place, row) in enumerate(rows.found):
+        layout = _layout(place, row)
+        text, label = _text(place, row, layout), _label(place, row, layout)
+        if number < columns.SAMPLED:
+            unread.see(row, layout.rest)
+        found |= dict.fromkeys(layout.read)
+        label_column = layout.label or label_column
         if text.strip():
-            documents.append(Document(text, _source(place, row, source), label, _topic(row, source)))
+            documents.append(Document(text, _source(place, row, dataset), label, _topic(row, dataset)))
+        else:
+            blank += 1
     if not documents:
-        raise UserError(f"data set {source!r} is empty: 0 rows hold text, at least 1 is needed; use another data set")
-    return documents
+        raise UserError(f"data set {dataset!r} is empty: 0 rows hold text, at least 1 is needed; use another data set")
+    names = rows.names.get(label_column) or (CATALOG[dataset].classes if dataset in CATALOG else ())
+    return Reading(dataset, documents, tuple(found), unread.found(), blank, names, rows.is_ordered)
 
 
 def _source(place: str, row: dict[str, Any], dataset: str) -> str:
@@ -185,16 +251,33 @@ def _topic(row: dict[str, Any], dataset: str) -> str:
 
 def text_and_label(place: str, row: dict[str, Any]) -> tuple[str, int | None]:
     """A row's text ('' where it has none) and class; `place` names the row in the UserError of a wrong one."""
-    for first, columns in PUBMEDQA_COLUMNS.items():
-        if first in row and columns[1] in row:
-            return _pubmedqa_text(place, row, columns), _decision(place, row.get("final_decision"))
-    column = next((column for column in TEXT_COLUMNS if column in row), None)
-    if column is None:
-        raise UserError(
-            f"{place} has no text column: it has {_listed(row)}; name one of them {', '.join(TEXT_COLUMNS[:-1])} "
-            f"or {TEXT_COLUMNS[-1]}"
-        )
-    return _checked_text(place, column, row[column]), _label(place, row.get("label"))
+    layout = _layout(place, row)
+    return _text(place, row, layout), _label(place, row, layout)
+
+
+def _layout(place: str, row: dict[str, Any]) -> Columns:
+    try:
+        return columns.chosen(tuple(row))
+    except UserError as error:
+        raise UserError(f"{place} {error}") from None
+
+
+def _text(place: str, row: dict[str, Any], layout: Columns) -> str:
+    if layout.is_pubmedqa:
+        return _pubmedqa_text(place, row, layout.text)
+    return _checked_text(place, layout.text[0], row[layout.text[0]])
+
+
+def _label(place: str, row: dict[str, Any], layout: Columns) -> int | None:
+    value = row.get(layout.label) if layout.label else None
+    if layout.is_pubmedqa:
+        return _decision(place, value)
+    try:
+        return _number(place, value)
+    except UserError:
+        if layout.strict:
+            raise
+        return None  # `labels` may be many other things: of words, of tokens
 
 
 def _pubmedqa_text(place: str, row: dict[str, Any], columns: tuple[str, ...]) -> str:
@@ -211,10 +294,13 @@ def _pubmedqa_text(place: str, row: dict[str, Any], columns: tuple[str, ...]) ->
 
 
 def _checked_text(place: str, column: str, value: object) -> str:
-    if value is None:
+    if value is None or value != value:  # NaN: an empty cell
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{place} has a {column} of type {type(value).__name__}: it must be a string; quote the value")
+        raise UserError(
+            f"{place} has a {column} of type {type(value).__name__}: it must be a string; quote the value or write the "
+            "column as strings"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no encoder accepts
@@ -224,16 +310,19 @@ def _checked_text(place: str, column: str, value: object) -> str:
     return value
 
 
-def _label(place: str, value: object) -> int | None:
+def _number(place: str, value: object) -> int | None:
     """Parquet turns integers with gaps into floats and text files hold strings: both count when they are whole."""
-    if value is None or value == "" or value != value:
+    if value is None or value != value or (isinstance(value, str) and not value.strip()):
         return None
     try:
-        label = int(value) if isinstance(value, bool) else int(str(value).removesuffix(".0"))
+        label = int(value) if isinstance(value, bool) else int(re.sub(r"\.0+$", "", str(value).strip()))
     except ValueError:
         label = -2
     if label < -1:
-        raise UserError(f"{place} has the label {value!r}: a label must be an integer from 0 (or -1 if hidden)")
+        raise UserError(
+            f"{place} has the label {value!r}: a label must be an integer from 0 (or -1 if hidden); a .label file "
+            "of lines `label text` may have words"
+        )
     return None if label == -1 else label
 
 
@@ -243,9 +332,3 @@ def _decision(place: str, value: object) -> int | None:
     if value not in _DECISIONS:
         raise UserError(f"{place} has the final_decision {value!r}: it must be {', '.join(_DECISIONS)} or left out")
     return _DECISIONS[str(value)]
-
-
-def _listed(row: dict[str, Any]) -> str:
-    """The column names, shortened, since a file without a header has its first texts there."""
-    names = [repr(name if len(str(name)) <= 30 else f"{name[:30]}...") for name in row]
-    return ("columns " + ", ".join(names[:12]) + (", ..." if len(names) > 12 else "")) if names else "no columns"

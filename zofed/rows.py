@@ -5,19 +5,13 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zofed import subsets
+from zofed import columns, subsets
 from zofed.errors import UserError
-
-TEXT_COLUMNS = ("text", "sentence", "content")
-PUBMEDQA_COLUMNS = {
-    "question": ("question", "context", "long_answer"),  # the hub's spelling
-    "QUESTION": ("QUESTION", "CONTEXTS", "LONG_ANSWER"),  # the original repository's spelling
-}
-_READ_COLUMNS = {*TEXT_COLUMNS, "label", "final_decision", "source", "topic"}.union(*PUBMEDQA_COLUMNS.values())
 
 _SUFFIXES = (".txt", ".label", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
 
@@ -29,7 +23,19 @@ _TEXT_FILE_DOCUMENT = 2000  # characters
 Row = tuple[str, dict[str, Any]]  # where the row stands, for error messages ("line 3 of 'a.jsonl'"), and its columns
 
 
-def rows_of_file(path: Path) -> Iterator[Row]:
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of a file or folder, to be drawn once, and what it calls the classes 0, 1, ... of a column.
+
+    is_ordered: whether that order is the data's own; else the names are words of this file, in sorted order.
+    """
+
+    found: Iterator[Row]
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    is_ordered: bool = True
+
+
+def rows_of_file(path: Path) -> Rows:
     """The rows of a .txt, .label, .tsv, .csv, .json, .jsonl or .parquet file, in file order.
 
     Raises UserError for another suffix, a missing file and whatever cannot be decoded or parsed, the latter while the
@@ -43,21 +49,29 @@ def rows_of_file(path: Path) -> Iterator[Row]:
     if suffix == ".parquet":
         return _parquet_rows(path)
     if suffix in (".txt", ".label") and (labelled := _label_rows(path)):
-        return iter(labelled)
+        return labelled
     text = _decoded(path)
     if suffix == ".label":
         raise UserError(f"{str(path)!r} has a line without a label and a text: begin every line with its label")
     if suffix == ".txt":
-        return ((f"document {number} of {str(path)!r}", {"text": text}) for number, text in _grouped(text))
-    if suffix == ".jsonl":
-        return _jsonl_rows(text, path)
-    if suffix == ".json":
-        return _json_rows(text, path)
-    return _tsv_rows(text, path) if suffix == ".tsv" else _csv_rows(text, path)
+        return Rows((f"document {number} of {str(path)!r}", {"text": text}) for number, text in _grouped(text))
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".tsv": _tsv_rows, ".csv": _csv_rows}
+    return Rows(readers[suffix](text, path))
+
+
+def _bytes(path: Path) -> bytes:
+    """The bytes of a file of text. Raises UserError for UTF-16, which some encodings would take for their own."""
+    data = path.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or 8 * data[:4096].count(0) > len(data[:4096]):
+        raise UserError(
+            f"{str(path)!r} is no UTF-8 text but UTF-16, or no text at all: save it as UTF-8, for instance by "
+            "iconv -f UTF-16 -t UTF-8"
+        )
+    return data
 
 
 def _decoded(path: Path) -> str:
-    data = path.read_bytes()
+    data = _bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -69,13 +83,13 @@ def _decoded(path: Path) -> str:
     return text.replace("\r\n", "\n")
 
 
-def _label_rows(path: Path) -> list[Row]:
-    """The rows of a file of `label text` lines, UTF-8 or else Latin-1, or none where it is no such file.
+def _label_rows(path: Path) -> Rows | None:
+    """The rows of a file of `label text` lines, UTF-8 or else Latin-1, or None where it is no such file.
 
     Of TREC's `DESC:manner` only the coarse DESC counts. Labels that are not all integers are numbered in sorted order.
     In a .txt file every line must begin with the same kind of label and labels must recur: a numbered list is text.
     """
-    data = path.read_bytes()
+    data = _bytes(path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -87,17 +101,17 @@ def _label_rows(path: Path) -> list[Row]:
         if lines and all(matches):
             break
     else:
-        return []
+        return None
     names = [match[1].split(":")[0].removeprefix("__label__") for match in matches if match]
     known = sorted(set(names))
     if kinds is _LABELS and 2 * len(known) > len(names):
-        return []
-    numbers = {name: number for number, name in enumerate(known)}
-    if all(_is_integer(name) for name in known):
-        numbers = {name: int(name) for name in known}
+        return None
+    are_words = not all(_is_integer(name) for name in known)
+    numbers = {name: number if are_words else int(name) for number, name in enumerate(known)}
     texts = [match[2] for match in matches if match]
     found = zip(lines, texts, names, strict=True)
-    return [(f"line {at[0]} of {str(path)!r}", {"text": text, "label": numbers[name]}) for at, text, name in found]
+    rows = ((f"line {at[0]} of {str(path)!r}", {"text": text, "label": numbers[name]}) for at, text, name in found)
+    return Rows(rows, {"label": tuple(known)} if are_words else {}, is_ordered=False)
 
 
 def _grouped(text: str) -> Iterator[tuple[int, str]]:
@@ -124,6 +138,9 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def _jsonl_rows(text: str, path: Path) -> Iterator[Row]:
+    if text.lstrip().startswith("[") and isinstance(_or_error(text), list):  # an array under the wrong suffix
+        yield from _json_rows(text, path)
+        return
     # Not splitlines(): JSON strings may hold U+2028 and its like unescaped, which end no line of the file.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -132,20 +149,44 @@ def _jsonl_rows(text: str, path: Path) -> Iterator[Row]:
 
 
 def _json_rows(text: str, path: Path) -> Iterator[Row]:
-    value = _parsed(text, repr(str(path)))
+    value = _or_error(text)
+    if isinstance(value, Exception):
+        lines = [line for line in text.split("\n") if line.strip()]
+        if len(lines) > 1 and isinstance(_or_error(lines[0]), dict):  # JSON lines, whatever the suffix says
+            yield from _jsonl_rows(text, path)
+            return
+        value = _parsed(text, repr(str(path)))
     if not isinstance(value, list | dict):
         raise UserError(f"{str(path)!r} holds a JSON {type(value).__name__}: use an array of rows or an object of rows")
+    if isinstance(value, dict) and not all(isinstance(row, dict) for row in value.values()):
+        value = [value]  # JSON lines of one line
     items = value.items() if isinstance(value, dict) else enumerate(value, 1)
     for key, row in items:
         place = f"row {key} of {str(path)!r}"
         yield place, _as_row(place, row)
 
 
-def _parsed(text: str, place: str) -> object:
+def _or_error(text: str) -> object:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place} is not valid JSON ({one_line(error)}): mend or remove it") from error
+        return error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of two equal keys the library would lose the first in silence."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for at, (key, _) in enumerate(pairs) if key in (other for other, _ in pairs[:at]))
+        raise ValueError(f"one object has two keys {twice!r}")
+    return made
+
+
+def _parsed(text: str, place: str) -> object:
+    value = _or_error(text)
+    if isinstance(value, Exception):
+        raise UserError(f"{place} is not valid JSON ({one_line(value)}): mend or remove it") from value
+    return value
 
 
 def _as_row(place: str, value: object) -> dict[str, Any]:
@@ -158,66 +199,102 @@ def _tsv_rows(text: str, path: Path) -> Iterator[Row]:
     lines = [(number, line.split("\t")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         return
-    header = lines[0][1]
-    if any(name in _READ_COLUMNS for name in header):
+    first = lines[0][1]
+    if any(map(columns.is_known, first)):
         lines = lines[1:]
-    elif len(header) == 1:
-        header = ["text"]
-    elif len(header) == 2 and any(_is_integer(cell) for cell in header):
-        header = ["text", "label"] if _is_integer(header[1]) else ["label", "text"]
-    yield from _table_rows(header, lines, path)
+    elif len(first) == 1:
+        first = ["text"]
+    elif len(first) == 2 and any(_is_integer(cell) for cell in first):
+        first = ["text", "label"] if _is_integer(first[1]) else ["label", "text"]
+    yield from _table_rows(first, lines, path)
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[Row]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     limit = csv.field_size_limit(sys.maxsize)  # a long document is no error
+    lines, began = [], 1  # a quoted cell may hold line ends: the line where the row began is told
     try:
-        lines = [(reader.line_num, cells) for cells in reader if cells]
+        for cells in reader:
+            lines.append((began, cells))
+            began = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(
-            f"line {reader.line_num} of {str(path)!r} is not valid CSV ({error}): mend its quotes"
-        ) from error
+        raise UserError(f"line {began} of {str(path)!r} is not valid CSV ({error}): mend its quotes") from error
     finally:
         csv.field_size_limit(limit)
+    lines = [(number, cells) for number, cells in lines if cells]
     if lines:
         yield from _table_rows(lines[0][1], lines[1:], path)
 
 
-def _table_rows(header: list[str], lines: Iterable[tuple[int, list[str]]], path: Path) -> Iterator[Row]:
+def _table_rows(first: list[str], lines: Iterable[tuple[int, list[str]]], path: Path) -> Iterator[Row]:
+    names = columns.header(first, f"the header of {str(path)!r}")
     for number, cells in lines:
         place = f"line {number} of {str(path)!r}"
-        if len(cells) != len(header):
-            raise UserError(f"{place} has {len(cells)} columns where {len(header)} are expected: mend its separators")
-        yield place, dict(zip(header, cells, strict=True))
+        if len(cells) != len(names):
+            raise UserError(f"{place} has {len(cells)} columns where {len(names)} are expected: mend its separators")
+        if cells == first and cells is not first:  # not the first row of a file without a header
+            raise UserError(f"{place} is the header again: remove it, as if files were joined with their headers")
+        yield place, dict(zip(names, cells, strict=True))
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _parquet_rows(path: Path) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
+    spoilt = f"{str(path)!r} is not a readable parquet file"
     try:
-        names = pyarrow.parquet.read_schema(path).names
-        # Web crawls carry large metadata beside the text: leave it on disk, unless it is all that the error can list.
-        columns = [name for name in names if name in _READ_COLUMNS] or names
-        rows = pyarrow.parquet.read_table(path, columns=columns).to_pylist()
+        # Without reading ahead: of columns that only the first rows are looked at in, no more comes from the disk.
+        file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
+        schema = file.schema_arrow
     except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(
-            f"{str(path)!r} is not a readable parquet file ({one_line(error)}): fetch or write it again"
-        ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"row {number} of {str(path)!r}", row
+        raise UserError(f"{spoilt} ({one_line(error)}): fetch or write it again") from error
+    columns.check_distinct(schema.names, repr(str(path)))
+    kinds = pyarrow.types
+    texts = [one.name for one in schema if kinds.is_string(one.type) or kinds.is_large_string(one.type)]
+
+    def found() -> Iterator[Row]:
+        try:
+            wanted = list(columns.chosen(tuple(schema.names)).read)
+        except UserError as error:
+            raise UserError(f"row 1 of {str(path)!r} {error}") from None
+        try:
+            # Web crawls carry large columns beside the text: only the first rows are read with them.
+            whole = wanted + [name for name in texts if name not in wanted]
+            some = next(file.iter_batches(columns.SAMPLED, columns=whole), None)
+            rows = some.to_pylist() if some is not None else []
+            rows += pyarrow.parquet.read_table(path, columns=wanted).slice(len(rows)).to_pylist()
+        except (pyarrow.ArrowException, ValueError) as error:
+            raise UserError(f"{spoilt} ({one_line(error)}): fetch or write it again") from error
+        for number, row in enumerate(rows, 1):
+            yield f"row {number} of {str(path)!r}", row
+
+    return Rows(found(), _names_in_metadata(schema.metadata))
 
 
-def rows_of_folder(path: Path) -> Iterator[Row]:
+def _names_in_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
+    """Names of the classes of each column, as the library datasets writes them into a parquet file."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        return {
+            column: tuple(map(str, feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
+
+
+def rows_of_folder(path: Path) -> Rows:
     """The rows of a subset that zofed made, or of a folder written by `save_to_disk`.
 
-    Of several splits it gives train and then validation, never test. Raises UserError while the rows are drawn, where
-    the folder is none, is damaged or has neither split.
+    Of several splits it gives train and then validation, never test. Raises UserError where the folder is none, is
+    damaged or has neither split.
     """
     if subsets.is_subset(path):
-        yield from rows_of_file(subsets.rows_file(path))
-        return
-    from datasets import DatasetDict, load_from_disk
+        names = subsets.info(path).get("classes", [])
+        found = rows_of_file(subsets.rows_file(path)).found
+        return Rows(found, {"label": tuple(map(str, names))} if names else {})
+    from datasets import ClassLabel, DatasetDict, load_from_disk
 
     if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):
         raise UserError(
@@ -237,9 +314,14 @@ def rows_of_folder(path: Path) -> Iterator[Row]:
             f"folder {str(path)!r} holds only the splits {', '.join(map(str, splits))}, neither train nor validation: "
             "name the folder of one split"
         )
-    for name in chosen:
-        for number, row in enumerate(splits[name], 1):
-            yield f"row {number} of split {name} of {str(path)!r}", dict(row)
+    rows = (
+        (f"row {number} of split {name} of {str(path)!r}", dict(row))
+        for name in chosen
+        for number, row in enumerate(splits[name], 1)
+    )
+    features = splits[chosen[0]].features
+    names = {column: tuple(kind.names) for column, kind in features.items() if isinstance(kind, ClassLabel)}
+    return Rows(rows, names)
 
 
 def _is_integer(cell: str) -> bool:
