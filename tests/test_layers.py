@@ -33,7 +33,7 @@ KNOWN_TO = {
     "pydantic": {"config"},
     "cryptography": {"keys", "flower_internals"},
 }
-CORE = ("directions", "records", "journal", "optimizers", "perturbed", "estimators", "worker")
+CORE = ("directions", "records", "journal", "optimizers", "perturbed", "estimators", "soundness", "worker")
 CORE_KNOWS = {"torch", "numpy", "zofed"} | set(sys.stdlib_module_names)
 
 

@@ -1,7 +1,7 @@
 """From losses at shifted weights to slopes along directions."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -134,7 +134,7 @@ class FiniteDifference:
             hidden = [name for name in error.names if _is_used(loss, parameters, name, examples)]
             if not hidden:
                 raise
-            raise CannotBatch(f"it uses {hidden[0]} where no call of torch shows it") from error
+            raise CannotBatch(perturbed.hidden(hidden[0])) from error
 
 
 def size_exponents(parameters: Mapping[str, Tensor]) -> dict[str, int]:
@@ -216,14 +216,13 @@ def _shift(parameter: Tensor, saved: Tensor, kind: directions.Kind, seed: int, n
         torch.add(saved[whole], drawn.mul_(step), out=parameter[whole])
 
 
-def check_used(loss: Loss, parameters: Parameters, examples: Any = None) -> None:
-    """Raise UserError where the loss never uses some parameter; runs it once, and twice for each one it hides."""
-    with torch.no_grad(), perturbed.Watch() as watch:
-        asked(loss, examples, 0)()
-    hidden = [name for name, parameter in parameters.items() if id(parameter) not in watch.seen]
-    unused = [name for name in hidden if not _is_used(loss, parameters, name, examples)]
-    if unused:
-        raise perturbed.Unseen(unused)
+def unused(seen: Collection[int], loss: Loss, parameters: Parameters, examples: Any = None) -> list[str]:
+    """Names of the parameters that the loss never uses.
+
+    seen: ids of what calls of torch were given in a pass; of what is not among them, two further passes each tell.
+    """
+    hidden = [name for name, parameter in parameters.items() if id(parameter) not in seen]
+    return [name for name in hidden if not _is_used(loss, parameters, name, examples)]
 
 
 def _is_used(loss: Loss, parameters: Parameters, name: str, examples: Any) -> bool:

@@ -218,6 +218,7 @@ def slopes(worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Seque
 
     batch: as `examples` of `guided`. The weights are afterwards what they were.
     """
+    worker.check(loss, batch)
     step = shape.step / math.sqrt(own.direction_square)
     if own.masked:
         found = _masked_losses(worker, loss, own, seeds, (step, -step), batch)
@@ -284,6 +285,7 @@ def _line(
     worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Sequence[int], round_: int, rate: float, batch: Any
 ) -> Found:
     """The arm `line`: the slope along the guide's kept part alone, and plain two-point queries beside it."""
+    worker.check(loss, batch)
     step = shape.step / math.sqrt(own.kept_square)
     ask = asked(loss, batch, 0)
     ends = []

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from zofed import merging
+from zofed import merging, scopes
 from zofed.directions import KIND_PATTERN, direction_seeds
 from zofed.errors import UserError
 from zofed.estimators import Estimate, Points, size_exponents
@@ -30,7 +30,8 @@ class ZerothOrder:
     """A module that is asked for slopes and moved by records.
 
     model: any module with float32 or bfloat16 parameters, on any device. seed: names every direction of the run.
-    trainable: names of the parameters that train; all by default. directions: `rank1` or `rankR` (batched, fast),
+    trainable: names of the parameters that train, or a scope as the setting of that name takes it (`norms`, `last-2`, a
+    regular expression searched in the names); all by default. directions: `rank1` or `rankR` (batched, fast),
     `rademacher` or `gaussian` (written into the weights). queries: directions a step. epsilon: step per coordinate.
     points: `two-point` or `one-sided`. normalise: divide steps by the running spread of the slopes. in_proportion:
     directions and steps of each tensor in proportion to its weights. optimizer: the rule for the moves.
@@ -46,7 +47,7 @@ class ZerothOrder:
         model: nn.Module,
         *,
         seed: int,
-        trainable: Iterable[str] | None = None,
+        trainable: str | Iterable[str] | None = None,
         directions: str = "rank1",
         queries: int = 16,
         epsilon: float = 3e-4,
@@ -59,6 +60,8 @@ class ZerothOrder:
         description: Mapping[str, Any] | None = None,
     ) -> None:
         parameters = named_parameters(model)
+        if isinstance(trainable, str):
+            trainable = scopes.trainable_names(model, trainable)
         names = list(parameters if trainable is None else trainable)
         if wrong := [name for name in names if name not in parameters]:
             known = ", ".join(list(parameters)[:5])
@@ -102,8 +105,10 @@ class ZerothOrder:
 
         loss: a scalar of the model's forward pass, differentiable or not. examples: a batch for each query (tensors
         with the queries along their first dimension), handed to `loss`; by default all share the batch that `loss`
-        holds. `estimate` then tells the mean loss, the slopes and the passes. Raises ValueError for a loss that is not
-        finite.
+        holds. `estimate` then tells the mean loss, the slopes and the passes. Before the first slopes of a loss a few
+        passes more tell whether slopes of it mean anything (`Worker.check`): raises UserError for a loss that draws
+        random numbers, changes weights or buffers or never uses a trainable parameter. Raises ValueError for a loss
+        that is not finite.
         """
         worker = self.worker
         seeds = direction_seeds(worker.genesis["seed"], worker.round + 1, 0, self.queries)

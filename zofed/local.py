@@ -202,8 +202,10 @@ def coefficients(
     round_, size, count = worker.round + 1, settings.subspace_size, settings.subspace_interval
     seeds = directions.direction_seeds(worker.genesis["seed"], round_, 0, size)
     matrices = frozenset({subspace.NAME}) if worker.kind == "core" else frozenset[str]()
+    losses = batches(settings, worker, examples, client, count, settings.batch_size)
+    worker.check(losses[0], batched=False)
     asked = (
-        batches(settings, worker, examples, client, count, settings.batch_size),
+        losses,
         worker.parameters,
         worker.kind,
         seeds[: directions.seeds_needed(worker.kind, size)],

@@ -6,7 +6,9 @@ lies below the first perturbed parameter runs once for all of them. Nothing is w
 be restored and nothing drifts.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -41,7 +43,27 @@ class Unseen(UserError):  # noqa: N818
         self.names = tuple(names)
 
 
-class Perturbation(TorchFunctionMode):
+class Uncompiled(TorchFunctionMode):
+    """While active, functions made by `torch.compile` run as they were written.
+
+    Dynamo would trace what the mode does into its graph, and the mode would then do it a second time.
+    """
+
+    _stance: AbstractContextManager[Any]
+
+    def __enter__(self) -> Any:
+        # Importing dynamo takes seconds; where nobody has, nothing is compiled.
+        is_loaded = "torch._dynamo" in sys.modules
+        self._stance = torch.compiler.set_stance("force_eager") if is_loaded else nullcontext()
+        self._stance.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._stance.__exit__(*raised)
+
+
+class Perturbation(Uncompiled):
     """While active, every use of a listed parameter sees parameter + sum over r of scale_r * direction_r.
 
     factors: by id of the parameter. scale: (r,), shared by all parameters, or (r, r) for all pairs of left and right
@@ -135,17 +157,14 @@ class Perturbation(TorchFunctionMode):
         return value + shift.reshape(value.shape)
 
 
-class Watch(TorchFunctionMode):
-    """Collects the ids of all that calls of torch are given; a look at a shape or a device is no use."""
+class Watch(Perturbation):
+    """Perturbs nothing, and collects the ids of all that calls of torch are given; a look at a shape is no use."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.seen = set[int]()
+        super().__init__({}, torch.ones(1), set())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.cross_entropy:
-            _checked_arguments(*args, **(kwargs or {}))
-        value = func(*args, **(kwargs or {}))
+        value = super().__torch_function__(func, types, args, kwargs)
         if not _is_look(func) or isinstance(value, Tensor):
             self.seen.update(map(id, pytree.tree_leaves((args, kwargs))))
         return value
@@ -311,6 +330,33 @@ def losses(
     if unseen:
         raise Unseen(unseen)
     return torch.cat(found).view(len(seeds), len(steps)).cpu()
+
+
+@torch.no_grad()
+def losses_along(
+    loss: Loss, parameters: Mapping[str, Tensor], factors: Mapping[str, Factors], steps: Sequence[float], batch: Any
+) -> Tensor:
+    """loss(w + step * z) at each step along one direction, all in one pass: (steps,) on the CPU.
+
+    factors: of z by name, a (1, r, rows) and b (1, r, columns) of a matrix, z (1, r, entries) of a vector. batch: what
+    `loss` is handed, None for a loss of no arguments. Raises CannotBatch when the loss cannot run so, or hides its use
+    of a parameter.
+    """
+    seen = set[int]()
+    drawn = [factors[name] for name in parameters]
+    scale = torch.tensor(steps, dtype=torch.float64)[:, None]
+    queries = torch.zeros(len(steps), dtype=torch.int64)
+    batch = each_tensor(batch, lambda tensor: tensor.expand(len(steps), *tensor.shape))
+    found = _one_pass(loss, parameters, drawn, queries, scale, seen, batch)
+    for name, parameter in parameters.items():
+        if id(parameter) not in seen:
+            raise CannotBatch(hidden(name))
+    return found.cpu()
+
+
+def hidden(name: str) -> str:
+    """Why a loss that depends on a parameter cannot run batched all the same."""
+    return f"it uses {name} where no call of torch shows it"
 
 
 def _one_pass(

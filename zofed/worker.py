@@ -1,6 +1,7 @@
 """A model that can be asked and moved: weights change by `apply` alone."""
 
 import hashlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf, ldexp, prod, sqrt
@@ -9,11 +10,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zofed import directions, optimizers
+from zofed import directions, optimizers, soundness
 from zofed.errors import UserError
-from zofed.estimators import Estimate, FiniteDifference, Points, Split, check_used
+from zofed.estimators import Estimate, FiniteDifference, Points, Split
 from zofed.journal import Entry, Genesis, genesis_chain, link
-from zofed.perturbed import CannotBatch, Loss
+from zofed.perturbed import CannotBatch, Loss, Unseen
 from zofed.records import Dense, Guided, Record, Seeded, Skipped, Spread
 
 LARGEST_ROUNDING = 0.1  # share of a slope that the resolution of the losses may have
@@ -55,10 +56,11 @@ def make_genesis(
     size_exponents: the power of two that multiplies each tensor's direction and step; 0 where absent.
     backprop_optimizer: the rule, with a state of its own, of the steps that are no function of seeds alone; None: the
     same. Raises UserError for a trainable tensor of another type than float32 and bfloat16, the two whose steps are
-    exact.
+    exact, and for two that lie in the same memory.
     """
     parameters = named_parameters(model)
     trainable = list(trainable)
+    soundness.check_apart({name: parameters[name] for name in trainable})
     for name in trainable:
         if parameters[name].dtype not in TRAINABLE_DTYPES:
             raise UserError(
@@ -130,7 +132,7 @@ class Worker:
         self.round = 0
         self.head = genesis_chain(genesis)
         self._batches, self._warned = directions.terms(self.kind) > 0, False
-        self._checked = False  # that the loss uses every parameter; a batched pass finds out by itself
+        self._sound: tuple[Any, ...] = ()  # signature of the loss that was last found sound
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -164,22 +166,47 @@ class Worker:
     def batched_or_not(self, run: Callable[[bool], T], loss: Loss, examples: Any = None) -> T:
         """`run(True)`, or `run(False)` where the loss cannot run for many perturbed copies at once, which is said once.
 
-        Raises UserError where the loss never uses some parameter.
+        Raises UserError for a loss that is no function of the weights alone, see `check`.
         """
+        self.check(loss, examples)
         if self._batches:
             try:
                 return run(True)
             except CannotBatch as reason:
-                self._batches = False
-                warnings.warn(
-                    f"the loss cannot run for many perturbed copies at once ({reason}): each direction is written into "
-                    "the weights instead, which takes longer and the memory of a second copy of what trains",
-                    stacklevel=3,
-                )
-        if not self._checked:
-            check_used(loss, self.parameters, examples)
-            self._checked = True
+                self._cannot_batch(reason)
+            except Unseen as unused:  # by this batch, though the first one used it
+                raise soundness.never_used(self.model, self.parameters, unused.names) from unused
         return run(False)
+
+    def check(self, loss: Loss, examples: Any = None, *, batched: bool = True) -> None:
+        """Find out, at a loss's first measurement, whether slopes of it mean anything; a few forward passes, once.
+
+        Once for the loss's code, and again where `train()` or `eval()` was called since. Raises UserError for a loss
+        that draws random numbers, changes weights or buffers, or never uses some parameter. One whose batched passes
+        give another loss than shifted weights do is from then on measured one direction after the other. batched:
+        whether it will run batched at all.
+        """
+        signature = soundness.signature(self.model, loss)
+        if signature == self._sound:
+            return
+        base = soundness.check_repeats(self.model, self.parameters, loss, examples)
+        if not math.isfinite(base.value):
+            return
+        try:
+            soundness.check_shifted(
+                self.model, self.parameters, loss, base, examples, batched=batched and self._batches
+            )
+        except CannotBatch as reason:
+            self._cannot_batch(reason)
+        self._sound = signature
+
+    def _cannot_batch(self, reason: CannotBatch) -> None:
+        self._batches = False
+        warnings.warn(
+            f"the loss cannot run for many perturbed copies at once ({reason}): each direction is written into "
+            "the weights instead, which takes longer and the memory of a second copy of what trains",
+            stacklevel=4,
+        )
 
     def _guarded(self, estimate: Estimate, epsilon: float) -> Estimate:
         """The estimate; a word, once, when the losses' own resolution drowns the slopes."""
@@ -402,7 +429,7 @@ class Worker:
         self.round, self.head = round_, head
 
     def digest(self) -> str:
-        """SHA-256 of all weights, hex."""
+        """SHA-256 of all weights and of the buffers saved with them, hex."""
         return weights_digest(self.model)
 
     def probe(self) -> bytes:
@@ -440,8 +467,9 @@ def guided_estimate(record: Guided, guide: Tensor, noise: Tensor | None) -> Tens
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over all parameters by canonical name, hex; a tied tensor counts once."""
-    return tensors_digest(named_parameters(model))
+    """SHA-256 over all parameters by canonical name, hex, and all buffers that are saved; a tied tensor counts once."""
+    buffers = {directions.canonical_name(name): held for name, held in soundness.persistent_buffers(model).items()}
+    return tensors_digest(named_parameters(model) | buffers)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
