@@ -6,25 +6,28 @@ ZOFED_WRITE_GOLDEN=1 python tests/test_journal.py
 
 import contextlib
 import errno
+import hashlib
 import itertools
 import json
 import math
 import os
 import stat
 import struct
+import time
 import zlib
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zofed import compact, directions, journal, merging, records
+from zofed import checksums, compact, directions, journal, merging, records
 from zofed.errors import UserError
 from zofed.journal import Journal, JournalError
 from zofed.optimizers import Optimizer
@@ -68,13 +71,15 @@ def records_of(contents: journal.Contents) -> tuple[Record, ...]:
 # --- records ---
 
 ROUND = st.integers(0, 2**63 - 1)
-RATE = st.floats(allow_nan=False)
+RATE = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
+PRIVACY = st.floats(allow_nan=False)
 DIVISOR = st.floats(min_value=0, exclude_min=True, allow_infinity=False) | st.integers(1, 2**32 - 1).map(float)
 
 
 @st.composite
-def seeded(draw: st.DrawFn) -> Seeded:
-    clients = draw(st.lists(st.integers(0, 2**32 - 1), max_size=4))
+def seeded(draw: st.DrawFn, fewest: int = 1) -> Seeded:
+    """fewest: clients; a guided record's seeded part may be empty."""
+    clients = draw(st.lists(st.integers(0, 2**32 - 1), min_size=fewest, max_size=4))
     local_steps, queries = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     count = len(clients) * local_steps * queries
     exponent = draw(st.integers(records.SMALLEST_EXPONENT, records.LARGEST_EXPONENT))
@@ -87,7 +92,7 @@ def seeded(draw: st.DrawFn) -> Seeded:
         exponent,
         max(draw(DIVISOR), 2.0 ** (exponent - records.LARGEST_WORTH)),
         local_steps,
-        draw(RATE),
+        draw(PRIVACY),
     )
 
 
@@ -97,7 +102,7 @@ ANY_RECORD = (
     seeded()
     | st.builds(Dense, ROUND, RATE, DIGEST)
     | st.builds(Skipped, ROUND)
-    | st.builds(Guided, seeded(), DIGEST, FINITE, FINITE, FINITE, st.booleans())
+    | st.builds(Guided, seeded(0), DIGEST, FINITE, FINITE, FINITE, st.booleans())
 )
 
 
@@ -350,7 +355,7 @@ def test_a_journal_continued_is_the_journal_written_at_once(tmp_path: Path) -> N
 def test_the_same_history_has_the_same_head_and_another_has_not(tmp_path: Path) -> None:
     heads = {journal.read(path).head for path in (tmp_path / "a", tmp_path / "b") if written(path)}
     assert len(heads) == 1
-    written(tmp_path / "c", (*RECORDS[:1], Skipped(9), *RECORDS[2:]))
+    written(tmp_path / "c", (*RECORDS[:-1], Skipped(9)))
     assert journal.read(tmp_path / "c").head not in heads
     assert journal.genesis_chain({"a": 1, "b": 2}) == journal.genesis_chain({"b": 2, "a": 1})
     assert journal.genesis_chain({"a": 1}) != journal.genesis_chain({"a": 2})
@@ -476,6 +481,93 @@ def test_a_header_whose_genesis_is_no_json_is_refused(tmp_path: Path) -> None:
     header = struct.pack("<8sHI", b"ZOFEDJNL", journal.FORMAT, 3) + b"{x}"
     with pytest.raises(JournalError, match="genesis that is no JSON"):
         found_in(tmp_path / "j", header + struct.pack("<I", zlib.crc32(header)))
+
+
+@pytest.mark.parametrize(
+    "genesis",
+    [b"[" * 100_000 + b"]" * 100_000, b"[]", b"1", b'{"a": 1}', b'{"b":1,"a":2}', b'{"a":NaN}', b'{"a":1,"a":1}'],
+    ids=lambda raw: raw[:12].decode(),
+)
+def test_a_genesis_that_zofed_did_not_write_is_refused(tmp_path: Path, genesis: bytes) -> None:
+    header = struct.pack("<8sHI", b"ZOFEDJNL", journal.FORMAT, len(genesis)) + genesis
+    with pytest.raises(JournalError, match=r"has a genesis that .*give its own"):
+        found_in(tmp_path / "j", header + struct.pack("<I", zlib.crc32(header)))
+
+
+def forged(path: Path, bodies: Sequence[bytes]) -> None:
+    """A journal whose checksums and chain are right, with these bodies."""
+    path.unlink(missing_ok=True)
+    raw, chain = written(path, ()), journal.genesis_chain(GENESIS)
+    for body in bodies:
+        length = struct.pack("<I", len(body))
+        chain = hashlib.blake2b(chain + body, digest_size=16).digest()
+        raw += length + struct.pack("<I", zlib.crc32(length + body + chain)) + body + chain
+    path.write_bytes(raw)
+
+
+def body_of(rate: float, clients: tuple[int, ...] = (0,), queries: int = 1) -> bytes:
+    count = len(clients) * queries
+    integers = (-20, 1, queries, len(clients), *clients, *(1,) * count)
+    return b"\x01" + compact.packed((1,)) + struct.pack("<dd?", rate, 1.0, False) + compact.packed(integers)
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, -0.5])
+@pytest.mark.parametrize("kind", ["seeded", "dense", "guided"])
+def test_a_record_whose_rate_is_no_rate_is_refused(tmp_path: Path, kind: str, rate: float) -> None:
+    guided = b"\x04" + compact.packed((1,)) + struct.pack("<32sddd?", bytes(32), 0.0, 1.0, 0.0, False)
+    body = {
+        "seeded": body_of(rate),
+        "dense": b"\x02" + compact.packed((1,)) + struct.pack("<d32s", rate, bytes(32)),
+        "guided": guided + body_of(rate)[2:],
+    }[kind]
+    forged(tmp_path / "j", [body])
+    with pytest.raises(JournalError, match=r"was edited: .* rate .*restore it from a copy"):
+        journal.read(tmp_path / "j")
+
+
+@pytest.mark.parametrize("body", [body_of(0.1, ()), body_of(0.1, (0,), 0)], ids=["no clients", "no queries"])
+def test_a_seeded_record_that_holds_nothing_is_refused(tmp_path: Path, body: bytes) -> None:
+    forged(tmp_path / "j", [body])
+    with pytest.raises(JournalError, match="without a coefficient"):
+        journal.read(tmp_path / "j")
+
+
+def test_rounds_rise_in_a_journal_that_is_read_and_in_one_that_is_written(tmp_path: Path) -> None:
+    for rounds in ([1, 1], [2, 1], [0]):
+        forged(tmp_path / "j", [records.encode(Skipped(round_)) for round_ in rounds])
+        with pytest.raises(JournalError, match=r"was edited: .* is of round \d, after round \d"):
+            journal.read(tmp_path / "j")
+    raw = written(tmp_path / "k")
+    with Journal.open(tmp_path / "k") as opened:
+        for again in ([Skipped(4)], [Skipped(5), Skipped(5)]):
+            with pytest.raises(UserError, match="would follow round"):
+                opened.append_all(again)
+        opened.append(Skipped(5))
+    assert (tmp_path / "k").read_bytes()[: len(raw)] == raw
+
+
+def test_checksums_of_parts_are_those_of_zlib() -> None:
+    chance = np.random.default_rng(0)
+    raw = chance.bytes(3000)
+    starts = chance.integers(0, 3000, 400)
+    stops = starts + chance.integers(0, 3001 - starts)
+    before = chance.integers(0, 2**32, 400).astype(np.uint32)
+    found = checksums.crc32_of_parts(raw, starts, stops, before)
+    every = zip(starts, stops, before, strict=True)
+    assert found.tolist() == [zlib.crc32(raw[start:stop], int(crc)) for start, stop, crc in every]
+
+
+def test_a_damaged_tail_is_searched_in_linear_time(tmp_path: Path) -> None:
+    """Every byte of it could begin an entry of a megabyte: read anew for each, that would take hours."""
+    raw = written(tmp_path / "j")
+    tail = b"\x01\x01\x01\x00" * 2**18
+    began = time.process_time()
+    contents = found_in(tmp_path / "j", raw + tail)
+    assert time.process_time() - began < 20
+    assert contents.torn == len(tail)
+    whole = journal.link(contents.head, Skipped(7)).raw
+    with pytest.raises(JournalError, match="whole entries behind the damage"):
+        found_in(tmp_path / "j", raw + tail + whole + tail[:100])
 
 
 def test_a_missing_journal_is_a_users_error(tmp_path: Path) -> None:
@@ -604,9 +696,9 @@ def no_sync(file: int) -> None:
 
 
 FAULTS = {
-    "disk full": (os, "write", no_space, "No space left on device.*resume"),
-    "short write": (os, "write", half, "disk is full.*resume"),
-    "sync fails": (journal, "_sync_data", no_sync, "Input/output error.*resume"),
+    "disk full": (os, "write", no_space, "No space left on device; mend the disk"),
+    "short write": (os, "write", half, "the disk took .* bytes; free some space"),
+    "sync fails": (journal, "_sync_data", no_sync, "Input/output error; mend the disk"),
 }
 
 

@@ -11,3 +11,7 @@ class UserError(Exception):
 
 class DivergenceError(UserError):
     """A loss is no finite number any more: of a rate that a sweep only tries, an outcome; else a mistake."""
+
+
+class DiskError(UserError):
+    """The disk did not take what a run writes; once it does, the run goes on from what stands there whole."""

@@ -17,6 +17,24 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make durable which files `folder` holds, and under which names."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make durable what a file holds, whoever wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def hold(descriptor: int, busy: str) -> None:
     """Keep an open file for this process until it is closed. Raises UserError, which says `busy`, if another has it."""
     try:

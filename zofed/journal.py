@@ -20,9 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from zofed import compact, records
-from zofed.errors import UserError
-from zofed.files import hold
+import numpy as np
+
+from zofed import checksums, compact, records
+from zofed.errors import DiskError, UserError
+from zofed.files import hold, sync_folder
 from zofed.records import Record
 
 FORMAT = 3
@@ -32,6 +34,7 @@ _ENTRY = struct.Struct("<II")  # length of the body, CRC-32 of that length, the 
 _CRC = struct.Struct("<I")
 CHAIN_BYTES = 16
 LARGEST_BODY = 64 * 2**20  # a longer length field can only be damage
+_SEARCHED_AT_ONCE = 2**20  # offsets: bounds the memory of a search
 
 _sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
@@ -125,19 +128,42 @@ def _entry_size(raw: bytes, offset: int) -> int | None:
     return size if zlib.crc32(raw[offset : offset + 4] + rest) == crc else None
 
 
+def _holds_entry(raw: bytes, start: int) -> bool:
+    """Whether an undamaged entry stands anywhere from offset `start` on; linear in the bytes, whatever they are."""
+    kinds = np.zeros(256, np.bool_)
+    kinds[list(records.KINDS)] = True
+    every = np.frombuffer(raw, np.uint8)
+    for first in range(start, len(raw) - _ENTRY.size - CHAIN_BYTES, _SEARCHED_AT_ONCE):
+        offsets = np.arange(first, min(first + _SEARCHED_AT_ONCE, len(raw) - _ENTRY.size - CHAIN_BYTES))
+        offsets = offsets[kinds[every[offsets + _ENTRY.size]]]
+        length, crc = (sum(every[offsets + at + i].astype(np.int64) << 8 * i for i in range(4)) for at in (0, 4))
+        stops = offsets + _ENTRY.size + length + CHAIN_BYTES
+        fits = (length > 0) & (length <= LARGEST_BODY) & (stops <= len(raw))
+        offsets, stops, crc = offsets[fits], stops[fits], crc[fits]
+        zeros = np.zeros(len(offsets), np.uint32)
+        of_lengths = checksums.crc32_of_parts(raw, offsets, offsets + 4, zeros)
+        found = checksums.crc32_of_parts(raw, offsets + _ENTRY.size, stops, of_lengths)
+        if bool((found == crc).any()):
+            return True
+    return False
+
+
 def parse_entries(raw: bytes, chain: bytes, offset: int = 0) -> Iterator[Entry]:
     """Entries that stand whole and unbroken in `raw` from `offset` on, each continuing `chain`.
 
     Stops before the first entry that is cut or whose checksum fails. Raises ValueError where the checksum holds but
-    the chain or the record does not: such bytes were not damaged but written by someone else.
+    the chain, the record or the order of the rounds does not: such bytes were not damaged but written by someone else.
     """
+    last = 0
     while (size := _entry_size(raw, offset)) is not None:
         body = raw[offset + _ENTRY.size : offset + size - CHAIN_BYTES]
         entry = link(chain, records.decode(body))
         if entry.raw != raw[offset : offset + size]:
             raise ValueError(f"the entry at byte {offset} does not continue the history before it")
+        if entry.record.round <= last:
+            raise ValueError(f"the entry at byte {offset} is of round {entry.record.round}, after round {last}")
         yield entry
-        chain, offset = entry.chain, offset + size
+        chain, offset, last = entry.chain, offset + size, entry.record.round
 
 
 def read(path: Path) -> Contents:
@@ -159,7 +185,7 @@ def read(path: Path) -> Contents:
             end += len(entry.raw)
     except ValueError as error:
         raise JournalError(f"journal {path} was edited: {error}; restore it from a copy") from error
-    if end < len(raw) and any(_entry_size(raw, offset) for offset in range(end + 1, len(raw))):
+    if end < len(raw) and _holds_entry(raw, end + 1):
         last = entries[-1].record.round if entries else 0
         raise JournalError(
             f"journal {path} is damaged at byte {end}, after round {last}, with whole entries behind the damage; "
@@ -170,17 +196,23 @@ def read(path: Path) -> Contents:
 
 def _read_header(path: Path, raw: bytes) -> tuple[Genesis, int]:
     if len(raw) < _START.size or not raw.startswith(MAGIC):
-        raise JournalError(f"{path} is not a zofed journal: its first bytes are {raw[:8]!r}, not {MAGIC!r}")
+        raise JournalError(
+            f"{path} is not a zofed journal: its first bytes are {raw[:8]!r}, not {MAGIC!r}; restore it from a copy"
+        )
     _, version, length = _START.unpack_from(raw)
     if version != FORMAT:
         raise JournalError(f"journal {path} has format {version}; this version reads format {FORMAT}: use its zofed")
     end = _START.size + length
     if len(raw) < end + 4 or _CRC.unpack_from(raw, end)[0] != zlib.crc32(raw[:end]):
         raise JournalError(f"journal {path} has a damaged header; restore it from a copy or start the run again")
+    strange = f"journal {path} has a genesis that"
     try:
-        return json.loads(raw[_START.size : end]), end + 4
-    except ValueError as error:
-        raise JournalError(f"journal {path} has a genesis that is no JSON ({error}): zofed did not write it") from error
+        genesis = json.loads(raw[_START.size : end])
+        if isinstance(genesis, dict) and canonical(genesis) == raw[_START.size : end]:
+            return genesis, end + 4
+    except (ValueError, RecursionError) as error:
+        raise JournalError(f"{strange} is no JSON ({error}): zofed did not write it; give its own") from error
+    raise JournalError(f"{strange} is not spelt as zofed spells it; give its own")
 
 
 class Journal:
@@ -233,6 +265,11 @@ class Journal:
             os.close(file)
             raise
 
+    @property
+    def last_round(self) -> int:
+        """Round of the newest record; 0 where there is none."""
+        return self.entries[-1].record.round if self.entries else 0
+
     def append(self, record: Record) -> Entry:
         """`append_all` for one record."""
         return self.append_all([record])[0]
@@ -240,25 +277,30 @@ class Journal:
     def append_all(self, some: Sequence[Record]) -> list[Entry]:
         """Write records at once; when this returns, they survive a crash of the process and of the machine.
 
-        Raises UserError when the disk does not take them. What then stands in the file is unknown, so this journal
+        Raises DiskError when the disk does not take them. What then stands in the file is unknown, so this journal
         takes no more: opening it again cuts a torn entry off.
         """
         if self._failed:
-            raise UserError("an earlier write to the journal failed: mend the disk, then --resume the run")
+            raise DiskError("an earlier write to the journal failed: mend the disk")
         entries: list[Entry] = []
+        last = self.last_round
         for record in some:
+            if record.round <= last:
+                raise UserError(
+                    f"a record of round {record.round} would follow round {last} in the journal, whose rounds rise: "
+                    "report this as a bug"
+                )
             entries.append(link(entries[-1].chain if entries else self.head, record))
+            last = record.round
         raw = b"".join(entry.raw for entry in entries)
         self._failed = True
         try:
             written = os.write(self._file, raw)
             _sync_data(self._file)
         except OSError as error:
-            raise UserError(
-                f"cannot write the journal: {error.strerror}; mend the disk, then --resume the run"
-            ) from error
+            raise DiskError(f"cannot write the journal: {error.strerror}; mend the disk") from error
         if written != len(raw):
-            raise UserError(f"the disk is full: {written} of {len(raw)} bytes written; free some, then --resume")
+            raise DiskError(f"cannot write the journal: the disk took {written} of {len(raw)} bytes; free some space")
         self._failed = False
         self.head = entries[-1].chain
         self.entries += entries
@@ -272,12 +314,3 @@ class Journal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

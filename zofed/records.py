@@ -124,6 +124,7 @@ class Skipped:
 
 
 Record = Seeded | Dense | Skipped | Guided
+KINDS = frozenset(kind.kind for kind in (Seeded, Dense, Skipped, Guided))
 
 _SEEDED = struct.Struct("<dd?")  # rate, divisor, whether privacy is accounted for
 _PRIVACY = struct.Struct("<d")
@@ -184,6 +185,10 @@ def decode(body: bytes) -> Record:
         raise ValueError(f"record of {len(body)} bytes: {error}") from error
     if round_ < 0 or encode(record) != body:
         raise ValueError(f"record of {len(body)} bytes: not as it is written")
+    if not isinstance(record, Skipped) and not 0.0 <= record.rate < math.inf:
+        raise ValueError(f"a record of the rate {record.rate}, which is not finite or below 0")
+    if isinstance(record, Seeded) and not record.coefficients:
+        raise ValueError("a seeded record without a coefficient")
     return record
 
 
