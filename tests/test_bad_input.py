@@ -13,14 +13,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from zofed import cli, data, journal
+from zofed.tables import read_table
 
 Zofed = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
 
-QUICK = [
-    *("--steps", "3", "--rounds", "2", "--queries", "2", "--batch-size", "2", "--block-size", "16"),
-    *("--eval-examples", "4", "--save-interval", "2", "--device", "cpu"),
-]
+SMALL = ["--batch-size", "2", "--block-size", "16", "--eval-examples", "4", "--save-interval", "2", "--device", "cpu"]
+
+
+def small(command: str, mode: str = "zo") -> list[str]:
+    """Options that have an effect on this command in this mode and make it take a second."""
+    length = ["--rounds", "2"] if command == "simulate" else ["--steps", "3"]
+    return [*SMALL, *length, *([] if mode == "fo" else ["--queries", "2"])]
 
 
 @pytest.fixture
@@ -68,7 +72,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, (command, *options) in commands.items():
         out = ["--dataset", str(corpus), "--out", str(folder / name)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["zofed", command, *QUICK, *options, *out])
+            patch.setattr(
+                sys, "argv", ["zofed", command, *small(command, "fo" if "fo" in options else "zo"), *options, *out]
+            )
             cli.app(standalone_mode=False)
     return {name: folder / name for name in commands}
 
@@ -228,7 +234,7 @@ def test_data_or_a_model_that_cannot_be_used_is_refused_before_anything_is_writt
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     given = [option.format(tmp=tmp_path) for option in options.split(" ")]
     corpus = ["--dataset", runs["zo"].parent / "corpus.jsonl"]
-    command = ["train", *QUICK, *corpus, *given, "--out", tmp_path / "run"]
+    command = ["train", *small("train"), *corpus, *given, "--out", tmp_path / "run"]
     refused(*command, value=value.format(tmp=tmp_path), remedy=remedy)
     assert not (tmp_path / "run").exists()
 
@@ -289,7 +295,7 @@ def test_a_damaged_or_unsafe_model_folder_is_refused(
     GPT2LMHeadModel(GPT2Config(vocab_size=512, n_layer=2, n_head=2, n_embd=16, n_positions=32)).save_pretrained(folder)
     spoil(folder)
     corpus = ["--dataset", runs["zo"].parent / "corpus.jsonl", "--tokenizer", "shipped"]
-    command = ["train", *QUICK, *corpus, "--model", folder, "--out", tmp_path / "run"]
+    command = ["train", *small("train"), *corpus, "--model", folder, "--out", tmp_path / "run"]
     message = refused(*command, value=value, remedy=remedy)
     assert str(folder) in message
     assert not (folder / "ran").exists()
@@ -300,7 +306,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused(refused: Refused, t
     GPT2LMHeadModel(
         GPT2Config(vocab_size=100, n_layer=1, n_head=2, n_embd=16, n_positions=32, bos_token_id=0, eos_token_id=0)
     ).save_pretrained(folder)
-    command = ["train", *QUICK, "--model", folder, "--tokenizer", "shipped", "--out", tmp_path / "run"]
+    command = ["train", *small("train"), "--model", folder, "--tokenizer", "shipped", "--out", tmp_path / "run"]
     refused(*command, value="512 entries", remedy="set tokenizer")
 
 
@@ -311,7 +317,7 @@ def test_paths_in_the_home_folder_may_be_written_with_a_tilde(
     shutil.copy(runs["zo"].parent / "corpus.jsonl", tmp_path)
     shutil.copytree(runs["zo"] / "model", tmp_path / "model")
     options = ["--dataset=~/corpus.jsonl", "--model=~/model", "--out=~/run"]
-    status, _, errors = zofed("train", *QUICK, *options)
+    status, _, errors = zofed("train", *small("train"), *options)
     assert (status, errors) == (0, "")
     assert (tmp_path / "run" / "summary.json").is_file()
 
@@ -339,15 +345,15 @@ def test_an_output_folder_that_is_taken_or_cannot_be_is_left_alone(
     if out in ("zo", "federated"):
         copy_of(out)
     for command in ("train", "simulate"):
-        refused(command, *QUICK, "--out", tmp_path / out, value=str(tmp_path / out), remedy=told)
+        refused(command, *small(command), "--out", tmp_path / out, value=str(tmp_path / out), remedy=told)
 
 
 def test_an_output_folder_where_nothing_can_be_written_is_refused(refused: Refused) -> None:
-    refused("train", *QUICK, "--out", "/proc/no/run", value="'/proc/no/run'", remedy="choose another --out")
+    refused("train", *small("train"), "--out", "/proc/no/run", value="'/proc/no/run'", remedy="choose another --out")
 
 
 def test_a_command_given_twice_keeps_the_first_result(refused: Refused, zofed: Zofed, tmp_path: Path) -> None:
-    command = ["train", *QUICK, "--out", tmp_path / "new/nested/sp ace ü 新"]
+    command = ["train", *small("train"), "--out", tmp_path / "new/nested/sp ace ü 新"]
     assert zofed(*command)[::2] == (0, "")
     refused(*command, value="sp ace ü 新", remedy="--resume")
 
@@ -462,19 +468,23 @@ def test_a_first_order_run_without_checkpoints_names_what_it_cannot_rebuild(
     )
 
 
-def test_damaged_checkpoints_are_told(refused: Refused, zofed: Zofed, copy_of: Callable[[str], Path]) -> None:
+def test_damaged_checkpoints_are_told(zofed: Zofed, copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("fo")
-    for path in (folder / "checkpoints").iterdir():
-        path.write_bytes(path.read_bytes()[:-100])
-    refused("journal", "replay", folder, value="round 1 is a step by backpropagation", remedy="keep-gradients")
     before = json.loads((folder / "summary.json").read_text())["digest"]
+    paths = sorted((folder / "checkpoints").iterdir())
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-100])
+    status, _, errors = zofed("journal", "replay", folder)
+    assert status == 2 and "round 1 is a step by backpropagation" in errors and "keep-gradients" in errors
+    assert all(f"{path} is damaged" in errors for path in paths)
+    (folder / "summary.json").unlink()
     assert zofed("train", "--resume", folder)[0] == 0  # from the start, to the same weights
     assert json.loads((folder / "summary.json").read_text())["digest"] == before
 
 
 def test_a_federated_run_is_not_resumed_centrally(refused: Refused, copy_of: Callable[[str], Path]) -> None:
     folder = copy_of("federated")
-    refused("train", "--resume", folder, value=str(folder), remedy="flwr run")
+    refused("train", "--resume", folder, value="a federated run", remedy=f"zofed simulate --resume {folder}")
 
 
 def test_resume_takes_no_other_settings(refused: Refused, copy_of: Callable[[str], Path]) -> None:
@@ -519,7 +529,7 @@ def test_a_run_whose_settings_were_edited_is_not_resumed(
 
 def test_more_clients_than_documents_are_refused(zofed: Zofed, runs: dict[str, Path], tmp_path: Path) -> None:
     corpus = ["--dataset", runs["zo"].parent / "corpus.jsonl"]
-    status, _, errors = zofed("simulate", *QUICK, *corpus, "--clients", "19", "--out", tmp_path / "run")
+    status, _, errors = zofed("simulate", *small("simulate"), *corpus, "--clients", "19", "--out", tmp_path / "run")
     assert status == 2
     assert errors.splitlines() == [
         "zofed: client 0: 19 clients are more clients than documents (18): use fewer clients or a data set of more "
@@ -532,7 +542,7 @@ def test_a_diverged_run_says_so_and_keeps_its_steps(
     zofed: Zofed, runs: dict[str, Path], tmp_path: Path, mode: str
 ) -> None:
     options = ["--mode", mode, "--learning-rate", "1e30", "--dataset", runs["zo"].parent / "corpus.jsonl"]
-    status, _, errors = zofed("train", *QUICK, *options, "--out", tmp_path / "run")
+    status, _, errors = zofed("train", *small("train", mode), *options, "--out", tmp_path / "run")
     assert status == 2
     assert len(errors.splitlines()) == 1
     assert "learning-rate = 1e+30" in errors and "a tenth of it" in errors
@@ -554,7 +564,7 @@ def test_output_to_a_pipe_has_no_colour_no_bar_and_no_library_chatter(
     zofed: Zofed, runs: dict[str, Path], tmp_path: Path, command: list[str]
 ) -> None:
     corpus = ["--dataset", runs["zo"].parent / "corpus.jsonl"]
-    status, output, errors = zofed(*command, *QUICK, *corpus, "--out", tmp_path / "run")
+    status, output, errors = zofed(*command, *small(command[0]), *corpus, "--out", tmp_path / "run")
     assert (status, errors) == (0, "")
     assert "\x1b" not in output and "\r" not in output
     assert str(tmp_path / "run") in output
@@ -602,7 +612,7 @@ def test_a_command_line_that_does_not_parse_is_answered_in_one_line(
 
 
 def test_the_home_of_an_unknown_user_is_refused(refused: Refused) -> None:
-    refused("train", *QUICK, "--out=~no-such-user/run", value="~no-such-user", remedy="choose another --out")
+    refused("train", *small("train"), "--out=~no-such-user/run", value="~no-such-user", remedy="choose another --out")
 
 
 def test_a_path_of_two_lines_is_told_in_one(refused: Refused, tmp_path: Path) -> None:
@@ -610,7 +620,7 @@ def test_a_path_of_two_lines_is_told_in_one(refused: Refused, tmp_path: Path) ->
 
 
 def test_a_quorum_of_more_than_all_clients_is_refused(refused: Refused, tmp_path: Path) -> None:
-    command = ["simulate", *QUICK, "--clients", "2", "--quorum", "3", "--out", tmp_path / "run"]
+    command = ["simulate", *small("simulate"), "--clients", "2", "--quorum", "3", "--out", tmp_path / "run"]
     refused(*command, value="quorum = 3", remedy="2")
 
 
@@ -622,12 +632,12 @@ def test_a_held_out_part_shorter_than_a_block_is_refused_before_anything_is_writ
     documents = data.load_documents(str(tmp_path / "data.jsonl"))
     seed = next(seed for seed in range(99) if data.split_held_out(documents, 0.1, seed)[1][0].text == "a")
     sizes = ["--dataset", tmp_path / "data.jsonl", "--seed", seed, "--out", tmp_path / "run"]
-    refused(*command, *QUICK, *sizes, value="one block of 16", remedy="held-out")
+    refused(*command, *small(command[0]), *sizes, value="one block of 16", remedy="held-out")
 
 
 def test_too_many_clients_leave_no_folder(refused: Refused, runs: dict[str, Path], tmp_path: Path) -> None:
     corpus = ["--dataset", runs["zo"].parent / "corpus.jsonl"]
-    command = ["simulate", *QUICK, *corpus, "--clients", "19", "--out", tmp_path / "run"]
+    command = ["simulate", *small("simulate"), *corpus, "--clients", "19", "--out", tmp_path / "run"]
     refused(*command, value="19 clients", remedy="use fewer clients")
 
 
@@ -636,7 +646,7 @@ def test_a_run_that_diverges_in_its_last_step_is_not_completed(
     zofed: Zofed, runs: dict[str, Path], tmp_path: Path, mode: str
 ) -> None:
     options = ["--mode", mode, "--learning-rate", "1e30", "--dataset", runs["zo"].parent / "corpus.jsonl"]
-    status, _, errors = zofed("train", *QUICK, *options, "--steps", "1", "--out", tmp_path / "run")
+    status, _, errors = zofed("train", *small("train", mode), *options, "--steps", "1", "--out", tmp_path / "run")
     assert status == 2
     assert "learning-rate = 1e+30" in errors
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "diverged"
@@ -648,14 +658,14 @@ def test_a_fault_of_the_users_own_objective_is_told_and_is_no_divergence(
     (tmp_path / "faulty_objective.py").write_text("def f(model, batch):\n    raise ValueError('no labels_mask')\n")
     monkeypatch.syspath_prepend(tmp_path)
     options = ["--objective", "faulty_objective:f", "--dataset", runs["zo"].parent / "corpus.jsonl"]
-    status, _, errors = zofed("train", *QUICK, *options, "--out", tmp_path / "run")
+    status, _, errors = zofed("train", *small("train"), *options, "--out", tmp_path / "run")
     assert status == 2 and "mend objective = 'faulty_objective:f': no labels_mask" in errors
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
 
 
 def test_a_diverged_federation_names_the_rate(zofed: Zofed, runs: dict[str, Path], tmp_path: Path) -> None:
     options = ["--learning-rate", "1e30", "--dataset", runs["zo"].parent / "corpus.jsonl"]
-    status, _, errors = zofed("simulate", *QUICK, *options, "--clients", "2", "--out", tmp_path / "run")
+    status, _, errors = zofed("simulate", *small("simulate"), *options, "--clients", "2", "--out", tmp_path / "run")
     assert status == 2
     assert "learning-rate = 1e+30" in errors and "a tenth of it" in errors
 
@@ -666,7 +676,7 @@ def test_relative_paths_still_work_when_a_run_is_resumed_elsewhere(
     shutil.copy(runs["zo"].parent / "corpus.jsonl", tmp_path)
     shutil.copytree(runs["zo"] / "model", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    assert zofed("train", *QUICK, "--dataset", "corpus.jsonl", "--model", "model", "--out", "run")[0] == 0
+    assert zofed("train", *small("train"), "--dataset", "corpus.jsonl", "--model", "model", "--out", "run")[0] == 0
     monkeypatch.chdir("/")
     assert zofed("train", "--resume", tmp_path / "run")[0] == 0
     assert zofed("journal", "replay", tmp_path / "run")[0] == 0
@@ -682,12 +692,14 @@ def test_a_spoilt_summary_counts_as_none(
     assert zofed(*command, folder)[::2] == (0, "")
 
 
-@pytest.mark.parametrize("content", [b"some,other\n1,2\n", b"\xff\n"])
-def test_a_spoilt_metrics_file_is_told(refused: Refused, copy_of: Callable[[str], Path], content: bytes) -> None:
+@pytest.mark.parametrize("content", [b"some,other\n1,2\n", b"\xff\n", b"", bytes(99)])
+@pytest.mark.parametrize("name", ["metrics.csv", "evaluations.csv"])
+def test_a_spoilt_table_is_made_anew(zofed: Zofed, copy_of: Callable[[str], Path], name: str, content: bytes) -> None:
     folder = copy_of("zo")
-    (folder / "metrics.csv").write_bytes(content)
-    (folder / "summary.json").unlink()  # a finished run would have nothing to go on with
-    refused("train", "--resume", folder, value=str(folder / "metrics.csv"), remedy="delete it")
+    before = [row | {"timestamp": "", "seconds": ""} for row in read_table(folder / name)]
+    (folder / name).write_bytes(content)
+    assert zofed("train", "--resume", folder)[::2] == (0, "")
+    assert [row | {"timestamp": "", "seconds": ""} for row in read_table(folder / name)] == before
 
 
 @pytest.mark.parametrize("command", [["plot", "compare", "{run}", "--out", "/proc/no.png"], ["make-data", "/proc/no"]])
@@ -705,13 +717,17 @@ def test_replay_of_a_saved_model_has_no_library_chatter(
 
     logging.enable_progress_bar()  # as in a process of its own, where no run has turned it off
     options = ["--dataset", runs["zo"].parent / "corpus.jsonl", "--model", runs["zo"] / "model"]
-    assert zofed("train", *QUICK, *options, "--out", tmp_path / "run")[0] == 0
+    assert zofed("train", *small("train"), *options, "--out", tmp_path / "run")[0] == 0
     logging.enable_progress_bar()
     assert zofed("journal", "replay", tmp_path / "run")[::2] == (0, "")
 
 
-def test_a_torn_federated_journal_gets_a_remedy_that_works(refused: Refused, copy_of: Callable[[str], Path]) -> None:
+def test_a_torn_federated_journal_gets_a_remedy_that_works(
+    zofed: Zofed, refused: Refused, copy_of: Callable[[str], Path]
+) -> None:
     folder = copy_of("federated")
-    (folder / "journal.zofed").write_bytes((folder / "journal.zofed").read_bytes()[:-1])
-    message = refused("journal", "verify", folder, value="torn bytes", remedy="restore it from a copy")
-    assert "--resume" not in message
+    raw = (folder / "journal.zofed").read_bytes()
+    (folder / "journal.zofed").write_bytes(raw[:-1])
+    refused("journal", "verify", folder, value="torn bytes", remedy=f"zofed simulate --resume {folder} cuts them off")
+    assert zofed("simulate", "--resume", folder)[::2] == (0, "")
+    assert (folder / "journal.zofed").read_bytes() == raw

@@ -181,7 +181,7 @@ def test_a_pickle_is_found_beside_missing_data(quick: Callable[..., Settings], t
         ({"task": "classification"}, "data", "set task to language-model"),
         ({"clients": 41}, "data", "use fewer clients"),
         ({"clients": 2, "quorum": 3}, "federation", "set it to clients = 2 or less"),
-        ({"clients": 2, "mode": "fo"}, "federation", "set mode to zo, or clients to 0"),
+        ({"clients": 2, "merge": "median"}, "federation", "set seeds to shared"),
     ],
 )
 def test_a_fault_is_told_with_its_remedy(

@@ -453,10 +453,9 @@ def test_a_budget_of_seconds_stops_once_for_the_row_the_loop_and_a_resumption(
     ],
 )
 def test_epochs_are_passes_over_the_data(quick: Quick, overrides: dict[str, Any], seen: int) -> None:
-    examples = {"labels": torch.zeros(101, 16)}
-    assert central.steps_of(quick(epochs=1.5, **overrides), examples) == math.ceil(151.5 / seen)
-    assert central.steps_of(quick(epochs=0.001, **overrides), examples) == 1
-    assert central.steps_of(quick(**overrides), examples) == 6
+    assert central.steps_of(quick(epochs=1.5, **overrides), 101) == math.ceil(151.5 / seen)
+    assert central.steps_of(quick(epochs=0.001, **overrides), 101) == 1
+    assert central.steps_of(quick(**overrides), 101) == 6
 
 
 def test_a_run_of_epochs_stopped_by_a_budget_says_so(quick: Quick, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Train on this machine alone: a new run, or one that goes on from its folder."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,24 +7,29 @@ from typing import Any
 
 import torch
 
-from zofed import budget, data, directions, local, metrics, pool, sinks
+from zofed import budget, data, directions, metrics, pool, sinks
 from zofed.config import WITH_BACKPROP, Settings, resolve
 from zofed.data import Examples
 from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
 from zofed.finish import finish, status_kept
 from zofed.journal import Journal
-from zofed.runs import Row, RunFolder, read_table
-from zofed.steps import asker
+from zofed.runs import CENTRAL, RunFolder
+from zofed.steps import asker, steps_of
+from zofed.tables import Row
 from zofed.task import Task, prepare_process, with_absolute_paths
-from zofed.trainer import Totals, Trainer
+from zofed.trainer import Totals, Trainer, sure_lines
 from zofed.worker import Worker
 
 Show = Callable[[Row], None]
+Expect = Callable[[int], None]
 
 
-def train(settings: Settings, out: Path, show: Show) -> dict[str, Any]:
-    """A new central run in folder `out`; returns its summary. Raises UserError before anything is written."""
+def train(settings: Settings, out: Path, show: Show, expect: Expect = lambda _: None) -> dict[str, Any]:
+    """A new central run in folder `out`; returns its summary. Raises UserError before anything is written.
+
+    show: called with each row of the metrics. expect: called once with the number of the run's steps, before them.
+    """
     sinks.check(settings)
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings))
@@ -33,43 +37,42 @@ def train(settings: Settings, out: Path, show: Show) -> dict[str, Any]:
     examples, worker = task.shard(0, 1), task.worker()
     folder = RunFolder.create(out, task.settings, task.inputs())
     with Journal.create(folder.journal, worker.genesis) as journal:
-        return _run(task, worker, examples, journal, folder, show)
+        return _run(task, worker, examples, journal, folder, show, expect)
 
 
-def resume(path: Path, show: Show) -> dict[str, Any]:
+def resume(path: Path, show: Show, expect: Expect = lambda _: None) -> dict[str, Any]:
     """Continue the run in `path` from its journal (zo) or its newest checkpoint (fo), to the same weights.
 
-    A finished run stays as it is. Raises UserError for a folder that is no central run, or whose settings, data or
-    model are not those it began with.
+    A finished run stays as it is, unless its model or lines of its tables are gone: they are made anew. Raises
+    UserError for a folder that is no central run, or whose settings, data or model are not those it began with.
     """
     folder = RunFolder.open(path)
+    folder.check_way(CENTRAL)
     settings = folder.settings()
-    if (folder.path / "rounds.csv").exists():
-        raise UserError(
-            f"{folder.path} is a federated run, which zofed train cannot continue: flwr run with the same out does"
-        )
     prepare_process(settings.threads)
     task = Task.load(settings)
     worker = task.worker()
     with Journal.open(folder.journal) as journal:
         folder.check_unchanged(task.inputs(), journal.genesis, worker.genesis)
-        done = journal.entries[-1].record.round if journal.entries else 0
+        done = journal.last_round
         examples = task.shard(0, 1)
-        total = steps_of(settings, examples)
+        total = steps_of(settings, len(examples["labels"]))
         if total < done:
             raise UserError(f"steps = {total}, but {folder.path} has done {done}: set steps to {done} or more")
-        summary, rows = folder.summary(), read_table(folder.path / "metrics.csv")
+        summary, (rows, _) = folder.summary(), sure_lines(folder, done)
         is_finished = summary.get("status") == "completed" and summary.get("journal_head") == journal.head.hex()
-        if is_finished and (total == done or (rows and Totals.of(rows[-1]).spent(settings))):
+        is_whole = folder.has_model() and len(rows) == done + 1
+        if is_finished and is_whole and (total == done or Totals.of(rows[-1]).spent(settings)):
             return summary
-        return _run(task, worker, examples, journal, folder, show)
+        return _run(task, worker, examples, journal, folder, show, expect)
 
 
 def _run(
-    task: Task, worker: Worker, examples: Examples, journal: Journal, folder: RunFolder, show: Show
+    task: Task, worker: Worker, examples: Examples, journal: Journal, folder: RunFolder, show: Show, expect: Expect
 ) -> dict[str, Any]:
     settings = task.settings
-    total = steps_of(settings, examples)
+    total = steps_of(settings, len(examples["labels"]))
+    expect(total)
     backprop_examples = task.backprop_examples if settings.mode in WITH_BACKPROP else None
     trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
@@ -79,15 +82,6 @@ def _run(
         ):
             totals = trainer.run(total, asker(settings, worker, examples, total, backprop_examples, split))
         return finish(task, worker, journal, folder, totals)
-
-
-def steps_of(settings: Settings, examples: Examples) -> int:
-    """How many steps a run takes: those asked for, or enough to see the data `epochs` times."""
-    if not settings.epochs:
-        return settings.steps
-    batches = {"fo": settings.gradient_accumulation, "subspace": settings.subspace_interval}.get(settings.mode)
-    seen = batches * settings.batch_size if batches else local.examples_seen(settings)
-    return max(1, math.ceil(settings.epochs * len(examples["labels"]) / seen))
 
 
 def score(settings: Settings) -> dict[str, metrics.Score]:
@@ -105,7 +99,7 @@ def score_run(path: Path, changes: Mapping[str, Any], *, best: bool = False) -> 
     folder = RunFolder.open(path)
     values = folder.settings().model_dump(by_alias=True) | dict(changes)
     if not best and not folder.model.is_dir():
-        raise UserError(f"{folder.path} has no model yet: let the run end, with zofed train --resume {folder.path}")
+        raise UserError(f"{folder.path} has no model yet: let the run end, with {folder.go_on()}")
     settings = resolve(values | ({} if best else {"model": str(folder.model)}))
     task, worker = _loaded(settings)
     if best:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from zofed import config, data, documents, models, runs, tokenizers
+from zofed import config, data, documents, federation, models, runs, tokenizers
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.errors import UserError
@@ -63,16 +63,16 @@ def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
     with _collect(faults, "data"):
         found = documents.load_documents(settings.dataset)
     yield from faults
-    task, examples = None, None
+    task, examples, blocks = None, None, 0
     if tokenizer is not None and found:
         faults = []
         with _collect(faults, "data"):
             task = Task.of(settings, tokenizer, found)
-            examples, line = _data(task)
+            examples, blocks, line = _data(task)
             faults.append(line)
         yield from faults
     if tokenizer is not None:
-        yield from _model(settings, modes, tokenizer, task, examples)
+        yield from _model(settings, modes, tokenizer, task, examples, blocks)
 
 
 @contextmanager
@@ -112,8 +112,11 @@ def _tokenizer(tokenizer: Any, name: str) -> Line:
     return Line("ok", "tokenizer", told)
 
 
-def _data(task: Task) -> tuple[Examples, Line]:
-    """Examples to take a step on, and whether there are enough. Raises UserError for less than one."""
+def _data(task: Task) -> tuple[Examples, int, Line]:
+    """Examples to take a step on, about how many the run has, and whether that is enough.
+
+    Raises UserError for less than one.
+    """
     size, clients = task.settings.block_size, max(1, task.settings.clients)
     examples, blocks = _count(task, task.train)
     try:
@@ -125,8 +128,12 @@ def _data(task: Task) -> tuple[Examples, Line]:
     what = f"documents of {task.labels} classes" if task.labels else f"blocks of {size} tokens"
     told = f"{len(task.train)} documents, about {blocks:,} {what}; held out {len(task.held_out)}, about {held:,}"
     if blocks < task.settings.batch_size:
-        return examples, Line("note", "data", f"{told}; a batch of {task.settings.batch_size} holds some of them twice")
-    return examples, Line("ok", "data", told)
+        return (
+            examples,
+            blocks,
+            Line("note", "data", f"{told}; a batch of {task.settings.batch_size} holds some of them twice"),
+        )
+    return examples, blocks, Line("ok", "data", told)
 
 
 def _count(task: Task, part: list[Document]) -> tuple[Examples, int]:
@@ -145,7 +152,12 @@ def _size(part: list[Document]) -> int:
 
 
 def _model(
-    settings: Settings, modes: Sequence[str], tokenizer: Any, task: Task | None, examples: Examples | None
+    settings: Settings,
+    modes: Sequence[str],
+    tokenizer: Any,
+    task: Task | None,
+    examples: Examples | None,
+    blocks: int,
 ) -> Iterator[Line]:
     """Findings on the model, its memory, a step of each mode, the time and the federation."""
     try:
@@ -175,11 +187,10 @@ def _model(
     for mode in fits:
         lines = []
         with _collect(lines, f"step {mode}"):
-            found = pace(task, worker, examples, mode)
-            count = settings.rounds if settings.clients else settings.steps
+            found = pace(task, worker, examples, mode, blocks)
             told = f"loss {found.loss:.4f}, about {duration(found.step)} a step"
             lines.append(Line("ok", f"step {mode}", told))
-            told = f"{count} steps and their evaluations about {duration(found.total)}"
+            told = f"{found.steps} steps and their evaluations about {duration(found.total)}"
             lines.append(Line("ok", f"time {mode}", told))
         yield from lines
     if line := _federation(settings, worker):
@@ -214,13 +225,18 @@ def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
 def _federation(settings: Settings, worker: Worker) -> Line | None:
     """Bytes a client sends and gets each round, and the nodes that must be there."""
     clients = settings.clients
-    if settings.mode != "zo":
-        told = f"mode = {settings.mode!r} with clients = {clients}: only zo runs in a federation; set mode to zo, "
-        return Line("fix", "federation", f"{told}or clients to 0") if clients else None
+    nodes = f"{clients} nodes" if clients else "at least 1 node, all that are there"
+    if clients:
+        try:
+            federation.check_settings(settings)
+        except UserError as error:
+            return Line("fix", "federation", str(error))
     if settings.quorum > clients > 0:
         return Line("fix", "federation", f"quorum = {settings.quorum}: set it to clients = {clients} or less")
+    if settings.mode != "zo":
+        told = f"needs {nodes}; what a round of mode = {settings.mode} sends is not predicted"
+        return Line("note", "federation", told) if clients else None
     up, down = bytes_of_a_round(settings, worker)
-    nodes = f"{clients} nodes" if clients else "at least 1 node, all that are there"
     told = f"{up:,} bytes up and {down:,} down for each client and round (with {max(1, clients)} clients)"
     return Line("note", "federation", f"{told}; needs {nodes}")
 

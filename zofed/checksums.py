@@ -32,7 +32,9 @@ def _followed_by(crcs: Words, lengths: NDArray[np.int64]) -> Words:
     power, found = _X8, crcs
     for bit in range(int(lengths.max(initial=0)).bit_length()):
         # Multiplication is linear: a product is the sum of those of its four bytes.
-        low, second, third, high = (_times(np.arange(256, dtype=np.uint32) << shift, power) for shift in (0, 8, 16, 24))
+        low, second, third, high = (
+            _times(np.arange(256, dtype=np.uint32) << np.uint32(shift), power) for shift in (0, 8, 16, 24)
+        )
         times = low[found & 255] ^ second[found >> 8 & 255] ^ third[found >> 16 & 255] ^ high[found >> 24]
         found = np.where(lengths >> bit & 1 == 1, times, found)
         power = int(_times(np.array([power], np.uint32), power)[0])

@@ -13,7 +13,16 @@ import typer.core
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zofed import __version__, config, deployment_commands, experiment_commands, model_commands, proxies
+from zofed import (
+    __version__,
+    config,
+    deployment_commands,
+    experiment_commands,
+    model_commands,
+    proxies,
+    runs,
+    shell,
+)
 from zofed.config import SETTINGS, Settings
 from zofed.data_commands import app as data_app
 from zofed.errors import UserError
@@ -54,6 +63,12 @@ class Reporter:
         if self.progress:
             self.progress.stop()
 
+    def expect(self, total: int) -> None:
+        """Count up to this many from now on."""
+        self.total = total
+        if self.progress:
+            self.progress.update(self.bar, total=total)
+
     def __call__(self, row: Row) -> None:
         evaluated = row.get("eval_loss") is not None
         if evaluated:
@@ -79,10 +94,11 @@ def train(
     if resume is not None and (file or options):
         raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
     if resume is not None:
-        settings = (folder := RunFolder.open(resume)).settings()
-        out = folder.path
+        folder = RunFolder.open(resume)
+        folder.check_way(runs.CENTRAL)
+        settings, out = folder.settings(), folder.path
     else:
-        settings = settings_from(file, options)
+        settings = settings_from(file, options, config.CENTRAL)
         settings = with_out(settings, settings.mode)
         out = Path(settings.out)
     from zofed import central  # torch and transformers take seconds to load: --help and mistakes need not wait
@@ -90,28 +106,51 @@ def train(
     console.print(f"run folder: {out}")
     try:
         with Reporter(settings.steps, "step") as reporter:
-            summary = central.resume(out, reporter) if resume else central.train(settings, out, reporter)
+            summary = (
+                central.resume(out, reporter, reporter.expect)
+                if resume
+                else central.train(settings, out, reporter, reporter.expect)
+            )
     except KeyboardInterrupt:
-        raise Interrupted(f"continue with: zofed train --resume {out}") from None
-    tell_end(RunFolder.open(out), summary)
+        raise Interrupted(how_to_go_on(out)) from None
+    tell_end(RunFolder.open(out), summary, "zofed", "train")
 
 
 @app.command()
 @with_settings
 def simulate(
     file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="continue the run in this folder instead")] = None,
     *,
     options: dict[str, str],
 ) -> None:
     """Run a federation in this one process, without Ray or a SuperLink: the same apps, the same results."""
+    if resume is not None and (file or options):
+        raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
+    if resume is not None:
+        folder = RunFolder.open(resume)
+        folder.check_way(runs.SIMULATED)
+        settings, nodes = folder.settings().model_copy(update={"out": str(folder.path)}), folder.nodes
+    else:
+        settings = with_out(settings_from(file, options, config.FEDERATED), "simulated")
+        nodes = 0
+    if not settings.clients:  # there are as many nodes as are made here
+        settings = settings.model_copy(update={"clients": nodes or 2})
     from zofed import client, server
     from zofed.grid import LocalGrid
 
-    settings = settings_from(file, options)
-    settings = with_out(settings, "simulated")
-    grid = LocalGrid(client.app, settings.clients or 2, settings.model_dump(by_alias=True))
-    summary = server.run(grid, settings, "")
-    tell_end(RunFolder.open(Path(settings.out)), summary)
+    grid = LocalGrid(client.app, nodes or settings.clients, settings.model_dump(by_alias=True))
+    try:
+        summary = server.run(grid, settings, "")
+    except KeyboardInterrupt:
+        raise Interrupted(how_to_go_on(Path(settings.out))) from None
+    tell_end(RunFolder.open(Path(settings.out)), summary, "zofed", "simulate")
+
+
+def how_to_go_on(out: Path) -> str:
+    """What to do after an interruption: nothing stands in a folder that has no journal yet."""
+    folder = RunFolder(out)
+    return f"continue with: {folder.go_on()}" if folder.journal.exists() else "nothing was trained yet: start it again"
 
 
 def with_out(settings: Settings, name: str) -> Settings:
@@ -120,8 +159,11 @@ def with_out(settings: Settings, name: str) -> Settings:
     return settings.model_copy(update={"out": str(out)})
 
 
-def tell_end(folder: RunFolder, summary: dict[str, Any]) -> None:
-    """The numbers that matter, where the results lie, and what to do next."""
+def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:
+    """The numbers that matter, where the results lie, and what to do next.
+
+    command: what runs settings in the way of this run, before the file that holds them.
+    """
     table = Table("", "held-out loss (nats)", box=None, pad_edge=False)
     end = summary["eval_loss_end"]
     table.add_row("start", f"{summary['eval_loss_start']:.4f}")
@@ -152,7 +194,9 @@ def tell_end(folder: RunFolder, summary: dict[str, Any]) -> None:
     for name, what in CONTENTS.items():
         if (folder.path / name).exists():
             console.print(f"  {name:23}{what}")
-    console.print(f"next: zofed journal replay {folder.path}")
+    again = shell.command(*command, folder.path / "settings.toml", "--out", f"{folder.path}-again")
+    console.print(f"the same once more: {again}", markup=False)
+    console.print(f"next: {shell.command('zofed', 'journal', 'replay', folder.path)}", markup=False)
 
 
 CONTENTS = {
@@ -161,6 +205,7 @@ CONTENTS = {
     "evaluations.csv": "one line an evaluation and source",
     "rounds.csv": "one line a round: replies, bytes, where the time went",
     "clients.csv": "one line a reply",
+    "rounds.log": "what each exchange found out, durable; a run that goes on rebuilds its tables from it",
     "client_evaluations.csv": "one line an evaluation and client",
     "partition.csv": "who holds what, with partition.png",
     "federation.png": "losses by round, bytes and seconds, and where the seconds went",
@@ -169,7 +214,7 @@ CONTENTS = {
     "model": "the trained model: a Hugging Face folder, which --model takes too",
     "checkpoints": "the newest states, to resume from",
     "updates": "gradients and guides, for the replay",
-    "settings.toml": "all settings: zofed train settings.toml --out NEW runs it again",
+    "settings.toml": "all settings",
 }
 
 
@@ -180,7 +225,7 @@ def journal_show(
 ) -> None:
     """A table of the records: round, kind, rate, clients, queries, size of the slopes."""
     from zofed import journal
-    from zofed.records import Dense, Seeded
+    from zofed.records import Dense, Guided, Seeded, Skipped
 
     contents = journal.read(RunFolder.open(folder).journal)
     table = Table("round", "kind", "rate", "clients", "queries", "slope rms", "bytes", "chain", box=None)
@@ -194,7 +239,8 @@ def journal_show(
                 str(record.round), "seeded", f"{record.rate:g}", clients, str(record.queries), f"{rms:.4g}", *end
             )
         else:
-            kind, rate = ("dense", f"{record.rate:g}") if isinstance(record, Dense) else ("skipped", "")
+            kind = {Dense: "dense", Guided: "guided"}.get(type(record), "skipped")
+            rate = "" if isinstance(record, Skipped) else f"{record.rate:g}"
             table.add_row(str(record.round), kind, rate, "", "", "", *end)
     console.print(table)
     console.print(f"{len(contents.entries)} records, {contents.end} bytes, head {contents.head.hex()}")
@@ -209,8 +255,7 @@ def journal_verify(folder: Annotated[Path, typer.Argument(help="folder of a run"
     contents = journal.read(run.journal)
     if contents.torn:
         last = contents.entries[-1].record.round if contents.entries else 0
-        federated = (run.path / "rounds.csv").exists()
-        remedy = "restore it from a copy" if federated else f"zofed train --resume {run.path} cuts them off and goes on"
+        remedy = f"{run.go_on()} cuts them off and goes on"
         raise UserError(f"journal {run.journal} ends in {contents.torn} torn bytes after round {last}: {remedy}")
     head = run.summary().get("journal_head")
     if head and head != contents.head.hex():
@@ -345,7 +390,7 @@ def quickstart(
     status = launch.quickstart(rounds, out, {"clients": 4, "controls": True, "device": "cpu", "learning-rate": 0.05})
     if status == 0:
         folder = RunFolder.open(out)
-        tell_end(folder, folder.summary())
+        tell_end(folder, folder.summary(), "zofed", "simulate")
     raise typer.Exit(status)
 
 

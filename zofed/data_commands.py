@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from zofed import catalog, subsets
+from zofed import catalog, shell, subsets
 from zofed.errors import UserError
 from zofed.files import write_whole
 from zofed.options import Interrupted, console
@@ -103,7 +103,7 @@ def download(
         console.print(f"{got['blank']:,} rows without text were left out")
     if samples > got["rows"]:
         console.print(f"there were no more: {samples:,} were asked for")
-    console.print(f"next: zofed train --dataset {name}")
+    console.print(f"next: {shell.command('zofed', 'train', '--dataset', name)}", markup=False)
 
 
 @app.command()
@@ -123,7 +123,9 @@ def merge(
         console.print(f"{part['documents']:8,} documents of {part['name']}")
     console.print(f"{info['rows']:8,} in {folder} (SHA-256 {info['sha256']})")
     known = folder.parent == catalog.data_root()
-    console.print(f"next: zofed data distribution {folder.name if known else folder}")
+    console.print(
+        f"next: {shell.command('zofed', 'data', 'distribution', folder.name if known else folder)}", markup=False
+    )
 
 
 @app.command()

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from zofed import config, proxies
+from zofed import config, proxies, shell
 from zofed.errors import UserError
 from zofed.options import console, settings_from, with_settings
-from zofed.runs import RunFolder
+from zofed.runs import DEPLOYED, RunFolder
 
 Keys = Annotated[Path, typer.Option(help="folder that zofed keys init made")]
 Insecure = Annotated[bool, typer.Option("--insecure", help="no TLS, no keys: for trials on one machine")]
@@ -141,9 +141,10 @@ def run(
         raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
     if resume is not None:
         folder = RunFolder.open(resume)
+        folder.check_way(DEPLOYED)
         settings = folder.settings().model_copy(update={"out": str(folder.path)})
     else:
-        settings = settings_from(file, options)
+        settings = settings_from(file, options, config.FEDERATED)
         if settings.out:
             settings = settings.model_copy(update={"out": str(config.absolute(settings.out, "out"))})
     try:
@@ -151,13 +152,13 @@ def run(
     except launch.Stopped as stop:
         raise typer.Exit(128 + stop.number) from None
     if status != launch.COMPLETED:
-        again = (
-            f"; go on with zofed run {name} --resume {out}" if out and (Path(out) / "journal.zofed").exists() else ""
-        )
+        again = ""
+        if out and (Path(out) / "journal.zofed").exists():
+            again = f"; go on with {shell.command('zofed', 'run', name, '--resume', Path(out))}"
         raise UserError(f"the run ended as {status!r}: the cause stands above{again}")
     if (Path(out) / "summary.json").exists():
         folder = RunFolder.open(Path(out))
-        tell_end(folder, folder.summary())
+        tell_end(folder, folder.summary(), "zofed", "run", name)
     else:
         bring(out, fetch)
 
@@ -169,15 +170,16 @@ def bring(out: str, host: str) -> None:
 
     target = Path("runs") / Path(out).name
     command = ["scp", "-r", "-q", f"{host or 'USER@HOST'}:{out}", str(target)]
+    shown = shell.command(*command)
     if not host:
-        console.print(f"the results lie on the SuperLink's machine: {' '.join(command)}")
+        console.print(f"the results lie on the SuperLink's machine: {shown}")
         return
     if target.exists():
-        raise UserError(f"{target} exists already: move it aside, then fetch with {' '.join(command)}")
+        raise UserError(f"{target} exists already: move it aside, then fetch with {shown}")
     if not shutil.which("scp"):
         raise UserError(f"scp is not installed: copy {out} from {host} by other means")
     target.parent.mkdir(exist_ok=True)
-    print("$ " + " ".join(command), flush=True)
+    print(f"$ {shown}", flush=True)
     if subprocess.run(command, check=False).returncode:
-        raise UserError(f"could not copy {out} from {host}: do it with {' '.join(command)}")
+        raise UserError(f"could not copy {out} from {host}: do it with {shown}")
     console.print(f"results in {target}")

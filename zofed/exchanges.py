@@ -52,6 +52,7 @@ class Exchanges:
         self.genesis = genesis_chain(worker.genesis)
         self.updates: dict[bytes, bytes] = {}  # encoded, by digest
         self._probe = (b"", b"")  # head, probe there
+        self._held = 0  # entries up to that head
 
     def remember(self, raw: bytes, update: Update) -> bytes:
         """Keep an encoded update for the clients that will need it; returns its digest."""
@@ -180,7 +181,7 @@ class Exchanges:
         """Note where a client's replica stands; whether it is to be asked again with all it lacks."""
         client, member = plan.client, self.members.found[plan.client]
         if result == "used":
-            member.held, member.rebuild, member.doubted = len(self.journal.entries), False, False
+            member.held, member.rebuild, member.doubted = self._held, False, False
             member.updates = set(self.updates) if plan.guide else set()
         elif answer is not None and result == "behind":
             member.updates = set()
@@ -201,10 +202,15 @@ class Exchanges:
         self, client: int, attempt: int = 0, task: federation.Task = "none", steps: int = 1, guide: bytes = b""
     ) -> Plan:
         member = self.members.found[client]
-        held, entries = (0 if member.rebuild else member.held), self.journal.entries
-        after = entries[held - 1].chain if held else self.genesis
         if self._probe[0] != self.worker.head:  # the weights have moved; one probe serves all clients
             self._probe = (self.worker.head, self.worker.probe())
+            self._held = federation.position(self.journal.entries, self.genesis, self.worker.head) or 0
+        # The journal may be ahead of the weights: a round's lines are being written while later ones stand in it.
+        entries = self.journal.entries[: self._held]
+        held = 0 if member.rebuild else member.held
+        is_ahead = held > len(entries)  # only weights lead back, since no record can be undone
+        held = min(held, len(entries))
+        after = entries[held - 1].chain if held else self.genesis
         plan = federation.plan_for(
             self.worker, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
             guide=guide,
@@ -215,7 +221,7 @@ class Exchanges:
         needed = [digest for digest in digests if digest is not None and digest not in member.updates]
         updates = [self.updates[digest] for digest in needed if digest in self.updates]
         rest = {"rebuild": int(member.rebuild), "updates": guides.joined(updates)}
-        if len(updates) < len(needed) or self._snapshot_is_cheaper(entries[held:], len(rest["updates"])):
+        if is_ahead or len(updates) < len(needed) or self._snapshot_is_cheaper(entries[held:], len(rest["updates"])):
             rest = {"after": self.worker.head, "entries": b"", "rebuild": int(member.rebuild)}
             rest["snapshot"] = snapshots.taken(self.worker)
         return replace(plan, **rest)
@@ -263,20 +269,25 @@ class Exchanges:
         return digests
 
     def evaluations(self, round_: int) -> str:
-        """Losses on the clients' own held-out parts, in words."""
-        _, replies = self.send({client: self.plan(client) for client in self.members.there()}, "evaluate")
-        scores = []
-        for client, member in self.members.found.items():
-            found = _told(Evaluation, replies.get(member.node))
-            if found is None or not found.examples or not math.isfinite(found.loss):
-                continue
-            scores.append(found.loss)
-            row = {"round": round_, "client": client, "loss": found.loss, "examples": found.examples}
-            self.traffic.evaluated(row)
-        if not scores:
+        """Losses on the clients' own held-out parts, in words; of a round asked about before, those it gave then."""
+        if (rows := self.traffic.log.scores.get(round_)) is None:
+            rows = self._evaluated(round_)
+        if not rows:
             return ""
+        self.traffic.evaluated(rows)
+        scores = [row["loss"] for row in rows]
         spread = statistics.pstdev(scores)
         return f"  clients' own {statistics.fmean(scores):.4f} (worst {max(scores):.4f}, spread {spread:.4f})"
+
+    def _evaluated(self, round_: int) -> list[dict[str, Any]]:
+        """A row for each client that scored itself."""
+        _, replies = self.send({client: self.plan(client) for client in self.members.there()}, "evaluate")
+        rows = []
+        for client, member in self.members.found.items():
+            found = _told(Evaluation, replies.get(member.node))
+            if found is not None and found.examples and math.isfinite(found.loss):
+                rows.append({"round": round_, "client": client, "loss": found.loss, "examples": found.examples})
+        return rows
 
 
 def _told(kind: type[T], reply: Message | None) -> T | None:

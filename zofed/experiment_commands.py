@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from zofed import config
+from zofed import config, shell
 from zofed.errors import UserError
 from zofed.options import Interrupted, console, with_settings
 
@@ -61,6 +62,10 @@ def sweep(
     path = sweep_file.find(file)
     out = options.pop("out", "")
     wanted = sweep_file.read(path, scale, options, data or [], with_controls=with_controls)
+    if idle := wanted.without_effect(options):
+        raise UserError("; ".join(idle))
+    if idle := wanted.without_effect(key for key in wanted.base if key not in options):
+        warnings.warn(f"{path}: {'; '.join(idle)}", stacklevel=2)
     folder_path = config.absolute(out or f"runs/{path.stem}{'-' + scale if scale else ''}", "out")
     from zofed import sweep_cost, sweep_process  # torch and transformers take seconds to load
 
@@ -83,7 +88,8 @@ def sweep(
                 runner = Runner(wanted, folder, at_a_time, watching)
                 board = runner.run()
         except KeyboardInterrupt:
-            raise Interrupted(f"continue with: zofed sweep {folder.path / 'sweep.toml'} --out {folder.path}") from None
+            again = shell.command("zofed", "sweep", folder.path / "sweep.toml", "--out", folder.path)
+            raise Interrupted(f"continue with: {again}") from None
     failed = board.failed
     lost = {name for name, loss in runner.losses.items() if loss == math.inf}  # failed, or tuned and diverged
     diverged = sorted(lost - {run.name for run in failed})
@@ -102,7 +108,8 @@ def sweep(
     if runner.first_steps:
         median = statistics.median(runner.first_steps)
         console.print(f"from a run's start to its first step {median:.2f} s (median of {len(runner.first_steps)})")
-    console.print(f"results in {folder.path / 'summary.csv'}; next: zofed report {folder.path}", markup=False)
+    report_it = shell.command("zofed", "report", folder.path)
+    console.print(f"results in {folder.path / 'summary.csv'}; next: {report_it}", markup=False)
     if failed or untuned:
         raise typer.Exit(1)
 

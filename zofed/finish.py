@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 from zofed import models
 from zofed.config import Settings
-from zofed.errors import DivergenceError, UserError
-from zofed.journal import Journal, read
+from zofed.errors import DiskError, DivergenceError, UserError
+from zofed.files import sync_file, sync_folder
+from zofed.journal import Journal, JournalError, read
 from zofed.records import Guided, Seeded
 from zofed.runs import RunFolder, peak_memory_bytes, read_table, versions
 from zofed.task import ALL, Task, device, prepare_process
@@ -20,18 +22,32 @@ from zofed.worker import NotKept, Worker, update_digest
 
 @contextmanager
 def status_kept(folder: RunFolder) -> Iterator[None]:
-    """While a run works its summary says `running`; whatever ends it early is written there before it goes on."""
-    folder.write_summary({"status": "running"})
+    """While a run works its summary says `running`; whatever ends it early is written there before it goes on.
+
+    A disk that takes no more becomes a UserError with the command that continues the run.
+    """
     try:
+        folder.write_summary({"status": "running"})
         yield
     except KeyboardInterrupt:
-        folder.write_summary({"status": "interrupted"})
+        with suppress(OSError):
+            folder.write_summary({"status": "interrupted"})
         raise
+    except (DiskError, OSError) as error:
+        told = str(error)
+        if isinstance(error, OSError):
+            told = f"cannot write {error.filename or folder.path}: {error.strerror or error}; free some space"
+        told = f"{told}, then continue with: {folder.go_on()}"
+        _say_failed(folder, told)
+        raise UserError(told) from error
     except Exception as error:
-        with suppress(OSError):  # the disk may be what failed
-            status = "diverged" if isinstance(error, DivergenceError) else "failed"
-            folder.write_summary({"status": status, "error": str(error)})
+        _say_failed(folder, str(error), "diverged" if isinstance(error, DivergenceError) else "failed")
         raise
+
+
+def _say_failed(folder: RunFolder, error: str, status: str = "failed") -> None:
+    with suppress(OSError):  # the disk may be what failed
+        folder.write_summary({"status": status, "error": error})
 
 
 def finish(
@@ -90,8 +106,14 @@ def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
     settings = folder.settings()
     genesis = read(folder.journal).genesis
     place = (base, "") if base else (settings.model, settings.revision)
-    model = models.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)
-    return Worker(nn.Module.to(model, device(settings)), genesis), settings
+    try:
+        model = models.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)
+        return Worker(nn.Module.to(model, device(settings)), genesis), settings
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise JournalError(
+            f"journal {folder.journal} begins with a genesis that gives no model ({type(error).__name__}: {error}): "
+            "restore it from a copy"
+        ) from error
 
 
 def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Worker, int]:
@@ -107,7 +129,7 @@ def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Wor
         replay(worker, [entry.record for entry in entries], folder.whole_update)
         return worker, 0
     except NotKept:
-        restore(worker, entries, folder, latest=entries[-1].record.round)
+        restore(worker, entries, folder, latest=entries[-1].record.round)  # there is an entry, or nothing was lacking
     start = worker.round
     replay(worker, [entry.record for entry in entries if entry.record.round > start], folder.whole_update)
     return worker, start
@@ -150,9 +172,21 @@ def _count(worker: Worker) -> int:
 
 
 def save_model(task: Task, worker: Worker, folder: RunFolder) -> None:
-    """A Hugging Face folder (safetensors and tokenizer) that AutoModel loads, replaced as a whole."""
+    """A Hugging Face folder (safetensors and tokenizer) that AutoModel loads, replaced as a whole, durable at the end.
+
+    Raises DiskError where the disk does not take it; the model that was there stays.
+    """
     temporary = folder.path / ".model.new"
     shutil.rmtree(temporary, ignore_errors=True)
-    models.save(worker.model, task.tokenizer, temporary)
+    try:
+        models.save(worker.model, task.tokenizer, temporary)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                sync_file(path)
+        sync_folder(temporary)
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)  # what it took may be all that the disk lacks
+        raise DiskError(f"cannot write the model into {folder.path}: {error}; free some space") from error
     shutil.rmtree(folder.model, ignore_errors=True)
     temporary.rename(folder.model)
+    sync_folder(folder.path)

@@ -13,7 +13,7 @@ from zofed.data import Examples
 from zofed.estimators import forward_passes
 from zofed.journal import link
 from zofed.records import Seeded
-from zofed.steps import asker
+from zofed.steps import asker, steps_of
 from zofed.task import Task, device
 from zofed.worker import Worker
 
@@ -22,10 +22,12 @@ QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only o
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """loss: of the short step's batch. step: seconds of a whole step. total: of all the run's steps and evaluations."""
+    """What a short step tells. loss: of its batch. step: seconds of a whole step. steps: of the run. total: seconds of
+    all its steps and evaluations."""
 
     loss: float
     step: float
+    steps: int
     total: float
 
 
@@ -46,8 +48,11 @@ def free_bytes(settings: Settings) -> int | None:
         return free
 
 
-def pace(task: Task, worker: Worker, examples: Examples, mode: str) -> Pace:
-    """Take a short step in one mode, and tell from it how long a run takes. May move the worker."""
+def pace(task: Task, worker: Worker, examples: Examples, mode: str, count: int = 0) -> Pace:
+    """Take a short step in one mode, and tell from it how long a run takes. May move the worker.
+
+    count: how many examples the run has, where these are only some of them.
+    """
     settings = task.settings
     if mode != settings.mode:  # another mode may have other directions and optimizers
         worker = replace(task, settings=settings.model_copy(update={"mode": mode})).worker()
@@ -66,15 +71,18 @@ def pace(task: Task, worker: Worker, examples: Examples, mode: str) -> Pace:
     read = min(8, len(examples["labels"]))
     metrics.evaluate(worker.model, examples, read)
     evaluation = (time.monotonic() - began) / read * settings.eval_examples
-    count = steps_within(settings)
+    count = steps_within(settings.model_copy(update={"mode": mode}), count or len(examples["labels"]))
     replayed = moving if mode in ("zo", "subspace") else 0.0  # the replay that proves the run
     total = count * (seconds + moving + replayed) + (count / settings.eval_interval + 2) * evaluation
-    return Pace(loss, seconds + moving, min(total, settings.max_seconds or total))
+    return Pace(loss, seconds + moving, count, min(total, settings.max_seconds or total))
 
 
-def steps_within(settings: Settings) -> int:
-    """Steps or rounds of a run: those asked for, or as many as its budget of forward-equivalents about allows."""
-    count = settings.rounds if settings.clients else settings.steps
+def steps_within(settings: Settings, examples: int = 0) -> int:
+    """Steps or rounds of a run: those asked for, or as many as its budget of forward-equivalents about allows.
+
+    examples: how many the run has, by which `epochs` count; 0: not known, and `steps` stand for them.
+    """
+    count = settings.rounds if settings.clients else steps_of(settings, examples) if examples else settings.steps
     if not settings.max_forward_equivalents:
         return count
     forward = local.passes(settings) * (local.examples_per_query(settings) or settings.batch_size)

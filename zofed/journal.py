@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from zofed import checksums, compact, records
 from zofed.errors import DiskError, UserError
@@ -136,7 +137,7 @@ def _holds_entry(raw: bytes, start: int) -> bool:
     for first in range(start, len(raw) - _ENTRY.size - CHAIN_BYTES, _SEARCHED_AT_ONCE):
         offsets = np.arange(first, min(first + _SEARCHED_AT_ONCE, len(raw) - _ENTRY.size - CHAIN_BYTES))
         offsets = offsets[kinds[every[offsets + _ENTRY.size]]]
-        length, crc = (sum(every[offsets + at + i].astype(np.int64) << 8 * i for i in range(4)) for at in (0, 4))
+        length, crc = (_little_endian(every, offsets + at) for at in (0, 4))
         stops = offsets + _ENTRY.size + length + CHAIN_BYTES
         fits = (length > 0) & (length <= LARGEST_BODY) & (stops <= len(raw))
         offsets, stops, crc = offsets[fits], stops[fits], crc[fits]
@@ -146,6 +147,12 @@ def _holds_entry(raw: bytes, start: int) -> bool:
         if bool((found == crc).any()):
             return True
     return False
+
+
+def _little_endian(every: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The 4-byte integers that stand at these offsets."""
+    low, second, third, high = (every[offsets + place].astype(np.int64) for place in range(4))
+    return low | second << 8 | third << 16 | high << 24
 
 
 def parse_entries(raw: bytes, chain: bytes, offset: int = 0) -> Iterator[Entry]:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from zofed import shell
 from zofed.options import console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -39,7 +40,7 @@ def init(
         private = out / keys.NODES / f"{name}.key"
         console.print(f"node {name}: copy {private} and {out / keys.CA} to it (mode 600), then here: rm {private}")
     console.print("other nodes: run zofed keys node NAME there; its private key then never travels")
-    console.print(f"next: zofed superlink --keys {out}")
+    console.print(f"next: {shell.command('zofed', 'superlink', '--keys', out)}", markup=False)
 
 
 @app.command("node")

@@ -142,6 +142,11 @@ class Members:
     def _refuse(self, client: int, reason: str) -> None:
         self.refused[self.found.pop(client).node] = Refusal(reason)
 
+    @property
+    def partitions(self) -> int:
+        """How many clients the nodes say that the data are dealt out to; all say the same."""
+        return next((member.told.clients for member in self.found.values()), 0)
+
     def there(self) -> list[int]:
         """Clients whose nodes are there, as far as was last seen."""
         return [client for client, member in self.found.items() if member.node in self._present]

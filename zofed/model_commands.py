@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from zofed import config, shell
 from zofed.errors import UserError
 from zofed.options import console, settings_from, with_settings
 
@@ -69,7 +70,7 @@ def download(
 
     folder = hub.download(name, revision)
     console.print(f"{name} at commit {folder.name}")
-    console.print(f"next: zofed train --model {name} --revision {folder.name}")
+    console.print(f"next: {shell.command('zofed', 'train', '--model', name, '--revision', folder.name)}")
 
 
 def check(
@@ -79,7 +80,7 @@ def check(
     options: dict[str, str],
 ) -> None:
     """Look at everything a run needs, in seconds and without writing a file: versions, data, model, memory, time."""
-    settings = settings_from(file, options)
+    settings = settings_from(file, options, None if all_modes else config.FEDERATED if "clients" in options else "")
     from zofed import check as checks
 
     faults = []

@@ -1,6 +1,7 @@
 """What commands share: an option for every setting, and the console."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from zofed import config
 from zofed.config import SETTINGS, Settings
+from zofed.errors import UserError
 
 # Progress and results are for people: they go to the terminal as plain words, without colour codes in a pipe.
 console = Console(highlight=False, soft_wrap=True)
@@ -60,6 +62,20 @@ def _default(value: Any) -> str:
     return "" if value == "" else f" [{str(value).lower() if isinstance(value, bool) else value}]"
 
 
-def settings_from(file: Path | None, options: dict[str, str]) -> Settings:
-    """Defaults, overridden by a TOML file, overridden by what was typed."""
-    return config.resolve({**(config.read_toml(file) if file else {}), **options})
+def settings_from(file: Path | None, options: dict[str, str], run: str | None = None) -> Settings:
+    """Defaults, overridden by a TOML file, overridden by what was typed.
+
+    run: how they will be run, config.CENTRAL or config.FEDERATED, empty where both are possible; None: only a part of
+    them is looked at. A typed setting that then has no effect is a UserError; of those of a file, which may serve
+    several runs, one warning tells.
+    """
+    written = config.read_toml(file) if file else {}
+    settings = config.resolve({**written, **options})
+    if run is None:
+        return settings
+    if idle := config.without_effect(settings, options, run):
+        raise UserError("; ".join(idle))
+    changed = [key for key in config.changed(settings) if key in written and key not in options]
+    if idle := config.without_effect(settings, changed, run):
+        warnings.warn(f"{file}: {'; '.join(idle)}", stacklevel=2)
+    return settings

@@ -31,6 +31,7 @@ from zofed.errors import UserError
 from zofed.estimators import Share, Split
 from zofed.journal import Journal, bodies, genesis_chain
 from zofed.perturbed import CannotBatch
+from zofed.runs import RunFolder
 from zofed.task import Task, devices, prepare_process
 from zofed.worker import Worker, raw_bytes
 
@@ -169,7 +170,7 @@ class Member:
     def _failure(self, what: str) -> UserError:
         return UserError(
             f"{self.place} {what}; mend that, or leave its device out of devices in {self.folder / 'settings.toml'}, "
-            f"then continue with: zofed train --resume {self.folder}"
+            f"then continue with: {RunFolder(self.folder).go_on()}"
         )
 
     def close(self) -> None:

@@ -1,28 +1,30 @@
 """A run's folder: settings, journal, metrics, checkpoints, summary, model; the same whichever way it ran."""
 
-import csv
+import hashlib
 import json
-import os
 import platform
 import resource
 import sys
 import time
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
-from zofed import __version__, config
+from zofed import __version__, config, shell
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.files import write_whole
-from zofed.journal import Genesis, differences, sync_folder
+from zofed.errors import DiskError, UserError
+from zofed.files import sync_file, sync_folder, write_whole
+from zofed.journal import Genesis, differences
+from zofed.tables import Row as Row
+from zofed.tables import read_table as read_table
 from zofed.worker import NotKept, tensors_digest
 
 METRICS = (
@@ -33,7 +35,11 @@ METRICS = (
 EVALUATIONS = ("step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1")
 BEST = "best"  # name of the checkpoint with the lowest held-out loss
 
-Row = dict[str, Any]
+WAY, NODES = "way", "nodes"  # what inputs.json says of how a run runs, beside what must not change
+# How a run runs, by the command that begins and continues it. The last of them is a federation on separate machines.
+CENTRAL, SIMULATED, DEPLOYED = "zofed train", "zofed simulate", "zofed run"
+RESTORE = "restore it from a copy"
+_OF_FEDERATIONS = ("rounds.csv", "clients.csv", "client_evaluations.csv", "partition.csv")
 
 
 @dataclass(frozen=True)
@@ -43,10 +49,14 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path, settings: Settings, inputs: Mapping[str, Any]) -> "RunFolder":
+    def create(
+        cls, path: Path, settings: Settings, inputs: Mapping[str, Any], way: str = CENTRAL, nodes: int = 0
+    ) -> "RunFolder":
         """A new folder for a run. Raises UserError when it cannot be written or holds something already.
 
-        inputs: what a resumed run must find unchanged. What a run killed before its first entry left is written over.
+        inputs: what a resumed run must find unchanged. way: how it runs, one of CENTRAL, SIMULATED and DEPLOYED. nodes:
+        of a federation, how many the data are dealt out to. What a run killed before its first entry left is written
+        over.
         """
         path = config.absolute(path, "out")
         folder = cls(path)
@@ -57,11 +67,13 @@ class RunFolder:
             if path.exists() and (
                 not path.is_dir() or any(p.name not in begun and not p.name.endswith(".new") for p in path.iterdir())
             ):
-                remedy = f"continue it with --resume {path}, or choose" if folder.journal.exists() else "choose"
+                remedy = f"continue it with {folder.go_on()}, or choose" if folder.journal.exists() else "choose"
                 raise UserError(f"out = {str(path)!r} is not empty: {remedy} another folder with --out")
             path.mkdir(parents=True, exist_ok=True)
-            folder.write_text("inputs.json", json.dumps(inputs, indent=2, sort_keys=True) + "\n")
+            about = {WAY: way, **({NODES: nodes} if nodes else {})}
+            folder.write_text("inputs.json", json.dumps(dict(inputs) | about, indent=2, sort_keys=True) + "\n")
             folder.write_text("settings.toml", config.to_toml(settings))
+            sync_folder(path.parent)
         except OSError as error:
             raise UserError(f"out = {str(path)!r} cannot be written: {error.strerror}; choose another --out") from error
         return folder
@@ -75,12 +87,50 @@ class RunFolder:
         return folder
 
     @property
+    def way(self) -> str:
+        """How the run runs: CENTRAL, SIMULATED or DEPLOYED. A run of an earlier version tells it by its files alone."""
+        written = self.inputs().get(WAY)
+        if written in (CENTRAL, SIMULATED, DEPLOYED):
+            return written
+        return SIMULATED if any((self.path / name).exists() for name in _OF_FEDERATIONS) else CENTRAL
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes a federated run's data are dealt out to; 0: not known, or a central run."""
+        written = self.inputs().get(NODES)
+        return written if isinstance(written, int) else 0
+
+    def go_on(self) -> str:
+        """The command that continues the run. NAME stands for a SuperLink, which the run's folder does not know."""
+        words = [*self.way.split(), *(["NAME"] if self.way == DEPLOYED else [])]
+        return shell.command(*words, "--resume", self.path)
+
+    def check_way(self, way: str) -> None:
+        """Raise UserError, with the command that continues the run, unless it runs this way."""
+        if self.way != way:
+            what = {CENTRAL: "a central run", SIMULATED: "a federated run", DEPLOYED: "a run on separate machines"}
+            raise UserError(
+                f"{self.path} is {what[self.way]}, which {way} does not continue: {self.go_on()} does; or choose "
+                "another folder with --out"
+            )
+
+    @property
     def journal(self) -> Path:
         return self.path / "journal.zofed"
 
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    def has_model(self) -> bool:
+        """Whether the trained model lies here, whole as far as its headers tell."""
+        try:
+            for path in (found := list(self.model.glob("*.safetensors"))):
+                with safe_open(path, "pt"):
+                    pass
+            return bool(found) and (self.model / "config.json").is_file()
+        except (OSError, SafetensorError):
+            return False
 
     def settings(self) -> Settings:
         return config.resolve(config.read_toml(self.path / "settings.toml"))
@@ -103,7 +153,9 @@ class RunFolder:
 
         inputs, now: what settings, data and model give today.
         """
-        before = self.inputs()
+        before = {key: value for key, value in self.inputs().items() if key not in (WAY, NODES)}
+        if not before:
+            raise UserError(f"{self.path / 'inputs.json'}, which tells what the run began with, is spoilt: {RESTORE}")
         different = [key for key in sorted(before | dict(inputs)) if before.get(key) != inputs.get(key)]
         different += differences(genesis, now)
         if different:
@@ -116,7 +168,7 @@ class RunFolder:
         """The object in a file; empty where there is none or it is spoilt."""
         try:
             found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -165,7 +217,10 @@ class RunFolder:
 
     def best(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and facts of the best checkpoint. Raises UserError where there is none or it is damaged."""
-        found = read_checkpoint(self.path / "checkpoints" / f"{BEST}.safetensors")
+        path = self.path / "checkpoints" / f"{BEST}.safetensors"
+        found = read_checkpoint(path)
+        if found is None and path.exists():
+            raise UserError(f"{path} is damaged: {RESTORE}, or score the run's end, without --best")
         if found is None:
             raise UserError(f"{self.path} holds no best checkpoint: train with keep-best = true")
         return found
@@ -173,97 +228,50 @@ class RunFolder:
     def _save(self, folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         temporary = folder / f".{name}.new"
         held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        digest, written = tensors_digest(held), json.dumps(facts)
         try:
             folder.mkdir(exist_ok=True)
-            save_file(held, temporary, {"facts": json.dumps(facts), "digest": tensors_digest(held)})
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            save_file(held, temporary, {"facts": written, "digest": digest, "seal": _seal(digest, written)})
+            sync_file(temporary)
+            temporary.rename(folder / f"{name}.safetensors")
+            sync_folder(folder)
         except (SafetensorError, OSError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"cannot write {temporary}: {error}; free some space, then --resume") from error
-        temporary.rename(folder / f"{name}.safetensors")
-        sync_folder(folder)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise DiskError(f"cannot write {temporary}: {error}; free some space") from error
+
+    def sync_tables(self) -> None:
+        """Make durable all lines of all tables."""
+        for path in self.path.glob("*.csv"):
+            sync_file(path)
+        sync_folder(self.path)
 
     def checkpoints(self) -> list[Path]:
         """Files of all checkpoints to go on from, oldest first."""
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
 
 
+def _seal(digest: str, facts: str) -> str:
+    """SHA-256, hex, over a checkpoint's facts and the digest of its tensors."""
+    return hashlib.sha256(f"{digest}\n{facts}".encode()).hexdigest()
+
+
 def read_checkpoint(path: Path, wanted: str = "") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Tensors and facts of a checkpoint file, or None where it is damaged.
 
-    wanted: the tensors' digest, hex; empty: the one in the file.
+    wanted: the tensors' digest, hex; empty: the one in the file. A file of an earlier version has no seal over its
+    facts: whoever goes by them compares them with the journal.
     """
     try:
         with safe_open(path, "pt") as file:
-            facts, digest = json.loads(file.metadata()["facts"]), file.metadata()["digest"]
+            about = file.metadata()
+        facts, digest = json.loads(about["facts"]), about["digest"]
+        if not isinstance(facts, dict) or about.get("seal", sealed := _seal(digest, about["facts"])) != sealed:
+            return None
         tensors = load_file(path)
         return (tensors, facts) if tensors_digest(tensors) == (wanted or digest) else None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
         return None
-
-
-class Table:
-    """A CSV file that grows by one flushed line at a time."""
-
-    def __init__(self, path: Path, columns: tuple[str, ...]) -> None:
-        self.columns = columns
-        is_new = not path.exists()
-        self._file = path.open("a", newline="", encoding="utf-8")
-        self._writer = csv.DictWriter(self._file, columns, lineterminator="\n")
-        if is_new:
-            self._writer.writeheader()
-            self._file.flush()
-
-    def write(self, row: Row) -> None:
-        self._writer.writerow({column: _cell(row.get(column)) for column in self.columns})
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _cell(value: Any) -> Any:
-    return repr(value) if isinstance(value, float) else value  # every bit: a resumed run reads its start from here
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file, whole lines only: a killed process may have left half of the last one."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    return list(csv.DictReader(whole.splitlines()))
-
-
-def cut_table(path: Path, column: str, last: int) -> list[dict[str, str]]:
-    """Keep the whole rows whose `column` is at most `last`, rewrite the file if needed, and return them.
-
-    Raises UserError when the file does not have that column in every row.
-    """
-    if not path.exists():
-        return []
-    rows = read_table(path)
-    header = path.read_text(encoding="utf-8", errors="replace").split("\n", 1)[0].split(",")
-    try:
-        if column not in header:
-            raise KeyError(column)
-        kept = [row for row in rows if int(row[column]) <= last]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is spoilt: no whole column {column!r}; delete it, resume rebuilds it") from error
-    temporary = path.with_suffix(".new")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, header, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(kept)
-    temporary.rename(path)
-    return kept
 
 
 def versions() -> dict[str, str]:

@@ -22,10 +22,11 @@ from zofed.finish import finish, status_kept
 from zofed.journal import Journal
 from zofed.members import Members
 from zofed.records import Dense, Skipped
-from zofed.runs import Row, RunFolder
+from zofed.runs import DEPLOYED, SIMULATED, RunFolder
+from zofed.tables import Row
 from zofed.task import Task, prepare_process, with_absolute_paths
 from zofed.traffic import Traffic
-from zofed.trainer import Step, Trainer, diverged
+from zofed.trainer import SUMS, Step, Trainer, diverged
 from zofed.worker import Update, Worker, update_digest
 
 app = ServerApp()
@@ -35,22 +36,27 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation from Flower's run configuration; the output folder is absolute and printed."""
     module = sys.modules[type(grid).__module__]
-    if hasattr(module, "pull_objects"):  # separate machines
+    if is_deployed := hasattr(module, "pull_objects"):  # separate machines
         from zofed import flower_internals
 
         flower_internals.hasten(module)
+    way = DEPLOYED if is_deployed else SIMULATED
     try:
-        run(grid, config.resolve(dict(context.run_config)), f"flower-{context.run_id}")
+        settings = config.resolve(dict(context.run_config))
+        # Flower hands over every setting, so that only those that differ from their defaults can have been given.
+        if idle := config.without_effect(settings, config.changed(settings), config.FEDERATED):
+            warnings.warn("; ".join(idle), stacklevel=1)
+        run(grid, settings, f"flower-{context.run_id}", way)
     except UserError as error:
         # Flower marks a run as failed only if an exception leaves the app, and logs it: one line will do for this one.
         sys.tracebacklimit = 0
         raise error from None
 
 
-def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
+def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict[str, Any]:
     """One federated run over `grid`, new or going on from the journal in its folder; returns its summary.
 
-    name: of the folder, where settings.out is empty.
+    name: of the folder, where settings.out is empty. way: on this machine (SIMULATED) or on separate ones (DEPLOYED).
     """
     federation.check_settings(settings)
     sinks.check(settings)
@@ -71,11 +77,14 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
             raise UserError("guide-source = 'server' backpropagates on public data: set bp-dataset to it")
         _ = task.backprop_examples
     worker = task.worker()
-    earlier = _reopened(out, task, worker) if os.path.exists(RunFolder(out).journal) else None  # False for a bad name
+    earlier = (
+        _reopened(out, way, task, worker) if os.path.exists(RunFolder(out).journal) else None
+    )  # False for a bad name
     try:
         members = Members(grid, task.settings, worker, earlier, task.labels)
         members.meet()
-        folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, task.inputs())
+        inputs, nodes = task.inputs(), members.partitions
+        folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, inputs, way, nodes)
     except BaseException:
         if earlier:
             earlier.close()
@@ -83,7 +92,7 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
     folder.write_text("settings.toml", config.to_toml(task.settings))
     with status_kept(folder), earlier or Journal.create(folder.journal, worker.genesis) as journal:
         members.journal = journal
-        last = journal.entries[-1].record.round if journal.entries else 0
+        last = journal.last_round
         what = f"goes on after round {last}" if earlier else f"{len(task.held_out)} documents held out"
         print(f"run folder: {out}\n{len(members.found)} clients, {what}", flush=True)
         _tell_holdings(members, folder)
@@ -91,18 +100,14 @@ def run(grid: Grid, settings: Settings, name: str) -> dict[str, Any]:
             return Server(grid, members, task, worker, journal, folder, traffic).run()
 
 
-def _reopened(out: Path, task: Task, worker: Worker) -> Journal:
-    """The journal of a run that goes on. Raises UserError where it is no federated one, or began otherwise."""
+def _reopened(out: Path, way: str, task: Task, worker: Worker) -> Journal:
+    """The journal of a run that goes on. Raises UserError where it runs another way, or began otherwise."""
     folder = RunFolder.open(out)
-    if not (out / "rounds.csv").exists() and (out / "metrics.csv").exists():
-        raise UserError(
-            f"out = {str(out)!r} is not empty: it holds a run of zofed train, which --resume continues; choose another "
-            "folder with --out"
-        )
+    folder.check_way(way)
     journal = Journal.open(folder.journal)
     try:
         folder.check_unchanged(task.inputs(), journal.genesis, worker.genesis)
-        done = journal.entries[-1].record.round if journal.entries else 0
+        done = journal.last_round
         if done > task.settings.rounds:
             raise UserError(f"rounds = {task.settings.rounds}, but {out} has done {done}: set rounds to {done} or more")
     except UserError:
@@ -120,6 +125,9 @@ def _tell_holdings(members: Members, folder: RunFolder) -> None:
     plots.partition(counts, folder.path / "partition.png")
 
 
+LOGGED = ("loss", "epoch", "batch_size", *SUMS, "facts")  # what a step found out beside its record and update
+
+
 class Server:
     """The server's side of one run; the law of the house is kept by the Trainer it drives."""
 
@@ -135,7 +143,16 @@ class Server:
     ) -> None:
         self.members, self.task, self.settings, self.worker = members, task, task.settings, worker
         self.journal, self.folder, self.traffic = journal, folder, traffic
-        self.trainer = Trainer(worker, journal, folder, self.settings, task.evaluate, self._show)
+        self.trainer = Trainer(
+            worker,
+            journal,
+            folder,
+            self.settings,
+            task.evaluate,
+            self._show,
+            traffic.latest,
+            self._note,
+        )
         self.exchanges = Exchanges(
             grid, members, worker, journal, self.settings, folder.path, traffic, lambda: self.trainer.seconds_moving
         )
@@ -170,10 +187,8 @@ class Server:
 
     def _round(self, round_: int) -> Step | Sequence[Step]:
         """Ask clients about the next round, or several, and merge what is usable."""
-        if round_ <= self._last_round():  # killed between journal and metrics: what was announced is not asked again
-            entry = next(entry for entry in self.journal.entries if entry.record.round == round_)
-            digest = update_digest(entry.record)
-            return Step(entry.record, math.nan, 0.0, 0, update=self.folder.update(digest) if digest else None)
+        if round_ <= self.journal.last_round:
+            return self._step_again(round_)
         self.members.look()
         self.traffic.begin()
         self.slope_size = None
@@ -189,8 +204,28 @@ class Server:
             return self._guided(round_)
         return self._zeroth_order(round_)
 
-    def _last_round(self) -> int:
-        return self.journal.entries[-1].record.round if self.journal.entries else 0
+    def _step_again(self, round_: int) -> Step:
+        """Killed between the journal and the tables: what was announced is not asked again."""
+        entry = next(entry for entry in self.journal.entries if entry.record.round == round_)
+        digest = update_digest(entry.record)
+        update = self.folder.update(digest) if digest else None
+        self.traffic.begin()
+        self.slope_size = None
+        if (facts := self.traffic.log.exchanges.get(round_)) is None:  # an earlier version kept none
+            return Step(entry.record, math.nan, 0.0, 0, update=update)
+        self.traffic.again(facts)
+        self.slope_size = facts["slope_size"]
+        return Step(entry.record, update=update, **facts["step"])
+
+    def _note(self, steps: Sequence[Step]) -> None:
+        """Log what an exchange found out, before the journal takes its records."""
+        facts = []
+        for index, step in enumerate(steps):
+            found = {name: getattr(step, name) for name in LOGGED}
+            exchange = self.traffic.facts() if index == 0 else Traffic.NOTHING
+            slope_size = self.slope_size
+            facts.append({"round": step.record.round, "step": found, "slope_size": slope_size} | exchange)
+        self.traffic.log.write(*facts)
 
     def _zeroth_order(self, round_: int) -> list[Step]:
         settings = self.settings
@@ -296,7 +331,7 @@ class Server:
             return digest  # the trainer keeps them all
         self.folder.save_update(digest, update)
         if self.settings.save_interval:
-            oldest = self._last_round() - self.settings.save_interval * (self.settings.keep_checkpoints + 1)
+            oldest = self.journal.last_round - self.settings.save_interval * (self.settings.keep_checkpoints + 1)
             late = itertools.takewhile(lambda entry: entry.record.round > oldest, reversed(self.journal.entries))
             self.folder.keep_updates({digest, *(needed for e in late if (needed := update_digest(e.record)))})
         return digest

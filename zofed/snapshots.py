@@ -17,6 +17,11 @@ def tensors(worker: Worker) -> dict[str, Tensor]:
     return weights | {f"state/{key}": tensor for key, tensor in worker.state_dict().items()}
 
 
+def fits(worker: Worker, held: Mapping[str, Tensor]) -> bool:
+    """Whether `take_over` can take these tensors: the weights and the state are of the worker's names and shapes."""
+    return _types(_part(held, "weight/")) == _types(worker.parameters) and worker.fits(_part(held, "state/"))
+
+
 def take_over(worker: Worker, held: Mapping[str, Tensor], round_: int, head: bytes) -> None:
     """Bring a worker to what `tensors` gave of another one."""
     worker.load(_part(held, "weight/"), _part(held, "state/"), round_=round_, head=head)

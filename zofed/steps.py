@@ -13,6 +13,15 @@ from zofed.trainer import Step, diverged
 from zofed.worker import Worker, tensors_digest
 
 
+def steps_of(settings: Settings, count: int) -> int:
+    """How many steps a central run takes: those asked for, or enough to see its `count` examples `epochs` times."""
+    if not settings.epochs:
+        return settings.steps
+    batches = {"fo": settings.gradient_accumulation, "subspace": settings.subspace_interval}.get(settings.mode)
+    seen = batches * settings.batch_size if batches else local.examples_seen(settings)
+    return max(1, math.ceil(settings.epochs * count / seen))
+
+
 def asker(
     settings: Settings,
     worker: Worker,

@@ -1,13 +1,13 @@
 """A sweep: which runs there are, which of them tune, which arms are compared."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from zofed import config
-from zofed.config import Settings
+from zofed.config import SETTINGS, Settings
 
 Values = dict[str, Any]
 
@@ -78,6 +78,16 @@ class Sweep:
         name = ",".join(part for part in (arm.name, *pairs(values), f"seed={seed}") if part)
         settings = config.resolve(self.base | arm.values | values | {"seed": seed})
         return Run(name, arm.name, settings, len(arm.tuned) > 1 and seed == self.seeds[0])
+
+    def without_effect(self, keys: Iterable[str]) -> list[str]:
+        """A sentence for each of the keys, settings of the base, that has no effect in any of the runs."""
+        keys = [key for key in keys if key in SETTINGS]
+        runs = [self.run(arm, values, self.seeds[0]).settings for arm in self.arms for values in arm.tuned]
+
+        def idle(settings: Settings, key: str) -> list[str]:
+            return config.without_effect(settings, [key], config.FEDERATED if settings.clients else config.CENTRAL)
+
+        return [idle(runs[0], key)[0] for key in keys if all(idle(settings, key) for settings in runs)]
 
     @property
     def most(self) -> int:

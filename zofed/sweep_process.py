@@ -40,6 +40,7 @@ class Process:
     slot: int
     began: float = field(default_factory=time.monotonic)
     first_step: float | None = None
+    steps: int | None = None  # of the run, once it knows
     error: str | None = None
     ended: bool = False
 
@@ -56,6 +57,7 @@ class Process:
                 self.error = f"its process {how} (out of memory, perhaps)"
             return
         self.first_step = told.get("first_step", self.first_step)
+        self.steps = told.get("steps", self.steps)
         self.error = told.get("error", self.error)
 
     def stop(self) -> None:
@@ -106,7 +108,7 @@ def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> N
 
     try:
         choose_gpu(settings, slot)
-        carry_out(settings, show)
+        carry_out(settings, show, lambda steps: _tell(pipe, {"steps": steps}))
     except UserError as failure:
         error = " ".join(str(failure).split())
     except KeyboardInterrupt:
@@ -119,8 +121,11 @@ def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> N
         _tell(pipe, {"error": error})
 
 
-def carry_out(settings: Settings, show: Any) -> None:
-    """The run of these settings in its folder: from its start, or from where it was cut."""
+def carry_out(settings: Settings, show: Any, expect: Any) -> None:
+    """The run of these settings in its folder: from its start, or from where it was cut.
+
+    show, expect: as `central.train` has them.
+    """
     out = Path(settings.out)
     if settings.clients:
         from zofed import client, server
@@ -131,9 +136,9 @@ def carry_out(settings: Settings, show: Any) -> None:
     from zofed import central
 
     if RunFolder(out).journal.exists():
-        central.resume(out, show)
+        central.resume(out, show, expect)
     else:
-        central.train(settings, out, show)
+        central.train(settings, out, show, expect)
 
 
 def at_a_time(parallel: int | None, share: float) -> int:

@@ -105,7 +105,7 @@ class Runner:
     def board(self) -> Board:
         running = []
         for process in self._running:
-            steps = steps_within(process.run.settings)
+            steps = process.steps or steps_within(process.run.settings)
             seconds = time.monotonic() - process.began
             running.append(Running(process.run.name, self.folder.steps_done(process.run), steps, seconds))
         return Board(self.sweep.most, self._skipped, tuple(self.ended), tuple(running), self._left(running))

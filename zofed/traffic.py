@@ -3,13 +3,16 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from flwr.app import Message
 
 from zofed import messages
 from zofed.federation import Plan, Reply
-from zofed.runs import Row, RunFolder, Table, cut_table
+from zofed.round_log import RoundLog
+from zofed.runs import RunFolder
+from zofed.tables import Row, Table, keep_rows, sure_rows
+from zofed.trainer import sure_lines
 
 ROUNDS = (
     "round", "loss", "eval_loss", "slope_size", "clients_asked", "replies_used", "replies_rejected", "replies_late",
@@ -21,6 +24,7 @@ CLIENTS = (
     "payload_down", "seconds_compute",
 )  # fmt: skip
 EVALUATIONS = ("round", "client", "loss", "examples")
+SIZES = ("bytes_up", "bytes_down", "payload_up", "payload_down")  # of a reply
 
 
 @dataclass
@@ -44,24 +48,78 @@ class Round:
 
 
 class Traffic:
-    """Tables of rounds, replies and clients' evaluations, and sums over the whole run."""
+    """Tables of rounds, replies and clients' evaluations, and sums over the whole run.
+
+    last_round: of the journal. `latest` is the last round whose lines all stand; those of later ones are cut here, and
+    written again as the run passes its rounds, from what `log` kept of them.
+    """
 
     def __init__(self, folder: RunFolder, last_round: int, *, losses_withheld: bool = False) -> None:
         self._losses_withheld = losses_withheld
-        for name in ("rounds.csv", "clients.csv", "client_evaluations.csv"):
-            cut_table(folder.path / name, "round", last_round)
+        self._path = folder.path
+        self.log = RoundLog(folder.path)
+        self.now = Round()
+        self._unsettled: list[Row] = []
+        self._replies: list[Row] = []  # of the present exchange, settled
+        self.up = self.down = self.payload_up = self.payload_down = self.plans = self.beside = 0
+        self.reasons: dict[int, Counter[str]] = {}  # by client
+        self.latest = self._cut(folder, last_round)
         self.rounds = Table(folder.path / "rounds.csv", ROUNDS)
         self.clients = Table(folder.path / "clients.csv", CLIENTS)
         self._evaluations: Table | None = None  # most runs have none
-        self._path = folder.path
-        self.now = Round()
-        self._unsettled: list[Row] = []
-        self.up = self.down = self.payload_up = self.payload_down = self.plans = self.beside = 0
-        self.reasons: dict[int, Counter[str]] = {}  # by client
+
+    def _cut(self, folder: RunFolder, last_round: int) -> int:
+        """Keep the lines of rounds of which every table surely has its own; returns the last of those rounds."""
+        metrics, _ = sure_lines(folder, last_round)
+        told = sure_rows(self._path / "rounds.csv", ROUNDS, lambda index, row: row.get("round") == str(index + 1))
+        latest = min(len(metrics) - 1, len(told))
+        rounds = told[: max(0, latest)]
+
+        def stands(_: int, row: Mapping[str, str]) -> bool:
+            return all(row.get(key, "").isdecimal() for key in ("round", "client", *SIZES))
+
+        replies = [row for row in sure_rows(self._path / "clients.csv", CLIENTS, stands) if int(row["round"]) <= latest]
+        kept = {round_: fact["replies"] for round_, fact in self.log.exchanges.items() if round_ <= latest}
+        replies = [row for row in replies if int(row["round"]) not in kept]
+        replies += [row for _, rows in sorted(kept.items()) for row in rows]
+        replies.sort(key=lambda row: int(row["round"]))
+        scores = sure_rows(
+            self._path / "client_evaluations.csv", EVALUATIONS, lambda _, row: row.get("round", "").isdecimal()
+        )
+        scores = [row for row in scores if int(row["round"]) not in self.log.scores]
+        scores += [row for rows in self.log.scores.values() for row in rows]
+        scores.sort(key=lambda row: int(row["round"]))
+        keep_rows(self._path / "rounds.csv", ROUNDS, rounds)
+        keep_rows(self._path / "clients.csv", CLIENTS, replies)
+        keep_rows(self._path / "client_evaluations.csv", EVALUATIONS, [r for r in scores if int(r["round"]) <= latest])
+        self.plans += sum(int(row["clients_asked"] or 0) for row in rounds)
+        for row in replies:
+            self._count(row)
+        return latest
+
+    def _count(self, row: Row) -> None:
+        """Add a reply to the sums."""
+        self.reasons.setdefault(int(row["client"]), Counter())[row["result"]] += 1
+        for name, column in zip(("up", "down", "payload_up", "payload_down"), SIZES, strict=True):
+            setattr(self, name, getattr(self, name) + int(row[column]))
+
+    NOTHING: ClassVar[Row] = {"now": vars(Round()), "replies": []}  # of a round that an earlier one's exchange gave
+
+    def facts(self) -> Row:
+        """What the present exchange found out, to be logged: `again` brings it back."""
+        return {"now": vars(self.now), "replies": self._replies}
+
+    def again(self, facts: Row) -> None:
+        """Begin a round that an earlier process asked clients about, with what it found out, and write its replies."""
+        self.now = Round(**facts["now"] | {"results": Counter(facts["now"]["results"])})
+        self.plans += self.now.asked
+        for row in facts["replies"]:
+            self._count(row)
+            self.clients.write(row)
 
     def begin(self) -> None:
         """A round begins; it may take several exchanges, or none where an earlier one asked for it."""
-        self.now = Round()
+        self.now, self._replies = Round(), []
 
     def ask(self, clients: int) -> None:
         """Count clients that are asked."""
@@ -119,15 +177,17 @@ class Traffic:
 
     def settle(self) -> None:
         """Write down how the replies of one attempt fared."""
-        for row in self._unsettled:
-            self.clients.write(row)
-        self._unsettled.clear()
+        self.clients.write(*self._unsettled)
+        self._replies += self._unsettled
+        self._unsettled = []
 
-    def evaluated(self, row: Row) -> None:
-        """Write down a client's score on its own held-out part."""
+    def evaluated(self, rows: list[Row]) -> None:
+        """Write down the clients' scores of a round on their own held-out parts."""
         if self._evaluations is None:
             self._evaluations = Table(self._path / "client_evaluations.csv", EVALUATIONS)
-        self._evaluations.write(row)
+        if rows[0]["round"] not in self.log.scores:
+            self.log.write({"round": rows[0]["round"], "scores": rows})
+        self._evaluations.write(*rows)
 
     def tell(self, row: Row, slope_size: float | None) -> None:
         """Write down a round that ended."""
@@ -169,6 +229,7 @@ class Traffic:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.log.close()
         for table in (self.rounds, self.clients, self._evaluations):
             if table is not None:
                 table.close()

@@ -1,7 +1,9 @@
 """Ask, write down, move: the one loop of every way to run, and the replay that rebuilds its weights."""
 
+import itertools
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +15,8 @@ from zofed.errors import DivergenceError, UserError
 from zofed.journal import Entry, Journal, link
 from zofed.metrics import Score
 from zofed.records import Guided, Record, Seeded, Skipped
-from zofed.runs import EVALUATIONS, METRICS, Row, RunFolder, Table, cut_table, read_checkpoint, timestamp
+from zofed.runs import EVALUATIONS, METRICS, RunFolder, read_checkpoint, timestamp
+from zofed.tables import Row, Table, keep_rows, sure_rows
 from zofed.worker import Update, Worker, update_digest
 
 
@@ -95,7 +98,9 @@ class Totals:
 class Trainer:
     """Drives a worker through rounds and keeps the run's folder true at every moment.
 
-    show: called with every row of the metrics file, for progress.
+    show: called with every row of the metrics file before it is written, so that a line there stands for all that
+    belongs to its round. latest: a round whose line and what belongs to it are sure; None: the tables tell. note:
+    called with steps before they are written down.
     """
 
     worker: Worker
@@ -104,14 +109,18 @@ class Trainer:
     settings: Settings
     evaluate: Evaluate
     show: Callable[[Row], None]
+    latest: int | None = None
+    note: Callable[[Sequence[Step]], None] = lambda _: None
     seconds_moving: float = field(default=0.0, init=False)  # since this process began
 
     def __post_init__(self) -> None:
-        self._rows = cut_table(self.folder.path / "metrics.csv", "step", self._last_round())
-        told = int(self._rows[-1]["step"]) if self._rows else -1
-        self._best = min((float(row["eval_loss"]) for row in self._rows if row["eval_loss"]), default=math.inf)
-        cut_table(self.folder.path / "evaluations.csv", "step", told)
+        last = self.journal.last_round
+        self._rows, scored = sure_lines(self.folder, last if self.latest is None else min(last, self.latest))
+        keep_rows(self.folder.path / "metrics.csv", METRICS, self._rows)
+        keep_rows(self.folder.path / "evaluations.csv", EVALUATIONS, scored)
+        self._best = min((float(row["eval_loss"]) for row in self._rows if row.get("eval_loss")), default=math.inf)
         self._scored: tuple[int, Mapping[str, Score] | None] = -1, None  # the round scored last, and what it gave
+        self._saved = -1  # the round of the checkpoint saved last
 
     def run(self, total: int, ask: Ask) -> Totals:
         """Catch up with the journal, then train up to round `total`, or until a budget is spent.
@@ -122,7 +131,7 @@ class Trainer:
         """
         rows = self._rows
         totals = Totals.of(rows[-1] if rows else None)
-        told = int(rows[-1]["step"]) if rows else -1  # killed between journal and metrics: the journal is ahead
+        told = len(rows) - 1  # killed between journal and metrics: the journal is ahead
         table = Table(self.folder.path / "metrics.csv", METRICS)
         try:
             if told < 0:
@@ -147,8 +156,9 @@ class Trainer:
                 del step  # its gradient would stay while the next one is made
             while self.worker.round < total and not totals.spent(self.settings):
                 self._take(ask(self.worker.round + 1), table, totals, total)
-            if not (self.folder.path / "checkpoints" / f"{_name(self.worker.round)}.safetensors").exists():
-                self._save_checkpoint(self.worker.round, True)  # killed between the last line and its checkpoint
+            # Killed between the last line and its checkpoint, or that is damaged.
+            if self._is_due(last := self.worker.round, True) and self._saved != last:
+                self._save_checkpoint(last)
         finally:
             table.close()
         totals.stopped_by = totals.spent(self.settings) if self.worker.round < total else ""
@@ -162,6 +172,7 @@ class Trainer:
         for step in steps:
             self.worker.check_exact(step.record)
             self._keep(step)
+        self.note(steps)
         for step, entry in zip(steps, self.journal.append_all([step.record for step in steps]), strict=True):
             began = time.monotonic()
             norm = self.worker.apply(entry, step.update)
@@ -186,7 +197,11 @@ class Trainer:
                 tensors = {f"weight/{name}": tensor for name, tensor in self.worker.parameters.items()}
                 self.folder.save_best(tensors, {"round": round_, "eval_loss": self._best})
         self._tell(table, row)
-        self._save_checkpoint(round_, is_last)
+        is_due = self._is_due(round_, is_last)
+        if is_due or "eval_loss" in row:
+            self.folder.sync_tables()
+        if is_due:
+            self._save_checkpoint(round_)
 
     def _score(self, round_: int) -> float:
         """The held-out loss of all sources together; what else the scores tell goes into evaluations.csv."""
@@ -196,26 +211,24 @@ class Trainer:
         if not math.isfinite(whole):
             raise diverged(round_, self.settings)
         with Table(self.folder.path / "evaluations.csv", EVALUATIONS) as table:
-            for source, score in scores.items():
-                table.write({"step": round_, "source": source} | score.columns())
+            table.write(*({"step": round_, "source": source} | score.columns() for source, score in scores.items()))
+            table.sync()  # a line of metrics that tells of a score stands for these
         return whole
-
-    def _last_round(self) -> int:
-        return self.journal.entries[-1].record.round if self.journal.entries else 0
 
     def _behind(self, told: int) -> Sequence[Entry]:
         """Entries the worker has not applied, after it took over the newest checkpoint that fits.
 
         told: last round the metrics know; a later checkpoint would leave rounds without their line.
         """
-        restore(self.worker, self.journal.entries, self.folder, told)
+        if restore(self.worker, self.journal.entries, self.folder, told):
+            self._saved = self.worker.round
         chains = [entry.chain for entry in self.journal.entries]
         start = chains.index(self.worker.head) + 1 if self.worker.head in chains else 0
         return tuple(self.journal.entries[start:])
 
     def _tell(self, table: Table, row: Row) -> None:
-        table.write(row)
         self.show(row)
+        table.write(row)
 
     def _row(self, round_: int, totals: Totals, step: Step | None = None, norm: float | None = None) -> Row:
         settings = self.settings
@@ -238,13 +251,18 @@ class Trainer:
             row["lr"] = None if isinstance(step.record, Skipped) else step.record.rate
         return row | totals.columns()
 
-    def _save_checkpoint(self, round_: int, is_last: bool) -> None:
+    def _is_due(self, round_: int, is_last: bool) -> bool:
+        """Whether a round ends with a checkpoint."""
         interval = self.settings.save_interval
-        if not interval or (round_ % interval and not (is_last and self.settings.mode in NEEDS_CHECKPOINTS)):
-            return
+        return bool(interval) and (
+            round_ % interval == 0 or (is_last and self.settings.mode in NEEDS_CHECKPOINTS and round_ > 0)
+        )
+
+    def _save_checkpoint(self, round_: int) -> None:
         worker = self.worker
         facts = {"round": round_, "head": worker.head.hex()}
         self.folder.save_checkpoint(_name(round_), snapshots.tensors(worker), facts, self.settings.keep_checkpoints)
+        self._saved = round_
 
 
 def _first(asked: Step | Sequence[Step]) -> Step:
@@ -256,19 +274,54 @@ def _name(round_: int) -> str:
     return f"step-{round_:08d}"
 
 
-def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest: int) -> None:
+def sure_lines(folder: RunFolder, last: int) -> tuple[list[Row], list[Row]]:
+    """Lines of metrics.csv and evaluations.csv that surely stand, of the rounds from 0 to at most `last`.
+
+    Each round has one line of metrics, whole; one that tells a held-out loss has its lines of evaluations, too, of as
+    many sources as any round has.
+    """
+
+    def stands(index: int, row: Mapping[str, str]) -> bool:
+        counts = (row.get(name, "") for name in ("step", *SUMS))
+        whole = all(map(str.isdecimal, counts)) and bool(row.get("seconds"))
+        return whole and index <= last and row["step"] == str(index)
+
+    rows = sure_rows(folder.path / "metrics.csv", METRICS, stands)
+    scores: dict[int, dict[str, Row]] = {}
+    told = sure_rows(folder.path / "evaluations.csv", EVALUATIONS, lambda _, row: str.isdecimal(row.get("step", "")))
+    for score in told:
+        scores.setdefault(int(score["step"]), {}).setdefault(score["source"], score)
+    sources = max(map(len, scores.values()), default=0)
+
+    def is_scored(row: Row) -> bool:
+        own = scores.get(int(row["step"]), {})
+        return not row.get("eval_loss") or (
+            len(own) == sources and next(iter(own.values())).get("loss") == row["eval_loss"]
+        )
+
+    rows = list(itertools.takewhile(is_scored, rows))
+    return rows, [score for row in rows if row.get("eval_loss") for score in scores[int(row["step"])].values()]
+
+
+def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest: int) -> bool:
     """Bring the worker to the newest undamaged checkpoint of this history, no later than round `latest`.
 
-    Without one it stays where it is.
+    Returns whether there is one; else the worker stays where it is. A checkpoint is of the round that the journal gives
+    its head; one that says another is damaged.
     """
-    chains = {entry.chain.hex() for entry in entries}
+    rounds = {entry.chain.hex(): entry.record.round for entry in entries}
     for path in reversed(folder.checkpoints()):
         found = read_checkpoint(path)
-        if found is None or found[1]["head"] not in chains or found[1]["round"] > latest:
-            continue
-        tensors, facts = found
-        snapshots.take_over(worker, tensors, facts["round"], bytes.fromhex(facts["head"]))
-        return
+        tensors, facts = found or ({}, {})
+        round_ = rounds.get(str(facts.get("head")))
+        if found and round_ is None:
+            continue  # of another history
+        if round_ is None or round_ != facts.get("round") or not snapshots.fits(worker, tensors):
+            warnings.warn(f"checkpoint {path} is damaged and left aside for what lies before it", stacklevel=2)
+        elif round_ <= latest:
+            snapshots.take_over(worker, tensors, round_, bytes.fromhex(facts["head"]))
+            return True
+    return False
 
 
 def diverged(round_: int, settings: Settings, more: str = "") -> DivergenceError:
