@@ -912,3 +912,44 @@ if __name__ == "__main__" and os.environ.get("ZOFED_WRITE_GOLDEN") == "1":
         (GOLDEN / name_).unlink(missing_ok=True)
         write_golden(GOLDEN / name_, name_)
         print(f'    "{name_}": {golden_end(GOLDEN / name_)},')
+
+
+# --- nothing is written that cannot be read ---
+
+UNREADABLE: dict[str, Record] = {
+    "a client below 0": Seeded(2, 0.5, (-1,), 1, (5,), -20, 4.0),
+    "a client of more than 32 bits": Seeded(2, 0.5, (2**32,), 1, (5,), -20, 4.0),
+    "a client of more than 64 bits": Seeded(2, 0.5, (2**80,), 1, (5,), -20, 4.0),
+    "an exponent too large": Seeded(2, 0.5, (0,), 1, (5,), records.LARGEST_EXPONENT + 1, 4.0),
+    "a divisor that is infinite": Seeded(2, 0.5, (0,), 1, (5,), -20, math.inf),
+    "a rate that is no number": Seeded(2, math.nan, (0,), 1, (5,), -20, 4.0),
+    "a coefficient too large": Seeded(2, 0.5, (0,), 1, (2**25,), -20, 4.0),
+    "no local steps": Seeded(2, 0.5, (0,), 1, (), -20, 4.0, 0),
+    "a round below 0": Skipped(-1),
+    "a round of more than 64 bits": Skipped(2**70),
+    "an update that is no digest": Dense(2, 0.5, b"short"),
+    "a first order's rate that is no number": Dense(2, math.nan),
+    "a guide's weight that is infinite": Guided(RECORDS[0], bytes(32), 0.5, math.inf, 0.0, False),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("record", UNREADABLE.values(), ids=UNREADABLE)
+def test_a_record_that_no_reader_takes_is_refused_before_a_byte_is_written(tmp_path: Path, record: Record) -> None:
+    path = tmp_path / "journal.zofed"
+    with Journal.create(path, GENESIS) as opened:
+        opened.append(RECORDS[0])
+        before = path.read_bytes()
+        with pytest.raises(UserError, match=f"the record of round {record.round} cannot be read back, so it is not"):
+            opened.append_all([RECORDS[1], record])
+        assert path.read_bytes() == before
+        opened.append(RECORDS[1])
+    assert records_of(journal.read(path)) == RECORDS[:2]
+
+
+def test_an_entry_longer_than_a_reader_takes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "LARGEST_BODY", 40)
+    with Journal.create(tmp_path / "journal.zofed", GENESIS) as opened:
+        opened.append(RECORDS[1])
+        with pytest.raises(UserError, match="a journal's entry at most 40"):
+            opened.append(Seeded(3, 0.5, (0,), 40, (1000,) * 40, -20, 4.0))
+    assert records_of(journal.read(tmp_path / "journal.zofed")) == (RECORDS[1],)

@@ -5,6 +5,7 @@ serves every virtual client of a simulation, a long-lived worker and a process s
 """
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from zofed import config, federation, guides, identity, local, messages, metrics, partitions, snapshots
+from zofed import config, federation, foreign, guides, identity, local, messages, metrics, partitions, snapshots
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
@@ -123,13 +124,20 @@ def replica(context: Context, classes: int = 0) -> Replica:
 
 
 def place(context: Context) -> tuple[int, int]:
-    """Index of this client and how many there are, from the node's configuration."""
-    try:
-        return int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
-    except KeyError as error:
-        raise UserError(
-            f"this node has no {error}: start it with --node-config 'partition-id=0 num-partitions=2'"
-        ) from error
+    """Index of this client and how many there are, from the node's configuration.
+
+    Raises UserError where one is missing or no whole number, or where the two are no place.
+    """
+    found = []
+    for key in ("partition-id", "num-partitions"):
+        value = context.node_config.get(key)
+        if value is None:
+            raise UserError(f"this node has no {key!r}: start it with --node-config 'partition-id=0 num-partitions=2'")
+        found.append(int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value) else value)
+    client, clients = found
+    if problem := foreign.misplaced(client, clients):
+        raise UserError(problem)
+    return client, clients
 
 
 def capability(here: Replica, context: Context) -> str:
@@ -150,7 +158,9 @@ def greet(greeting: Greeting, context: Context) -> Introduction:
     try:
         client, clients = place(context)
         here = replica(context, greeting.classes)
-        theirs = json.loads(greeting.genesis)
+        theirs = foreign.json_object(greeting.genesis)
+        if theirs is None:
+            raise UserError("the server's greeting holds no genesis: give all machines the same zofed")
         if different := differences(theirs, here.worker.genesis):
             raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
         examples = len(here.parts(context)[0]["labels"])

@@ -18,7 +18,7 @@ from typing import Any
 import httpx
 import tomli_w
 
-from zofed import keys, launch, proxies, reach
+from zofed import foreign, keys, launch, proxies, reach
 from zofed.errors import UserError
 from zofed.files import write_whole
 from zofed.reach import Address
@@ -199,10 +199,8 @@ class Enrolment:
 
 def node_config(partition: int, partitions: int, dataset: str, mode: str) -> str:
     """Flower's --node-config of a client. Raises UserError for a place that is none, or data that cannot be read."""
-    if not 0 <= partition < partitions:
-        raise UserError(
-            f"--partition-id {partition} --num-partitions {partitions}: give each of N nodes its own number, 0 to N - 1"
-        )
+    if problem := foreign.misplaced(partition, partitions):
+        raise UserError(problem)
     words = [f"partition-id={partition}", f"num-partitions={partitions}"]
     if dataset:
         path = Path(dataset).expanduser().absolute()

@@ -1,6 +1,5 @@
 """One exchange with clients: plans out, answers in, each checked; those behind are sent what they lack."""
 
-import math
 import statistics
 import sys
 import time
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from zofed import federation, guides, merging, messages, snapshots
+from zofed import federation, foreign, guides, merging, messages, snapshots
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.federation import Answer, Contribution, Plan, Reply
@@ -26,7 +25,7 @@ from zofed.worker import Update, Worker, tensors_digest, update_digest
 ATTEMPTS = 3  # times a round is asked before it is given up
 UPDATES_KEPT = 4  # encoded updates at hand for clients that missed a round or two
 
-T = TypeVar("T")
+Checked = TypeVar("Checked", Final, Evaluation)
 Judge = Callable[[Message, Plan], tuple[Any, Any, str]]  # -> what to use, the answer, "used" or why not
 
 
@@ -168,8 +167,7 @@ class Exchanges:
         if reply is None:
             return None, None, "late"
         if reply.has_error():
-            reason = (reply.error.reason or "no reason given").strip().splitlines()
-            print(f"client {plan.client}: {reason[-1]}", file=sys.stderr, flush=True)
+            print(f"client {plan.client}: {foreign.reason(reply.error.reason)}", file=sys.stderr, flush=True)
             return None, None, "error"
         try:
             return judge(reply, plan)
@@ -258,7 +256,7 @@ class Exchanges:
                 break
             _, replies = self.send({client: self.plan(client) for client in left}, "query.digest")
             for client in left:
-                member, told = self.members.found[client], _told(Final, replies.get(self._node(client)))
+                member, told = self.members.found[client], _told(Final, client, replies.get(self._node(client)))
                 if told is None:
                     continue
                 digests[client] = told.digest
@@ -284,15 +282,31 @@ class Exchanges:
         _, replies = self.send({client: self.plan(client) for client in self.members.there()}, "evaluate")
         rows = []
         for client, member in self.members.found.items():
-            found = _told(Evaluation, replies.get(member.node))
-            if found is not None and found.examples and math.isfinite(found.loss):
-                rows.append({"round": round_, "client": client, "loss": found.loss, "examples": found.examples})
+            found = _told(Evaluation, client, replies.get(member.node))
+            if found is None or not found.examples:
+                continue
+            if not abs(found.loss) <= federation.LARGEST_LOSS or not 0 < found.examples <= foreign.LARGEST_COUNT:
+                what = f"a loss of {found.loss:g} on {foreign.brief(found.examples)} examples"
+                print(f"client {client}: {what} cannot be: left out of the scores", file=sys.stderr, flush=True)
+                continue
+            rows.append({"round": round_, "client": client, "loss": found.loss, "examples": found.examples})
         return rows
 
 
-def _told(kind: type[T], reply: Message | None) -> T | None:
-    """What a reply holds; None where there is none, or none that can be read."""
-    try:
-        return messages.unpack(kind, reply.content) if reply and reply.has_content() else None
-    except Malformed:
+def _told(kind: type[Checked], client: int, reply: Message | None) -> Checked | None:
+    """What a client's reply holds; None where there is none, or none of that client's that can be read."""
+    if reply is None:
         return None
+    if reply.has_error():
+        problem = foreign.reason(reply.error.reason)
+    else:
+        try:
+            found = messages.unpack(kind, reply.content)
+        except Malformed as error:
+            problem = f"malformed reply: {error}"
+        else:
+            if found.client == client:
+                return found
+            problem = f"it answers as client {foreign.brief(found.client)}"
+    print(f"client {client}: {problem}", file=sys.stderr, flush=True)
+    return None

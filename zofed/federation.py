@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from zofed import guides, journal, merging, records, schedules
+from zofed import foreign, guides, journal, merging, records, schedules
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.estimators import Estimate, Points, degrees_of_freedom
@@ -31,7 +31,6 @@ Reason = Literal[
 ]  # fmt: skip
 
 LARGEST_LOSS = 1e6  # a mean cross-entropy beyond this is a fault, not a measurement
-LARGEST_EXAMPLES = 2**40
 NAME_BYTES = 4
 NO_LOSS = 0.0  # what a client reports that withholds its losses
 
@@ -344,7 +343,7 @@ def _check_head(answer: Reply, plan: Plan) -> Reason | None:
         return "desync"
     if answer.problem:
         return "not_finite" if answer.problem == "not_finite" else "malformed"  # the rest is for the server to find
-    return None if 1 <= answer.examples <= LARGEST_EXAMPLES else "out_of_range"
+    return None if 1 <= answer.examples <= foreign.LARGEST_COUNT else "out_of_range"
 
 
 def check_settings(settings: Settings) -> None:

@@ -95,6 +95,27 @@ def link(chain: bytes, record: Record) -> Entry:
     return Entry(record, after, length + _CRC.pack(zlib.crc32(length + body + after)) + body + after)
 
 
+def _readable(chain: bytes, record: Record) -> Entry:
+    """As `link`. Raises UserError where reading the entry's bytes would not give the record back.
+
+    One entry that no reader takes would make all before it unreadable. Costs as much as reading it, several times what
+    encoding costs: 0.2 ms for 32 slopes, 20 ms for 10,000.
+    """
+    try:
+        entry = link(chain, record)
+        body = entry.raw[_ENTRY.size : -CHAIN_BYTES]
+        if len(body) > LARGEST_BODY:
+            raise ValueError(f"it has {len(body):,} bytes, and a journal's entry at most {LARGEST_BODY:,}")
+        if records.decode(body) != record:
+            raise ValueError("its bytes give another record")
+    except (ValueError, OverflowError, struct.error) as error:
+        raise UserError(
+            f"the record of round {record.round} cannot be read back, so it is not written: {error}; what the journal "
+            "holds stands: --resume goes on from there, once what gave these numbers is mended"
+        ) from error
+    return entry
+
+
 def bodies(entries: Iterable[Entry]) -> bytes:
     """What leads from one chain to another, on a wire: each record's length and its bytes."""
     parts = []
@@ -284,8 +305,9 @@ class Journal:
     def append_all(self, some: Sequence[Record]) -> list[Entry]:
         """Write records at once; when this returns, they survive a crash of the process and of the machine.
 
-        Raises DiskError when the disk does not take them. What then stands in the file is unknown, so this journal
-        takes no more: opening it again cuts a torn entry off.
+        Raises UserError, with nothing written, for a record that a reader would refuse; DiskError when the disk does
+        not take them. What then stands in the file is unknown, so this journal takes no more: opening it again cuts a
+        torn entry off.
         """
         if self._failed:
             raise DiskError("an earlier write to the journal failed: mend the disk")
@@ -297,7 +319,7 @@ class Journal:
                     f"a record of round {record.round} would follow round {last} in the journal, whose rounds rise: "
                     "report this as a bug"
                 )
-            entries.append(link(entries[-1].chain if entries else self.head, record))
+            entries.append(_readable(entries[-1].chain if entries else self.head, record))
             last = record.round
         raw = b"".join(entry.raw for entry in entries)
         self._failed = True

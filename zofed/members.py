@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from zofed import __version__, federation, identity, messages
+from zofed import __version__, federation, foreign, identity, messages
 from zofed.config import Settings
 from zofed.documents import random_order
 from zofed.errors import UserError
 from zofed.journal import Journal, canonical, genesis_chain
+from zofed.records import CLIENTS
 from zofed.wire import Greeting, Introduction, Malformed
 from zofed.worker import Worker
 
@@ -234,14 +235,17 @@ class Members:
     def _introduced(self, node: int, reply: Message | None) -> tuple[Introduction | None, str]:
         """What a node says of itself, and why it cannot take part; empty where it can."""
         if reply is None or reply.has_error():
-            reason = "no answer" if reply is None else (reply.error.reason or "no reason given").splitlines()[-1]
+            reason = "no answer" if reply is None else foreign.reason(reply.error.reason)
             return None, f"node {node} could not be asked who it is ({reason}): see its log"
         try:
             told = messages.unpack(Introduction, reply.content)
         except Malformed as error:
             return None, f"node {node} runs another zofed ({error}): give all machines the same"
         if told.problem:
-            return told, f"{f'client {told.client}' if told.client >= 0 else 'a node'}: {told.problem}"
+            is_known = not foreign.misplaced(told.client, CLIENTS)
+            return told, f"{f'client {told.client}' if is_known else 'a node'}: {told.problem}"
+        if problem := told.faults():
+            return told, f"node {node} is not taken in: {problem}"
         return told, self._clash(told)
 
     def _clash(self, told: Introduction) -> str:

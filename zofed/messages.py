@@ -1,11 +1,12 @@
 """Contents to Flower messages and back: the only file that knows how they lie in one."""
 
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from zofed import wire
+from zofed import foreign, wire
 from zofed.wire import Malformed
 
 KEY = "zofed"  # one record of one field a message: every record is an object of its own on Flower's wire
@@ -19,14 +20,18 @@ def pack(content: Any) -> RecordDict:
 
 
 def unpack(kind: type[T], content: RecordDict) -> T:
-    """The content `pack` was given. Raises Malformed for anything else."""
+    """The content `pack` was given, its texts fit to be printed. Raises Malformed for anything else."""
     if list(content) != [KEY] or not isinstance(content[KEY], ConfigRecord):
-        raise Malformed(f"expected one record {KEY!r}, got {list(content)[:3]}")
+        raise Malformed(f"expected one record {KEY!r}, got {_names(content)}")
     record = dict(content[KEY].items())  # type: ignore[union-attr]
     raw = record.get(KEY)
     if list(record) != [KEY] or type(raw) is not bytes:
-        raise Malformed(f"expected one field {KEY!r} of bytes, got {list(record)[:3]}")
-    return wire.decoded(kind, raw)
+        raise Malformed(f"expected one field {KEY!r} of bytes, got {_names(record)}")
+    return foreign.cleaned(wire.decoded(kind, raw))
+
+
+def _names(found: Iterable[str]) -> str:
+    return foreign.text(repr(list(found)[:3]), foreign.LONGEST_NAME)
 
 
 def size(content: RecordDict) -> int:

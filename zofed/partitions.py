@@ -180,9 +180,14 @@ def counts(documents: Iterable[Document], partition: str = "iid") -> dict[str, i
 def in_order(names: Iterable[str]) -> list[str]:
     """Sorted, numbers by their value: label 2 before label 10; what stands for the rest comes last."""
 
-    def key(name: str) -> tuple[bool, list[str | int]]:
-        # Words and numbers take turns in the split, so that no word is ever compared with a number.
-        return name == OTHERS, [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    def key(name: str) -> tuple[bool, list[str | tuple[int, str]]]:
+        # Words and numbers take turns in the split, so that no word is ever compared with a number. A number without
+        # its leading zeros is the larger the longer it is: one of thousands of digits is never made an integer.
+        parts = re.split(r"([0-9]+)", name)
+        numbers = [part.lstrip("0") for part in parts[1::2]]
+        ordered: list[str | tuple[int, str]] = [*parts]
+        ordered[1::2] = [(len(number), number) for number in numbers]
+        return name == OTHERS, ordered
 
     return sorted(set(names), key=lambda name: (key(name), name))
 

@@ -16,6 +16,7 @@ SPREAD_DECAY = 0.9
 # |coefficient| < 2^18, an error of 2^-19 of the largest slope, far below that of finite differences: sums of 64 are
 # exact in float32, and of 2^16 gaussian ones (19 bits an entry) in float64.
 COEFFICIENT_BITS = 18
+CLIENTS = 2**32  # a client's index is below this
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,8 +212,8 @@ def _decode_seeded(round_: int, rest: bytes) -> Seeded:
         raise ValueError(f"{len(rest) - at} bytes follow a record's last coefficient")
     _check_size(coefficients)
     clients = tuple(itertools.accumulate(steps))
-    if any(not 0 <= client < 2**32 for client in clients):
-        raise ValueError(f"a record of the clients {clients[:3]}")
+    if any(not 0 <= client < CLIENTS for client in clients):
+        raise ValueError(f"a record of the clients {clients[:3]}, of which one is not within 0 to {CLIENTS - 1}")
     return Seeded(round_, rate, clients, queries, coefficients, exponent, divisor, local_steps, privacy)
 
 

@@ -7,15 +7,15 @@ str       its length as an int, UTF-8; bytes likewise
 sequence  of integers: its length as an int, then the integers
 """
 
-import json
 import math
 import struct
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
-from zofed import compact
+from zofed import compact, foreign
 from zofed.federation import Answer, Contribution, Plan
+from zofed.journal import CHAIN_BYTES
 
 T = TypeVar("T")
 
@@ -55,12 +55,23 @@ class Introduction:
 
     def held_counts(self) -> dict[str, int]:
         """The counts; none where what the node says is no table of names and numbers."""
-        try:
-            found = json.loads(self.counts)
-        except ValueError:
-            return {}
-        is_table = isinstance(found, dict) and all(type(value) is int and value >= 0 for value in found.values())
-        return found if is_table else {}
+        return foreign.counts(self.counts)
+
+    def faults(self) -> str:
+        """Why such a node cannot take part, in one line with the remedy; empty where what it says can be."""
+        if problem := foreign.misplaced(self.client, self.clients):
+            return problem
+        if not 0 < self.examples <= foreign.LARGEST_COUNT:
+            examples = foreign.brief(self.examples)
+            return f"client {self.client} says it holds {examples} examples: give it 1 to {foreign.LARGEST_COUNT:,}"
+        if self.mode not in ("fo", "zo"):
+            return f"client {self.client} says mode = {self.mode!r}: it runs another zofed, give all machines the same"
+        if len(self.head) != CHAIN_BYTES:
+            return (
+                f"client {self.client} stands at a head of {len(self.head)} bytes, not {CHAIN_BYTES}: it runs another "
+                "zofed, give all machines the same"
+            )
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
