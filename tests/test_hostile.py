@@ -1,5 +1,6 @@
 """Clients that lie: each reply is refused for one right reason, and the weights are those of a run without them."""
 
+import json
 import math
 import random
 from collections import Counter
@@ -10,14 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, RecordDict
 from test_federation import odd_contents
 from test_law import records_of
 from test_rounds import Meddling, Quick, Start, no_waiting, quick, run, start
 
-from zofed import compact, guides, members, messages, wire
+from zofed import client, compact, foreign, guides, journal, members, messages, plots, wire
+from zofed.errors import UserError
 from zofed.federation import Answer, Contribution, Plan
-from zofed.runs import read_table
+from zofed.grid import CLIENT_FAILED
+from zofed.runs import RunFolder, read_table
+from zofed.wire import Evaluation, Final, Introduction
 
 __all__ = ["no_waiting", "quick", "start"]
 
@@ -159,9 +163,9 @@ def without_them(start: Start, settings: Any, nodes: int) -> tuple[str, list[byt
 def assert_counted(grid: Hostile, settings: Any, summary: dict[str, Any]) -> None:
     """Every table and the summary hold the reasons that were deserved, to the number."""
     rows = read_table(Path(settings.out) / "clients.csv")
-    for client, expected in grid.told.items():
-        assert Counter(row["result"] for row in rows if row["client"] == str(client)) == expected
-        assert summary["replies"][str(client)] == dict(expected)
+    for one, expected in grid.told.items():
+        assert Counter(row["result"] for row in rows if row["client"] == str(one)) == expected
+        assert summary["replies"][str(one)] == dict(expected)
     assert summary["replies"]["0"] == {"used": settings.rounds}
     rounds = read_table(Path(settings.out) / "rounds.csv")
     assert [row["replies_used"] for row in rounds] == ["1"] * settings.rounds
@@ -289,3 +293,150 @@ def test_a_client_that_never_answers_is_late(quick: Quick, start: Start, monkeyp
     assert summary["replies"] == {"0": {"used": 3}, "1": {"late": 3}}
     assert [row["replies_late"] for row in read_table(Path(settings.out) / "rounds.csv")] == ["1"] * 3
     assert set(summary["client_digests"].values()) == {summary["digest"]}
+
+
+# --- what a node says of itself, of its weights and of its failures ---
+
+ESCAPES = "\x1b[2J\x1b]0;owned\x07\nround 9/9  loss 0.0000 \ud800 $\\frac$ "
+ON_WIRE = ESCAPES.replace("\ud800", "")  # Flower's wire and ours take no half of a pair
+
+
+def saying(grid: Meddling, message_type: str, changes: Iterable[dict[str, Any]]) -> None:
+    """Have the last nodes' replies of one type changed, each as one of `changes` says."""
+    kinds = {"query.status": Introduction, "query.digest": Final, "evaluate": Evaluation}
+    by_node = dict(zip(reversed(range(len(grid._contexts))), changes, strict=False))
+
+    def alter(index: int, message: Message, reply: Message) -> Message:
+        if index not in by_node or message.metadata.message_type != message_type:
+            return reply
+        told = replace(messages.unpack(kinds[message_type], reply.content), **by_node[index])
+        return Message(content=messages.pack(told), reply_to=message)
+
+    grid.alter = alter
+
+
+def assert_printable(told: str) -> None:
+    assert all(line.isprintable() for line in told.split("\n")), told
+    assert "Traceback" not in told
+
+
+INTRODUCTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "an index below 0": ("partition-id = -1 of num-partitions = 12: give each of N nodes", {"client": -1}),
+    "an index that no record holds": ("partition-id = 4294967296 of", {"client": 2**32, "clients": 2**33}),
+    "an index beyond its number": ("partition-id = 12 of num-partitions = 12", {"client": 12}),
+    "more nodes than a record can name": ("num-partitions = 4611686018427387904", {"clients": 2**62}),
+    "no examples": ("says it holds 0 examples", {"examples": 0}),
+    "too many examples": ("says it holds 1152921504606846976 examples", {"examples": 2**60}),
+    "another mode": (r"says mode = '\x1b[2J'", {"mode": "\x1b[2J"}),
+    "another head": ("a head of 3 bytes", {"head": b"abc"}),
+    "a problem": (r": \x1b[2J\x1b]0;owned\x07 round 9/9", {"problem": ON_WIRE}),
+    "other code": (r"runs zofed \x1b[2J\x1b]0;owned\x07", {"code": ON_WIRE}),
+}
+
+
+def test_nodes_that_cannot_be_who_they_say_are_refused_by_name_and_the_run_goes_on(
+    quick: Quick, start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    nodes = 2 + len(INTRODUCTIONS)
+    grid, settings = start(quick(quorum=1, rounds=1, eval_interval=1), nodes)
+    saying(grid, "query.status", (change for _, change in INTRODUCTIONS.values()))
+    assert set(run((grid, settings))["client_digests"]) == {"0", "1"}
+    out, told = capfd.readouterr()
+    assert [reason for reason, _ in INTRODUCTIONS.values() if reason not in told] == []
+    assert_printable(out + told)
+    assert [entry.record.clients for entry in journal.read(RunFolder(Path(settings.out)).journal).entries] == [(0, 1)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("place", [(-1, 3), (2**32, 2**33), (3, 3), (1.5, 3), ("x\x1b", 3), (True, 3)], ids=str)
+def test_a_node_whose_own_place_is_none_says_so(quick: Quick, start: Start, place: tuple[Any, Any]) -> None:
+    grid, settings = start(quick(), 3)
+    grid._app = client.app
+    context = grid.context(1)
+    context.node_config["partition-id"], context.node_config["num-partitions"] = place
+    with pytest.raises(UserError, match=r"a node: partition-id = .* of num-partitions = .*: give each of N nodes"):
+        run((grid, settings))
+
+
+COUNTS = [
+    "[" * 100_000,
+    '{"a": 1' + "0" * 400 + "}",
+    json.dumps({f"label {'9' * 5000}": 3, "label 2": 1}),
+    json.dumps({"$\\frac$": 3, "_hidden": 2, "\ud800": 1, "\x1b[31m": 4, "a\nb": 2, "": 1}),
+    json.dumps({f"label {n}": n for n in range(3000)}),
+    "",
+]
+
+
+def test_no_table_of_what_nodes_hold_ends_the_run(
+    quick: Quick, start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    grid, settings = start(quick(quorum=1, rounds=1, eval_interval=1), 1 + len(COUNTS))
+    saying(grid, "query.status", ({"counts": counts} for counts in COUNTS))
+    assert len(run((grid, settings))["client_digests"]) == 1 + len(COUNTS)
+    out, told = capfd.readouterr()
+    assert_printable(out + told)
+    assert "could not be drawn" not in told
+    assert (Path(settings.out) / "partition.png").exists()
+    rows = read_table(Path(settings.out) / "partition.csv")
+    assert [row["client"] for row in rows] == [str(index) for index in range(1 + len(COUNTS))]
+    assert len(rows[0]) <= 1002
+
+
+def test_a_picture_that_cannot_be_drawn_ends_no_run(
+    quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise ValueError("no such glyph\x1b[2J\nat all")
+
+    names = ("partition", "plot_loss", "federation")
+    for name in names:
+        monkeypatch.setattr(plots, name, fails)
+    assert run(start(quick(rounds=1, eval_interval=1)))["status"] == "completed"
+    told = capfd.readouterr()[1]
+    for name in names:
+        assert f"a picture ({name}) could not be drawn: no such glyph\\x1b[2J at all; the run goes on" in told
+
+
+REASONS = ["", " \n\t ", "\n", ESCAPES, "x" * 10**6, "\x00"]
+
+
+def test_no_reason_of_a_failure_ends_the_run(quick: Quick, start: Start, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of a greeting, of a round, of a score, of the last check."""
+    grid, settings = start(quick(quorum=1, rounds=1, eval_interval=1, client_held_out=0.3), 1 + 2 * len(REASONS))
+
+    def alter(index: int, message: Message, reply: Message) -> Message:
+        greets = message.metadata.message_type == "query.status"
+        if index == 0 or (index > len(REASONS) and greets):
+            return reply
+        return Message(Error(code=CLIENT_FAILED, reason=REASONS[index % len(REASONS)]), reply_to=message)
+
+    grid.alter = alter
+    summary = run((grid, settings))
+    assert summary["client_digests"].pop("0") == summary["digest"]
+    assert set(summary["client_digests"].values()) == {""}
+    assert [summary["replies"][one] for one in summary["client_digests"]] == [{"error": 1}] * len(REASONS)
+    out, told = capfd.readouterr()
+    assert_printable(out + told)
+    assert max(map(len, told.splitlines())) < 1000
+    assert "no reason given" in told
+
+
+@pytest.mark.parametrize("quorum", [0, 2])
+@pytest.mark.parametrize("digest", ["0" * 64, ON_WIRE, ""], ids=["another", "no digest", "none"])
+def test_a_client_that_ends_with_other_weights_is_listed_and_the_run_completes(
+    quick: Quick, start: Start, capfd: pytest.CaptureFixture[str], quorum: int, digest: str
+) -> None:
+    whole = run(start(quick(rounds=1, eval_interval=1), 2, "whole"))
+    grid, settings = start(quick(quorum=quorum, rounds=1, eval_interval=1), 2)
+    saying(grid, "query.digest", [{"digest": digest}])
+    summary = run((grid, settings))
+    assert summary["status"] == "completed" and summary["digest"] == whole["digest"]
+    said = foreign.text(digest)
+    assert summary["wrong_digests"] == ({"1": said} if said or not quorum else {})
+    assert summary["client_digests"] == {"0": summary["digest"], "1": said}
+    assert RunFolder(Path(settings.out)).summary()["wrong_digests"] == summary["wrong_digests"]
+    out, told = capfd.readouterr()
+    assert_printable(out + told)
+    assert ("client 1 ends with" in told) == bool(summary["wrong_digests"])
+    assert "1 of 2 clients end with the server's weights" in out
+    assert whole["wrong_digests"] == {}

@@ -1,6 +1,7 @@
 """The end of a run: score it, prove it by an independent replay, save and draw it, sum it up."""
 
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from zofed import models
+from zofed import foreign, models
 from zofed.config import Settings
 from zofed.errors import DiskError, DivergenceError, UserError
 from zofed.files import sync_file, sync_folder
@@ -58,8 +59,6 @@ def finish(
     extra: what only the way of running knows (bytes by client and round, the clients' digests). Raises UserError when
     the replay from the files gives other weights than the run holds.
     """
-    from zofed.plots import plot_loss  # pictures need pandas and matplotlib, which clients never load
-
     scores, digest = dict(totals.scores or task.evaluate(worker.model)), worker.digest()
     score = scores.pop(ALL)
     cost = totals.columns()
@@ -92,13 +91,24 @@ def finish(
         **(extra or {}),
     }
     save_model(task, worker, folder)
-    plot_loss(folder, baselines)
+    draw("plot_loss", folder, baselines)
     if replayed not in (None, digest):
         raise UserError(
             f"the replay of {folder.journal} gives {replayed}, the run holds {digest}: report this as a bug"
         )
     folder.write_summary(summary)
     return summary
+
+
+def draw(name: str, *arguments: Any) -> None:
+    """Draw one of the pictures of `plots`. None ends a run: what kept one from being drawn is told."""
+    try:
+        from zofed import plots  # pictures need pandas and matplotlib, which clients never load
+
+        getattr(plots, name)(*arguments)
+    except Exception as error:
+        why = foreign.text(str(error) or type(error).__name__)
+        print(f"a picture ({name}) could not be drawn: {why}; the run goes on without it", file=sys.stderr, flush=True)
 
 
 def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:

@@ -11,6 +11,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import seaborn as sns
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
 
 from zofed.errors import UserError
 
@@ -60,6 +62,21 @@ def panels(rows: int, columns: int, width: float = 5.2, height: float = 3.9, **m
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **more)
 
 
+def _as_written(figure: Any) -> None:
+    """Have every text drawn as it stands, dollar signs too: names of data may hold what is no formula. The ticks of a
+    logarithmic axis stay, whose powers of ten are formulas."""
+    own = {
+        id(label)
+        for place in figure.axes
+        for axis in (place.xaxis, place.yaxis)
+        if isinstance(axis.get_major_formatter(), LogFormatter)
+        for label in axis.get_ticklabels(which="both")
+    }
+    for text in figure.findobj(Text):
+        if id(text) not in own:
+            text.set_parse_math(False)
+
+
 def save(figure: Any, path: Path, title: str = "", notes: Sequence[str] = (), legend_of: Any = None) -> Path:
     """Write the picture whole, with its title above and notes below; returns the path.
 
@@ -88,6 +105,7 @@ def save(figure: Any, path: Path, title: str = "", notes: Sequence[str] = (), le
         figure.suptitle("\n".join(lines), fontsize="medium", y=1 - 0.12 / total, va="top").set_in_layout(False)
     for at, line in enumerate(reversed(wrapped)):
         figure.text(0.01, (0.06 + 0.2 * at) / total, line, fontsize="x-small", color="0.25")
+    _as_written(figure)
     figure.tight_layout(rect=(0, below / total, 1, 1 - above / total))
     temporary = path.with_name(f".{path.name}.new.png")
     try:

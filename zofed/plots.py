@@ -50,7 +50,8 @@ def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> 
         held, dark = counts[:, index], index < len(groups) / 2
         ink = "white" if dark else "black"
         bars = axes.barh(
-            clients, held, left=starts, color=colors[index], height=0.8 if few else 1, label=name,
+            clients, held, left=starts, color=colors[index], height=0.8 if few else 1,
+            label=f" {name}" if name.startswith("_") else name,  # a legend leaves out what begins with _
             hatch=("", "///")[index % 2], edgecolor=ink, lw=0.6 if few else 0,
         )  # fmt: skip
         if few:
@@ -66,11 +67,7 @@ def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> 
         axes.set_yticks(range(0, len(clients), -(-len(clients) // 20)))
     axes.set(xlabel="documents", ylabel="client", xlim=(0, 1.08 * widest), ylim=(len(clients) - 0.5, -0.5))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handleheight=1.2)
-    sns.despine(figure)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return style.save(figure, path)
 
 
 def federation(folder: RunFolder, clients: int) -> Path:
@@ -102,8 +99,4 @@ def federation(folder: RunFolder, clients: int) -> Path:
     last.set_ylim(0, 1.3 * max(below, default=1))
     last.set(xlabel="round", ylabel="seconds of a round")
     last.legend(frameon=False)
-    sns.despine(figure)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
+    return style.save(figure, path)

@@ -13,12 +13,12 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from zofed import config, federation, guides, instruct, local, merging, schedules, sinks
+from zofed import config, federation, guides, instruct, local, merging, partitions, schedules, sinks
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.exchanges import Exchanges
 from zofed.federation import Answer, Reply
-from zofed.finish import finish, status_kept
+from zofed.finish import draw, finish, status_kept
 from zofed.journal import Journal
 from zofed.members import Members
 from zofed.records import Dense, Skipped
@@ -28,6 +28,8 @@ from zofed.task import Task, prepare_process, with_absolute_paths
 from zofed.traffic import Traffic
 from zofed.trainer import SUMS, Step, Trainer, diverged
 from zofed.worker import Update, Worker, update_digest
+
+GROUPS_KEPT = 1000  # columns of the table of who holds what
 
 app = ServerApp()
 
@@ -118,11 +120,9 @@ def _reopened(out: Path, way: str, task: Task, worker: Worker) -> Journal:
 
 def _tell_holdings(members: Members, folder: RunFolder) -> None:
     """Table and picture of who holds what, as the clients say."""
-    from zofed import partitions, plots  # pictures need pandas and matplotlib, which clients never load
-
     counts = {client: member.told.held_counts() for client, member in sorted(members.found.items())}
-    folder.write_text("partition.csv", partitions.to_csv(counts))
-    plots.partition(counts, folder.path / "partition.png")
+    folder.write_text("partition.csv", partitions.to_csv(partitions.largest(counts, GROUPS_KEPT)))
+    draw("partition", counts, folder.path / "partition.png")
 
 
 LOGGED = ("loss", "epoch", "batch_size", *SUMS, "facts")  # what a step found out beside its record and update
@@ -159,26 +159,29 @@ class Server:
         self.slope_size: float | None = None
 
     def run(self) -> dict[str, Any]:
-        from zofed import plots
-
         with sinks.opened(self.settings, self.folder.path, self._show) as self.trainer.show:
             totals = self.trainer.run(self.settings.rounds, self._round)
         digests = self.exchanges.digests(self.members.there())
-        if wrong := self._wrong(digests):
-            digests |= self.exchanges.digests(wrong)  # rebuilt from the base
-            if wrong := self._wrong(digests):
-                raise UserError(
-                    f"clients {wrong} end with other weights than the server ({digests}) even when they replay all "
-                    "from the base: do not trust their machines; run without them"
-                )
-        extra = self.traffic.summary() | {"client_digests": {str(c): digest for c, digest in sorted(digests.items())}}
+        wrong = self._wrong(digests)
+        if wrong:
+            self._rebuild(wrong)
+            digests |= self.exchanges.digests(wrong)
+            wrong = self._wrong(digests)
+        own = self.worker.digest()
+        for client in wrong:
+            what = f"with {digests[client]}, not {own}" if digests[client] else "without saying with which weights"
+            print(f"client {client} ends {what}: do not trust its machine", file=sys.stderr, flush=True)
+        extra = self.traffic.summary() | {
+            "client_digests": {str(c): digest for c, digest in sorted(digests.items())},
+            "wrong_digests": {str(c): digests[c] for c in wrong},
+        }
         summary = finish(self.task, self.worker, self.journal, self.folder, totals, extra)
-        plots.federation(self.folder, len(self.members.found))
-        answered = sum(bool(digest) for digest in digests.values())
+        draw("federation", self.folder, len(self.members.found))
+        answered = list(digests.values()).count(own)
         print(
             f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the replay and "
-            f"{'all' if answered == len(digests) else 'of ' + str(len(digests))} {answered} clients end with the "
-            f"server's weights; results in {self.folder.path}",
+            f"{'all' if answered == len(digests) else f'{answered} of'} {len(digests)} clients end with the server's "
+            f"weights; results in {self.folder.path}",
             flush=True,
         )
         return summary
@@ -392,17 +395,16 @@ class Server:
         )
 
     def _wrong(self, digests: Mapping[int, str]) -> list[int]:
-        """Clients with other weights than the server's; they start anew when next asked.
-
-        Where all are needed, also those that gave no answer.
-        """
+        """Clients with other weights than the server's; where all are needed, also those that gave no answer."""
         own = self.worker.digest()
-        wrong = [c for c, digest in digests.items() if digest != own and (digest or self.members.strict)]
-        for client in wrong:
+        return [c for c, digest in sorted(digests.items()) if digest != own and (digest or self.members.strict)]
+
+    def _rebuild(self, clients: Iterable[int]) -> None:
+        """Have clients start anew when they are next asked."""
+        for client in clients:
             print(f"client {client}: its weights are not the run's; it replays all from the base", flush=True)
             member = self.members.found[client]
             member.rebuild, member.updates = True, set()
-        return wrong
 
     def _show(self, row: Row) -> None:
         round_, now = row["step"], self.traffic.now
@@ -415,7 +417,7 @@ class Server:
         self.traffic.tell(row, self.slope_size)
         interval = self.settings.digest_interval
         if interval and round_ % interval == 0 and round_ < self.settings.rounds:
-            self._wrong(self.exchanges.digests(self.members.there()))
+            self._rebuild(self._wrong(self.exchanges.digests(self.members.there())))
         used, asked = now.results["used"], max(1, now.asked)
         told = "loss withheld" if self.settings.losses_withheld and used else "skipped"
         loss = told if row.get("loss") is None else f"loss {row['loss']:.4f}"

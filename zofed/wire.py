@@ -65,7 +65,7 @@ class Introduction:
             examples = foreign.brief(self.examples)
             return f"client {self.client} says it holds {examples} examples: give it 1 to {foreign.LARGEST_COUNT:,}"
         if self.mode not in ("fo", "zo"):
-            return f"client {self.client} says mode = {self.mode!r}: it runs another zofed, give all machines the same"
+            return f"client {self.client} says mode = '{self.mode}': it runs another zofed, give all machines the same"
         if len(self.head) != CHAIN_BYTES:
             return (
                 f"client {self.client} stands at a head of {len(self.head)} bytes, not {CHAIN_BYTES}: it runs another "
