@@ -917,19 +917,20 @@ if __name__ == "__main__" and os.environ.get("ZOFED_WRITE_GOLDEN") == "1":
 # --- nothing is written that cannot be read ---
 
 UNREADABLE: dict[str, Record] = {
-    "a client below 0": Seeded(2, 0.5, (-1,), 1, (5,), -20, 4.0),
-    "a client of more than 32 bits": Seeded(2, 0.5, (2**32,), 1, (5,), -20, 4.0),
-    "a client of more than 64 bits": Seeded(2, 0.5, (2**80,), 1, (5,), -20, 4.0),
-    "an exponent too large": Seeded(2, 0.5, (0,), 1, (5,), records.LARGEST_EXPONENT + 1, 4.0),
-    "a divisor that is infinite": Seeded(2, 0.5, (0,), 1, (5,), -20, math.inf),
-    "a rate that is no number": Seeded(2, math.nan, (0,), 1, (5,), -20, 4.0),
-    "a coefficient too large": Seeded(2, 0.5, (0,), 1, (2**25,), -20, 4.0),
-    "no local steps": Seeded(2, 0.5, (0,), 1, (), -20, 4.0, 0),
-    "a round below 0": Skipped(-1),
+    "a client below 0": Seeded(3, 0.5, (-1,), 1, (5,), -20, 4.0),
+    "a client of more than 32 bits": Seeded(3, 0.5, (2**32,), 1, (5,), -20, 4.0),
+    "a client of more than 64 bits": Seeded(3, 0.5, (2**80,), 1, (5,), -20, 4.0),
+    "an exponent too large": Seeded(3, 0.5, (0,), 1, (5,), records.LARGEST_EXPONENT + 1, 4.0),
+    "a divisor that is infinite": Seeded(3, 0.5, (0,), 1, (5,), -20, math.inf),
+    "a rate that is no number": Seeded(3, math.nan, (0,), 1, (5,), -20, 4.0),
+    "a coefficient too large": Seeded(3, 0.5, (0,), 1, (2**25,), -20, 4.0),
+    "no local steps": Seeded(3, 0.5, (0,), 1, (), -20, 4.0, 0),
     "a round of more than 64 bits": Skipped(2**70),
-    "an update that is no digest": Dense(2, 0.5, b"short"),
-    "a first order's rate that is no number": Dense(2, math.nan),
-    "a guide's weight that is infinite": Guided(RECORDS[0], bytes(32), 0.5, math.inf, 0.0, False),  # type: ignore[arg-type]
+    "an update that is no digest": Dense(3, 0.5, b"short"),
+    "a first order's rate that is no number": Dense(3, math.nan),
+    "a guide's weight that is infinite": Guided(
+        Seeded(3, 0.5, (0,), 1, (5,), -20, 4.0), bytes(32), 0.5, math.inf, 0.0, False
+    ),
 }
 
 
