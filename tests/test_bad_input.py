@@ -1,6 +1,7 @@
 """Every mistake a person can make ends in one line with the value and a remedy, status 2, and nothing touched."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -119,6 +120,18 @@ WRONG_VALUES = [
     ("mode", "zf", "'calibrate' or 'subspace'"),
     ("optimizer", "adam", "'adamw'"),
     ("controls", "maybe", "valid boolean"),
+    ("learning-rate", "1e400", "finite"),
+    ("steps", "\u0663", "valid integer"),
+    ("steps", str(10**30), "less than 2**63"),
+    ("max-tokens", str(2**63), "less than 2**63"),
+    ("model", "gpt2\n", "white space"),
+    ("dataset", " sample-dclm", "white space"),
+    ("out", "tiny\r", "white space"),
+    ("out", " ", "white space"),
+    ("scope", "a\tb", "control character"),
+    ("tokenizer", "two\nlines", "line break"),
+    ("bp-dataset", os.fsdecode(b"caf\xe9"), "no UTF-8"),
+    ("eval-dataset", "\x1b[31m", "control character"),
 ]
 
 
@@ -127,7 +140,7 @@ WRONG_VALUES = [
 def test_a_wrong_value_is_named_with_its_limit_and_default(
     refused: Refused, tmp_path: Path, command: str, key: str, value: str, limit: str
 ) -> None:
-    message = refused(command, f"--{key}", value, "--out", tmp_path / "run", value=repr(value), remedy="the default is")
+    message = refused(command, "--out", tmp_path / "run", f"--{key}", value, value=repr(value), remedy="the default is")
     assert message.startswith(f"zofed: {key} = ") and limit in message
 
 
@@ -149,6 +162,10 @@ def test_a_wrong_value_is_named_with_its_limit_and_default(
         ("queries = 2\nqueries = 3", "settings.toml", "not valid TOML"),
         ("{", "settings.toml", "not valid TOML"),
         (b"\xff\xfe", "settings.toml", "not valid TOML"),
+        (f"seed = {'9' * 5000}", "settings.toml", "not valid TOML"),
+        (f"seed = {'[' * 5000}", "settings.toml", "not valid TOML"),
+        (f"dataset = [{'1, ' * 999}]", "dataset = [1, 1, 1", "... (2997 characters): should be"),
+        ('model = "tiny\\u0000"', "'tiny\\x00'", "control character"),
     ],
 )
 def test_a_settings_file_with_a_mistake_is_refused(

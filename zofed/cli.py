@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ from zofed import (
     proxies,
     runs,
     shell,
+    streams,
 )
 from zofed.config import SETTINGS, Settings
 from zofed.data_commands import app as data_app
@@ -402,11 +404,13 @@ def version() -> None:
 
 def main() -> None:
     """Run a command: status 2 and one line for a mistake, 130 after an interruption, never a traceback for either."""
+    streams.prepare()
     warnings.showwarning = lambda message, *_: print(f"zofed: warning: {message}", file=sys.stderr)
     os.environ.update(proxies.exempt(os.environ))  # before httpx or a process of Flower's reads them
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop ends a run as Ctrl-C does
     try:
-        sys.exit(app(standalone_mode=False))
+        status = app(standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         message, status = str(error), 2
     except click.NoSuchOption as error:
@@ -415,12 +419,27 @@ def main() -> None:
     except click.ClickException as error:
         message, status = f"{error.format_message()} See zofed --help", 2
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and streams.reader_has_gone():  # as in zofed settings | head -1
+            streams.give_up()
+            sys.exit(streams.READER_GONE)
         place = f" {error.filename}" if error.filename else ""
         message = f"cannot write or read{place}: {error.strerror}; free some space or choose another place, then go on"
         status = 2
+    except SystemExit:
+        if not streams.reader_has_gone():  # click's answer to that
+            raise
+        streams.give_up()
+        sys.exit(streams.READER_GONE)
     except Interrupted as error:
         message, status = f"interrupted; {error}", 130
     except click.Abort:  # what click makes of Ctrl-C
         message, status = "interrupted", 130
-    print("zofed: " + " ".join(message.splitlines()), file=sys.stderr)
+    else:
+        sys.exit(status)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        streams.give_up()
+    with suppress(OSError):  # nobody reads standard error either
+        print("zofed: " + " ".join(message.splitlines()), file=sys.stderr, flush=True)
     sys.exit(status)

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import tomllib
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from zofed.errors import UserError
 
 WITH_BACKPROP = ("instruct", "calibrate")  # modes of zeroth order that backpropagation helps
 ZEROTH_ORDER = ("zo", *WITH_BACKPROP)  # modes that measure slopes along seeded directions
+LONGEST_SHOWN = 200  # characters of a wrong value in its message
 OBJECTIVES = ("loss", "accuracy", "f1")
 
 
@@ -486,6 +488,19 @@ class Settings(BaseModel):
             raise ValueError("true and false are not allowed here")
         return value
 
+    @field_validator("*", mode="after")
+    @classmethod
+    def _can_be_kept(cls, value: Any) -> Any:
+        """Text that a TOML file and a path can hold and a person sees whole; numbers of 64 bits, as Flower's are."""
+        if isinstance(value, str):
+            if value != value.strip():
+                raise ValueError("begins or ends with white space, leave it out")
+            if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+                raise ValueError("holds a line break, a control character or a byte that is no UTF-8, leave it out")
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 2**63:
+            raise ValueError("should be less than 2**63")
+        return value
+
 
 SETTINGS: dict[str, FieldInfo] = {_kebab(name): field for name, field in Settings.model_fields.items()}
 
@@ -604,7 +619,9 @@ def _explain(problem: Any) -> str:
         return unknown(key, list(SETTINGS), "setting")
     field = SETTINGS[key]
     limit = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{key} = {problem['input']!r}: {limit}; the default is {field.default!r} ({field.description})"
+    given = repr(problem["input"])
+    given = given if len(given) <= LONGEST_SHOWN else f"{given[:LONGEST_SHOWN]}... ({len(given)} characters)"
+    return f"{key} = {given}: {limit}; the default is {field.default!r} ({field.description})"
 
 
 def unknown(name: str, known: list[str], what: str) -> str:
@@ -644,7 +661,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors may begin with a mark
     except OSError as error:
         raise UserError(f"cannot read settings file {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number too long to read, nesting too deep
         encoding = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise UserError(f"settings file {path} is not valid TOML: {error}{encoding}") from error
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import secrets
-import shlex
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 import httpx
 import tomli_w
 
-from zofed import foreign, keys, launch, proxies, reach
+from zofed import foreign, keys, launch, proxies, reach, shell
 from zofed.errors import UserError
 from zofed.files import write_whole
 from zofed.reach import Address
@@ -31,7 +30,7 @@ ENROLMENT_S = 2.0  # between looks at the folder of public keys
 
 def shown(command: list[str]) -> None:
     """Print a command as one would type it, so that everything can be done without zofed's launchers."""
-    print("$ " + shlex.join([Path(command[0]).name, *command[1:]]), flush=True)
+    print("$ " + shell.command(Path(command[0]).name, *command[1:]), flush=True)
 
 
 # ---- the SuperLink -------------------------------------------------------------------------------
@@ -111,7 +110,7 @@ def save_connection(name: str, entry: Mapping[str, Any]) -> None:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, f"{text.rstrip()}\n\n{block}".lstrip())
-    print(f"saved as {name!r} in {path}: submit runs with zofed run {name}", flush=True)
+    print(f"saved as {name!r} in {path}: submit runs with {shell.command('zofed', 'run', name)}", flush=True)
 
 
 def user_flower_home() -> Path:
@@ -298,8 +297,9 @@ def run_on(name: str, run_config: Mapping[str, launch.Setting]) -> tuple[str, st
     known = connections(path)
     if name not in known:
         raise UserError(
-            f"{path} knows no SuperLink {name!r}, only {', '.join(sorted(known)) or 'none'}: start one here with zofed "
-            f"superlink --name {name}, or add [superlink.{name}] with address and root-certificates"
+            f"{path} knows no SuperLink {name!r}, only {', '.join(sorted(known)) or 'none'}: start one here with "
+            f"{shell.command('zofed', 'superlink', '--name', name)}, or add [superlink.{name}] with address and "
+            "root-certificates"
         )
     project = Path(__file__).resolve().parent.parent
     address = str(known[name].get("address", ""))
@@ -324,11 +324,8 @@ def run_on(name: str, run_config: Mapping[str, launch.Setting]) -> tuple[str, st
             run_id, last_line = launch.stream(command, environment, scratch, note, submitted.append)
         except launch.Stopped:
             if submitted:
-                print(
-                    f"the run goes on: follow it with flwr log {submitted[0]} {name}, end it with flwr stop "
-                    f"{submitted[0]} {name}",
-                    file=sys.stderr,
-                )
+                follow, end = (shell.command("flwr", verb, submitted[0], name) for verb in ("log", "stop"))
+                print(f"the run goes on: follow it with {follow}, end it with {end}", file=sys.stderr)
             raise
         if run_id is None:
             through = proxies.in_the_way(scheme, host, environment)

@@ -172,7 +172,7 @@ def bring(out: str, host: str) -> None:
     command = ["scp", "-r", "-q", f"{host or 'USER@HOST'}:{out}", str(target)]
     shown = shell.command(*command)
     if not host:
-        console.print(f"the results lie on the SuperLink's machine: {shown}")
+        console.print(f"the results lie on the SuperLink's machine: {shown}", markup=False)
         return
     if target.exists():
         raise UserError(f"{target} exists already: move it aside, then fetch with {shown}")
@@ -182,4 +182,4 @@ def bring(out: str, host: str) -> None:
     print(f"$ {shown}", flush=True)
     if subprocess.run(command, check=False).returncode:
         raise UserError(f"could not copy {out} from {host}: do it with {shown}")
-    console.print(f"results in {target}")
+    console.print(f"results in {target}", markup=False)

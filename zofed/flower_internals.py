@@ -1,4 +1,4 @@
-"""All that zofed takes from Flower's private interfaces, in one place: a SuperNode's tasks, its connection, its sleeps.
+"""What deployment takes from Flower's private interfaces: a SuperNode's tasks, its connection, its sleeps.
 
 Written against flwr 1.41, which requirements.txt pins. `tests/test_flower_internals.py` names what a newer one changed.
 """

@@ -6,7 +6,8 @@ from typing import Any
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
+
+from zofed import flower_messages
 
 RUN_ID = 1
 SERVER_NODE = 1
@@ -33,8 +34,7 @@ class LocalGrid(Grid):
             for index in range(nodes)
         }
         self._replies: dict[str, Message] = {}
-        TaskIdentity.task_id = TaskIdentity.run_id = RUN_ID
-        TaskIdentity.node_id = SERVER_NODE
+        flower_messages.speak_as(SERVER_NODE, RUN_ID)
 
     def set_run(self, run: Any) -> None:
         """Nothing to set: the grid serves one run."""
@@ -54,15 +54,15 @@ class LocalGrid(Grid):
         return [self._deliver(message) for message in messages]
 
     def _deliver(self, message: Message) -> str:
-        message.metadata.__dict__["_message_id"] = message.object_id
+        flower_messages.give_id(message)
         node = message.metadata.dst_node_id
-        TaskIdentity.node_id = node
+        flower_messages.speak_as(node, RUN_ID)
         try:
             reply = self._app(message, self._contexts[node])
         except Exception as error:  # what the real grid answers with when a ClientApp raises anything
             reply = Message(Error(code=CLIENT_FAILED, reason=repr(error)), reply_to=message)
         finally:
-            TaskIdentity.node_id = SERVER_NODE
+            flower_messages.speak_as(SERVER_NODE, RUN_ID)
         self._replies[message.metadata.message_id] = reply
         return message.metadata.message_id
 

@@ -27,6 +27,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
+from zofed import shell
 from zofed.errors import UserError
 
 ALWAYS = ("localhost", "127.0.0.1", "::1")  # what the server's own commands, and a proxy on it, connect to
@@ -417,7 +418,8 @@ def _check_there(path: Path, remedy: str) -> None:
 def _check_private(path: Path) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
-        raise UserError(f"{str(path)!r} has mode {mode:04o}, and others than its owner can read it: chmod 600 {path}")
+        closed = shell.command("chmod", "600", path)
+        raise UserError(f"{str(path)!r} has mode {mode:04o}, and others than its owner can read it: {closed}")
 
 
 def _check_now(path: Path, found: x509.Certificate, now: datetime, remedy: str) -> None:

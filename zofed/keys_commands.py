@@ -38,7 +38,10 @@ def init(
     console.print(table)
     for name in node or []:
         private = out / keys.NODES / f"{name}.key"
-        console.print(f"node {name}: copy {private} and {out / keys.CA} to it (mode 600), then here: rm {private}")
+        gone = shell.command("rm", private)
+        console.print(
+            f"node {name}: copy {private} and {out / keys.CA} to it (mode 600), then here: {gone}", markup=False
+        )
     console.print("other nodes: run zofed keys node NAME there; its private key then never travels")
     console.print(f"next: {shell.command('zofed', 'superlink', '--keys', out)}", markup=False)
 

@@ -4,9 +4,8 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
-from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 
-from zofed import foreign, wire
+from zofed import flower_messages, foreign, wire
 from zofed.wire import Malformed
 
 KEY = "zofed"  # one record of one field a message: every record is an object of its own on Flower's wire
@@ -36,7 +35,7 @@ def _names(found: Iterable[str]) -> str:
 
 def size(content: RecordDict) -> int:
     """Bytes of a message's content as Flower serialises it, without the transport's own framing."""
-    return sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
+    return flower_messages.size(content)
 
 
 def payload(content: RecordDict) -> int:

@@ -70,7 +70,8 @@ def download(
 
     folder = hub.download(name, revision)
     console.print(f"{name} at commit {folder.name}")
-    console.print(f"next: {shell.command('zofed', 'train', '--model', name, '--revision', folder.name)}")
+    again = shell.command("zofed", "train", "--model", name, "--revision", folder.name)
+    console.print(f"next: {again}", markup=False)
 
 
 def check(

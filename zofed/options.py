@@ -13,8 +13,16 @@ from zofed import config
 from zofed.config import SETTINGS, Settings
 from zofed.errors import UserError
 
+
+class PlainConsole(Console):
+    """A console that leaves a reader who went away to `main`."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 # Progress and results are for people: they go to the terminal as plain words, without colour codes in a pipe.
-console = Console(highlight=False, soft_wrap=True)
+console = PlainConsole(highlight=False, soft_wrap=True)
 
 
 class Interrupted(Exception):  # noqa: N818, not an error
