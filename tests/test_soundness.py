@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_law import federate
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import zofed
-from zofed import soundness
+from zofed import central, directions, exchanges, models, soundness
+from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.estimators import FiniteDifference
 from zofed.soundness import pattern_of
@@ -52,7 +54,7 @@ def slopes(model: nn.Module, loss: Callable[..., Any], examples: Any = None, **m
 def moved_slopes(model: nn.Module, loss: Callable[..., Any], examples: Any = None) -> tuple[float, ...]:
     """The same slopes with every direction written into the weights."""
     zo = zofed.ZerothOrder(model, seed=5)
-    seeds = zofed.directions.direction_seeds(5, 1, 0, 6)
+    seeds = directions.direction_seeds(5, 1, 0, 6)
     return (
         FiniteDifference("rank1", zo.epsilon).slopes(loss, zo.worker.parameters, seeds, examples, batched=False).slopes
     )
@@ -208,6 +210,37 @@ def test_a_loss_of_many_numbers_is_refused() -> None:
     model = net()
     with pytest.raises(UserError, match=r"shape \(12,\), but must be one number: take its mean"):
         slopes(model, lambda: F.cross_entropy(model(X), Y, reduction="none"))
+
+
+@pytest.mark.parametrize("mode", ["zo", "instruct", "subspace"])
+def test_a_run_refuses_a_model_that_draws(
+    mode: str, quick: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = models.ready
+    monkeypatch.setattr(models, "ready", lambda model, dtype: ready(model, dtype).train())
+    with pytest.raises(UserError, match=r"Dropout\).*eval"):
+        central.train(quick(mode=mode, subspace_size=4), tmp_path / "run", lambda row: None)
+
+
+def test_a_client_refuses_a_model_that_draws_and_says_so(
+    quick: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ready = models.ready
+    monkeypatch.setattr(models, "ready", lambda model, dtype: ready(model, dtype).train())
+    monkeypatch.setattr(exchanges, "ATTEMPTS", 1)
+    with pytest.raises(UserError, match=r"round 1: clients .* gave no usable reply"):
+        federate(quick(), tmp_path / "run", 2)
+    assert (
+        "draws random numbers at each pass" in "".join(capfd.readouterr()) + (tmp_path / "run/clients.csv").read_text()
+    )
+
+
+def test_a_loss_that_no_shift_moves_is_told(recwarn: pytest.WarningsRecorder) -> None:
+    model = net()
+    assert not any(slopes(model, lambda: (model(X).argmax(-1) == Y).float().mean()))
+    assert "the same at all shifted weights, so that nothing moves: raise epsilon = 0.0003" in str(
+        recwarn.pop().message
+    )
 
 
 # --- state ---

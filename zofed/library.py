@@ -63,6 +63,8 @@ class ZerothOrder:
         if isinstance(trainable, str):
             trainable = scopes.trainable_names(model, trainable)
         names = list(parameters if trainable is None else trainable)
+        if not names:
+            raise UserError("nothing would train: give a module with parameters, and in trainable at least one of them")
         if wrong := [name for name in names if name not in parameters]:
             known = ", ".join(list(parameters)[:5])
             raise UserError(f"the module has no parameter {wrong[0]!r}: known are {known}, ...")

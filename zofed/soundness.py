@@ -85,7 +85,7 @@ def check_repeats(model: nn.Module, parameters: Parameters, loss: Loss, examples
         coarsest = max(first.coarsest, second.coarsest)
         is_coarse = coarsest >= COARSE or torch.get_float32_matmul_precision() != "highest"
         tolerance = (COARSE_ROUNDING if is_coarse else ROUNDING) * max(abs(first.value), abs(second.value))
-        _refuse_draws(first, second, tolerance)
+        _refuse_draws(model, first, second, tolerance)
     except BaseException:
         _restore(model, states[0])
         raise
@@ -114,7 +114,7 @@ def check_shifted(
             run = _Pass(model, ask)
         change = run.value - base.value
         if drawn := run.drawn_since(random_state):
-            raise _random(drawn, "at shifted weights")
+            raise _random(model, drawn, "at shifted weights")
         if not batched or not math.isfinite(change):
             return
         if share * abs(change) > base.tolerance:
@@ -252,10 +252,10 @@ def _random_state(generators: Any) -> dict[Any, Any]:
     return state | {id(generator): generator.get_state() for generator in generators}
 
 
-def _refuse_draws(first: _Pass, second: _Pass, tolerance: float) -> None:
+def _refuse_draws(model: nn.Module, first: _Pass, second: _Pass, tolerance: float) -> None:
     values = f"{first.value:.8g}, then {second.value:.8g} at the same weights"
     if drawn := second.drawn_since(first.state):
-        raise _random(drawn, values)
+        raise _random(model, drawn, values)
     if abs(first.value - second.value) > tolerance:
         raise UserError(
             f"the loss is another at each pass ({values}), so that slopes of it would be noise: it reads another batch "
@@ -264,14 +264,15 @@ def _refuse_draws(first: _Pass, second: _Pass, tolerance: float) -> None:
         )
 
 
-def _random(drawn: Sequence[_Draw], values: str) -> UserError:
+def _random(model: nn.Module, drawn: Sequence[_Draw], values: str) -> UserError:
     """What to say of random numbers in a loss. values: where, or what it gave."""
     what = f"the loss draws random numbers at each pass ({values}), so that slopes of it would be noise: "
     inside = {draw.name: draw.module for draw in drawn if draw.module is not None}
     if not inside:
         who = " and ".join(dict.fromkeys(draw.operation for draw in drawn))
+        layer = "call model.eval() if one of its layers does that, else " if model.training else ""
         return UserError(
-            f"{what}it calls {who}; draw before asking, so that all passes of a step see the same, "
+            f"{what}it calls {who}; {layer}draw before asking, so that all passes of a step see the same, "
             "seed it within the loss, or hand each query its own with examples"
         )
     named = [f"{name or 'the model'} ({type(module).__name__})" for name, module in inside.items()]
@@ -417,9 +418,13 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _number(value: Any) -> float:
+    """The loss as a number. Raises UserError for what is none."""
     if isinstance(value, Tensor) and value.numel() != 1:
         raise UserError(f"the loss is a tensor of shape {tuple(value.shape)}, but must be one number: take its mean")
-    return float(scalar(value))
+    try:
+        return float(scalar(value))
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"the loss is a {type(value).__name__}, but must be one number") from error
 
 
 def _direction(parameters: Parameters) -> dict[str, Factors]:

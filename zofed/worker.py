@@ -209,12 +209,19 @@ class Worker:
         )
 
     def _guarded(self, estimate: Estimate, epsilon: float) -> Estimate:
-        """The estimate; a word, once, when the losses' own resolution drowns the slopes."""
+        """The estimate; a word, once, where the losses' own resolution drowns the slopes, or all of them are zero."""
         if LARGEST_ROUNDING < estimate.rounding < inf and not self._warned:
             self._warned = True
             warnings.warn(
                 f"with epsilon = {epsilon:g} the losses differ by little more than their own rounding, about "
                 f"{estimate.rounding:.0%} of a slope: set epsilon to {epsilon * estimate.rounding / 0.01:.0e} or so",
+                stacklevel=3,
+            )
+        if estimate.rounding == inf and not self._warned and len(estimate.slopes) > 1:
+            self._warned = True
+            warnings.warn(
+                f"the loss is the same at all shifted weights, so that nothing moves: raise epsilon = {epsilon:g} "
+                "(a loss that moves in steps and passes in 16 bits round smaller shifts away)",
                 stacklevel=3,
             )
         return estimate
