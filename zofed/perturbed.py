@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from zofed import directions
+from zofed.copies import Copies, CustomFunctions, Differ, NeedsOwn, has_rule, run_forward
 from zofed.directions import Factors
 from zofed.errors import UserError
 from zofed.logits import DEFER_FROM, Logits, checked, copies_first
@@ -70,12 +71,31 @@ class Perturbation(Uncompiled):
     factors; with one that requires a gradient, the loss can be differentiated by it. The products a linear map or an
     embedding needs are added to its output; in any other call the perturbed tensor stands in for the parameter, which
     is cheap for vectors and correct for all. `seen` collects the ids met. Where no gradient is wanted, large output
-    layers become `Logits`.
+    layers become `Logits`. copies: answers what vmap refuses; None where there are not many copies.
     """
 
-    def __init__(self, factors: Mapping[int, Factors], scale: Tensor, seen: set[int]) -> None:
+    def __init__(
+        self, factors: Mapping[int, Factors], scale: Tensor, seen: set[int], copies: Copies | None = None
+    ) -> None:
         super().__init__()
-        self.factors, self.scale, self.seen = factors, scale, seen
+        self.factors, self.scale, self.seen, self.copies = factors, scale, seen, copies
+        self._custom = CustomFunctions(self._apply)
+
+    def __enter__(self) -> "Perturbation":
+        self._custom.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._custom.__exit__()
+
+    def _apply(self, apply: Any, function: type[torch.autograd.Function], args: Any, kwargs: Any) -> Any:
+        """What a custom autograd function gives: it sees the perturbed tensors, as any call does."""
+        with torch._C.DisableTorchFunction():  # or this mode would see the sums and perturb once more
+            args, kwargs = self._replaced(args), {key: self._replaced(value) for key, value in kwargs.items()}
+        if self.copies and not has_rule(function):
+            return run_forward(function, args, kwargs)
+        return apply(*args, **kwargs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -102,7 +122,9 @@ class Perturbation(Uncompiled):
                 return logits.cross_entropy(target, ignored, reduction)
         args = tuple(self._replaced(value) for value in args)
         kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
-        return attention(*args, **kwargs) if func is F.scaled_dot_product_attention else func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return attention(*args, **kwargs)
+        return self.copies.call(func, args, kwargs) if self.copies else func(*args, **kwargs)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool = False) -> Any:
         """x W^T + bias with all that is perturbed in one product: scale * (into . x) out, and the bias as one row."""
@@ -162,6 +184,10 @@ class Watch(Perturbation):
 
     def __init__(self) -> None:
         super().__init__({}, torch.ones(1), set())
+
+    def _apply(self, apply: Any, function: type[torch.autograd.Function], args: Any, kwargs: Any) -> Any:
+        self.seen.update(map(id, pytree.tree_leaves((args, kwargs))))
+        return super()._apply(apply, function, args, kwargs)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         value = super().__torch_function__(func, types, args, kwargs)
@@ -367,14 +393,15 @@ def _one_pass(
     scale: Tensor,
     seen: set[int],
     batch: Any,
+    owns: bool = False,
 ) -> Tensor:
-    """One loss for each of `queries` and rows of `scale`, all in one pass."""
+    """One loss for each of `queries` and rows of `scale`, all in one pass, or in one for each group that agrees."""
     ids = [id(parameter) for parameter in parameters.values()]
     like = next(iter(parameters.values()))
     chosen = [tuple(factor[queries].to(like) for factor in pair) for pair in drawn]
 
     def one(scale: Tensor, factors: list[Factors], batch: Any) -> Tensor:
-        with Perturbation(dict(zip(ids, factors, strict=True)), scale, seen):
+        with Perturbation(dict(zip(ids, factors, strict=True)), scale, seen, Copies(scale, owns)):
             value = loss() if batch is None else loss(batch)
         if not isinstance(value, Tensor):
             raise CannotBatch(f"it gives a {type(value).__name__}, not a tensor")
@@ -383,6 +410,17 @@ def _one_pass(
     try:
         by_copy = pytree.tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, batch)
         return torch.vmap(one, in_dims=(0, 0, by_copy))(scale.to(like), chosen, batch)
+    except Differ as differ:
+        found = torch.empty(len(queries))
+        for group in differ.groups:
+            at = torch.tensor(group)
+            own = each_tensor(batch, lambda tensor, at=at: tensor[at.to(tensor.device)])
+            some = _one_pass(loss, parameters, drawn, queries[at], scale[at], seen, own, owns)
+            found = found.to(some)
+            found[at.to(some.device)] = some
+        return found
+    except NeedsOwn:
+        return _one_pass(loss, parameters, drawn, queries, scale, seen, batch, owns=True)
     except (torch.OutOfMemoryError, UserError, CannotBatch):
         raise
     except (RuntimeError, TypeError, ValueError) as error:  # vmap's limits; a fault of the loss shows again without it
