@@ -2,10 +2,11 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 import torch
 
-from benchmarks import common, first_order, gpu, memory, query, replay
+from benchmarks import common, first_order, gpu, memory, model_types, query, replay
 
 
 def main() -> None:
@@ -27,7 +28,15 @@ def main() -> None:
     one = kinds.add_parser("gpu", help=gpu.__doc__)
     one.add_argument("--device", default="cuda")
     one.add_argument("--size", choices=common.SIZES, default="124M")
+    one = kinds.add_parser("model-types", help=model_types.__doc__)
+    one.add_argument(
+        "--out", type=Path, required=True, help="folder of rows.jsonl, which it goes on from, and table.md"
+    )
+    one.add_argument("--only", nargs="*", default=[], metavar="TYPE")
     given = parser.parse_args()
+    if given.what == "model-types":
+        model_types.report(given.out, given.only)
+        return
     if given.what == "memory-of":
         way, size, examples, tokens, copies = given.row
         print(memory.measure(way, size, (int(examples), int(tokens)), int(copies)))

@@ -1,71 +1,223 @@
-"""Which parameters train: scopes, from the names that models give them."""
+"""Which parameters train: scopes, from how a model is built and in what order it uses its parameters."""
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zofed.classifier import PooledClassifier
 from zofed.errors import UserError
+from zofed.perturbed import Watch
 from zofed.worker import named_parameters
-
-# Right behind the block's number: the MLP of GPT-2, Llama and their kin, OPT, BERT, DistilBERT, and the norm before it.
-_MLP = re.compile(
-    r"\.\d+\.(mlp|ln_2|post_att\w*|pre_feedforward_layernorm|fc1|fc2|final_layer_norm"
-    r"|attention\.output\.LayerNorm|intermediate|output\.dense|sa_layer_norm|ffn)\."
-)
-
-_HEAD = re.compile(r"(^|\.)(lm_head|score|classifier)\.")
 
 
 def trainable_names(model: nn.Module, scope: str) -> list[str]:
     """Canonical names of the parameters that train, in the model's order.
 
-    scope: full; reduced (the last block's MLP and the layer norm before it, plus an untied head); norms; biases; head;
-    last-K (the last K blocks and what follows them); or a regular expression searched in the names. A tied tensor goes
-    by its first name. Raises UserError when nothing is left to train.
+    scope: full; reduced (the last block's MLP and the norm before it, and the head); norms; biases; head (all outside
+    the base model); last-K (the last K blocks, what the forward pass uses after them, and the head); or a regular
+    expression searched in the names. A tied tensor goes by its first name. With reduced, head and last-K whatever was
+    drawn because the model's folder lacks it trains too. Raises UserError when nothing is left to train.
     """
     everything = model.may_train(scope) if isinstance(model, PooledClassifier) else named_parameters(model)
-    blocks = _block_numbers(everything)
-    last = max((number for number in blocks.values() if number is not None), default=None)
-    top = _after_blocks(everything, blocks)
-    head = [name for name in top if _HEAD.search(name)]
     if scope == "full":
-        chosen = list(everything)
-    elif scope == "reduced":
-        mlp = [name for name, number in blocks.items() if number == last is not None and _MLP.search(name)]
-        chosen = mlp + head if mlp else []
+        chosen = set(everything)
     elif scope == "norms":
-        chosen = [name for name in everything if re.search(r"(ln_|norm)", name, re.IGNORECASE)]
+        norms = {id(tensor) for module in model.modules() if _is_norm(module) for tensor in module.parameters()}
+        chosen = {name for name, tensor in everything.items() if id(tensor) in norms}
     elif scope == "biases":
-        chosen = [name for name in everything if name.endswith("bias")]
-    elif scope == "head":
-        chosen = head
-    elif match := re.fullmatch(r"last-(\d+)", scope):
-        count = 0 if last is None else last + 1
-        if int(match[1]) > count:
-            raise UserError(f"scope = {scope!r}: the model has {count} blocks; use last-{count} at most, or full")
-        first = count - int(match[1])
-        chosen = [name for name, number in blocks.items() if number is not None and number >= first] + top
+        chosen = {name for name in everything if name.endswith("bias")}
+    elif scope in ("head", "reduced") or re.fullmatch(r"last-\d+", scope):
+        chosen = _top(model, everything, scope)
+        chosen |= set(drawn(model)) if chosen else set()
     else:
-        chosen = _matching(everything, scope)
-    if not chosen:
+        chosen = set(_matching(everything, scope))
+    names = [name for name in everything if name in chosen]
+    if not names:
         raise UserError(
             f"scope = {scope!r} leaves nothing to train: use full, last-1 or a regular expression that is found in "
             f"parameter names such as {', '.join(list(everything)[-4:])}"
         )
-    keep = set(chosen)
-    return [name for name in everything if name in keep]
+    return names
+
+
+def frozen_though_drawn(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Parameters that begin untrained, because the model's folder lacks them, and that stay so: not among `names`."""
+    return [name for name in drawn(model) if name not in names]
 
 
 def inner_matrices(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Those of the named parameters that are matrices inside the model: neither embeddings nor an output layer."""
+    """Those of the named parameters that are matrices inside the model: neither embeddings nor of the head."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    everything = named_parameters(model)
+    head = _head(model, everything)
     return [
         name
-        for name, parameter in named_parameters(model).items()
-        if name in names and parameter.dim() == 2 and id(parameter) not in embeddings and not _HEAD.search(name)
+        for name, parameter in everything.items()
+        if name in names and parameter.dim() == 2 and id(parameter) not in embeddings and name not in head
     ]
+
+
+def _top(model: nn.Module, everything: Mapping[str, Tensor], scope: str) -> set[str]:
+    """Names of what head, reduced or last-K chooses."""
+    head = _head(model, everything)
+    if scope == "head":
+        return head
+    layout = _Layout.of(model, everything)
+    if scope == "reduced":
+        mlp = layout.mlp()
+        return mlp | head if mlp else set()
+    count = int(scope.removeprefix("last-"))
+    if count > len(layout.blocks):
+        raise UserError(
+            f"scope = {scope!r}: the model has {len(layout.blocks)} blocks of its own; use last-{len(layout.blocks)} "
+            "at most, or full"
+        )
+    last = layout.blocks[len(layout.blocks) - count :]
+    return set[str]().union(*last) | layout.after() | head
+
+
+def _head(model: nn.Module, everything: Mapping[str, Tensor]) -> set[str]:
+    """Names of what lies outside the base model, such as an output layer that is not tied to the embedding."""
+    inside = {id(tensor) for tensor in _base(model).parameters()}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    if _base(model) is model and isinstance(output, nn.Module):
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+        tied = {id(tensor) for tensor in embedding.parameters()} if isinstance(embedding, nn.Module) else set()
+        inside -= {id(tensor) for tensor in output.parameters()} - tied
+    return {name for name, tensor in everything.items() if id(tensor) not in inside}
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model without its head; the model itself where it has no such part."""
+    if isinstance(model, PooledClassifier):
+        return model.encoder
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or " ", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module's own parameters scale and shift what it normalises."""
+    return "norm" in type(module).__name__.lower() and all(tensor.dim() < 2 for tensor in module.parameters())
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """blocks: names of each block's parameters, in the stack's order. order: place of each parameter's first use."""
+
+    everything: Mapping[str, Tensor]
+    blocks: list[set[str]]
+    order: Mapping[str, int]
+
+    @classmethod
+    def of(cls, model: nn.Module, everything: Mapping[str, Tensor]) -> "_Layout":
+        names = {id(tensor): name for name, tensor in everything.items()}
+        blocks = [{names[id(t)] for t in block.parameters() if id(t) in names} for block in _stack(_base(model))]
+        used = [names[one] for one in _used(model) if one in names]
+        order = {name: place for place, name in enumerate(dict.fromkeys(used) if used else everything)}
+        return cls(everything, [block for block in blocks if block], order)
+
+    def after(self) -> set[str]:
+        """What is first used once the last block has begun, and lies in no block."""
+        inside = set[str]().union(*self.blocks)
+        begins = self._begins(self.blocks[-1]) if self.blocks else len(self.order)
+        return {name for name, place in self.order.items() if place > begins and name not in inside}
+
+    def mlp(self) -> set[str]:
+        """What the last block uses between its attention and its last matrix, that one and its bias included."""
+        last = self.blocks[-1] if self.blocks else set()
+        used = sorted((name for name in last if name in self.order), key=lambda name: self.order[name])
+        matrices = [name for name in used if self.everything[name].dim() > 1]
+        attending = [name for name in matrices if "att" in _inner(name)]
+        if not attending or matrices[-1] in attending:
+            return set()
+        start, end = attending[-1], matrices[-1]
+        chosen = [name for name in used if self.order[start] < self.order[name] <= self.order[end]]
+        chosen += [name for name in used if _module(name) == _module(end)]
+        chosen = [name for name in chosen if _module(name) != _module(start)]
+        parts = {_inner(name).split(".")[0] for name in chosen if "att" not in _inner(name)}  # experts not met, too
+        return {
+            name for name in last if name in chosen or (name not in self.order and _inner(name).split(".")[0] in parts)
+        }
+
+    def _begins(self, block: Collection[str]) -> int:
+        return min((self.order[name] for name in block if name in self.order), default=len(self.order))
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _inner(name: str) -> str:
+    """A parameter's name within its block: what follows the first number."""
+    return re.split(r"\.\d+\.", name, maxsplit=1)[-1].lower()
+
+
+def _stack(base: nn.Module) -> list[nn.ModuleList]:
+    """The blocks of a model, first to last: of an encoder-decoder its decoder's, of a model that sees its text's.
+
+    They are the longest list of modules that lies in no other such list, and the lists beside it of the same length,
+    since some models keep a list of attentions, one of norms and so on.
+    """
+    root = getattr(base, "get_decoder", lambda: None)()
+    root = root if isinstance(root, nn.Module) else base
+    lists: list[tuple[nn.Module, nn.ModuleList]] = []
+    inside = set[int]()
+    for parent in root.modules():
+        for child in parent.children():
+            if isinstance(child, nn.ModuleList) and id(child) not in inside and any(True for _ in child.parameters()):
+                lists.append((parent, child))
+                inside |= {id(module) for module in child.modules()}
+    if not lists:
+        return []
+    parent, longest = max(lists, key=lambda one: (len(one[1]), sum(tensor.numel() for tensor in one[1].parameters())))
+    kind = type(longest[0])
+    beside = [
+        other for at, other in lists if at is parent and len(other) == len(longest) and type(other[0]) is not kind
+    ]
+    return [nn.ModuleList(one) for one in zip(longest, *beside, strict=True)]
+
+
+class _Order(Watch):
+    """Keeps the ids of what calls of torch are given in the order of their first use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Any = _Ordered()
+
+
+class _Ordered(dict[int, None]):
+    """A set that keeps its order."""
+
+    def update(self, ids: Any) -> None:  # type: ignore[override]
+        super().update(dict.fromkeys(one for one in ids if one not in self))
+
+
+@torch.no_grad()
+def _used(model: nn.Module) -> list[int]:
+    """Ids of what a pass over two tokens uses, in the order of their first use; none where no such pass can run."""
+    inner = model.encoder if isinstance(model, PooledClassifier) else model
+    end = getattr(getattr(inner, "config", None), "eos_token_id", None)
+    end = end[0] if isinstance(end, list) and end else end
+    device = next(model.parameters()).device
+    ids = torch.full((1, 2), end if isinstance(end, int) else 0, device=device)
+    was_training = inner.training
+    try:
+        with _Order() as order:
+            inner.eval()(input_ids=ids)
+    except Exception:  # models raise all kinds of errors where there is more to read than tokens, or no storage
+        return []
+    finally:
+        inner.train(was_training)
+    return list(order.seen)
+
+
+def drawn(model: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters that were drawn because the model's folder lacks them."""
+    return getattr(model, "zofed_drawn", ())
 
 
 def _matching(names: Mapping[str, Tensor], pattern: str) -> list[str]:
@@ -78,16 +230,3 @@ def _matching(names: Mapping[str, Tensor], pattern: str) -> list[str]:
             f"scope = {pattern!r} is neither a known scope nor a regular expression ({error}): "
             "use full, reduced, norms, biases, head, last-K, or mend the expression"
         ) from error
-
-
-def _block_numbers(names: Mapping[str, Tensor]) -> dict[str, int | None]:
-    """Number of the transformer block each parameter belongs to: the first number in its name, None outside."""
-    found = {name: re.search(r"\.(\d+)\.", name) for name in names}
-    return {name: int(match[1]) if match else None for name, match in found.items()}
-
-
-def _after_blocks(names: Mapping[str, Tensor], blocks: Mapping[str, int | None]) -> list[str]:
-    """Parameters that stand behind the last block in the model's order: final norm and head."""
-    order = list(names)
-    end = max((index for index, name in enumerate(order) if blocks[name] is not None), default=-1)
-    return order[end + 1 :]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -253,6 +254,12 @@ class Task:
 def worker_of(settings: Settings, model: models.Model) -> Worker:
     """A replica of a model at its base weights, with the genesis that the settings give it, on their device."""
     names = scopes.trainable_names(model, settings.scope)
+    if frozen := scopes.frozen_though_drawn(model, names):
+        warnings.warn(
+            f"scope = {settings.scope!r} leaves {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''} as drawn: "
+            "the model's folder lacks them, and they do not train; set scope to head, last-1 or full to train them",
+            stacklevel=2,
+        )
     matrices = frozenset(scopes.inner_matrices(model, names))
 
     def rule(name: Literal["sgd", "adamw", "mudamw"]) -> Optimizer:
