@@ -109,10 +109,8 @@ class RunFolder:
         """Raise UserError, with the command that continues the run, unless it runs this way."""
         if self.way != way:
             what = {CENTRAL: "a central run", SIMULATED: "a federated run", DEPLOYED: "a run on separate machines"}
-            raise UserError(
-                f"{self.path} is {what[self.way]}, which {way} does not continue: {self.go_on()} does; or choose "
-                "another folder with --out"
-            )
+            told = f"{self.path} holds {what[self.way]}: continue it with {self.go_on()}"
+            raise UserError(f"{told}, or choose another folder with --out")
 
     @property
     def journal(self) -> Path:

@@ -121,7 +121,7 @@ def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> N
         _tell(pipe, {"error": error})
 
 
-def carry_out(settings: Settings, show: Any, expect: Any) -> None:
+def carry_out(settings: Settings, show: Any, expect: Any = lambda _: None) -> None:
     """The run of these settings in its folder: from its start, or from where it was cut.
 
     show, expect: as `central.train` has them.

@@ -1,0 +1,154 @@
+"""Nothing that a person sets explicitly is ignored in silence."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from zofed import config, sweep_file
+from zofed.config import CENTRAL, FEDERATED, SETTINGS
+from zofed.errors import UserError
+from zofed.options import settings_from
+
+Zofed = Callable[..., tuple[int, str, str]]
+
+# Settings that always act; every other one says when it does.
+ALWAYS = {
+    "mode", "model", "revision", "task", "dataset", "tokenizer", "block-size", "scope", "optimizer", "learning-rate",
+    "weight-decay", "schedule", "warmup-steps", "clip-norm", "batch-size", "objective", "max-forward-equivalents",
+    "max-seconds", "max-tokens", "seed", "dtype", "forward-dtype", "threads", "eval-interval", "eval-examples",
+    "eval-dataset", "save-interval", "keep-best", "controls", "tensorboard", "out",
+}  # fmt: skip
+
+IDLE: list[tuple[str, dict[str, Any], str, str]] = [
+    (CENTRAL, {"rounds": 5}, "rounds", "zofed simulate"),
+    (CENTRAL, {"clients": 2}, "clients", "zofed simulate"),
+    (CENTRAL, {"participation": 0.5}, "participation", "a federation"),
+    (CENTRAL, {"merge": "median"}, "merge", "a federation"),
+    (CENTRAL, {"mode": "fo", "local-steps": 3}, "local-steps", "mode = zo or instruct or calibrate"),
+    (FEDERATED, {"steps": 5}, "steps", "zofed train"),
+    (FEDERATED, {"epochs": 2}, "epochs", "zofed train"),
+    (CENTRAL, {"steps": 5, "epochs": 2}, "steps", "epochs = 0"),
+    (CENTRAL, {"optimizer": "adamw", "momentum": 0.9}, "momentum", "optimizer = sgd"),
+    (CENTRAL, {"cautious": True}, "cautious", "optimizer = mudamw"),
+    (FEDERATED, {"trim": 0.3}, "trim", "merge = trimmed"),
+    (FEDERATED, {"example-cap": 3}, "example-cap", "weighting = examples"),
+    (FEDERATED, {"dirichlet-alpha": 0.1}, "dirichlet-alpha", "partition = dirichlet"),
+    (FEDERATED, {"proximal": 0.1, "mode": "fo"}, "proximal", "local-steps other than 1"),
+    (FEDERATED, {"local-learning-rate": 0.1}, "local-learning-rate", "local-steps other than 1"),
+    (CENTRAL, {"mode": "fo", "queries": 8}, "queries", "mode = zo"),
+    (CENTRAL, {"mode": "fo", "epsilon": 1e-3}, "epsilon", "mode = zo"),
+    (CENTRAL, {"mode": "fo", "directions": "rank2"}, "directions", "mode = zo"),
+    (CENTRAL, {"mode": "subspace", "directions": "rank2"}, "directions", "subspace-variant = diagonal"),
+    (CENTRAL, {"bp-interval": 3}, "bp-interval", "mode = instruct or calibrate"),
+    (CENTRAL, {"gradient-accumulation": 3}, "gradient-accumulation", "mode = fo"),
+    (CENTRAL, {"zo-query-batch-size": 3}, "zo-query-batch-size", "zo-data = per-query"),
+    (CENTRAL, {"mode": "calibrate", "blend": False}, "blend", "mode = instruct"),
+    (CENTRAL, {"subspace-size": 4}, "subspace-size", "mode = subspace"),
+    (CENTRAL, {"min-learning-rate": 1e-3}, "min-learning-rate", "schedule = cosine"),
+    (CENTRAL, {"directions": "gaussian", "copies-per-pass": 2}, "copies-per-pass", "directions other than"),
+    (CENTRAL, {"save-interval": 0, "keep-checkpoints": 3}, "keep-checkpoints", "save-interval other than 0"),
+    (CENTRAL, {"eval-dataset": "pydoc", "held-out": 0.2}, "held-out", "eval-dataset = ''"),
+    (CENTRAL, {"pooling": "mean"}, "pooling", "task = classification"),
+    (CENTRAL, {"devices": "cpu,cpu", "device": "cpu"}, "device", "devices = ''"),
+    (FEDERATED, {"mode": "instruct", "bp-dataset": "pydoc"}, "bp-dataset", "guide-source = server"),
+]
+
+
+def test_every_setting_says_when_it_acts_or_always_does() -> None:
+    conditional = {key for key, field in SETTINGS.items() if field.json_schema_extra}
+    assert conditional | ALWAYS == set(SETTINGS)
+    assert not conditional & ALWAYS
+    for key in conditional:
+        extra = SETTINGS[key].json_schema_extra
+        assert isinstance(extra, dict)
+        for condition in extra["acts_when"]:  # type: ignore[union-attr]
+            assert set(condition) <= {"run", *config.Settings.model_fields}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("run", "values", "key", "remedy"), IDLE, ids=[case[2] for case in IDLE])
+def test_a_setting_without_effect_is_told_with_what_makes_it_act(
+    run: str, values: dict[str, Any], key: str, remedy: str
+) -> None:
+    settings = config.resolve(values)
+    (told,) = config.without_effect(settings, values, run)
+    assert told.startswith(f"{key} = ") and remedy in told.partition("has no effect here: it acts with ")[2]
+
+
+@pytest.mark.parametrize(
+    ("run", "values"),
+    [
+        (CENTRAL, {"mode": "instruct", "optimizer": "adamw", "bp-optimizer": "sgd", "momentum": 0.9}),
+        (CENTRAL, {"local-steps": 3, "local-learning-rate": 0.1, "coefficient-bits": 6}),
+        (CENTRAL, {"mode": "fo", "bp-learning-rate": 0.1, "gradient-accumulation": 2}),
+        (CENTRAL, {"mode": "instruct", "bp-dataset": "pydoc", "instruct-noise-scale": 0.2}),
+        (FEDERATED, {"mode": "subspace", "queries": 3, "epsilon": 1e-3}),
+        (FEDERATED, {"steps-per-message": 4, "local-learning-rate": 0.1, "clients": 2, "rounds": 3}),
+        (FEDERATED, {"mode": "fo", "local-steps": 2, "proximal": 0.1, "merge": "trimmed", "trim": 0.3}),
+        ("", {"rounds": 3, "steps": 3, "clients": 2}),
+    ],
+)
+def test_a_setting_that_acts_is_not_told(run: str, values: dict[str, Any]) -> None:
+    assert config.without_effect(config.resolve(values), values, run) == []
+
+
+@pytest.mark.parametrize("run", [CENTRAL, FEDERATED])
+def test_defaults_are_never_told(run: str) -> None:
+    assert config.changed(config.resolve({})) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        settings_from(None, {}, run)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["train", "--rounds", "3"], "rounds = 3 has no effect here: it acts with a federation (zofed simulate"),
+        (["train", "--clients", "0"], "clients = 0 has no effect here"),
+        (["simulate", "--steps", "100"], "steps = 100 has no effect here: it acts with zofed train"),
+        (["train", "--optimizer", "adamw", "--momentum", "0.9"], "momentum = 0.9 has no effect here"),
+        (["run", "lab", "--epochs", "2"], "epochs = 2.0 has no effect here"),
+        (["check", "--mode", "fo", "--queries", "3"], "queries = 3 has no effect here"),
+        (["sweep", "arms", "--link-megabits", "3"], "link-megabits = 3.0 has no effect here"),
+    ],
+    ids=lambda case: " ".join(case) if isinstance(case, list) else "",
+)
+def test_what_is_typed_without_effect_is_refused(
+    zofed_command: Zofed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], told: str
+) -> None:
+    (tmp_path / "arms.toml").write_text('[base]\nsteps = 2\n[grid]\nmode = ["zo", "fo"]\n')
+    monkeypatch.chdir(tmp_path)
+    words = ["arms.toml" if word == "arms" else word for word in words]
+    status, output, errors = zofed_command(*words)
+    assert (status, output) == (2, "")
+    assert errors.startswith(f"zofed: {told}") and len(errors.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["arms.toml"]
+
+
+def test_a_file_that_serves_several_runs_is_told_in_one_warning(tmp_path: Path) -> None:
+    file = tmp_path / "both.toml"
+    file.write_text('steps = 5\nrounds = 5\nmomentum = 0.0\ntrim = 0.2\nmerge = "median"\n')
+    with pytest.warns(UserWarning) as told:
+        assert settings_from(file, {}, CENTRAL).steps == 5
+    (line,) = [str(one.message) for one in told]
+    assert line.startswith(f"{file}: rounds = 5 has no effect here") and "merge = median has no effect" in line
+    assert "steps" not in line and "trim" not in line and "\n" not in line
+    with pytest.warns(UserWarning, match=r"both.toml: steps = 5 has no effect here: it acts with zofed train"):
+        settings_from(file, {"seeds": "shared"}, FEDERATED)
+    with pytest.raises(UserError, match=r"^rounds = 7 has no effect here"):
+        settings_from(file, {"rounds": "7"}, CENTRAL)
+
+
+def test_a_sweep_tells_what_acts_in_none_of_its_runs(tmp_path: Path) -> None:
+    base = {"steps": 2, "rounds": 2, "momentum": 0.5, "queries": 4, "bp-interval": 2}
+    sweep = sweep_file.of({"base": base, "grid": {"mode": ["zo", "fo"], "optimizer": ["sgd", "adamw"]}})
+    told = sweep.without_effect(base)
+    assert [line.split(" = ")[0] for line in told] == ["rounds", "bp-interval"]
+
+
+@pytest.mark.parametrize("name", sweep_file.names())
+def test_shipped_experiments_set_nothing_without_effect(name: str) -> None:
+    sweep = sweep_file.read(sweep_file.find(name))
+    assert sweep.without_effect(sweep.base) == []
