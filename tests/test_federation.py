@@ -299,14 +299,13 @@ def test_one_client_alone_is_left_as_it_is(answers: dict[int, Measured], way: di
 
 @given(ANSWERS, st.sampled_from([1.0, 2.0, 10.0]))
 @settings(max_examples=150, deadline=None, database=None)
-def test_slopes_are_clipped_at_the_limit_times_the_lower_median_of_sizes(
-    answers: dict[int, Measured], limit: float
-) -> None:
+def test_slopes_are_clipped_at_the_limit_times_the_median_of_sizes(answers: dict[int, Measured], limit: float) -> None:
+    """Of two middle ones that nearer to 1, the usual size before there is any: here all are below."""
     sizes = sorted(math.sqrt(sum(value**2 for value in exact(one)) / 3) for one in answers.values())
     nonzero = [one for one in sizes if one]
     if not nonzero or len(answers) == 1:
         return
-    bound = limit * statistics.median_low(nonzero)
+    bound = limit * statistics.median_high(nonzero)
     merged = merging.merged(answers, shared=False, limit=limit)
     finest = 2.0 ** min(one.exponent for one in answers.values() if any(one.coefficients))
     tolerance = 2.0**merged.exponent / 2 + finest + bound * 1e-9
@@ -333,6 +332,67 @@ def test_slopes_a_thousand_limits_beyond_the_others_are_implausible() -> None:
     zeros = measured((0, 0), records.LARGEST_EXPONENT)
     assert merging.implausible({0: zeros, 1: zeros}, 2.0) == []
     assert merging.implausible(others | {3: zeros, 4: zeros, 5: zeros, 7: beyond}, 2.0) == [7], "zeros have no size"
+
+
+SIZES = st.floats(2.0**-30, 2.0**30)
+EXTREMES = st.integers(records.SMALLEST_EXPONENT, records.LARGEST_EXPONENT)
+
+
+@st.composite
+def liars_among(draw: st.DrawFn) -> tuple[list[Measured], list[Measured], float]:
+    """Honest answers, at most as many that hold anything at all, and the usual size."""
+    honest = [draw(st.lists(COEFFICIENT.filter(bool), min_size=2, max_size=2)) for _ in range(draw(st.integers(1, 4)))]
+    lies = draw(st.lists(st.tuples(st.lists(COEFFICIENT, min_size=2, max_size=2), EXTREMES), max_size=len(honest)))
+    exponent = draw(st.integers(-30, 0))
+    return [measured(some, exponent) for some in honest], [measured(*lie) for lie in lies], draw(SIZES)
+
+
+@given(liars_among(), st.sampled_from([1.0, 2.0, 10.0]), st.booleans())
+@settings(max_examples=300, deadline=None, database=None)
+def test_whatever_half_of_the_clients_send_the_merged_slopes_are_bounded_by_those_of_the_others(
+    answers: tuple[list[Measured], list[Measured], float], limit: float, shared: bool
+) -> None:
+    """Fewer than half: by limit times the largest honest size. Half: by limit times the largest size that is as far
+    from the usual one as an honest size is. And no honest client is left out for being unlike the liars alone."""
+    honest, lying, usual = answers
+    found = dict(enumerate(honest + lying))
+    sizes = [merging.size(one) for one in honest]
+    common = merging.common_size(found, usual)
+    furthest = max(abs(math.log2(one) - math.log2(usual)) for one in sizes)
+    is_few = len(lying) < len(honest)
+    low, high = (min(sizes), max(sizes)) if is_few else (usual * 2.0**-furthest, usual * 2.0**furthest)
+    assert low * (1 - 1e-9) <= common <= high * (1 + 1e-9)
+    left_out = merging.implausible(found, limit, usual)
+    if is_few and max(sizes) < 100 * limit * min(sizes):
+        assert not set(left_out) & set(range(len(honest)))
+    staying = {client: one for client, one in found.items() if client not in left_out}
+    merged = merging.merged(staying or found, shared=shared, limit=limit, usual=usual)
+    if len(staying) > 1 and not left_out:
+        unit = 2.0**merged.exponent + 2.0 ** min(one.exponent for one in found.values() if any(one.coefficients))
+        assert max(abs(float(slope)) for slope in exact(merged)) <= limit * high * (1 + 1e-9) + unit
+
+
+@pytest.mark.parametrize("usual", [1.0, 0.2, 30.0])
+@pytest.mark.parametrize("liar", [((1, -1), -450), ((3, 2), -200), ((1, 1), -60), ((2**17, 1), 20), ((1, 1), 100)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_liars_at_exactly_half_are_left_out_and_not_the_honest(
+    count: int, liar: tuple[tuple[int, ...], int], usual: float
+) -> None:
+    honest = {client: measured((100 + client, -90), -7) for client in range(count)}
+    found = honest | {client + 10: measured(*liar) for client in range(count)}
+    assert merging.implausible(found, 10.0, usual) == [client + 10 for client in range(count)]
+    assert merging.merged(found, shared=False, limit=10.0, usual=usual).clients == tuple(found)
+    largest = max(map(abs, map(float, exact(merging.merged(found, shared=False, limit=10.0, usual=usual)))))
+    assert largest <= 10.0 * max(map(merging.size, honest.values())) + 2.0**-7  # rounded up to one unit
+
+
+def test_what_a_run_has_measured_so_far_tells_which_half_lies() -> None:
+    """Where honest slopes are far from 1."""
+    small = {client: measured((100, -90), -40) for client in range(2)}
+    liars = {client + 10: measured((100, -90), -7) for client in range(2)}
+    usual = merging.size(small[0])
+    assert merging.implausible(small | liars, 10.0, 2 * usual) == [10, 11]
+    assert merging.common_size(small | liars, usual / 3) == usual
 
 
 def test_answers_of_zeros_take_nothing_from_the_others_whatever_their_exponent() -> None:

@@ -907,13 +907,6 @@ def test_every_golden_file_is_of_this_format_and_known() -> None:
     assert all(f"format{journal.FORMAT}" in name for name in GOLDEN_RUNS)
 
 
-if __name__ == "__main__" and os.environ.get("ZOFED_WRITE_GOLDEN") == "1":
-    for name_ in GOLDEN_RUNS:
-        (GOLDEN / name_).unlink(missing_ok=True)
-        write_golden(GOLDEN / name_, name_)
-        print(f'    "{name_}": {golden_end(GOLDEN / name_)},')
-
-
 # --- nothing is written that cannot be read ---
 
 UNREADABLE: dict[str, Record] = {
@@ -954,3 +947,10 @@ def test_an_entry_longer_than_a_reader_takes_is_refused(tmp_path: Path, monkeypa
         with pytest.raises(UserError, match="a journal's entry at most 40"):
             opened.append(Seeded(3, 0.5, (0,), 40, (1000,) * 40, -20, 4.0))
     assert records_of(journal.read(tmp_path / "journal.zofed")) == (RECORDS[1],)
+
+
+if __name__ == "__main__" and os.environ.get("ZOFED_WRITE_GOLDEN") == "1":
+    for name_ in GOLDEN_RUNS:
+        (GOLDEN / name_).unlink(missing_ok=True)
+        write_golden(GOLDEN / name_, name_)
+        print(f'    "{name_}": {golden_end(GOLDEN / name_)},')

@@ -109,7 +109,7 @@ class Exchanges:
             self.members.wait_for(missing)
             good |= self._asked(missing, attempt, task, message_type, judge, steps, guide)
             if task in ("slopes", "coefficients", "guided"):
-                for client in merging.implausible(good, self.settings.clip_slopes):
+                for client in merging.implausible(good, self.settings.clip_slopes, self.worker.spread.value):
                     del good[client]
                     self.traffic.revise(client, "implausible")
             if len(good) >= need:

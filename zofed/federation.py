@@ -181,7 +181,7 @@ def records_of(settings: Settings, worker: Worker, found: Mapping[int, Slopes], 
         record = seeded(
             round_,
             schedules.learning_rate(settings, round_, total),
-            merged_slopes(settings, part, shared=settings.seeds == "shared"),
+            merged_slopes(settings, part, shared=settings.seeds == "shared", usual=spread.value),
             settings.queries,
             settings.estimator,
             spread if settings.normalise else None,
@@ -219,18 +219,23 @@ def _some(found: Slopes, start: int, stop: int) -> Slopes:
     return Measured(found.coefficients[start:stop], found.exponent, 0.0, 0, examples=found.examples)
 
 
-def subspace_record(settings: Settings, round_: int, rate: float, found: Mapping[int, Slopes]) -> Seeded:
+def subspace_record(
+    settings: Settings, round_: int, rate: float, found: Mapping[int, Slopes], usual: float = 1.0
+) -> Seeded:
     """The record of coefficients that clients trained in the round's subspace, which they share.
 
     The weights move by the merged coefficients themselves: by rate / divisor times them, where both are equal. rate:
     of all inner steps together, by which the weight decay goes; at 0, where a cosine may end, the coefficients are 0.
+    usual: size of the run's coefficients so far.
     """
-    merged = merged_slopes(settings, found, shared=True)
+    merged = merged_slopes(settings, found, shared=True, usual=usual)
     return Seeded(round_, rate, (0,), settings.subspace_size, merged.coefficients, merged.exponent, rate or 1.0)
 
 
-def merged_slopes(settings: Settings, found: Mapping[int, Slopes], *, shared: bool) -> merging.Merged:
-    """All clients' integers as one set, by the rules of the settings."""
+def merged_slopes(
+    settings: Settings, found: Mapping[int, Slopes], *, shared: bool, usual: float = 1.0
+) -> merging.Merged:
+    """All clients' integers as one set, by the rules of the settings. usual: size of the run's slopes so far."""
     return merging.merged(
         found,
         shared=shared,
@@ -239,6 +244,7 @@ def merged_slopes(settings: Settings, found: Mapping[int, Slopes], *, shared: bo
         limit=settings.clip_slopes,
         largest_weight=settings.example_cap if settings.weighting == "examples" else 0,
         bits=settings.coefficient_bits,
+        usual=usual,
     )
 
 

@@ -11,6 +11,7 @@ from zofed import records
 Rule = Literal["mean", "trimmed", "median"]
 
 IMPLAUSIBLE = 1000.0  # times the limit of clipping: such a slope is no outlier but a fault, and its sender is left out
+VANISHING = 2.0**-40  # times the common size: no difference of float32 losses is so far below the others', so likewise
 
 
 class Slopes(Protocol):
@@ -39,19 +40,33 @@ def size(slopes: Slopes) -> float:
     return math.ldexp(math.sqrt(total / max(1, len(slopes.coefficients))), slopes.exponent)
 
 
-def implausible(found: Mapping[int, Slopes], limit: float) -> list[int]:
-    """Clients with a slope of more than 1000 * limit times the size of the others, by client index; limit 0: none.
+def implausible(found: Mapping[int, Slopes], limit: float, usual: float = 1.0) -> list[int]:
+    """Clients with slopes that are none beside the others', by client index; limit 0: none.
 
-    The size of the others is the lower median over the clients of the root mean square of their slopes: up to half of
-    them can lie without moving it.
+    Left out is who has a slope of more than 1000 * limit times the common size, or slopes that are all less than 2^-40
+    of it; zeros alone are no fault. usual: as for `common_size`.
     """
-    bound = IMPLAUSIBLE * limit * _common_size(found)
-    return [client for client, slopes in sorted(found.items()) if bound and _largest(slopes) > bound]
+    common = common_size(found, usual) if limit else 0.0
+    largest, smallest = IMPLAUSIBLE * limit * common, VANISHING * common
+    sizes = {client: _largest(slopes) for client, slopes in sorted(found.items())}
+    return [client for client, size in sizes.items() if common and (size > largest or 0.0 < size < smallest)]
 
 
-def _common_size(found: Mapping[int, Slopes]) -> float:
-    sizes = [one for slopes in found.values() if (one := size(slopes))]
-    return statistics.median_low(sizes) if sizes else 0.0
+def common_size(found: Mapping[int, Slopes], usual: float = 1.0) -> float:
+    """The median over the clients of the root mean square of their slopes; of the two middle ones of an even number,
+    the one nearer to `usual`, as a ratio. Clients whose slopes are all zero do not count; 0 where nobody else is.
+
+    usual: size of the run's slopes so far, 1 before there are any.
+
+    While fewer than half of those that count lie, this lies between the smallest and the largest size of the others,
+    whatever the liars send. At exactly half, where sizes alone cannot tell which half lies, it is no further from the
+    usual size, as a ratio, than the furthest of the others is.
+    """
+    sizes = sorted(one for slopes in found.values() if (one := size(slopes)))
+    if not sizes:
+        return 0.0
+    middle = statistics.median_low(sizes), statistics.median_high(sizes)
+    return min(middle, key=lambda one: abs(math.log2(one) - math.log2(usual)))
 
 
 def _largest(slopes: Slopes) -> float:
@@ -67,6 +82,7 @@ def merged(
     limit: float = 0.0,
     largest_weight: int = 0,
     bits: int = records.COEFFICIENT_BITS,
+    usual: float = 1.0,
 ) -> Merged:
     """One set of slopes from those of all clients, by client index.
 
@@ -74,6 +90,8 @@ def merged(
     `trim` at either end, or the lower median; else each keeps its own directions, and the rule can only be the mean.
     limit: of several clients, slopes beyond so many times the common size are brought back to it; 0: none.
     largest_weight: clients count by their examples, up to so many; 0: all alike. bits: of the largest coefficient.
+    usual: as for `common_size`, whose bounds are those of the merged slopes: with shared directions none exceeds limit
+    times the common size, with distinct ones none exceeds that times its client's weight over the mean weight.
     """
     clients = tuple(sorted(found))
     exponents = [found[client].exponent for client in clients if any(found[client].coefficients)]
@@ -83,7 +101,7 @@ def merged(
     finest = min(exponents)
     rows = [_at(found[client], finest) for client in clients]
     if limit and len(rows) > 1:
-        bound = math.ceil(math.ldexp(limit * _common_size(found), -finest))
+        bound = math.ceil(math.ldexp(limit * common_size(found, usual), -finest))
         rows = [[max(-bound, min(bound, value)) for value in row] for row in rows]
     weights = [max(1, min(found[client].examples, largest_weight)) for client in clients] if largest_weight else []
     if not shared:

@@ -253,7 +253,7 @@ class Server:
         forward = sum(count if client in able else 2 * settings.queries * count for client in good)
         backward = count * len(able & set(good))
         return self._step(
-            federation.subspace_record(settings, round_, rate, good),
+            federation.subspace_record(settings, round_, rate, good, self.worker.spread.value),
             good,
             forward / len(good),
             settings.batch_size,
