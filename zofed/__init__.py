@@ -3,6 +3,10 @@
 from importlib import import_module
 from typing import Any
 
+from zofed.arithmetic import make_reproducible
+
+make_reproducible()  # before torch computes anything
+
 __version__ = "0.1.0"
 _HOMES = {
     "ZerothOrder": "library",

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from zofed import foreign, models
+from zofed import arithmetic, foreign, models
 from zofed.config import Settings
 from zofed.errors import DiskError, DivergenceError, UserError
 from zofed.files import sync_file, sync_folder
@@ -88,6 +88,7 @@ def finish(
         "parameters": {"total": models.true_count(worker.model), "trainable": _count(worker)},
         "data": task.digests(),
         "versions": versions(),
+        "arithmetic": arithmetic.described(),
         **(extra or {}),
     }
     save_model(task, worker, folder)

@@ -6,6 +6,7 @@ import platform
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 
-from zofed import __version__, config, shell
+from zofed import __version__, arithmetic, config, shell
 from zofed.config import Settings
 from zofed.errors import DiskError, UserError
 from zofed.files import sync_file, sync_folder, write_whole
@@ -35,7 +36,7 @@ METRICS = (
 EVALUATIONS = ("step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1")
 BEST = "best"  # name of the checkpoint with the lowest held-out loss
 
-WAY, NODES = "way", "nodes"  # what inputs.json says of how a run runs, beside what must not change
+WAY, NODES, ARITHMETIC = "way", "nodes", "arithmetic"  # what inputs.json says of a run beside what must not change
 # How a run runs, by the command that begins and continues it. The last of them is a federation on separate machines.
 CENTRAL, SIMULATED, DEPLOYED = "zofed train", "zofed simulate", "zofed run"
 RESTORE = "restore it from a copy"
@@ -70,7 +71,7 @@ class RunFolder:
                 remedy = f"continue it with {folder.go_on()}, or choose" if folder.journal.exists() else "choose"
                 raise UserError(f"out = {str(path)!r} is not empty: {remedy} another folder with --out")
             path.mkdir(parents=True, exist_ok=True)
-            about = {WAY: way, **({NODES: nodes} if nodes else {})}
+            about = {WAY: way, ARITHMETIC: arithmetic.described(), **({NODES: nodes} if nodes else {})}
             folder.write_text("inputs.json", json.dumps(dict(inputs) | about, indent=2, sort_keys=True) + "\n")
             folder.write_text("settings.toml", config.to_toml(settings))
             sync_folder(path.parent)
@@ -149,9 +150,11 @@ class RunFolder:
     def check_unchanged(self, inputs: Mapping[str, Any], genesis: Genesis, now: Genesis) -> None:
         """Raise UserError unless a run can go on: from what it read, and from the journal's genesis, as they were.
 
-        inputs, now: what settings, data and model give today.
+        inputs, now: what settings, data and model give today. Another processor or BLAS may go on, to weights that
+        the journal explains as well; that they may not be those of an undisturbed run is said.
         """
-        before = {key: value for key, value in self.inputs().items() if key not in (WAY, NODES)}
+        recorded = self.inputs()
+        before = {key: value for key, value in recorded.items() if key not in (WAY, NODES, ARITHMETIC)}
         if not before:
             raise UserError(f"{self.path / 'inputs.json'}, which tells what the run began with, is spoilt: {RESTORE}")
         different = [key for key in sorted(before | dict(inputs)) if before.get(key) != inputs.get(key)]
@@ -160,6 +163,12 @@ class RunFolder:
             raise UserError(
                 f"{self.path} began with another {', '.join(different)} than its settings give today: "
                 "bring back the settings, data, tokenizer and model it began with"
+            )
+        if other := arithmetic.changed_since(recorded.get(ARITHMETIC)):
+            warnings.warn(
+                f"{self.path} goes on with other arithmetic ({other}): its steps from here may differ in the last bit "
+                "from those of a run that was not interrupted",
+                stacklevel=2,
             )
 
     def _read_json(self, name: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from zofed import directions, optimizers, soundness
+from zofed import arithmetic, directions, optimizers, soundness
 from zofed.errors import UserError
 from zofed.estimators import Estimate, FiniteDifference, Points, Split
 from zofed.journal import Entry, Genesis, genesis_chain, link
@@ -155,6 +155,7 @@ class Worker:
         cannot run for many copies at once is measured one direction after the other, which is said once. split:
         measures shares of the queries in several places; None: all here.
         """
+        arithmetic.warn_if_not_reproducible()
         how = FiniteDifference(self.kind, epsilon, points, copies_per_pass, self.sizes)
 
         def slopes(batched: bool) -> Estimate:
