@@ -281,7 +281,7 @@ def test_asking_touches_no_global_random_state(kind: Kind) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "plain"])
 def test_slopes_are_the_directional_derivatives(name: str, kind: Kind) -> None:
     model, loss = MODELS[name]()
-    model.double()  # in float32 the losses' last bit alone is a thousandth of these slopes
+    model.double()  # in float32 the last bit of the losses alone is a thousandth of these slopes
     parameters = trained(model, "full")
     gradients = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
     exact = [
@@ -294,7 +294,8 @@ def test_slopes_are_the_directional_derivatives(name: str, kind: Kind) -> None:
     ]
     estimate = two_point(loss, parameters, kind, SEEDS, EPSILON, 4)
     scale = math.sqrt(sum(value**2 for value in exact) / len(exact))
-    assert estimate.slopes == pytest.approx(exact, abs=5e-4 * scale)
+    assert estimate.slopes == pytest.approx(exact, abs=(1e-3 + 4 * estimate.rounding) * scale)
+    assert estimate.rounding < 1e-3  # transformers sums the loss of a language model in float32
     assert estimate.forward_passes == 2 * len(SEEDS)
     with torch.no_grad():
         assert estimate.loss == pytest.approx(float(loss()), abs=1e-4)
