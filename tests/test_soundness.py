@@ -154,6 +154,14 @@ def test_dropout_is_refused_for_examples_of_each_query_and_for_any_kind_until_ev
     zo.apply(zo.ask(loss, 0.05, examples))
 
 
+def test_what_could_draw_and_does_not_is_not_named() -> None:
+    """Attention may drop out, a part in eval mode does not: only the dropout beside it is to blame."""
+    model = net(nn.Unflatten(1, (2, 4)), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval(), nn.Flatten())
+    model.append(nn.Dropout(0.1))
+    with pytest.raises(UserError, match=r"noise: 6 \(Dropout\); call model\.eval"):
+        slopes(model, plain(model))
+
+
 def test_the_remedies_for_dropout_give_the_slopes_of_the_net_without_it() -> None:
     calm, still = net(nn.Dropout(0.1)).eval(), net(nn.Dropout(0.0))
     assert slopes(calm, plain(calm)) == slopes(still, plain(still))

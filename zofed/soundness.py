@@ -10,7 +10,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -174,12 +174,15 @@ class _Pass(TorchDispatchMode):
         kwargs = kwargs or {}
         if func._schema.is_mutable:
             self._check_writes(func, args, kwargs)
+        may_draw, own = torch.Tag.nondeterministic_seeded in func.tags, kwargs.get("generator")
+        before = _torch_state(own) if may_draw else {}
         result = func(*args, **kwargs)
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():
                 self.coarsest = max(self.coarsest, torch.finfo(leaf.dtype).eps)
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self._add_draw(func, result, kwargs.get("generator"))
+        if may_draw:
+            after = _torch_state(own)  # an attention without dropout leaves the generator as it is
+            self._add_draw(func, result, own, [key for key in after if not torch.equal(before[key], after[key])])
         return result
 
     def _check_writes(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -192,13 +195,13 @@ class _Pass(TorchDispatchMode):
                     how = f"writes ({func.overloadpacket.__name__}) into"
                     raise _written(self._model, self._storages[_storage(leaf)], how)
 
-    def _add_draw(self, func: Any, result: Any, generator: torch.Generator | None) -> None:
+    def _add_draw(self, func: Any, result: Any, generator: torch.Generator | None, sources: Sequence[Any]) -> None:
         around = self._around[-1] if self._around else ("", None)
         # A data loader draws one 64-bit number for its workers' seeds whenever it is gone through, shuffled or not:
         # what it hands out is seen in the loss.
         is_loader = func is torch.ops.aten.random_.default and result.dtype == torch.int64 and result.dim() == 0
-        device = next((leaf.device.type for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)), "cpu")
-        self.draws.append(_Draw(func.overloadpacket.__name__, generator, device, *around, is_loader))
+        name = func.overloadpacket.__name__
+        self.draws += [_Draw(name, source, generator, *around, is_loader) for source in sources]
 
     def drawn_since(self, state: Mapping[Any, Any]) -> list["_Draw"]:
         """What drew numbers that the pass which ended in `state` did not draw, by its generators.
@@ -216,10 +219,10 @@ class _Pass(TorchDispatchMode):
         for key, value in self.state.items():
             if key not in state or _equal(state[key], value):
                 continue
-            own = [draw for draw in self.draws if draw.key == key]
+            own = [draw for draw in self.draws if draw.source == key]
             if own and all(draw.is_loader for draw in own):
                 continue
-            found += own or [_Draw(_SOURCES.get(key, "a generator"), None, "", "", None, False)]
+            found += own or [_Draw(_SOURCES.get(key, "a generator"), key, None, "", None, False)]
         return found
 
 
@@ -228,28 +231,29 @@ class _Draw:
     """One draw of random numbers: by which operation, from which generator, in which module."""
 
     operation: str
-    generator: torch.Generator | None
-    device: str
+    source: Any  # key of the generator in `_random_state`
+    generator: torch.Generator | None  # that it was handed
     name: str  # of the module around it
     module: nn.Module | None
     is_loader: bool
-
-    @property
-    def key(self) -> Any:
-        return self.device if self.generator is None else id(self.generator)
 
 
 _SOURCES = {"numpy": "NumPy's generator", "python": "Python's module random", "cpu": "torch's generator"}
 
 
-def _random_state(generators: Any) -> dict[Any, Any]:
+def _random_state(generators: Iterable[torch.Generator]) -> dict[Any, Any]:
     """State of every generator that all code shares, and of some others."""
-    state: dict[Any, Any] = {"cpu": torch.default_generator.get_state(), "python": random.getstate()}
     _, words, *rest = np.random.get_state(legacy=True)
-    state["numpy"] = (np.asarray(words).tobytes(), *rest)
+    state: dict[Any, Any] = {"python": random.getstate(), "numpy": (np.asarray(words).tobytes(), *rest)}
+    return state | _torch_state(*generators)
+
+
+def _torch_state(*generators: torch.Generator | None) -> dict[Any, Tensor]:
+    """State of torch's generators that all code shares, and of some others."""
+    state: dict[Any, Tensor] = {"cpu": torch.default_generator.get_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cat(torch.cuda.get_rng_state_all())
-    return state | {id(generator): generator.get_state() for generator in generators}
+    return state | {id(generator): generator.get_state() for generator in generators if generator is not None}
 
 
 def _refuse_draws(model: nn.Module, first: _Pass, second: _Pass, tolerance: float) -> None:
