@@ -3,16 +3,17 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
+JOBS ?= 2
 VENV := .venv
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow run lint types docs clean-venv
+.PHONY: help install test test-slow test-processors run lint types docs clean-venv
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  variables: PYTHON=python3.12 (3.11 to 3.13), PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  variables: PYTHON=python3.12 (3.11 to 3.13), PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu', JOBS=4"
 
 install: $(STAMP) ## make .venv and install zofed in it, editable, with the development tools
 	@echo "zofed is installed in $(VENV); next: make run, or . $(VENV)/bin/activate"
@@ -25,11 +26,18 @@ $(STAMP): pyproject.toml requirements.txt requirements-dev.txt
 	$(VENV)/bin/python -m pip install $(PIP_ARGS) -e '.[dev]'
 	@touch $(STAMP)
 
-test: $(STAMP) ## run the fast tests
-	$(VENV)/bin/pytest
+test: $(STAMP) ## run the fast tests, JOBS=2 at a time
+	$(VENV)/bin/pytest -n $(JOBS) --dist worksteal
 
 test-slow: $(STAMP) ## run the slow tests: Flower with Ray, processes killed, real data
 	$(VENV)/bin/pytest -m slow
+
+# What a forward pass computes depends on the instructions that torch uses and on MKL's mode; equalities must not.
+test-processors: $(STAMP) ## run the tests of equal bits with other instruction sets and another mode of MKL
+	@for setting in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	    'ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE' 'ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE'; do \
+	    echo "-- $$setting"; env $$setting $(VENV)/bin/pytest -q -m bits -n $(JOBS) --dist worksteal || exit 1; \
+	done
 
 run: $(STAMP) ## train through `flwr run`: 4 clients, the text that ships with the project
 	$(VENV)/bin/zofed quickstart

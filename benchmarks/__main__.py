@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import common, first_order, gpu, memory, model_types, query, replay
+from benchmarks import blas, common, first_order, gpu, memory, model_types, query, replay
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     kinds = parser.add_subparsers(dest="what", required=True)
-    timed = (query.__doc__, query.report_scopes.__doc__, replay.__doc__, first_order.__doc__)
-    for name, text in zip(("query", "scopes", "replay", "first-order"), timed, strict=True):
+    timed = (query.__doc__, query.report_scopes.__doc__, replay.__doc__, first_order.__doc__, blas.__doc__)
+    for name, text in zip(("query", "scopes", "replay", "first-order", "blas"), timed, strict=True):
         one = kinds.add_parser(name, help=text)
         one.add_argument("--size", choices=common.SIZES, default="124M")
         one.add_argument("--threads", type=int, default=2)
@@ -25,6 +25,8 @@ def main() -> None:
     one.add_argument("--copies", type=int, default=4)
     one = kinds.add_parser("memory-of", help="one row of `memory`, in this process")
     one.add_argument("row", nargs=5, metavar=("WAY", "SIZE", "EXAMPLES", "TOKENS", "COPIES"))
+    one = kinds.add_parser("blas-of", help="one row of `blas`, in this process")
+    one.add_argument("row", nargs=4, metavar=("SIZE", "EXAMPLES", "TOKENS", "THREADS"))
     one = kinds.add_parser("gpu", help=gpu.__doc__)
     one.add_argument("--device", default="cuda")
     one.add_argument("--size", choices=common.SIZES, default="124M")
@@ -40,6 +42,10 @@ def main() -> None:
     if given.what == "memory-of":
         way, size, examples, tokens, copies = given.row
         print(memory.measure(way, size, (int(examples), int(tokens)), int(copies)))
+        return
+    if given.what == "blas-of":
+        size, examples, tokens, threads = given.row
+        blas.measure(size, (int(examples), int(tokens)), int(threads))
         return
     if given.what == "gpu":
         if given.device.startswith("cuda") and not torch.cuda.is_available():
@@ -64,6 +70,9 @@ def main() -> None:
     elif given.what == "first-order":
         print("| model | batch | optimizer | plain step | ours / plain |\n| --- | --- | --- | --- | --- |", flush=True)
         first_order.report(given.size, tuple(given.shape or (4, 64)), given.threads, given.pairs)  # type: ignore[arg-type]
+    elif given.what == "blas":
+        print("| model | batch | mode | plain forward | step |\n| --- | --- | --- | --- | --- |", flush=True)
+        blas.report(given.size, given.threads, given.pairs)
     elif given.what == "replay":
         print("| model | records x directions | directions a second | over torch.randn |\n| --- | --- | --- | --- |")
         replay.report(given.size, given.threads, given.pairs)

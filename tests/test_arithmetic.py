@@ -86,6 +86,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.bits
 def test_products_and_slopes_do_not_depend_on_where_tensors_lie() -> None:
     found = json.loads(run(MISALIGNED, **OLD).stdout)
     assert found["tried"] == 48

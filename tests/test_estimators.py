@@ -277,6 +277,7 @@ def test_asking_touches_no_global_random_state(kind: Kind) -> None:
     assert state() == before
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "plain"])
 def test_slopes_are_the_directional_derivatives(name: str, kind: Kind) -> None:

@@ -290,7 +290,7 @@ def ed25519_text() -> bytes:
         ("a.pub", b"", "no public ECDSA key"),
         ("a.pub", b"ecdsa-sha2-nistp384 AAAA", "no public ECDSA key"),
         ("a.pub", b"\xff\xfe", "no public ECDSA key"),
-        ("a.pub", ed25519_text(), "no public ECDSA key"),
+        pytest.param("a.pub", ed25519_text(), "no public ECDSA key", id="ed25519"),
         ("a.pub", b"-----BEGIN OPENSSH PRIVATE KEY-----", "is a private key: move it"),
         ("a.pub", b"x" * 100_000, "more than 65536 bytes"),
         ("notes.txt", b"hello", "no public key NAME.pub"),

@@ -68,6 +68,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("overrides", WAYS.values(), ids=WAYS)
 def test_every_way_to_the_same_records_gives_the_same_bits(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
@@ -141,6 +142,7 @@ def test_two_clients_of_a_changed_run_end_with_the_servers_weights(quick: Quick,
     assert summary["replay_digest"] == summary["digest"]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 @pytest.mark.parametrize("stop_at", [1, 4, 5])
 @pytest.mark.parametrize("before_apply", [True, False])
