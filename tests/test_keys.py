@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from flwr.cli.supernode.register import try_load_public_key
@@ -450,6 +450,105 @@ def test_a_nodes_ca_must_be_one_and_valid(node: tuple[Path, Path], made: Path) -
         keys.check_node(node[0], made / "server.crt")
     with pytest.raises(UserError, match=r"gpu0.pub' is no certificate"):
         keys.check_node(node[0], made / "enrolled" / "gpu0.pub")
+
+
+# ---- damage and its remedies ---------------------------------------------------------------------
+
+
+def pem_of(key: ec.EllipticCurvePrivateKey, password: bytes) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, serialization.BestAvailableEncryption(password))
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda whole: b"",
+    "cut": lambda whole: whole[: len(whole) // 2],
+    "one bit": lambda whole: (
+        whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+    ),
+    "UTF-16": lambda whole: whole.decode().encode("utf-16"),
+    "a mark": lambda whole: b"\xef\xbb\xbf" + whole,
+    "binary": lambda whole: b"\x30\x82\x00\xff" * 50,
+    "another kind": lambda whole: PUBLIC.encode(),
+    "encrypted": lambda whole: pem_of(ec.generate_private_key(ec.SECP256R1()), b"secret"),
+    "another curve": lambda whole: ec.generate_private_key(ec.SECP256K1()).private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+    ),
+}
+
+
+def refusal_of(check: Callable[[], object], path: Path) -> str:
+    """The message of a check that must be refused and name the file."""
+    with pytest.raises(UserError) as caught:
+        check()
+    assert repr(str(path)) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_is_named_with_a_remedy_that_mends_it(made: Path, tmp_path: Path, damage: str) -> None:
+    whole = {name: (made / name).read_bytes() for name in ("ca.crt", "ca.key", "server.crt", "server.key")}
+
+    def damaged(name: str) -> Path:
+        (made / name).write_bytes(DAMAGE[damage](whole[name]))
+        return made / name
+
+    told = refusal_of(lambda: keys.check_server(made), damaged("server.key"))
+    assert told.endswith("zofed keys renew")
+    keys.renew(made)
+    keys.check_server(made, HOSTS)
+
+    told = refusal_of(lambda: keys.check_server(made), damaged("server.crt"))
+    assert told.endswith("zofed keys renew and every name and address by which nodes reach the server")
+    assert refusal_of(lambda: keys.renew(made), made / "server.crt") == told
+    keys.renew(made, HOSTS)
+    keys.check_server(made, HOSTS)
+
+    for name, check in (("ca.key", lambda: keys.renew(made)), ("ca.crt", lambda: keys.check_server(made))):
+        told = refusal_of(check, damaged(name))
+        assert told.endswith("bring it back from a copy, or make new keys with zofed keys init and another --out")
+        (made / name).write_bytes(whole[name])
+        keys.check_server(made, HOSTS)
+    keys.make(tmp_path / "another", HOSTS)
+    keys.check_server(tmp_path / "another", HOSTS)
+
+    node = made / "nodes" / "gpu0.key"
+    assert "copy ca.crt from the server's" in refusal_of(
+        lambda: keys.check_node(node, made / "ca.crt"), damaged("ca.crt")
+    )
+    shutil.copy(tmp_path / "another" / "ca.crt", made / "ca.crt")
+    keys.check_node(node, made / "ca.crt")
+    if damage != "a mark":  # which OpenSSH's format allows
+        node.write_bytes(DAMAGE[damage](node.read_bytes()))
+        assert refusal_of(lambda: keys.check_node(node, made / "ca.crt"), node).endswith("zofed keys node NAME")
+        node.unlink()
+        keys.make_node(node.parent, "gpu0")
+        keys.check_node(node, made / "ca.crt")
+
+
+def test_what_is_no_file_is_told_and_not_waited_for(made: Path) -> None:
+    for name in ("ca.crt", "server.crt", "server.key"):
+        whole = (made / name).read_bytes()
+        for put in (os.mkdir, os.mkfifo, lambda path: os.symlink(path.name, path)):
+            (made / name).unlink()
+            put(made / name)
+            refusal_of(lambda: keys.check_server(made), made / name)
+            if name != "server.key":
+                refusal_of(lambda name=name: keys.certificate(made / name), made / name)
+            os.rmdir(made / name) if (made / name).is_dir() else (made / name).unlink()
+            (made / name).write_bytes(whole)
+            (made / name).chmod(0o600)
+    keys.check_server(made)
+
+
+def test_a_ca_of_another_maker_signs_too(made: Path) -> None:
+    key = serialization.load_pem_private_key((made / "ca.key").read_bytes(), None)
+    assert isinstance(key, ec.EllipticCurvePrivateKey)
+    name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ours")]), datetime.now(UTC)
+    plain = keys._builder(name, name, key.public_key(), now, 400)
+    authority = plain.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    (made / "ca.crt").write_bytes(authority.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+    keys.renew(made, HOSTS, days=30)
+    keys.check_server(made, HOSTS)
 
 
 # ---- renewing ------------------------------------------------------------------------------------

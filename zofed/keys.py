@@ -40,6 +40,14 @@ LONGEST_NAME = 64
 CA_KEY, CA, SERVER_KEY, SERVER = "ca.key", "ca.crt", "server.key", "server.crt"
 ENROLLED, NODES = "enrolled", "nodes"
 
+# What to do about a file of the server's folder that is damaged.
+REMEDIES = {
+    CA_KEY: "bring it back from a copy, or make new keys with zofed keys init and another --out",
+    CA: "bring it back from a copy, or make new keys with zofed keys init and another --out",
+    SERVER_KEY: "make a new one with zofed keys renew",
+    SERVER: "make a new one with zofed keys renew and every name and address by which nodes reach the server",
+}
+
 PrivateKey = ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey
 
 
@@ -122,7 +130,10 @@ def renew(folder: Path, hosts: Sequence[str] = (), days: int = SERVER_DAYS) -> N
             f"days = {days}: the CA ends {_date(authority.not_valid_after_utc)}; give --days {left} or fewer, or make "
             "new keys with zofed keys init"
         )
-    wanted = _alternatives(hosts or names_of(certificate(folder / SERVER)))
+    names = hosts or names_of(certificate(folder / SERVER))
+    if not names:
+        raise UserError(f"{str(folder / SERVER)!r} names no host: {REMEDIES[SERVER]}")
+    wanted = _alternatives(names)
     server_key, server = _issued(authority, key, wanted, now, days)
     # The key first: between the two renames they do not match, which check_server tells with the remedy.
     for name, content, mode in ((SERVER_KEY, server_key, 0o600), (SERVER, server, 0o644)):
@@ -172,7 +183,10 @@ def _issued(
     # P-256: every connection costs the server a signature, which is many times quicker than with P-384.
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "zofed server")])
-    issuer_identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    try:
+        issuer_identifier = authority.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    except x509.ExtensionNotFound:  # a CA that somebody else made
+        issuer_identifier = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
     issued = (
         _builder(subject, authority.subject, key.public_key(), now, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -265,14 +279,17 @@ def _general_name(host: str) -> x509.GeneralName:
 # ---- reading -------------------------------------------------------------------------------------
 
 
-def certificate(path: Path) -> x509.Certificate:
-    """The certificate in a file, the first of several. Raises UserError for anything else."""
+def certificate(path: Path, remedy: str = "") -> x509.Certificate:
+    """The certificate in a file, the first of several. Raises UserError, with the remedy, for anything else."""
+    remedy = remedy or REMEDIES.get(path.name, "copy it again from where it was made")
     try:
-        return x509.load_pem_x509_certificate(_content(path))
-    except ValueError:
-        raise UserError(
-            f"{str(path)!r} is no certificate in PEM format: copy it again from where it was made"
-        ) from None
+        raw = _content(path)
+        raw.decode("ascii")  # as Flower does
+        found = x509.load_pem_x509_certificate(raw)
+        found.public_key(), found.extensions
+    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+        raise UserError(f"{str(path)!r} is no certificate in PEM format, or damaged: {remedy}") from None
+    return found
 
 
 def names_of(found: x509.Certificate) -> list[str]:
@@ -391,8 +408,9 @@ def check_node(key: Path, ca: Path, now: datetime | None = None) -> str:
         raise UserError(f"{str(key)!r} is no private key in OpenSSH's format: {make_one}") from None
     if not isinstance(private, ec.EllipticCurvePrivateKey):
         raise UserError(f"{str(key)!r} is no ECDSA key, the only kind Flower takes: {make_one}")
-    _check_there(ca, "copy ca.crt from the server's folder of keys")
-    authority = certificate(ca)
+    bring = "copy ca.crt from the server's folder of keys"
+    _check_there(ca, bring)
+    authority = certificate(ca, bring)
     if not _is_authority(authority):
         raise UserError(f"{str(ca)!r} is the certificate of a server, not of a CA: copy ca.crt from the server's keys")
     _check_now(ca, authority, now or datetime.now(UTC), "ask whoever runs the server for the new ca.crt")
@@ -408,16 +426,19 @@ def _is_authority(found: x509.Certificate) -> bool:
 
 def _check_there(path: Path, remedy: str) -> None:
     try:
-        is_there = path.is_file()
-    except OSError as error:  # a folder on the way that this user may not enter
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{str(path)!r} is not there: {remedy}") from None
+    except OSError as error:  # a folder on the way that this user may not enter, links in a circle
         raise _unreadable(path, error) from error
-    if not is_there:
-        raise UserError(f"{str(path)!r} is not there: {remedy}")
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{str(path)!r} is no file: move it away, then {remedy}")
 
 
 def _check_private(path: Path) -> None:
-    mode = stat.S_IMODE(path.stat().st_mode)
-    if mode & 0o077:
+    found = path.stat().st_mode
+    mode = stat.S_IMODE(found)
+    if mode & 0o077 and stat.S_ISREG(found):
         closed = shell.command("chmod", "600", path)
         raise UserError(f"{str(path)!r} has mode {mode:04o}, and others than its owner can read it: {closed}")
 
@@ -436,20 +457,21 @@ def _check_pair(path: Path, found: x509.Certificate, key_path: Path, key: Privat
     if found.public_key() != key.public_key():
         raise UserError(
             f"{str(path)!r} belongs to another key than {str(key_path)!r}: copy both from where they were made, or "
-            "make a new server certificate with zofed keys renew"
+            f"{REMEDIES[key_path.name]}"
         )
 
 
 def _private_pem(path: Path) -> PrivateKey:
     """The private key of a CA or a server; RSA too, for a certificate that somebody else signed."""
     try:
-        key = serialization.load_pem_private_key(_content(path), password=None)
+        raw = _content(path)
+        raw.decode("ascii")  # a mark before the first line, as some editors put it, is more than OpenSSL takes
+        key = serialization.load_pem_private_key(raw, password=None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
-        raise UserError(
-            f"{str(path)!r} is no ECDSA or RSA key in PEM format without a passphrase: copy it again, or make new keys"
-        )
+        what = "no ECDSA or RSA key in PEM format without a passphrase, or damaged"
+        raise UserError(f"{str(path)!r} is {what}: {REMEDIES[path.name]}")
     return key
 
 
@@ -477,6 +499,8 @@ def _ssh_text(key: ec.EllipticCurvePublicKey) -> str:
 def _content(path: Path) -> bytes:
     """What a small file holds."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise UserError(f"{str(path)!r} is no file: move it away, and put the key or certificate in its place")
         with path.open("rb") as file:
             raw = file.read(LARGEST_FILE + 1)
     except OSError as error:
