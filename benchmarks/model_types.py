@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import re
 import tempfile
 import time
 import warnings
@@ -18,12 +19,13 @@ from benchmarks.tiny_models import EXAMPLES, TOKENS, examples
 from zofed import config, data, metrics, models
 from zofed.errors import UserError
 from zofed.estimators import FiniteDifference, asked, scalar
-from zofed.perturbed import Loss, Unseen
+from zofed.perturbed import Loss
 from zofed.task import prepare_process, worker_of
 from zofed.worker import Worker
 
 EPSILON, QUERIES, COPIES = 0.01, 4, 8
 LARGEST_ERROR = 0.01  # of a slope's size, between batched losses and those at really moved weights
+LONGEST = 80  # characters of a message that the table shows
 SECONDS = 180  # after which a type is given up
 
 OUTCOMES = ("batched", "one by one", "scope needed", "refused", "not built", "wrong")
@@ -66,20 +68,18 @@ def measure(task: str, kind: str) -> Row:
             scope, why = "full", ""
             try:
                 outcome, error, why = _outcome(worker_of(settings, model), model, task, False)
-            except Unseen as unseen:
-                scope, why = without(unseen.names), str(unseen)
+            except UserError as refusal:
+                remedy = re.search(r"set scope \(trainable, in a script\) to '(.*)'$", str(refusal))
+                if not remedy:
+                    raise
+                scope, why = remedy[1], str(refusal)
                 settings = settings.model_copy(update={"scope": scope})
-                outcome, error, more = _outcome(worker_of(settings, model), model, task, False)
-                outcome, why = (outcome if outcome == "wrong" else "scope needed"), more or why
+                followed, error, _ = _outcome(worker_of(settings, model), model, task, False)
+                outcome = {"batched": "scope needed"}.get(followed, followed)
             own, _, _ = _outcome(worker_of(settings, model), model, task, True)
         except UserError as refusal:
             return Row(task, kind, name, "refused", "", torch.nan, "", str(refusal).replace(folder, "FOLDER"))
     return Row(task, kind, name, outcome, own, error, scope, why)
-
-
-def without(names: tuple[str, ...]) -> str:
-    """A scope of all but some parameters."""
-    return "^(?!(" + "|".join(name.replace(".", r"\.") for name in names) + ")$)"
 
 
 def _outcome(worker: Worker, model: Any, task: str, is_own: bool) -> tuple[str, float, str]:
@@ -183,9 +183,9 @@ def counts(rows: list[Row]) -> list[str]:
 
 
 def table(rows: list[Row]) -> list[str]:
-    """Markdown: a line a type, both tasks side by side where a type has both."""
-    lines = ["| task | type | outcome | own examples | scope | why |", "| --- | --- | --- | --- | --- | --- |"]
+    """Markdown: a line a type."""
+    lines = ["| task | type | outcome | own examples | why |", "| --- | --- | --- | --- | --- |"]
     for row in sorted(rows, key=lambda row: (row.task, row.kind)):
-        why = row.why.replace("|", "/")[:120]
-        lines.append(f"| {row.task} | {row.kind} | {row.outcome} | {row.own} | {row.scope} | {why} |")
+        why = "" if row.outcome == "batched" else row.why.replace("|", "/")[:LONGEST].rstrip()
+        lines.append(f"| {row.task} | {row.kind} | {row.outcome} | {row.own} | {why} |")
     return lines

@@ -1,6 +1,7 @@
 """Models: true sizes, fresh weights from a seed, what each scope trains, rebuilding from a description."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,15 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from zofed import config, data, models
 from zofed.errors import UserError
-from zofed.models import create_model, describe, rebuild, true_count
+from zofed.models import create_model, describe, ready, rebuild, true_count
 from zofed.scopes import trainable_names
 from zofed.worker import weights_digest
 
@@ -328,3 +331,14 @@ def test_a_language_model_without_its_head_is_refused(tmp_path: Path, tokenizer:
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks 1 of its model's tensors, such as lm_head\.weight"):
         create_model(settings(model=folder), tokenizer)
+
+
+def test_a_config_with_infinite_numbers_is_described_in_plain_json() -> None:
+    """Mamba-2's kin have no upper limit to their time steps."""
+    with torch.device("meta"):
+        model = Mamba2ForCausalLM(
+            Mamba2Config(vocab_size=16, hidden_size=16, num_heads=4, head_dim=8, num_hidden_layers=1, n_groups=1)
+        )
+    assert math.inf in model.config.time_step_limit
+    described = json.loads(json.dumps(describe("folder", ready(model, "float32")), allow_nan=False))
+    assert described["config"]["time_step_limit"] == [0.0, "inf"]

@@ -1,5 +1,6 @@
 """Build or load a model, choose what trains."""
 
+import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -168,10 +169,20 @@ def describe(name: str, model: Model) -> dict[str, Any]:
     config = model.config.to_diff_dict()
     for changing in ("transformers_version", "_name_or_path", "dtype", "use_cache"):
         config.pop(changing, None)
-    described = {"name": name if name in SIZES else SAVED, "architecture": type(model).__name__, "config": config}
+    described = {"name": name if name in SIZES else SAVED, "architecture": type(model).__name__}
+    described["config"] = _finite(config)
     if isinstance(model, PooledClassifier):
         described |= {"pooling": model.pooling, "classes": model.classifier.out_features}
     return described
+
+
+def _finite(value: Any) -> Any:
+    """A config's values with floats that JSON has no numbers for, such as Mamba-2's limits, by their names."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rebuild(description: Mapping[str, Any], seed: int, dtype: str, source: str = "", revision: str = "") -> Model:
