@@ -241,7 +241,7 @@ def lora(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
         )
         trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
         shares = [task.shard(index, CLIENTS) for index in range(CLIENTS)]
-        cost, curve = 0, [(0, task.evaluate(wrapped)["all"].loss)]
+        cost, curve = 0, [(0, task.evaluate(wrapped).whole.loss)]
         each = 2 * (4 * sum(parameter.numel() for parameter in trained) + overhead)
         for round_ in range(1, ROUNDS[size] * 2 + 1):
             start = [parameter.detach().clone() for parameter in trained]
@@ -263,7 +263,7 @@ def lora(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
                 for parameter, value in zip(trained, total, strict=True):
                     parameter.copy_(value)
             cost += each
-            curve.append((cost, task.evaluate(wrapped)["all"].loss))
+            curve.append((cost, task.evaluate(wrapped).whole.loss))
         name.parent.mkdir(parents=True, exist_ok=True)
         name.write_text(json.dumps(curve))
         print(f"  {arm} rate {rate:.3g} seed {seed}: {curve[-1][1]:.4f}")
@@ -299,7 +299,7 @@ def ferret(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
         model = task.worker().model
         shares = [task.shard(index, CLIENTS) for index in range(CLIENTS)]
         blocks = _blocks(list(model.parameters()))
-        cost, curve = 0.0, [(0.0, task.evaluate(model)["all"].loss)]
+        cost, curve = 0.0, [(0.0, task.evaluate(model).whole.loss)]
         for round_ in range(1, rounds + 1):
             start = [_flat(block) for block in blocks]
             updates: list[list[Tensor]] = []  # by client, by block
@@ -317,7 +317,7 @@ def ferret(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
                 _write(block, before - rate * _projected(own, counts[:, at], drawn_from))
             up = float(counts.sum(1).double().mean())
             cost += 2 * (up + int(counts.amax(0).sum())) + 4 * len(blocks) + 8 + 2 * overhead
-            curve.append((cost, task.evaluate(model)["all"].loss))
+            curve.append((cost, task.evaluate(model).whole.loss))
         name.parent.mkdir(parents=True, exist_ok=True)
         name.write_text(json.dumps(curve))
         print(f"  {arm} rate {rate:.3g} seed {seed}: {curve[-1][1]:.4f}", flush=True)

@@ -116,12 +116,12 @@ def measure(base: Settings, arm: Arm, mode: Mode, train_documents: list[Document
     everything = task_of(1.0, 0).examples(train_documents)  # features once for all rates and seeds
     order = torch.from_numpy(random_order(len(train_documents), "validation", 0).copy())
     held, rest = order[: round(VALIDATION * len(order))], order[round(VALIDATION * len(order)) :]
-    validation = {name: tensor[held] for name, tensor in everything.items()}
+    validation = {name: tensor[held[: arm.validation]] for name, tensor in everything.items()}
     part = {name: tensor[rest] for name, tensor in everything.items()}
     losses = {}
     for rate in arm.rates[mode]:
         model, _ = train(task_of(rate, 0), part, arm.steps)
-        losses[rate] = metrics.evaluate(model, validation, arm.validation).loss
+        losses[rate] = metrics.evaluate(model, validation).loss
         print(f"  {arm.text}, {mode}: rate {rate:g} gives {losses[rate]:.4f} on the split", file=sys.stderr, flush=True)
     best = min(losses, key=lambda rate: losses[rate])
     scores: list[metrics.Score] = []
@@ -131,7 +131,7 @@ def measure(base: Settings, arm: Arm, mode: Mode, train_documents: list[Document
         model, passes = train(task, everything, arm.steps)
         seconds.append(time.perf_counter() - began)
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        scores.append(metrics.evaluate(model, task.held_out_examples, len(dev)))
+        scores.append(metrics.evaluate(model, task.held_out_sample.examples))
         print(f"  {arm.text}, {mode}, seed {seed}: {scores[-1]}", file=sys.stderr, flush=True)
     return Row(
         arm=arm.text,

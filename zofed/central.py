@@ -1,6 +1,6 @@
 """Train on this machine alone: a new run, or one that goes on from its folder."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zofed import budget, data, directions, metrics, pool, sinks
-from zofed.config import WITH_BACKPROP, Settings, resolve
+from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Examples
 from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
@@ -82,33 +82,6 @@ def _run(
         ):
             totals = trainer.run(total, asker(settings, worker, examples, total, backprop_examples, split))
         return finish(task, worker, journal, folder, totals)
-
-
-def score(settings: Settings) -> dict[str, metrics.Score]:
-    """Scores of a model that is not trained further, of all held-out examples and of each source."""
-    task, worker = _loaded(settings)
-    return task.evaluate(worker.model)
-
-
-def score_run(path: Path, changes: Mapping[str, Any], *, best: bool = False) -> dict[str, metrics.Score]:
-    """Scores of a run's model as it ended, or at its lowest held-out loss.
-
-    changes: settings, by key, that differ from the run's: other data, more examples. Raises UserError for a run without
-    a model, or without a best checkpoint.
-    """
-    folder = RunFolder.open(path)
-    values = folder.settings().model_dump(by_alias=True) | dict(changes)
-    if not best and not folder.model.is_dir():
-        raise UserError(f"{folder.path} has no model yet: let the run end, with {folder.go_on()}")
-    settings = resolve(values | ({} if best else {"model": str(folder.model)}))
-    task, worker = _loaded(settings)
-    if best:
-        tensors, facts = folder.best()
-        weights = {key.removeprefix("weight/"): tensor for key, tensor in tensors.items()}
-        worker.load(
-            weights, worker.state_dict(), round_=facts["round"], head=worker.head
-        )  # scored, not trained further
-    return task.evaluate(worker.model)
 
 
 def diagnosis(settings: Settings, batches: int) -> Diagnosis:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ import typer
 import typer.core
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from zofed import (
     __version__,
@@ -29,7 +31,8 @@ from zofed.config import SETTINGS, Settings
 from zofed.data_commands import app as data_app
 from zofed.errors import UserError
 from zofed.keys_commands import app as keys_app
-from zofed.options import Interrupted, console, settings_from, with_settings
+from zofed.metrics import Coverage
+from zofed.options import Interrupted, brief, console, figure, settings_from, with_settings
 from zofed.runs import Row, RunFolder, timestamp
 
 typer.core.HAS_RICH = False  # else plain help shows what hides brackets from rich: a backslash before each
@@ -176,18 +179,23 @@ def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:
     for name, loss in summary["controls"].items():
         table.add_row(f"control {name.replace('_', ' ')}", f"{loss:.4f}")
     console.print(table)
+    if "evaluated" in summary:
+        console.print(f"held-out: {Coverage(**summary['evaluated'])}, the same in every evaluation")
     if summary["stopped_by"]:
         console.print(f"stopped by {summary['stopped_by']}")
-    if "perplexity" in summary:
-        console.print(f"perplexity {summary['perplexity']:.2f}, {summary['bits_per_byte']:.4f} bits per byte")
+    if "perplexity" in summary and "bits_per_byte" in summary:
+        console.print(f"perplexity {figure(summary['perplexity'])}, {summary['bits_per_byte']:.4f} bits per byte")
     if "accuracy" in summary:
         majority = summary["baselines"]["majority_accuracy"]
         console.print(
             f"accuracy {summary['accuracy']:.4f} (always the most frequent label: {majority:.4f}), "
             f"F1 {summary['f1']:.4f}"
         )
-    for source, found in summary.get("sources", {}).items():
-        console.print(f"  {source}: " + ", ".join(f"{key} {value:.4f}" for key, value in found.items()))
+    if sources := summary.get("sources"):
+        console.print("by source:")
+        for source, found in sources.items():
+            told = ", ".join(f"{key} {figure(value)}" for key, value in found.items())
+            console.print(f"  {brief(source)}: {told}", markup=False)
     console.print(f"weights SHA-256 {summary['digest']}")
     if summary["replay_digest"]:
         equal = "equal" if summary["replay_digest"] == summary["digest"] else "DIFFERENT"
@@ -307,20 +315,32 @@ def evaluate(
     *,
     options: dict[str, str],
 ) -> None:
-    """Score a run's model, or any saved one, on held-out text or labels; options choose other data."""
-    from zofed import central
+    """Score a run's model, or any saved one, on held-out text or labels, or on all of the data that --dataset names."""
+    from zofed import scoring
 
     if (folder / "settings.toml").exists():
-        scores = central.score_run(folder, options, best=best)
+        found = scoring.score_run(folder, options, best=best)
     elif best:
         raise UserError(f"{folder} is not the folder of a run: --best goes with one")
     else:
-        scores = central.score(config.resolve({**options, "model": str(folder)}))
-    columns = list(next(iter(scores.values())).columns())
-    table = Table("data", *columns, box=None)
-    for source, score in scores.items():
-        table.add_row(source, *(f"{value:.4f}" for value in score.columns().values()))
+        found = scoring.score(folder, options)
+    console.print(f"{found.data}: {found.scores.coverage}", markup=False)
+    if found.note:
+        console.print(f"note: {found.note}", markup=False)
+    measures = list(found.scores.whole.columns())
+    table = Table(*measures, box=None)
+    table.add_row(*_shown(found.scores.whole.columns(), measures))
     console.print(table)
+    if found.scores.sources:
+        table = Table("source", *measures, box=None)
+        for source, own in found.scores.sources.items():
+            table.add_row(Text(brief(source)), *_shown(own.columns(), measures))
+        console.print(table)
+
+
+def _shown(scores: Mapping[str, float], measures: Sequence[str]) -> list[str]:
+    """Scores in digits, in the order of `measures`; one that is no finite number is told as such."""
+    return [figure(scores[name]) if name in scores else "not finite" for name in measures]
 
 
 @app.command()

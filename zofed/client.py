@@ -242,13 +242,14 @@ def backpropagate(plan: Plan, context: Context) -> Contribution:
 
 
 def evaluate(plan: Plan, context: Context) -> Evaluation:
-    """Catch up and score the client's own held-out part."""
+    """Catch up and score the client's own held-out part, of which the same sample is read each time."""
     here, (client, _) = replica(context, plan.classes), place(context)
     held_out = here.parts(context)[1]
     if held_out is None or not here.catch_up(plan):
         return Evaluation(client, here.worker.head, NO_LOSS, 0)
-    score = metrics.evaluate(here.worker.model, held_out, here.settings.eval_examples)
-    return Evaluation(client, here.worker.head, score.loss, len(held_out["labels"]))
+    sample = here.task.sampled(held_out)
+    score = metrics.evaluate(here.worker.model, sample)
+    return Evaluation(client, here.worker.head, score.loss, len(sample["labels"]))
 
 
 def final(plan: Plan, context: Context) -> Final:

@@ -23,6 +23,7 @@ from zofed.documents import (
     split_held_out,
 )
 from zofed.errors import UserError
+from zofed.metrics import IGNORED_LABEL, predicted_labels
 from zofed.tokenizers import load_tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ __all__ = [
     "Document",
     "Examples",
     "batch",
-    "bytes_per_token",
     "classification_examples",
     "default_cache",
     "documents_digest",
@@ -42,8 +42,10 @@ __all__ = [
     "language_model_examples",
     "load_documents",
     "load_tokenizer",
+    "sample",
     "shard",
     "split_held_out",
+    "token_bytes",
     "tokenizer_digest",
     "unigram_loss",
 ]
@@ -53,7 +55,6 @@ __all__ = [
 Examples = dict[str, Tensor]
 
 _DOCUMENTS_AT_ONCE = 1000  # Python lists of token ids take ten times the room of the array they end in
-_IGNORED_LABEL = -100  # what Hugging Face losses leave out
 
 
 def language_model_examples(
@@ -89,6 +90,37 @@ def language_model_examples(
         parts = ("blocks 2", documents_digest(documents), digest or tokenizer_digest(tokenizer), str(block_size))
         blocks = kept(cache, parts, cut)
     return {"input_ids": blocks, "labels": blocks}
+
+
+def token_bytes(
+    documents: Sequence[Document],
+    tokenizer: "PreTrainedTokenizerBase",
+    block_size: int,
+    cache: Path | None = None,
+    digest: str = "",
+) -> Tensor:
+    """UTF-8 bytes of text that each token of `language_model_examples` stands for: int64 (n, block_size).
+
+    Each byte of a text counts for one token: that which ends at it or, of white space that no token holds, the next,
+    in the end the end-of-sequence token. A tokenizer that does not tell where its tokens lie shares a text's bytes out
+    evenly among them. cache, digest: as there.
+    """
+
+    def counted() -> Tensor:
+        found = _joined_bytes(documents, tokenizer)
+        return torch.from_numpy(found[: len(found) // block_size * block_size].reshape(-1, block_size))
+
+    parts = ("token bytes 1", documents_digest(documents), digest or tokenizer_digest(tokenizer), str(block_size))
+    return kept(cache, parts, counted)
+
+
+def sample(count: int, limit: int, seed: int) -> Tensor:
+    """Which of `count` examples an evaluation reads: `limit` of them, or all where they are no more.
+
+    int64, rising. A pure function of the arguments, the same on every machine; a larger sample holds the smaller one.
+    """
+    chosen = random_order(count, "evaluation", seed)[:limit] if limit < count else np.arange(count)
+    return torch.from_numpy(np.sort(chosen))
 
 
 def kept(cache: Path | None, parts: Sequence[str], make: Callable[[], Tensor]) -> Tensor:
@@ -207,14 +239,9 @@ def unigram_loss(train: Examples, held_out: Examples, vocabulary: int) -> float:
     return float((counts.sum().log() - counts.log())[_predicted(held_out)].mean())
 
 
-def bytes_per_token(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> float:
-    """UTF-8 bytes of the documents' texts a token, the end-of-sequence token of each counted."""
-    return sum(len(document.text.encode()) for document in documents) / len(_joined_tokens(documents, tokenizer))
-
-
 def _predicted(examples: Examples) -> Tensor:
-    labels = examples["labels"][:, 1:]
-    return labels[labels != _IGNORED_LABEL]
+    labels = predicted_labels(examples["labels"])
+    return labels[labels != IGNORED_LABEL]
 
 
 def _joined_tokens(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
@@ -229,6 +256,33 @@ def _joined_tokens(documents: Sequence[Document], tokenizer: "PreTrainedTokenize
         for tokens in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
             parts.append(np.array([*tokens, end], dtype=np.int64))
     return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _joined_bytes(documents: Sequence[Document], tokenizer: "PreTrainedTokenizerBase") -> np.ndarray:
+    """Bytes that each token of `_joined_tokens` stands for, int64."""
+    parts = []
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+        found = tokenizer(
+            texts, add_special_tokens=False, verbose=False, return_offsets_mapping=bool(tokenizer.is_fast)
+        )
+        places = found.get("offset_mapping", [None] * len(texts))
+        parts += map(_bytes_of_tokens, texts, map(len, found["input_ids"]), places)
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+
+
+def _bytes_of_tokens(text: str, count: int, places: Sequence[tuple[int, int]] | None) -> np.ndarray:
+    """Bytes of each of a text's `count` tokens and of the end behind them. places: of the tokens, in characters."""
+    size = len(text.encode())
+    if places is None:
+        reached = np.arange(1, count + 2) * size // (count + 1)
+    else:
+        codes = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+        sizes = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+        until = np.concatenate([[0], np.cumsum(sizes)])
+        ends = np.array([end for _, end in places], dtype=np.int64)
+        reached = np.append(np.maximum.accumulate(until[ends]), size)
+    return np.diff(reached, prepend=0)
 
 
 def _read(file: Path) -> Tensor | None:

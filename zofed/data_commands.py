@@ -9,13 +9,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from zofed import catalog, shell, subsets
 from zofed.errors import UserError
 from zofed.files import write_whole
-from zofed.options import Interrupted, console
+from zofed.options import Interrupted, brief, console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
+SOURCES_SHOWN = 16  # of a data set whose rows may each have a page as their source
 
 Name = Annotated[str, typer.Argument(help="a name of zofed data list, or the path of a local file or folder")]
 Force = Annotated[bool, typer.Option("--force", help="replace what lies there, once the new subset is whole")]
@@ -152,8 +154,10 @@ def stats(
             unit, *(f"{value:,.0f}" for value in np.percentile(lengths, mixing.PERCENTILES)), f"{lengths.max():,}"
         )
     console.print(table)
-    for source, count in found.sources.most_common():
-        console.print(f"source {source}: {count:,}")
+    for source, count in found.sources.most_common(SOURCES_SHOWN):
+        console.print(f"source {brief(source)}: {count:,}", markup=False)
+    if (more := len(found.sources) - SOURCES_SHOWN) > 0:
+        console.print(f"and {more:,} more sources of fewer documents")
     for label, count in sorted(found.labels.items(), key=lambda item: -1 if item[0] is None else item[0]):
         console.print(f"{'no label' if label is None else f'label {label}'}: {count:,} ({count / len(loaded):.1%})")
 
@@ -168,10 +172,13 @@ def distribution(
 
     found = mixing.distribution(documents.load_documents(name), chunks)
     table = Table("source", "all", *(str(number) for number in range(1, found.counts.shape[1] + 1)), box=None)
-    for source, row in zip(found.sources, found.counts, strict=True):
-        table.add_row(source, f"{row.sum():,}", *(f"{count:,}" for count in row))
+    # The largest, in the order of their names.
+    shown = sorted(sorted(range(len(found.sources)), key=lambda at: -found.counts[at].sum())[:SOURCES_SHOWN])
+    for source, row in ((found.sources[at], found.counts[at]) for at in shown):
+        table.add_row(Text(brief(source)), f"{row.sum():,}", *(f"{count:,}" for count in row))
     console.print(table)
-    console.print(f"documents of each source in {found.counts.shape[1]} consecutive chunks")
+    more = f", and of {len(found.sources) - len(shown):,} more sources" if len(found.sources) > len(shown) else ""
+    console.print(f"documents of each source in {found.counts.shape[1]} consecutive chunks{more}")
     console.print(f"chi-square {found.chi_square:.2f} at {found.freedom} degrees of freedom, p = {found.p_value:.4g}")
     if found.even:
         console.print(f"evenly mixed: p is {mixing.SIGNIFICANCE} or more")
@@ -202,7 +209,7 @@ def show_partition(
     columns, rows = partitions.table(partitions.largest(counts, plots.GROUPS_SHOWN), characters)
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+        table.add_column(Text(brief(column)), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{value:,}" for value in row))
     # A pipe or a file has room for every column; a terminal as wide as it is.

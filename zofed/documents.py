@@ -16,7 +16,7 @@ from zofed import columns, subsets
 from zofed.catalog import CATALOG, data_root, suggestion
 from zofed.columns import Columns, Unread
 from zofed.errors import UserError
-from zofed.rows import Rows, one_line, rows_of_file, rows_of_folder
+from zofed.rows import Rows, one_line, printable, rows_of_file, rows_of_folder
 
 # Found by __file__, since Flower runs an installed copy of the app from somebody else's working folder.
 SHIPPED = Path(__file__).resolve().parent.parent / "datasets_subset"
@@ -236,10 +236,16 @@ def _reading(rows: Rows, dataset: str) -> Reading:
 
 
 def _source(place: str, row: dict[str, Any], dataset: str) -> str:
+    """Where a row came from: what its column `source` says, as one printable line, else the data set.
+
+    Raises UserError for a cell without a name, so that no source is called ''.
+    """
     source = row.get("source", dataset)
+    if type(source) is int:
+        return str(source)
     if not isinstance(source, str) or not source.strip():
         raise UserError(f"{place} has an empty source ({source!r}): name where the row came from, or drop the column")
-    return source
+    return printable(source) if "source" in row else source
 
 
 def _topic(row: dict[str, Any], dataset: str) -> str:

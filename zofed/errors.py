@@ -10,7 +10,10 @@ class UserError(Exception):
 
 
 class DivergenceError(UserError):
-    """A loss is no finite number any more: of a rate that a sweep only tries, an outcome; else a mistake."""
+    """A loss is no finite number any more, or ended far above its start.
+
+    Of a rate that a sweep only tries, an outcome; else a mistake.
+    """
 
 
 class DiskError(UserError):

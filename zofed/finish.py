@@ -1,9 +1,12 @@
 """The end of a run: score it, prove it by an independent replay, save and draw it, sum it up."""
 
+import math
 import shutil
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import Any
 
 from safetensors import SafetensorError
@@ -11,13 +14,14 @@ from torch import nn
 
 from zofed import arithmetic, foreign, models
 from zofed.config import Settings
+from zofed.divergence import has_diverged
 from zofed.errors import DiskError, DivergenceError, UserError
 from zofed.files import sync_file, sync_folder
 from zofed.journal import Journal, JournalError, read
 from zofed.records import Guided, Seeded
 from zofed.runs import RunFolder, peak_memory_bytes, read_table, versions
-from zofed.task import ALL, Task, device, prepare_process
-from zofed.trainer import Totals, replay, restore, with_random_slopes
+from zofed.task import Task, device, prepare_process
+from zofed.trainer import Totals, diverged, replay, restore, with_random_slopes
 from zofed.worker import NotKept, Worker, update_digest
 
 
@@ -48,7 +52,8 @@ def status_kept(folder: RunFolder) -> Iterator[None]:
 
 def _say_failed(folder: RunFolder, error: str, status: str = "failed") -> None:
     with suppress(OSError):  # the disk may be what failed
-        folder.write_summary({"status": status, "error": error})
+        # Of a run that diverged at its end the summary holds all that it found.
+        folder.write_summary(folder.summary() | {"status": status, "error": error})
 
 
 def finish(
@@ -57,20 +62,22 @@ def finish(
     """Write model, picture and summary into the folder of a run that reached its end; returns the summary.
 
     extra: what only the way of running knows (bytes by client and round, the clients' digests). Raises UserError when
-    the replay from the files gives other weights than the run holds.
+    the replay from the files gives other weights than the run holds, and, once all is written, DivergenceError for a
+    run that ends far above its start.
     """
-    scores, digest = dict(totals.scores or task.evaluate(worker.model)), worker.digest()
-    score = scores.pop(ALL)
+    scores, digest = totals.scores or task.evaluate(worker.model), worker.digest()
     cost = totals.columns()
     replayed = _replay_digest(task, journal, folder)
     baselines = task.baselines()
+    rows = read_table(folder.path / "metrics.csv")
     summary: dict[str, Any] = {
         "status": "completed",
-        "eval_loss_start": float(read_table(folder.path / "metrics.csv")[0]["eval_loss"]),
-        "eval_loss_end": score.loss,
+        "eval_loss_start": float(rows[0]["eval_loss"]),
+        "eval_loss_end": scores.whole.loss,
         "stopped_by": totals.stopped_by,
-        **{key: value for key, value in score.columns().items() if key != "loss"},
-        **({"sources": {name: own.columns() for name, own in scores.items()}} if scores else {}),
+        "evaluated": asdict(scores.coverage),
+        **{key: value for key, value in scores.whole.columns().items() if key != "loss"},
+        **({"sources": {name: own.columns() for name, own in scores.sources.items()}} if scores.sources else {}),
         "baselines": baselines,
         "controls": _controls(task, journal, folder) if task.settings.controls else {},
         "digest": digest,
@@ -97,7 +104,10 @@ def finish(
         raise UserError(
             f"the replay of {folder.journal} gives {replayed}, the run holds {digest}: report this as a bug"
         )
-    folder.write_summary(summary)
+    error = _divergence(task, summary, rows, worker.round)
+    folder.write_summary(summary | ({"status": "diverged", "error": str(error)} if error else {}))
+    if error:
+        raise error
     return summary
 
 
@@ -110,6 +120,18 @@ def draw(name: str, *arguments: Any) -> None:
     except Exception as error:
         why = foreign.text(str(error) or type(error).__name__)
         print(f"a picture ({name}) could not be drawn: {why}; the run goes on without it", file=sys.stderr, flush=True)
+
+
+def _divergence(
+    task: Task, summary: Mapping[str, Any], rows: Sequence[Mapping[str, str]], round_: int
+) -> DivergenceError | None:
+    """What is wrong with a run that ends far above its start; None where nothing is. rows: of its metrics."""
+    start, end = summary["eval_loss_start"], summary["eval_loss_end"]
+    is_told = task.settings.objective == "loss"
+    training = [float(row["loss"]) for row in rows if row["loss"]] if is_told else []
+    if not has_diverged(start, end, training, summary["baselines"]["uniform"]):
+        return None
+    return diverged(round_, task.settings, what=f"on held-out data is {end:.4g} nats, far above its start, {start:.4g}")
 
 
 def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
@@ -166,15 +188,18 @@ def _has_updates(journal: Journal, folder: RunFolder) -> bool:
 def _controls(task: Task, journal: Journal, folder: RunFolder) -> dict[str, float]:
     """Held-out losses of what did not learn: the base weights, and steps of the same size with random slopes.
 
-    The latter where the journal replays from the start and some step has slopes.
+    The latter where the journal replays from the start and some step has slopes. Loss that is no number is left out.
     """
     control = task.worker()
-    found = {"frozen": task.evaluate(control.model)[ALL].loss}
+    found = {"frozen": task.evaluate(control.model).whole.loss}
     records = [entry.record for entry in journal.entries]
     if any(isinstance(record, Seeded | Guided) for record in records) and _has_updates(journal, folder):
         with suppress(NotKept):  # a damaged file
             replay(control, with_random_slopes(records, task.settings.seed), folder.update)
-            found["random_slopes"] = task.evaluate(control.model)[ALL].loss
+            found["random_slopes"] = task.evaluate(control.model).whole.loss
+    for name in [name for name, loss in found.items() if not math.isfinite(loss)]:
+        warnings.warn(f"the control {name} ends at a loss that is not finite: it is left out", stacklevel=2)
+        del found[name]
     return found
 
 

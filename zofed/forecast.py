@@ -69,7 +69,7 @@ def pace(task: Task, worker: Worker, examples: Examples, mode: str, count: int =
         seconds *= of_all / of_trial
     began = time.monotonic()
     read = min(8, len(examples["labels"]))
-    metrics.evaluate(worker.model, examples, read)
+    metrics.evaluate(worker.model, {name: tensor[:read] for name, tensor in examples.items()})
     evaluation = (time.monotonic() - began) / read * settings.eval_examples
     count = steps_within(settings.model_copy(update={"mode": mode}), count or len(examples["labels"]))
     replayed = moving if mode in ("zo", "subspace") else 0.0  # the replay that proves the run

@@ -25,6 +25,19 @@ class PlainConsole(Console):
 console = PlainConsole(highlight=False, soft_wrap=True)
 
 
+NAME_WIDTH = 60
+
+
+def brief(name: str) -> str:
+    """A name from somebody's data, cut to what a line of a terminal can hold."""
+    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…"
+
+
+def figure(value: float) -> str:
+    """A score in digits."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
+
+
 class Interrupted(Exception):  # noqa: N818, not an error
     """Ctrl-C or SIGTERM ended a command; the text says how to go on."""
 

@@ -193,16 +193,22 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def largest(counts_by_client: Mapping[int, Counts], limit: int) -> dict[int, dict[str, int]]:
-    """The counts with at most `limit` >= 2 groups: where there are more, the smallest are summed as `others`."""
+    """The counts with at most `limit` >= 2 groups: where there are more, the smallest are summed as `others`.
+
+    A group of that very name stays apart: the sum is then called `(others)`.
+    """
     totals: Counter[str] = Counter()
     for held in counts_by_client.values():
         totals.update(held)
     if len(totals) <= limit:
         return {client: dict(held) for client, held in counts_by_client.items()}
     kept = sorted(totals, key=lambda name: (-totals[name], name))[: limit - 1]
+    rest = OTHERS
+    while rest in kept:
+        rest = f"({rest})"
     return {
         client: {name: held.get(name, 0) for name in kept}
-        | {OTHERS: sum(count for name, count in held.items() if name not in kept)}
+        | {rest: sum(count for name, count in held.items() if name not in kept)}
         for client, held in counts_by_client.items()
     }
 

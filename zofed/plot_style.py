@@ -77,6 +77,13 @@ def _as_written(figure: Any) -> None:
             text.set_parse_math(False)
 
 
+def shown(name: str, longest: int = 40) -> str:
+    """A name from somebody's data as the label of a curve or bar: not too long, and never left out of a legend, which
+    leaves out what begins with _."""
+    label = name if len(name) <= longest else f"{name[: longest - 1]}…"
+    return f" {label}" if label.startswith("_") else label
+
+
 def save(figure: Any, path: Path, title: str = "", notes: Sequence[str] = (), legend_of: Any = None) -> Path:
     """Write the picture whole, with its title above and notes below; returns the path.
 

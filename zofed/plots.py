@@ -50,8 +50,7 @@ def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> 
         held, dark = counts[:, index], index < len(groups) / 2
         ink = "white" if dark else "black"
         bars = axes.barh(
-            clients, held, left=starts, color=colors[index], height=0.8 if few else 1,
-            label=f" {name}" if name.startswith("_") else name,  # a legend leaves out what begins with _
+            clients, held, left=starts, color=colors[index], height=0.8 if few else 1, label=style.shown(name),
             hatch=("", "///")[index % 2], edgecolor=ink, lw=0.6 if few else 0,
         )  # fmt: skip
         if few:

@@ -72,8 +72,8 @@ class Result:
 
     @property
     def end(self) -> float:
-        """Held-out loss at the end, nats; NaN of a run that has not ended."""
-        return float(self.summary.get("eval_loss_end", math.nan))
+        """Held-out loss at the end, nats; NaN of a run that has not ended or has diverged."""
+        return math.nan if self.has_diverged else float(self.summary.get("eval_loss_end", math.nan))
 
     @property
     def best(self) -> float:

@@ -328,6 +328,11 @@ def _is_integer(cell: str) -> bool:
     return cell.strip().removeprefix("-").isdecimal()
 
 
+def printable(name: str) -> str:
+    """A name as one line that any table, terminal and file can hold: other characters as Python escapes them."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
+
+
 def one_line(error: BaseException) -> str:
     """The error's own words without line ends, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -21,6 +21,7 @@ from zofed.federation import Answer, Reply
 from zofed.finish import draw, finish, status_kept
 from zofed.journal import Journal
 from zofed.members import Members
+from zofed.metrics import Coverage
 from zofed.records import Dense, Skipped
 from zofed.runs import DEPLOYED, SIMULATED, RunFolder
 from zofed.tables import Row
@@ -175,11 +176,12 @@ class Server:
             "client_digests": {str(c): digest for c, digest in sorted(digests.items())},
             "wrong_digests": {str(c): digests[c] for c in wrong},
         }
+        draw("federation", self.folder, len(self.members.found))  # before the end, which may be that it diverged
         summary = finish(self.task, self.worker, self.journal, self.folder, totals, extra)
-        draw("federation", self.folder, len(self.members.found))
         answered = list(digests.values()).count(own)
         print(
-            f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f}; the replay and "
+            f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f} "
+            f"({Coverage(**summary['evaluated'])}); the replay and "
             f"{'all' if answered == len(digests) else f'{answered} of'} {len(digests)} clients end with the server's "
             f"weights; results in {self.folder.path}",
             flush=True,

@@ -8,13 +8,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from zofed import (
@@ -38,7 +38,19 @@ from zofed.memory import keep_freed_memory
 from zofed.optimizers import Optimizer
 from zofed.worker import Worker
 
-ALL = "all"  # the held-out part as a whole, among its sources
+SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The examples that every evaluation of a run reads, out of the `held_out` that there are.
+
+    bytes_per_token: UTF-8 bytes that one of their predicted tokens stands for, of a language model.
+    """
+
+    examples: Examples
+    held_out: int
+    bytes_per_token: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,19 @@ class Task:
         return cls(settings, tokenizer, train, held_out, backprop)
 
     @classmethod
+    def to_score(cls, settings: Settings, share: float = 0.0) -> "Task":
+        """The task of a model that is scored and not trained: its held-out part alone need be there.
+
+        share: of the eval-dataset that is scored, split off by the seed; 0: all. Raises UserError as `load`.
+        """
+        if settings.eval_dataset and settings.task == "language-model":
+            tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
+            task = cls(settings, tokenizer, [], _documents(settings, settings.eval_dataset), [])
+        else:
+            task = cls.load(settings)  # the training data say which classes there are
+        return replace(task, held_out=data.split_held_out(task.held_out, share, settings.seed)[1]) if share else task
+
+    @classmethod
     def own(cls, settings: Settings, dataset: str, classes: int = 0) -> "Task":
         """The task of a node that reads its own `dataset` and needs none of the run's: client 0 of 1 holds it all.
 
@@ -106,7 +131,7 @@ class Task:
 
     def check_held_out(self) -> None:
         """Raise UserError when the held-out part is too short, before a run has written anything."""
-        _ = self.held_out_examples
+        _ = self.held_out_sample
 
     def examples(self, documents: list[Document], cache: bool = True) -> Examples:
         """Documents as the tensors the model reads. cache: keep and find them in the user's cache."""
@@ -175,12 +200,14 @@ class Task:
             return examples, self.examples(held_out)
 
     @cached_property
-    def held_out_examples(self) -> Examples:
-        try:
-            tokens = self._tokens(self.held_out)
-        except UserError as error:
-            raise UserError(f"held-out part: {error}, or set held-out above {self.settings.held_out:g}") from error
-        return self._read_by_model(tokens)
+    def held_out_sample(self) -> Sample:
+        """What the whole held-out part is scored by. Raises UserError where it has not one example."""
+        settings = self.settings
+        if settings.eval_dataset:
+            with _named(f"eval-dataset = {settings.eval_dataset!r}"):
+                return self._sample(self.held_out)
+        with _named("held-out part", f"or set held-out above {settings.held_out:g}"):
+            return self._sample(self.held_out)
 
     @cached_property
     def backprop_examples(self) -> Examples:
@@ -198,31 +225,54 @@ class Task:
             )
         return found
 
-    def evaluate(self, model: nn.Module) -> dict[str, metrics.Score]:
-        """Scores on the held-out examples: of `all`, and of each source where there are several."""
-        limit = self.settings.eval_examples
-        return {
-            name: metrics.evaluate(model, examples, limit, bytes_per_token=density)
-            for name, (examples, density) in self._held_out_by_source.items()
-        }
+    def evaluate(self, model: nn.Module) -> metrics.Scores:
+        """Scores on samples of the held-out examples, the same in every evaluation of a run.
+
+        Of all of them, and of each source where there are several; of more than SOURCES only those of most documents.
+        """
+        whole, sources = self.held_out_sample, self._samples_by_source
+        of_sources = len({document.source for document in self.held_out})
+        coverage = metrics.Coverage(
+            len(whole.examples["labels"]), whole.held_out, len(sources), of_sources if of_sources > 1 else 0
+        )
+        return metrics.Scores(
+            _score(model, whole), {name: _score(model, own) for name, own in sources.items()}, coverage
+        )
 
     @cached_property
-    def _held_out_by_source(self) -> dict[str, tuple[Examples, float | None]]:
-        """Examples, and bytes a token of a language model's text; a source too short for one example is left out."""
-        found = {ALL: (self.held_out_examples, self._density(self.held_out))}
-        sources = sorted({document.source for document in self.held_out})
-        for source in sources if len(sources) > 1 else ():
-            own = [document for document in self.held_out if document.source == source]
+    def _samples_by_source(self) -> dict[str, Sample]:
+        """By the sources' names, rising; a source too short for one example is left out."""
+        counts = Counter(document.source for document in self.held_out)
+        largest = sorted(counts, key=lambda source: (-counts[source], source))[:SOURCES]
+        found = {}
+        for source in sorted(largest) if len(counts) > 1 else ():
             with suppress(UserError):
-                found[source] = (self.examples(own), self._density(own))
+                found[source] = self._sample([document for document in self.held_out if document.source == source])
         return found
 
-    def _density(self, documents: list[Document]) -> float | None:
-        return None if self.labels else data.bytes_per_token(documents, self.tokenizer)
+    def _sample(self, documents: list[Document]) -> Sample:
+        tokens = self._tokens(documents)
+        chosen = self._chosen(tokens)
+        examples, count = self._read_by_model(_at(tokens, chosen)), len(tokens["labels"])
+        if self.labels:
+            return Sample(examples, count)
+        size, digest = self.settings.block_size, self._tokenizer_digest
+        sizes = data.token_bytes(documents, self.tokenizer, size, data.default_cache(), digest)[chosen]
+        return Sample(examples, count, float(metrics.predicted_labels(sizes).double().mean()))
+
+    def sampled(self, examples: Examples) -> Examples:
+        """Those of a client's own held-out examples that its evaluations read, the same each time."""
+        return _at(examples, self._chosen(examples))
+
+    def _chosen(self, examples: Examples) -> Tensor:
+        return data.sample(len(examples["labels"]), self.settings.eval_examples, self.settings.seed)
 
     def baselines(self) -> dict[str, float]:
-        """Held-out losses (nats) of knowing nothing: uniform guesses, and the training set's frequencies."""
-        train, held_out = self._tokens(self.train), self.held_out_examples
+        """Losses (nats) of knowing nothing on the very examples that evaluations read.
+
+        Of uniform guesses, and of the training set's frequencies.
+        """
+        train, held_out = self._tokens(self.train), self.held_out_sample.examples
         if self.labels:
             return metrics.class_baselines(train["labels"], held_out["labels"], self.labels)
         vocabulary = len(self.tokenizer)
@@ -284,6 +334,14 @@ def worker_of(settings: Settings, model: models.Model) -> Worker:
         ),
     )
     return Worker(nn.Module.to(model, device(settings)), genesis)
+
+
+def _at(examples: Examples, positions: Tensor) -> Examples:
+    return {name: tensor[positions] for name, tensor in examples.items()}
+
+
+def _score(model: nn.Module, sample: Sample) -> metrics.Score:
+    return metrics.evaluate(model, sample.examples, bytes_per_token=sample.bytes_per_token)
 
 
 @contextmanager

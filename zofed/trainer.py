@@ -13,7 +13,7 @@ from zofed import directions, snapshots
 from zofed.config import Settings
 from zofed.errors import DivergenceError, UserError
 from zofed.journal import Entry, Journal, link
-from zofed.metrics import Score
+from zofed.metrics import Scores
 from zofed.records import Guided, Record, Seeded, Skipped
 from zofed.runs import EVALUATIONS, METRICS, RunFolder, read_checkpoint, timestamp
 from zofed.tables import Row, Table, keep_rows, sure_rows
@@ -43,7 +43,7 @@ class Step:
 
 # Round -> its step, or those of the rounds from it on that one exchange gave; must not move the weights.
 Ask = Callable[[int], Step | Sequence[Step]]
-Evaluate = Callable[[torch.nn.Module], Mapping[str, Score]]
+Evaluate = Callable[[torch.nn.Module], Scores]
 
 # Modes whose journal does not replay from the start unless gradients are kept beside it.
 NEEDS_CHECKPOINTS = ("fo", "instruct", "calibrate")
@@ -56,7 +56,7 @@ class Totals:
 
     seconds: of training up to the last step's end, those before a resumption included: with them a budget is spent for
     the row, the loop and a later resumption alike. stopped_by: the budget that ended the run before its last step.
-    scores: of the final weights on the held-out part, by source; None where this process did not score them.
+    scores: of the final weights on the held-out part; None where this process did not score them.
     """
 
     forward_passes: int = 0
@@ -66,7 +66,7 @@ class Totals:
     bytes: int = 0
     seconds: float = 0.0
     stopped_by: str = field(default="", init=False)
-    scores: Mapping[str, Score] | None = field(default=None, init=False)
+    scores: Scores | None = field(default=None, init=False)
     _told: float = field(default_factory=time.monotonic, init=False)
 
     @classmethod
@@ -119,7 +119,7 @@ class Trainer:
         keep_rows(self.folder.path / "metrics.csv", METRICS, self._rows)
         keep_rows(self.folder.path / "evaluations.csv", EVALUATIONS, scored)
         self._best = min((float(row["eval_loss"]) for row in self._rows if row.get("eval_loss")), default=math.inf)
-        self._scored: tuple[int, Mapping[str, Score] | None] = -1, None  # the round scored last, and what it gave
+        self._scored: tuple[int, Scores | None] = -1, None  # the round scored last, and what it gave
         self._saved = -1  # the round of the checkpoint saved last
 
     def run(self, total: int, ask: Ask) -> Totals:
@@ -207,11 +207,18 @@ class Trainer:
         """The held-out loss of all sources together; what else the scores tell goes into evaluations.csv."""
         scores = self.evaluate(self.worker.model)
         self._scored = round_, scores
-        whole = next(iter(scores.values())).loss
+        whole = scores.whole.loss
         if not math.isfinite(whole):
+            if round_ == 0:  # nothing has moved, so that no rate is to blame
+                raise UserError(
+                    "the held-out loss is not finite before the first step: the model gives no number for some of "
+                    f"{scores.coverage.examples:,} held-out examples; give other weights or data, or dtype float32"
+                )
             raise diverged(round_, self.settings)
         with Table(self.folder.path / "evaluations.csv", EVALUATIONS) as table:
-            table.write(*({"step": round_, "source": source} | score.columns() for source, score in scores.items()))
+            # The whole comes first, under a name that no source has.
+            told = (("", scores.whole), *scores.sources.items())
+            table.write(*({"step": round_, "source": source} | score.columns() for source, score in told))
             table.sync()  # a line of metrics that tells of a score stands for these
         return whole
 
@@ -324,11 +331,11 @@ def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest:
     return False
 
 
-def diverged(round_: int, settings: Settings, more: str = "") -> DivergenceError:
-    """What to say when a loss is no number any more. more: what else is known."""
+def diverged(round_: int, settings: Settings, more: str = "", what: str = "is not finite") -> DivergenceError:
+    """What to say when a loss is no number any more, or (what) far above where it began. more: what else is known."""
     own = f" and local-learning-rate = {settings.local_learning_rate:g}" if settings.local_learning_rate else ""
     return DivergenceError(
-        f"the loss of step {round_} (seed {settings.seed}) is not finite: training diverged with learning-rate = "
+        f"the loss of step {round_} (seed {settings.seed}) {what}: training diverged with learning-rate = "
         f"{settings.learning_rate:g}{own}; start again with a tenth of it{more}"
     )
 
