@@ -458,7 +458,9 @@ class Settings(BaseModel):
     )
     threads: int = Field(1, ge=1, le=1024, description="CPU threads of each process (part of the result)")
     eval_interval: int = Field(20, ge=1, description="steps or rounds between evaluations on the held-out part")
-    eval_examples: int = Field(256, ge=1, description="held-out examples each evaluation reads, at most")
+    eval_examples: int = Field(
+        256, ge=1, description="held-out examples each evaluation reads, at most: a sample by the seed"
+    )
     eval_dataset: str = Field("", description="evaluate on this data set; empty: on the held-out part")
     save_interval: int = Field(50, ge=0, description="steps between checkpoints; 0: none (a zo run needs none)")
     keep_checkpoints: int = Field(

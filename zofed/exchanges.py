@@ -122,6 +122,9 @@ class Exchanges:
         results = dict(+self.traffic.now.results)
         if set(results) == {"not_finite"}:
             raise diverged(round_, self.settings)
+        if set(results) <= {"not_finite", "out_of_range"} and results and round_ > 1:
+            beyond = f"is beyond {federation.LARGEST_LOSS:,.0f} nats for all clients that were asked"
+            raise diverged(round_, self.settings, what=beyond)
         if self.members.strict:
             missing = sorted(set(clients) - set(good))
             # In the first round nothing has moved yet, so that it is the fault of some client's data.
