@@ -71,6 +71,7 @@ def _run(
     task: Task, worker: Worker, examples: Examples, journal: Journal, folder: RunFolder, show: Show, expect: Expect
 ) -> dict[str, Any]:
     settings = task.settings
+    print(task.told(), flush=True)
     total = steps_of(settings, len(examples["labels"]))
     expect(total)
     backprop_examples = task.backprop_examples if settings.mode in WITH_BACKPROP else None

@@ -11,6 +11,7 @@ import torch
 from zofed import config, data, documents, federation, models, runs, tokenizers
 from zofed.config import Settings
 from zofed.data import Document, Examples
+from zofed.documents import Reading
 from zofed.errors import UserError
 from zofed.forecast import bytes_of_a_round, duration, free_bytes, pace
 from zofed.model_info import ModelInfo, info
@@ -59,12 +60,12 @@ def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
             # A name that is no model is no tokenizer's fault.
             is_size = settings.model in models.SIZES or settings.tokenizer
             faults.append(Line("fix", "tokenizer" if is_size else "model", str(error)))
-    found: list[Document] = []
+    found: Reading | None = None
     with _collect(faults, "data"):
-        found = documents.load_documents(settings.dataset)
+        found = documents.read(settings.dataset)
     yield from faults
     task, examples, blocks = None, None, 0
-    if tokenizer is not None and found:
+    if tokenizer is not None and found is not None:
         faults = []
         with _collect(faults, "data"):
             task = Task.of(settings, tokenizer, found)

@@ -162,6 +162,11 @@ def saved_pooling(folder: Path) -> Pooling | None:
     return _read(folder)[0] if (folder / HEAD_FILE).is_file() else None
 
 
+def saved_classes(folder: Path) -> int:
+    """How many classes the head in a folder that `save_head` wrote to has; 0 where there is no such head."""
+    return len(_read(folder)[1]["bias"]) if (folder / HEAD_FILE).is_file() else 0
+
+
 @torch.no_grad()
 def load_head(model: PooledClassifier, folder: Path) -> None:
     """Set the linear layer to the one `save_head` wrote. Raises UserError where it was made for something else."""

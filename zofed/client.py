@@ -17,6 +17,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from zofed import config, federation, foreign, guides, identity, local, messages, metrics, partitions, snapshots
+from zofed.classes import Classes
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
@@ -34,10 +35,10 @@ app = ClientApp()
 class Replica:
     """This process's one copy of the model, and the data of the clients it has served."""
 
-    def __init__(self, settings: Settings, own: str, classes: int) -> None:
+    def __init__(self, settings: Settings, own: str, named: Classes) -> None:
         prepare_process(settings.threads)
         self.settings, self._own = settings, own
-        self.task = Task.own(settings, own, classes) if own else Task.load(with_absolute_paths(settings))
+        self.task = Task.own(settings, own, named) if own else Task.load(with_absolute_paths(settings), named or None)
         self.worker = self.task.worker()
         self.genesis = genesis_chain(self.worker.genesis)
         self._parts: dict[tuple[int, int], tuple[Examples, Examples | None]] = {}
@@ -106,21 +107,25 @@ class Replica:
 
 
 @lru_cache(maxsize=1)
-def _replica(written: str, own: str, classes: int) -> Replica:
-    return Replica(Settings.model_validate_json(written), own, classes)
+def _replica(written: str, own: str, named: Classes) -> Replica:
+    return Replica(Settings.model_validate_json(written), own, named)
 
 
-def replica(context: Context, classes: int = 0) -> Replica:
+def replica(context: Context, asked: Plan | Greeting | None = None) -> Replica:
     """This process's replica for a run's settings: built at their first message, kept until others come.
 
-    classes: of the run, for a node that reads documents of its own.
+    asked: tells the run's classes, by whose names the node numbers the labels it reads; None: the data tell.
     """
+    try:
+        named = Classes.unpacked(asked.classes, asked.names) if asked else Classes.numbered(0)
+    except ValueError as error:
+        raise UserError(f"the server's message is damaged ({error}): give all machines the same zofed") from error
     settings = config.resolve(dict(context.run_config))
     federation.check_settings(settings)
     if device := context.node_config.get("device"):
         settings = config.resolve(settings.model_dump(by_alias=True) | {"device": device})
     own = str(context.node_config.get("dataset", ""))
-    return _replica(settings.model_dump_json(by_alias=True), own, classes if own else 0)
+    return _replica(settings.model_dump_json(by_alias=True), own, named)
 
 
 def place(context: Context) -> tuple[int, int]:
@@ -157,7 +162,7 @@ def greet(greeting: Greeting, context: Context) -> Introduction:
     client = -1
     try:
         client, clients = place(context)
-        here = replica(context, greeting.classes)
+        here = replica(context, greeting)
         theirs = foreign.json_object(greeting.genesis)
         if theirs is None:
             raise UserError("the server's greeting holds no genesis: give all machines the same zofed")
@@ -201,7 +206,7 @@ def _report(plan: Plan, here: Replica, context: Context, work: Callable[[int, Ex
 
 def measure(plan: Plan, context: Context) -> Answer:
     """Catch up and answer with integers: slopes, or the coefficients of a subspace."""
-    here = replica(context, plan.classes)
+    here = replica(context, plan)
     settings = here.settings
     by_backprop = capability(here, context) == "fo"
 
@@ -226,7 +231,7 @@ def measure(plan: Plan, context: Context) -> Answer:
 
 def backpropagate(plan: Plan, context: Context) -> Contribution:
     """Catch up and answer with a gradient for a guide, or with the update of local training."""
-    here = replica(context, plan.classes)
+    here = replica(context, plan)
     settings = here.settings
 
     def work(client: int, examples: Examples) -> tuple[bytes, float]:
@@ -243,7 +248,7 @@ def backpropagate(plan: Plan, context: Context) -> Contribution:
 
 def evaluate(plan: Plan, context: Context) -> Evaluation:
     """Catch up and score the client's own held-out part, of which the same sample is read each time."""
-    here, (client, _) = replica(context, plan.classes), place(context)
+    here, (client, _) = replica(context, plan), place(context)
     held_out = here.parts(context)[1]
     if held_out is None or not here.catch_up(plan):
         return Evaluation(client, here.worker.head, NO_LOSS, 0)
@@ -254,7 +259,7 @@ def evaluate(plan: Plan, context: Context) -> Evaluation:
 
 def final(plan: Plan, context: Context) -> Final:
     """Catch up and name the weights this client has."""
-    here = replica(context, plan.classes)
+    here = replica(context, plan)
     arrived = here.catch_up(plan)
     return Final(place(context)[0], here.worker.digest() if arrived or here.is_unsound else "", here.worker.head)
 

@@ -14,9 +14,9 @@ PUBMEDQA_COLUMNS = {
     "question": ("question", "context", "long_answer"),  # the hub's spelling
     "QUESTION": ("QUESTION", "CONTEXTS", "LONG_ANSWER"),  # the original repository's spelling
 }
+PUBMEDQA_LABEL = "final_decision"
 SAMPLED = 64  # rows that are looked at to tell which of the other columns hold text
 
-_PUBMEDQA_LABEL = "final_decision"
 _RUN = re.compile(r"[^\W\d_]{8,}")
 
 
@@ -47,7 +47,7 @@ def chosen(names: tuple[str, ...]) -> Columns:
     source, topic = ("source" if "source" in names else ""), ("topic" if "topic" in names else "")
     pubmedqa = next((found for first, found in PUBMEDQA_COLUMNS.items() if {first, found[1]} <= set(names)), None)
     if pubmedqa:
-        text, label = pubmedqa, _PUBMEDQA_LABEL if _PUBMEDQA_LABEL in names else ""
+        text, label = pubmedqa, PUBMEDQA_LABEL if PUBMEDQA_LABEL in names else ""
     else:
         text, label = (_named(names, TEXT_COLUMNS, "text"),), _named(names, LABEL_COLUMNS, "label")
     if not text[0]:
@@ -57,7 +57,7 @@ def chosen(names: tuple[str, ...]) -> Columns:
         )
     read = tuple(name for name in (*text, label, source, topic) if name in names)
     rest = tuple(name for name in names if name not in read)
-    strict = label in (LABEL_COLUMNS[0], _PUBMEDQA_LABEL)
+    strict = label in (LABEL_COLUMNS[0], PUBMEDQA_LABEL)
     return Columns(text, label, source, topic, read, rest, strict, pubmedqa is not None)
 
 
@@ -141,4 +141,4 @@ def _other_separator(names: tuple[str, ...]) -> str:
     return f"; or separate the columns by commas, not by {found!r}" if found else ""
 
 
-_KNOWN = {*TEXT_COLUMNS, *LABEL_COLUMNS, _PUBMEDQA_LABEL, "source", "topic"}.union(*PUBMEDQA_COLUMNS.values())
+_KNOWN = {*TEXT_COLUMNS, *LABEL_COLUMNS, PUBMEDQA_LABEL, "source", "topic"}.union(*PUBMEDQA_COLUMNS.values())

@@ -231,7 +231,9 @@ def _reading(rows: Rows, dataset: str) -> Reading:
             blank += 1
     if not documents:
         raise UserError(f"data set {dataset!r} is empty: 0 rows hold text, at least 1 is needed; use another data set")
-    names = rows.names.get(label_column) or (CATALOG[dataset].classes if dataset in CATALOG else ())
+    names = tuple(_DECISIONS) if label_column == columns.PUBMEDQA_LABEL else rows.names.get(label_column, ())
+    if not names and dataset in CATALOG:
+        names = CATALOG[dataset].classes
     return Reading(dataset, documents, tuple(found), unread.found(), blank, names, rows.is_ordered)
 
 

@@ -63,6 +63,7 @@ def download(
                 (folder / "rows.part").unlink(missing_ok=True)
             raise
         about = {key: state[key] for key in ("request", "revision", "rows", "blank")}
+        about |= {"classes": list(entry.classes)} if entry.classes else {}
         described = subsets.publish(folder, folder / "rows.part", about)
         (folder / "rows.state.json").unlink()
         return described

@@ -217,7 +217,7 @@ class Exchanges:
             guide=guide,
             probe=self._probe[1],
         )  # fmt: skip
-        plan = replace(plan, classes=self.members.classes)
+        plan = replace(plan, classes=self.members.classes, names=self.members.names)
         digests = (update_digest(entry.record) for entry in entries[held:])
         needed = [digest for digest in digests if digest is not None and digest not in member.updates]
         updates = [self.updates[digest] for digest in needed if digest in self.updates]

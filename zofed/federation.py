@@ -47,7 +47,7 @@ class Plan:
     updates: what records that are no function of seeds need, encoded; guide: what shapes the directions asked for.
     snapshot: weights and state to start from in place of the base, or empty. rebuild: 1 where the client's weights were
     found wrong, and nothing it holds may be kept. classes: of the run's classification, which a node's own documents
-    need not show; 0 for a language model.
+    need not show; 0 for a language model. names: theirs, as `Classes.packed` has them; empty where they are numbers.
     """
 
     genesis: bytes
@@ -64,6 +64,7 @@ class Plan:
     guide: bytes = b""
     snapshot: bytes = b""
     classes: int = 0
+    names: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,8 @@ def finish(
         },
         "parameters": {"total": models.true_count(worker.model), "trainable": _count(worker)},
         "data": task.digests(),
+        "data_read": [reading.facts() for reading in task.readings],
+        **({"classes": list(task.class_names)} if task.labels else {}),
         "versions": versions(),
         "arithmetic": arithmetic.described(),
         **(extra or {}),
@@ -215,7 +217,7 @@ def save_model(task: Task, worker: Worker, folder: RunFolder) -> None:
     temporary = folder.path / ".model.new"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        models.save(worker.model, task.tokenizer, temporary)
+        models.save(worker.model, task.tokenizer, temporary, task.class_names)
         for path in temporary.rglob("*"):
             if path.is_file():
                 sync_file(path)

@@ -15,7 +15,7 @@ LONGEST_TEXT, LONGEST_NAME = 500, 100  # characters of one line of text, of a la
 LARGEST_TABLE = 2**20  # characters of a table of counts
 LARGEST_COUNT = 2**40  # examples, documents
 NO_REASON = "no reason given"
-TABLES = ("counts",)  # texts that `counts` reads
+TABLES = ("counts", "names")  # texts that `counts` and `Classes.unpacked` read
 
 T = TypeVar("T")
 

@@ -10,6 +10,7 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from zofed import __version__, federation, foreign, identity, messages
+from zofed.classes import Classes
 from zofed.config import Settings
 from zofed.documents import random_order
 from zofed.errors import UserError
@@ -75,12 +76,18 @@ def exchange(
 
 
 class Members:
-    """The clients of one run, by index. classes: of the run's classification, 0 for a language model."""
+    """The clients of one run, by index. classes: of the run's classification, None for a language model."""
 
     def __init__(
-        self, grid: Grid, settings: Settings, worker: Worker, journal: Journal | None = None, classes: int = 0
+        self,
+        grid: Grid,
+        settings: Settings,
+        worker: Worker,
+        journal: Journal | None = None,
+        classes: Classes | None = None,
     ) -> None:
-        self.grid, self.settings, self.worker, self.journal, self.classes = grid, settings, worker, journal, classes
+        self.grid, self.settings, self.worker, self.journal = grid, settings, worker, journal
+        self.classes, self.names = (len(classes), classes.packed()) if classes else (0, "")
         self.found: dict[int, Member] = {}
         self.refused: dict[int, Refusal] = {}  # by node id
         self._looked = 0.0
@@ -221,7 +228,7 @@ class Members:
 
     def _greet(self, nodes: list[int], seconds: float) -> None:
         """Ask nodes who they are, wait at most `seconds`, and put each among those found or refused."""
-        greeting = messages.pack(Greeting(canonical(self.worker.genesis), self.classes))
+        greeting = messages.pack(Greeting(canonical(self.worker.genesis), self.classes, self.names))
         replies, _ = exchange(self.grid, dict.fromkeys(nodes, greeting), "query.status", seconds)
         ask_at = time.monotonic() + AGAIN_SECONDS
         for node in nodes:

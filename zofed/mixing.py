@@ -12,7 +12,8 @@ import numpy as np
 
 from zofed import subsets
 from zofed.catalog import CATALOG, data_root
-from zofed.documents import Document, documents_digest, load_documents, random_order
+from zofed.classes import Classes, renumbered
+from zofed.documents import Document, Reading, documents_digest, random_order, read
 from zofed.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def source_name(dataset: str) -> str:
 def merge(datasets: Sequence[str], folder: Path | None, seed: int, force: bool = False) -> tuple[Path, dict[str, Any]]:
     """Write the documents of several data sets, shuffled by `seed`, as one subset; returns its folder and info.
 
-    Each row has text, source and, where the document has one, label as it was. The folder is by default
-    NAME_NAME_merged below the data root. Raises UserError for fewer than two data sets, two of one name, one that
-    cannot be read or is empty, and a folder that holds a subset already (`force` exchanges it once the new one is
-    whole).
+    Each row has text, source and, where the document has one, label: as it was, or numbered anew by the names that the
+    data sets have for their classes, which info.json keeps. The folder is by default NAME_NAME_merged below the data
+    root. Raises UserError for fewer than two data sets, two of one name, one that cannot be read or is empty, labels
+    that are words in one and numbers in another, and a folder that holds a subset already (`force` exchanges it once
+    the new one is whole).
     """
     if len(datasets) < 2:
         raise UserError(f"{len(datasets)} data set(s) cannot be merged: name at least 2")
@@ -46,7 +48,12 @@ def merge(datasets: Sequence[str], folder: Path | None, seed: int, force: bool =
     folder = folder or data_root() / f"{'_'.join(names)}_merged"
     if subsets.is_subset(folder) and not force:
         raise UserError(f"{str(folder)!r} holds a subset already: --force replaces it, --out names another folder")
-    loaded = [load_documents(dataset) for dataset in datasets]
+    readings = [read(dataset) for dataset in datasets]
+    known = _common_classes(readings)
+    loaded = [
+        renumbered(reading, known, repr(reading.dataset)) if known and _is_labelled(reading) else reading.documents
+        for reading in readings
+    ]
     inputs = [
         {"name": name, "documents": len(documents), "documents_sha256": documents_digest(documents)}
         for name, documents in zip(names, loaded, strict=True)
@@ -64,10 +71,38 @@ def merge(datasets: Sequence[str], folder: Path | None, seed: int, force: bool =
                 file.writelines(
                     json.dumps(rows[at], ensure_ascii=False) + "\n" for at in random_order(len(rows), "merge", seed)
                 )
-            info = subsets.publish(folder, part, {"rows": len(rows), "seed": seed, "inputs": inputs})
+            named = {"classes": list(known.names), "classes_are_ordered": known.by_number} if known else {}
+            info = subsets.publish(folder, part, {"rows": len(rows), "seed": seed, "inputs": inputs} | named)
         finally:
             part.unlink(missing_ok=True)
     return folder, info
+
+
+def _common_classes(readings: Sequence[Reading]) -> Classes | None:
+    """The classes of all labelled data sets together, None where none of them names its own.
+
+    Raises UserError where one has words and another numbers: nobody knows which is which.
+    """
+    labelled = [reading for reading in readings if _is_labelled(reading)]
+    orders = list(dict.fromkeys(reading.names for reading in labelled if reading.names))
+    if not orders:
+        return None
+    words = next((reading for reading in labelled if reading.names and not reading.is_ordered), None)
+    numbers = next((reading for reading in labelled if not reading.names), None)
+    if numbers and (words or len(orders) > 1):
+        other = words or next(reading for reading in labelled if reading.names)
+        raise UserError(
+            f"the labels of {numbers.dataset!r} are numbers without names, those of {other.dataset!r} mean "
+            f"{', '.join(other.names)}: give all of them words (a .label file), or all numbers of the same classes"
+        )
+    if numbers and max(document.label or 0 for document in numbers.documents) >= len(orders[0]):
+        return None  # other classes than the named ones: as they were
+    # The names of the first, then those that only later ones have.
+    return Classes(tuple(dict.fromkeys(name for names in orders for name in names)), not words and len(orders) == 1)
+
+
+def _is_labelled(reading: Reading) -> bool:
+    return any(document.label is not None for document in reading.documents)
 
 
 def _row(document: Document, source: str) -> dict[str, Any]:

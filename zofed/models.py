@@ -1,9 +1,10 @@
 """Build or load a model, choose what trains."""
 
+import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from zofed import classifier, directions, hub
 from zofed.classifier import PooledClassifier, Pooling
 from zofed.config import Settings, unknown
 from zofed.errors import UserError
+from zofed.files import write_whole
 
 BLOCK = 2**20  # entries of a fresh tensor that are drawn together: all at once would take several times the tensor
 INITIAL_STD = 0.02  # Radford et al., "Language models are unsupervised multitask learners", 2019
@@ -185,6 +187,33 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def class_names(settings: Settings) -> tuple[str, ...]:
+    """What a saved classifier calls its classes 0, 1, ...; numbers where it says nothing of them.
+
+    Empty where the run's head is drawn anew: of a named size, of a folder without a head, or of one that the run pools
+    itself. What is wrong with the folder, loading it tells.
+    """
+    if settings.task != "classification" or settings.model in SIZES:
+        return ()
+    folder = model_folder(settings.model, settings.revision)
+    try:
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        names = written.get("id2label") or {}
+        names = tuple(str(names[key]) for key in sorted(names, key=int))
+        is_classifier = any(name.endswith("ForSequenceClassification") for name in written.get("architectures") or ())
+    except (OSError, ValueError, AttributeError, TypeError):
+        return ()
+    count = classifier.saved_classes(folder)
+    if not count and is_classifier and not _pooling(settings):
+        count = len(names) or int(written.get("num_labels") or 2)  # the library writes down no default
+    if count < 2:
+        return ()
+    is_told = len(names) == count == len(set(names)) and any(
+        name not in (str(number), f"LABEL_{number}") for number, name in enumerate(names)
+    )
+    return names if is_told else tuple(map(str, range(count)))
+
+
 def rebuild(description: Mapping[str, Any], seed: int, dtype: str, source: str = "", revision: str = "") -> Model:
     """The model that `describe` described, before any training, from the seed or from where it was saved.
 
@@ -210,14 +239,20 @@ def rebuild(description: Mapping[str, Any], seed: int, dtype: str, source: str =
     return ready(model, dtype)
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, class_names: Sequence[str] = ()) -> None:
     """A folder that `AutoModelForCausalLM` (or its kin for classifiers) and `AutoTokenizer` load; safetensors.
 
     Of a pooled classifier `AutoModel` loads the encoder; its head lies beside it, where `create_model` finds it.
+    class_names: of a classifier's classes 0, 1, ..., for id2label and label2id of its config.
     """
     encoder = model.encoder if isinstance(model, PooledClassifier) else model
     assert isinstance(encoder, PreTrainedModel)
     encoder.save_pretrained(folder)
+    if class_names:  # written into the file alone: the model in memory stays the one that the genesis describes
+        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        written["id2label"] = {str(number): name for number, name in enumerate(class_names)}
+        written["label2id"] = {name: number for number, name in enumerate(class_names)}
+        write_whole(folder / "config.json", json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     if isinstance(model, PooledClassifier):
         classifier.save_head(model, folder)
     tokenizer.save_pretrained(folder)

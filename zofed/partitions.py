@@ -15,7 +15,7 @@ import numpy as np
 from zofed import subsets
 from zofed.catalog import CATALOG
 from zofed.config import Settings
-from zofed.documents import KNOWN_NAMES, Document, check_share, load_documents, random_order, shard
+from zofed.documents import KNOWN_NAMES, Document, Reading, check_share, random_order, read, shard
 from zofed.errors import UserError
 
 OTHERS = "others"  # the groups too small to be told apart in a table or a picture
@@ -141,8 +141,8 @@ def _holders(sizes: Sequence[int], clients: int) -> list[list[int]]:
     return [list(range(start, start + number)) for start, number in zip(starts, numbers, strict=False)]
 
 
-def own(dataset: str) -> list[Document]:
-    """The documents of a node's own data set, which its --node-config names: an absolute path or a known name.
+def own(dataset: str) -> Reading:
+    """What is read of a node's own data set, which its --node-config names: an absolute path or a known name.
 
     Raises UserError, naming the key, for a relative path, a missing file and whatever cannot be read.
     """
@@ -159,7 +159,7 @@ def own(dataset: str) -> list[Document]:
             "put it there, or start the node with another --node-config 'dataset=\"/...\"'"
         )
     try:
-        return load_documents(dataset)
+        return read(dataset)
     except UserError as error:
         raise UserError(f"node config dataset: {error}") from error
 

@@ -291,9 +291,10 @@ def rows_of_folder(path: Path) -> Rows:
     damaged or has neither split.
     """
     if subsets.is_subset(path):
-        names = subsets.info(path).get("classes", [])
+        described = subsets.info(path)
+        names = tuple(map(str, described.get("classes", ())))
         found = rows_of_file(subsets.rows_file(path)).found
-        return Rows(found, {"label": tuple(map(str, names))} if names else {})
+        return Rows(found, {"label": names}, bool(described.get("classes_are_ordered", True)))
     from datasets import ClassLabel, DatasetDict, load_from_disk
 
     if not any((path / name).is_file() for name in ("dataset_dict.json", "dataset_info.json")):

@@ -84,7 +84,7 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
         _reopened(out, way, task, worker) if os.path.exists(RunFolder(out).journal) else None
     )  # False for a bad name
     try:
-        members = Members(grid, task.settings, worker, earlier, task.labels)
+        members = Members(grid, task.settings, worker, earlier, task.named)
         members.meet()
         inputs, nodes = task.inputs(), members.partitions
         folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, inputs, way, nodes)
@@ -97,7 +97,7 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
         members.journal = journal
         last = journal.last_round
         what = f"goes on after round {last}" if earlier else f"{len(task.held_out)} documents held out"
-        print(f"run folder: {out}\n{len(members.found)} clients, {what}", flush=True)
+        print(f"run folder: {out}\n{task.told()}\n{len(members.found)} clients, {what}", flush=True)
         _tell_holdings(members, folder)
         with Traffic(folder, last, losses_withheld=task.settings.losses_withheld) as traffic:
             return Server(grid, members, task, worker, journal, folder, traffic).run()

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from zofed import (
+    classes,
     classifier,
     config,
     data,
@@ -30,8 +30,10 @@ from zofed import (
     tokenizers,
     worker,
 )
+from zofed.classes import Classes
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Document, Examples
+from zofed.documents import Reading
 from zofed.errors import UserError
 from zofed.estimators import size_exponents
 from zofed.memory import keep_freed_memory
@@ -58,8 +60,8 @@ class Task:
     """One run's data and model, the same for whoever builds it from the same settings.
 
     train: documents any client may hold a shard of; held_out: documents nobody trains on; backprop: those that
-    backpropagation sees beside zeroth order (instruct, calibrate). classes: how many the run's data have, where these
-    documents need not show them all; 0: as many as they show.
+    backpropagation sees beside zeroth order (instruct, calibrate). The labels of all are numbers of the run's classes;
+    named: those, None: as many as the documents show. readings: what was read of which data set.
     """
 
     settings: Settings
@@ -67,30 +69,50 @@ class Task:
     train: list[Document]
     held_out: list[Document]
     backprop: list[Document]
-    classes: int = 0
+    named: Classes | None = None
+    readings: tuple[Reading, ...] = ()
 
     @classmethod
-    def load(cls, settings: Settings) -> "Task":
-        """Read tokenizer and documents. Raises UserError for what is missing or unusable."""
+    def load(cls, settings: Settings, named: Classes | None = None) -> "Task":
+        """Read tokenizer and documents. Raises UserError for what is missing or unusable.
+
+        named: the classes, where another has settled them: a run's server, for its clients.
+        """
         classifier.check(settings)
         tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
-        return cls.of(settings, tokenizer, data.load_documents(settings.dataset))
+        return cls.of(settings, tokenizer, documents.read(settings.dataset), named)
 
     @classmethod
-    def of(cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, found: list[Document]) -> "Task":
+    def of(
+        cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, found: Reading, named: Classes | None = None
+    ) -> "Task":
         """A task whose tokenizer and documents were read already. Raises UserError for what is unusable."""
-        if settings.task == "classification":
-            _check_labels(found, settings.dataset)
+        is_classifier = settings.task == "classification"
+        if is_classifier and named is None:
+            named = classes.of_training(found, settings.model, models.class_names(settings))
+        readings = [found]
+
+        def labelled(reading: Reading, key: str) -> list[Document]:
+            if not is_classifier or named is None:
+                return reading.documents
+            classes.check_labelled(reading, what := f"{key} = {reading.dataset!r}")
+            return classes.renumbered(reading, named, what)
+
+        def more(dataset: str, key: str) -> list[Document]:
+            readings.append(documents.read(dataset))
+            return labelled(readings[-1], key)
+
+        train = labelled(found, "dataset")
         if settings.eval_dataset:
-            train, held_out = found, _documents(settings, settings.eval_dataset)
+            held_out = more(settings.eval_dataset, "eval-dataset")
         else:
-            train, held_out = data.split_held_out(found, settings.held_out, settings.seed)
+            train, held_out = data.split_held_out(train, settings.held_out, settings.seed)
         backprop = train
         if settings.mode in WITH_BACKPROP and settings.bp_dataset:
-            backprop = _documents(settings, settings.bp_dataset)
+            backprop = more(settings.bp_dataset, "bp-dataset")
         elif settings.mode in WITH_BACKPROP and settings.split_dataset_for_bp_zo:
             train, backprop = data.split_held_out(train, settings.split_dataset_for_bp_zo, settings.seed, "backprop")
-        return cls(settings, tokenizer, train, held_out, backprop)
+        return cls(settings, tokenizer, train, held_out, backprop, named if is_classifier else None, tuple(readings))
 
     @classmethod
     def to_score(cls, settings: Settings, share: float = 0.0) -> "Task":
@@ -100,34 +122,51 @@ class Task:
         """
         if settings.eval_dataset and settings.task == "language-model":
             tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
-            task = cls(settings, tokenizer, [], _documents(settings, settings.eval_dataset), [])
+            found = documents.read(settings.eval_dataset)
+            task = cls(settings, tokenizer, [], found.documents, [], readings=(found,))
         else:
             task = cls.load(settings)  # the training data say which classes there are
         return replace(task, held_out=data.split_held_out(task.held_out, share, settings.seed)[1]) if share else task
 
     @classmethod
-    def own(cls, settings: Settings, dataset: str, classes: int = 0) -> "Task":
+    def own(cls, settings: Settings, dataset: str, named: Classes | int = 0) -> "Task":
         """The task of a node that reads its own `dataset` and needs none of the run's: client 0 of 1 holds it all.
 
-        Nothing is held out here; `client_parts` does. dataset: an absolute path or a known name. classes: of the run's
-        classification, of which a node may lack some. Raises UserError naming the key for a file that is missing, a
-        document without a label and a label that is none of the classes.
+        Nothing is held out here; `client_parts` does. dataset: an absolute path or a known name. named: the run's
+        classes, of which a node may lack some, or how many they are where they are only numbers; 0: as many as the
+        documents show. Raises UserError naming the key for a file that is missing, a document without a label and a
+        label that is none of the classes.
         """
         classifier.check(settings)
         found = partitions.own(dataset)
+        own, known = found.documents, Classes.numbered(named) if isinstance(named, int) else named
         if settings.task == "classification":
-            _check_own_labels(found, dataset, classes)
+            what = f"node config dataset = {dataset!r}"
+            classes.check_labelled(found, what)
+            own = classes.renumbered(found, known if len(known) else classes.shown(found), what)
         tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
-        return cls(settings, tokenizer, found, [], found, classes)
+        return cls(settings, tokenizer, own, [], own, known if len(known) else None, (found,))
 
     @property
     def labels(self) -> int:
         """Number of classes of a classification task, 0 for a language model."""
         if self.settings.task == "language-model":
             return 0
-        if self.classes:
-            return self.classes
+        if self.named:
+            return len(self.named)
         return 1 + max(document.label or 0 for document in (*self.train, *self.held_out, *self.backprop))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of a classification task, the name of each class; of a language model none."""
+        return (self.named or Classes.numbered(self.labels)).names if self.labels else ()
+
+    def told(self) -> str:
+        """Lines for people: what was read of which data set, and which classes there are."""
+        lines = [reading.told() for reading in self.readings]
+        if self.named:
+            lines.append(classes.told(self.named, [*self.train, *self.held_out]))
+        return "\n".join(f"data: {line}" for line in lines)
 
     def check_held_out(self) -> None:
         """Raise UserError when the held-out part is too short, before a run has written anything."""
@@ -280,7 +319,8 @@ class Task:
 
     def inputs(self) -> dict[str, Any]:
         """All that decides what the run's steps are, apart from the genesis: settings, and digests of what it reads."""
-        return config.pinned(self.settings) | self.digests()
+        names = {"classes": list(self.class_names)} if self.labels else {}
+        return config.pinned(self.settings) | self.digests() | names
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the documents and of the tokenizer: what the run read."""
@@ -352,50 +392,6 @@ def _named(part: str, remedy: str = "") -> Iterator[None]:
     except UserError as error:
         told = f"{part}: {error}" if part else str(error)
         raise UserError(f"{told}, {remedy}" if remedy else told) from error
-
-
-def _documents(settings: Settings, dataset: str) -> list[Document]:
-    found = data.load_documents(dataset)
-    if settings.task == "classification":
-        _check_labels(found, dataset)
-    return found
-
-
-def _check_labels(documents: list[Document], dataset: str) -> None:
-    counts = Counter(document.label for document in documents)
-    labels = set(counts)
-    if None in labels:
-        raise UserError(
-            f"dataset = {dataset!r} has documents without a label: "
-            "give one with a label column, or set task to language-model"
-        )
-    if len(labels) < 2 or labels != set(range(len(labels))):
-        found = [str(label) for label in sorted(label for label in labels if label is not None)]
-        shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-        raise UserError(
-            f"dataset = {dataset!r} has the labels {shown}: classification takes at least 2 classes, numbered from 0 "
-            "without gaps; renumber them"
-        )
-    label, count = min(counts.items(), key=lambda item: (item[1], item[0]))
-    if count < 2:
-        raise UserError(
-            f"dataset = {dataset!r} has a single document with the label {label}: a class takes at least 2, one to "
-            "learn from and one to hold out; add more or drop the class"
-        )
-
-
-def _check_own_labels(documents: list[Document], dataset: str, classes: int) -> None:
-    labels = {document.label for document in documents}
-    if None in labels:
-        raise UserError(
-            f"node config dataset = {dataset!r} has documents without a label: give one with a label column"
-        )
-    highest = max(label for label in labels if label is not None)
-    if classes and highest >= classes:
-        raise UserError(
-            f"node config dataset = {dataset!r} has the label {highest}, but the run's classes are 0 to {classes - 1}: "
-            "number them as the run does"
-        )
 
 
 NAMES = {

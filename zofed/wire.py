@@ -28,11 +28,12 @@ class Malformed(ValueError):  # noqa: N818, a state of a message
 class Greeting:
     """The server's first word to a node: the genesis (canonical JSON) that its own settings must give too.
 
-    classes: as in a plan.
+    classes, names: as in a plan.
     """
 
     genesis: bytes
     classes: int
+    names: str = ""
 
 
 @dataclass(frozen=True, slots=True)
