@@ -107,9 +107,10 @@ def of_training(found: Reading, model: str, head: Sequence[str]) -> Classes:
     what = f"dataset = {found.dataset!r}"
     check_labelled(found, what)
     counts = Counter(document.label for document in found.documents if document.label is not None)
-    if head:
-        return _of_head(found, what, model, tuple(head))
     labels = sorted(counts)
+    # Of more numbers than a head without names has classes, loading it tells the shapes.
+    if head and (found.names or labels[-1] < len(head) or not Classes(tuple(head)).are_numbers):
+        return _of_head(found, what, model, tuple(head))
     if len(labels) < 2 or (not found.names and labels != list(range(len(labels)))):
         shown = ", ".join(map(str, labels[:5])) + (", ..." if len(labels) > 5 else "")
         raise UserError(
