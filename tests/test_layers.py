@@ -37,8 +37,8 @@ KNOWN_TO = {
 # The core: torch, numpy, and of zofed itself those that stand before it here.
 CORE = (
     "errors", "arithmetic", "files", "compact", "directions", "logits", "copies", "orthogonal", "perturbed",
-    "estimators", "optimizers", "checksums", "records", "journal", "merging", "soundness", "worker", "budget", "subspace",
-    "diagnostics",
+    "estimators", "optimizers", "checksums", "records", "journal", "merging", "soundness", "worker", "budget",
+    "subspace", "diagnostics",
 )  # fmt: skip
 CORE_KNOWS = {"torch", "numpy"} | set(sys.stdlib_module_names)
 # What Flower documents for apps; everything else of it may change with any version.
