@@ -2,17 +2,19 @@
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 from test_law import ignore, records_of, seeded_of
 
-from zofed import central, client, directions, journal, members, messages, plots, server
+from zofed import central, client, config, directions, journal, members, messages, plots, server, task
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.federation import Plan
@@ -674,3 +676,37 @@ def test_nodes_beyond_the_clients_asked_for_take_no_part(quick: Quick, start: St
     """Nor do they come in later: who takes part would hang on the clock."""
     grid, settings = start(quick(), 3, clients=2)
     assert_one_model(run((grid, settings)), [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("dataset", "mine.csv"),
+        ("dataset", "data/mine"),
+        ("bp-dataset", "./x.jsonl"),
+        ("eval-dataset", "x.txt"),
+        ("model", "./model"),
+        ("model", "a/b/c"),
+        ("tokenizer", "../tokenizer"),
+    ],
+)
+def test_flower_refuses_a_path_that_its_own_working_folder_would_decide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, name: str
+) -> None:
+    """Even where a file of that name lies there: it is not the one that was meant."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.csv").write_text("text\nanother file\n")
+    context = SimpleNamespace(run_config={key: name, "mode": "instruct"}, run_id=1)
+    with pytest.raises(UserError, match=rf"{key} = '{re.escape(name)}' is a relative path.* give the absolute path"):
+        server.main(cast(Any, SimpleNamespace()), cast(Any, context))
+
+
+def test_names_absolute_paths_and_the_hub_are_no_relative_paths(tmp_path: Path) -> None:
+    for values in (
+        {"dataset": "pydoc"},
+        {"dataset": str(tmp_path / "a.csv")},
+        {"model": "OWNER/NAME"},
+        {"model": "20M"},
+    ):
+        task.check_absolute(config.resolve(values))
+    task.check_absolute(config.resolve({"dataset": "~/a.csv", "tokenizer": "gpt2"}))

@@ -136,6 +136,7 @@ def run(
     """
     from zofed import deployment, launch
     from zofed.cli import tell_end
+    from zofed.task import NAMES, absolute_path
 
     if resume is not None and (file or options):
         raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
@@ -147,6 +148,7 @@ def run(
         settings = settings_from(file, options, config.FEDERATED)
         if settings.out:
             settings = settings.model_copy(update={"out": str(config.absolute(settings.out, "out"))})
+        settings = settings.model_copy(update={key: absolute_path(key, getattr(settings, key)) for key in NAMES})
     try:
         status, out = deployment.run_on(name, settings.model_dump(by_alias=True))
     except launch.Stopped as stop:

@@ -13,7 +13,7 @@ from typing import Any
 from zofed import columns, subsets
 from zofed.errors import UserError
 
-_SUFFIXES = (".txt", ".label", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".label", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
 
 # What begins every line of a .txt file of `label text` lines: an integer, fastText's mark, or TREC's coarse:fine.
 _LABELS = (r"\d{1,6}", r"__label__\S+", r"[A-Z]+:[a-z]+")
@@ -42,8 +42,8 @@ def rows_of_file(path: Path) -> Rows:
     rows are drawn; OSError where the system refuses to read.
     """
     suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
-        raise UserError(f"suffix {suffix!r} of {str(path)!r} is not supported: use one of {', '.join(_SUFFIXES)}")
+    if suffix not in SUFFIXES:
+        raise UserError(f"suffix {suffix!r} of {str(path)!r} is not supported: use one of {', '.join(SUFFIXES)}")
     if not path.is_file():
         raise UserError(f"file {str(path)!r} is missing: restore it, or name another data set")
     if suffix == ".parquet":

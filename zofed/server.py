@@ -25,7 +25,7 @@ from zofed.metrics import Coverage
 from zofed.records import Dense, Skipped
 from zofed.runs import DEPLOYED, SIMULATED, RunFolder
 from zofed.tables import Row
-from zofed.task import Task, prepare_process, with_absolute_paths
+from zofed.task import Task, check_absolute, prepare_process, with_absolute_paths
 from zofed.traffic import Traffic
 from zofed.trainer import SUMS, Step, Trainer, diverged
 from zofed.worker import Update, Worker, update_digest
@@ -46,6 +46,7 @@ def main(grid: Grid, context: Context) -> None:
     way = DEPLOYED if is_deployed else SIMULATED
     try:
         settings = config.resolve(dict(context.run_config))
+        check_absolute(settings)
         # Flower hands over every setting, so that only those that differ from their defaults can have been given.
         if idle := config.without_effect(settings, config.changed(settings), config.FEDERATED):
             warnings.warn("; ".join(idle), stacklevel=1)

@@ -26,6 +26,7 @@ from zofed import (
     metrics,
     models,
     partitions,
+    rows,
     scopes,
     subsets,
     tokenizers,
@@ -420,6 +421,26 @@ def absolute_path(key: str, name: str) -> str:
     if key.endswith("dataset") and name and name not in NAMES[key] and (folder := subsets.find(name)):
         return str(folder)
     return os.path.abspath(path) if path and path not in NAMES[key] and os.path.exists(path) else name
+
+
+def check_absolute(settings: Settings) -> None:
+    """Raise UserError for data or a model named relative to a working folder that is not the user's.
+
+    For what Flower starts: `flwr run` unpacks an app and runs it in a folder of its own.
+    """
+    for key in NAMES:
+        name = getattr(settings, key)
+        if not name or name in NAMES[key] or os.path.isabs(os.path.expanduser(name)):
+            continue
+        if key.endswith("dataset"):
+            is_relative = os.sep in name or name.endswith(rows.SUFFIXES)
+        else:
+            is_relative = name.startswith(".") or name.count("/") > 1  # OWNER/NAME is of the hub
+        if is_relative:
+            raise UserError(
+                f"{key.replace('_', '-')} = {name!r} is a relative path, but Flower runs the app in a folder of its own, "
+                "not in yours: give the absolute path"
+            )
 
 
 def prepare_process(threads: int) -> None:
