@@ -438,8 +438,8 @@ def check_absolute(settings: Settings) -> None:
             is_relative = name.startswith(".") or name.count("/") > 1  # OWNER/NAME is of the hub
         if is_relative:
             raise UserError(
-                f"{key.replace('_', '-')} = {name!r} is a relative path, but Flower runs the app in a folder of its own, "
-                "not in yours: give the absolute path"
+                f"{key.replace('_', '-')} = {name!r} is a relative path, but Flower runs the app in a folder of its "
+                "own, not in yours: give the absolute path"
             )
 
 
