@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import tiny_models
 from benchmarks.tiny_models import EXAMPLES, TOKENS, examples
-from zofed import config, data, metrics, models
+from zofed import config, data, metrics, models, scopes
 from zofed.errors import UserError
 from zofed.estimators import FiniteDifference, asked, scalar
 from zofed.perturbed import Loss
@@ -137,7 +137,8 @@ def report(out: Path, only: list[str]) -> None:
                 flush=True,
             )
     rows = list(read(file))
-    (out / "table.md").write_text("\n".join(table(rows)) + "\n", encoding="utf-8")
+    lines = [*counts(rows), "", *table(rows), "", *scope_table(rows)]
+    (out / "table.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(counts(rows)))
 
 
@@ -189,3 +190,31 @@ def table(rows: list[Row]) -> list[str]:
         why = "" if row.outcome == "batched" else row.why.replace("|", "/")[:LONGEST].rstrip()
         lines.append(f"| {row.task} | {row.kind} | {row.outcome} | {row.own} | {why} |")
     return lines
+
+
+def scope_table(rows: list[Row]) -> list[str]:
+    """Markdown: for every type that can be built, modules that scopes train."""
+    lines = ["| task | type | head | last-0: after the blocks | reduced | norms |", "| --- " * 6 + "|"]
+    for row in sorted(rows, key=lambda row: (row.task, row.kind)):
+        if row.outcome != "not built":
+            model = tiny_models.build(row.task, row.kind)
+            head, top, reduced, norms = (_modules(model, scope) for scope in ("head", "last-0", "reduced", "norms"))
+            after = [name for name in top if name not in head]
+            shown = f"{_shown(head)} | {_shown(after)} | {len(reduced)} | {len(norms)}"
+            lines.append(f"| {row.task} | {row.kind} | {shown} |")
+    return lines
+
+
+def _modules(model: Any, scope: str) -> list[str]:
+    """Modules whose parameters a scope trains; none where it is refused."""
+    try:
+        names = scopes.trainable_names(model, scope)
+    except UserError:
+        return []
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+
+
+def _shown(names: list[str]) -> str:
+    """The first few of them, without the path that the others have in common with them."""
+    short = list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+    return ", ".join(short[:3]) + (f", {len(short) - 3} more" if len(short) > 3 else "")

@@ -103,6 +103,15 @@ def test_lists_that_lie_side_by_side_are_one_stack() -> None:
     assert not any(".0." in name for name in chosen)
 
 
+def test_lists_of_embeddings_or_projections_and_towers_that_texts_pass_by_are_no_blocks() -> None:
+    markup = modules(built("classifier", "markuplm"), "last-1")
+    assert markup == {name for name in markup if name.startswith(("markuplm.encoder.layer.1.", "markuplm.pooler."))} | {
+        "classifier"
+    }
+    seeing = modules(built("causal", "phi4_multimodal"), "last-1")
+    assert all(name.startswith("model.layers.1.") or name in ("model.norm", "lm_head") for name in seeing)
+
+
 NORMS = {
     ("causal", "opt"): 5,
     ("causal", "rwkv"): 6,  # pre_ln, ln1, ln2, ln_out

@@ -1,7 +1,8 @@
 """Which parameters train: scopes, from how a model is built and in what order it uses its parameters."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,11 @@ from zofed.classifier import PooledClassifier
 from zofed.errors import UserError
 from zofed.perturbed import Watch
 from zofed.worker import named_parameters
+
+LENGTHS = (
+    2,
+    16,
+)  # tokens of a pass that shows the order of use; few, or as many as models take that shorten their input
 
 
 def trainable_names(model: nn.Module, scope: str) -> list[str]:
@@ -71,6 +77,8 @@ def _top(model: nn.Module, everything: Mapping[str, Tensor], scope: str) -> set[
         mlp = layout.mlp()
         return mlp | head if mlp else set()
     count = int(scope.removeprefix("last-"))
+    if not layout.blocks:
+        raise UserError(f"scope = {scope!r}: the model has no list of blocks; use head, full or a pattern of names")
     if count > len(layout.blocks):
         raise UserError(
             f"scope = {scope!r}: the model has {len(layout.blocks)} blocks of its own; use last-{len(layout.blocks)} "
@@ -115,8 +123,10 @@ class _Layout:
     @classmethod
     def of(cls, model: nn.Module, everything: Mapping[str, Tensor]) -> "_Layout":
         names = {id(tensor): name for name, tensor in everything.items()}
-        blocks = [{names[id(t)] for t in block.parameters() if id(t) in names} for block in _stack(_base(model))]
-        used = [names[one] for one in _used(model) if one in names]
+        seen = _used(model)
+        stack = _stack(_base(model), set(seen))
+        blocks = [{names[id(t)] for t in block.parameters() if id(t) in names} for block in stack]
+        used = [names[one] for one in seen if one in names]
         order = {name: place for place, name in enumerate(dict.fromkeys(used) if used else everything)}
         return cls(everything, [block for block in blocks if block], order)
 
@@ -131,17 +141,19 @@ class _Layout:
         last = self.blocks[-1] if self.blocks else set()
         used = sorted((name for name in last if name in self.order), key=lambda name: self.order[name])
         matrices = [name for name in used if self.everything[name].dim() > 1]
-        attending = [name for name in matrices if "att" in _inner(name)]
+        steps = {name: name.lower().split(".") for name in last}
+        shared = next((at for at, parts in enumerate(zip(*steps.values(), strict=False)) if len({*parts}) > 1), 0)
+        inner = {name: ".".join(parts[shared:]) for name, parts in steps.items()}  # within the block
+        attending = [name for name in matrices if "att" in inner[name]]
         if not attending or matrices[-1] in attending:
             return set()
-        start, end = attending[-1], matrices[-1]
-        chosen = [name for name in used if self.order[start] < self.order[name] <= self.order[end]]
+        begin, end = attending[-1], matrices[-1]
+        chosen = [name for name in used if self.order[begin] < self.order[name] <= self.order[end]]
         chosen += [name for name in used if _module(name) == _module(end)]
-        chosen = [name for name in chosen if _module(name) != _module(start)]
-        parts = {_inner(name).split(".")[0] for name in chosen if "att" not in _inner(name)}  # experts not met, too
-        return {
-            name for name in last if name in chosen or (name not in self.order and _inner(name).split(".")[0] in parts)
-        }
+        chosen = [name for name in chosen if _module(name) != _module(begin)]
+        parts = {inner[name].split(".")[0] for name in chosen if "att" not in inner[name]}
+        missed = {name for name in last if name not in self.order and inner[name].split(".")[0] in parts}
+        return set(chosen) | missed  # experts that no token met belong to it too
 
     def _begins(self, block: Collection[str]) -> int:
         return min((self.order[name] for name in block if name in self.order), default=len(self.order))
@@ -151,34 +163,58 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _inner(name: str) -> str:
-    """A parameter's name within its block: what follows the first number."""
-    return re.split(r"\.\d+\.", name, maxsplit=1)[-1].lower()
-
-
-def _stack(base: nn.Module) -> list[nn.ModuleList]:
+def _stack(base: nn.Module, used: set[int]) -> list[nn.ModuleList]:
     """The blocks of a model, first to last: of an encoder-decoder its decoder's, of a model that sees its text's.
 
-    They are the longest list of modules that lies in no other such list, and the lists beside it of the same length,
-    since some models keep a list of attentions, one of norms and so on.
+    used: ids of the parameters that a pass over tokens uses; none where that is not known.
     """
-    root = getattr(base, "get_decoder", lambda: None)()
-    root = root if isinstance(root, nn.Module) else base
-    lists: list[tuple[nn.Module, nn.ModuleList]] = []
+    decoder = getattr(base, "get_decoder", lambda: None)()
+    return (_longest(decoder, used) if isinstance(decoder, nn.Module) else []) or _longest(base, used)
+
+
+def _longest(root: nn.Module, used: set[int]) -> list[nn.ModuleList]:
+    """The longest list of modules with parts of their own that are used and that lies in no other such list.
+
+    With it the lists beside it of the same length and another kind: some models keep a list of attentions, one of norms
+    and so on. A list of lists, such as Funnel's, is the list of all that they hold.
+    """
+    lists: list[tuple[nn.Module, list[nn.Module]]] = []
     inside = set[int]()
     for parent in root.modules():
         for child in parent.children():
             if isinstance(child, nn.ModuleList) and id(child) not in inside and any(True for _ in child.parameters()):
-                lists.append((parent, child))
+                lists.append((parent, list(_flat(child))))
                 inside |= {id(module) for module in child.modules()}
-    if not lists:
+    blocks = [
+        (at, found)
+        for at, found in lists
+        if _is_composite(found[0]) and (not used or any(id(tensor) in used for tensor in found[0].parameters()))
+    ]
+    if not blocks:
         return []
-    parent, longest = max(lists, key=lambda one: (len(one[1]), sum(tensor.numel() for tensor in one[1].parameters())))
+    parent, longest = max(blocks, key=lambda one: (len(one[1]), sum(map(_size, one[1]))))
     kind = type(longest[0])
     beside = [
         other for at, other in lists if at is parent and len(other) == len(longest) and type(other[0]) is not kind
     ]
     return [nn.ModuleList(one) for one in zip(longest, *beside, strict=True)]
+
+
+def _flat(modules: nn.ModuleList) -> Iterator[nn.Module]:
+    for module in modules:
+        if isinstance(module, nn.ModuleList):
+            yield from _flat(module)
+        else:
+            yield module
+
+
+def _is_composite(module: nn.Module) -> bool:
+    """Whether a module has several parts with weights, as a block has and an embedding or a projection has not."""
+    return sum(any(True for _ in part.parameters(recurse=False)) for part in module.modules()) > 1
+
+
+def _size(module: nn.Module) -> int:
+    return sum(tensor.numel() for tensor in module.parameters())
 
 
 class _Order(Watch):
@@ -198,21 +234,22 @@ class _Ordered(dict[int, None]):
 
 @torch.no_grad()
 def _used(model: nn.Module) -> list[int]:
-    """Ids of what a pass over two tokens uses, in the order of their first use; none where no such pass can run."""
+    """Ids of what a pass over a few tokens uses, in the order of their first use; none where no such pass can run."""
     inner = model.encoder if isinstance(model, PooledClassifier) else model
-    end = getattr(getattr(inner, "config", None), "eos_token_id", None)
+    config = getattr(inner, "config", None)
+    end = getattr(config, "eos_token_id", None)  # which some encoder-decoders look for
     end = end[0] if isinstance(end, list) and end else end
+    token = end if isinstance(end, int) and 0 <= end < (getattr(config, "vocab_size", None) or 0) else 0
     device = next(model.parameters()).device
-    ids = torch.full((1, 2), end if isinstance(end, int) else 0, device=device)
     was_training = inner.training
     try:
-        with _Order() as order:
-            inner.eval()(input_ids=ids)
-    except Exception:  # models raise all kinds of errors where there is more to read than tokens, or no storage
-        return []
+        for length in LENGTHS:
+            with suppress(Exception), _Order() as order:  # of all kinds, where more is read than tokens, or no storage
+                inner.eval()(input_ids=torch.full((1, length), token, device=device))
+                return list(order.seen)
     finally:
         inner.train(was_training)
-    return list(order.seen)
+    return []
 
 
 def drawn(model: nn.Module) -> tuple[str, ...]:
