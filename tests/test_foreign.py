@@ -127,3 +127,9 @@ def test_texts_of_messages_are_lines_once_they_are_unpacked() -> None:
     ):  # fmt: skip
         assert messages.unpack(type(sent), messages.pack(sent)) == got
         assert wire.decoded(type(sent), wire.encoded(sent)) == sent
+
+
+def test_names_of_many_classes_reach_a_node_as_they_are() -> None:
+    names = json.dumps([False, *(f"class\u00a0{n} {'x' * 90}" for n in range(50))], ensure_ascii=False)
+    greeting = wire.Greeting(b"{}", 50, names)
+    assert messages.unpack(wire.Greeting, messages.pack(greeting)) == greeting

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import tomli_w
 
-from zofed import foreign, keys, launch, proxies, reach, shell
+from zofed import foreign, keys, launch, places, proxies, reach, shell
 from zofed.errors import UserError
 from zofed.files import write_whole
 from zofed.reach import Address
@@ -73,6 +73,8 @@ def run_superlink(keys_folder: Path | None, host: str, port: int, state: Path, n
     save_connection(name, entry)
     command = superlink_command(keys_folder, host, port, state)
     environment = launch.quiet_environment() | {"FLWR_HOME": str(home)}
+    if keys_folder is None:
+        environment[places.WITHOUT_KEYS] = "1"  # for the ServerApps that run below it
     shown(command)
     enrolment = Enrolment(keys_folder, state, environment) if keys_folder is not None else None
     child = Child("superlink", command, environment)

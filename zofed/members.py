@@ -15,6 +15,7 @@ from zofed.config import Settings
 from zofed.documents import random_order
 from zofed.errors import UserError
 from zofed.journal import Journal, canonical, genesis_chain
+from zofed.places import Places
 from zofed.records import CLIENTS
 from zofed.wire import Greeting, Introduction, Malformed
 from zofed.worker import Worker
@@ -85,9 +86,11 @@ class Members:
         worker: Worker,
         journal: Journal | None = None,
         classes: Classes | None = None,
+        places: Places | None = None,
     ) -> None:
         self.grid, self.settings, self.worker, self.journal = grid, settings, worker, journal
         self.classes, self.names = (len(classes), classes.packed()) if classes else (0, "")
+        self.places = places or Places()
         self.found: dict[int, Member] = {}
         self.refused: dict[int, Refusal] = {}  # by node id
         self._looked = 0.0
@@ -107,12 +110,18 @@ class Members:
                 f"{settings.clients} or less"
             )
         self._present = set(_wait_for_nodes(self.grid, settings.clients, settings.node_timeout))
+        if self.places.forget_strangers(self._present):
+            print(
+                "no node of before is here: another SuperLink gave all new ids; they take their places anew", flush=True
+            )
+        before = set(self.places.nodes)
         self._greet(sorted(self._present), settings.round_timeout)
         if self.strict and self.refused:
             raise UserError(next(iter(self.refused.values())).reason)
         for refusal in self.refused.values():
             print(f"goes on without a node: {refusal.reason}", file=sys.stderr, flush=True)
-        for client in sorted(self.found)[settings.clients or len(self.found) :]:
+        in_turn = sorted(self.found, key=lambda client: (client not in before, client))
+        for client in in_turn[settings.clients or len(in_turn) :]:
             self._refuse(client, f"clients = {settings.clients}: client {client} is one more")
         self.found = dict(sorted(self.found.items()))
         if settings.quorum > len(self.found) or not self.found:
@@ -149,11 +158,12 @@ class Members:
 
     def _refuse(self, client: int, reason: str) -> None:
         self.refused[self.found.pop(client).node] = Refusal(reason)
+        self.places.nodes.pop(client, None)
 
     @property
     def partitions(self) -> int:
-        """How many clients the nodes say that the data are dealt out to; all say the same."""
-        return next((member.told.clients for member in self.found.values()), 0)
+        """How many clients the data are dealt out to."""
+        return self.places.clients
 
     def there(self) -> list[int]:
         """Clients whose nodes are there, as far as was last seen."""
@@ -211,6 +221,7 @@ class Members:
         refused = {node: self.refused.pop(node).reason for node in nodes if node in self.refused}
         self._greet(nodes, seconds)
         self._leave_out_unable()
+        self.places.save()
         for client in sorted(set(self.found) - before):
             print(f"client {client} joined", flush=True)
         for node in nodes:
@@ -230,14 +241,22 @@ class Members:
         """Ask nodes who they are, wait at most `seconds`, and put each among those found or refused."""
         greeting = messages.pack(Greeting(canonical(self.worker.genesis), self.classes, self.names))
         replies, _ = exchange(self.grid, dict.fromkeys(nodes, greeting), "query.status", seconds)
+        heard = {node: self._introduced(node, replies.get(node)) for node in nodes}
+        said = {node: told.clients for node, (told, problem) in heard.items() if told is not None and not problem}
+        if not self.places.settle(list(said.values()), self.settings.clients):
+            numbers = ", ".join(f"num-partitions = {said[node]} (node {node})" for node in sorted(said)[:4])
+            raise UserError(f"nodes disagree, {numbers}: give all nodes the same, or set clients to the right number")
         ask_at = time.monotonic() + AGAIN_SECONDS
         for node in nodes:
-            told, problem = self._introduced(node, replies.get(node))
+            told, problem = heard[node]
+            if told is not None and not problem:
+                problem = self.places.refusal(node, told.client, told.clients, self._present)
             if told is None or problem:
                 self.refused[node] = Refusal(problem, ask_at)  # it may be mended meanwhile
             else:
                 self._tell_other_code(told)
                 self.found[told.client] = Member(node, told, self._position(told.head))
+                self.places.nodes[told.client] = node
 
     def _introduced(self, node: int, reply: Message | None) -> tuple[Introduction | None, str]:
         """What a node says of itself, and why it cannot take part; empty where it can."""
@@ -253,22 +272,10 @@ class Members:
             return told, f"{f'client {told.client}' if is_known else 'a node'}: {told.problem}"
         if problem := told.faults():
             return told, f"node {node} is not taken in: {problem}"
-        return told, self._clash(told)
-
-    def _clash(self, told: Introduction) -> str:
-        """Why a node cannot take part beside the others, a whole sentence; empty where it can."""
         if (version := told.code.partition(" ")[0]) != __version__:
-            return f"client {told.client} runs zofed {version}, the server {__version__}: give all machines the same"
-        other = self.found.get(told.client)
-        if other and other.node in self._present:
-            return f"two nodes say they are client {told.client}: give each its own partition-id"
-        one = next(iter(self.found.values()), None)  # all that were taken in say the same
-        if one and told.clients != one.told.clients:
-            return (
-                f"client {told.client} says num-partitions = {told.clients}, others {one.told.clients}: give all nodes "
-                "the same"
-            )
-        return ""
+            where = f"client {told.client} runs zofed {version}, the server {__version__}"
+            return told, f"{where}: give all machines the same"
+        return told, ""
 
     def _tell_other_code(self, told: Introduction) -> None:
         theirs, ours = told.code.split(" ")[1:2], identity.code().split(" ")[1:2]

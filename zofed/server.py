@@ -22,6 +22,7 @@ from zofed.finish import draw, finish, status_kept
 from zofed.journal import Journal
 from zofed.members import Members
 from zofed.metrics import Coverage
+from zofed.places import WITHOUT_KEYS, Places
 from zofed.records import Dense, Skipped
 from zofed.runs import DEPLOYED, SIMULATED, RunFolder
 from zofed.tables import Row
@@ -85,7 +86,8 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
         _reopened(out, way, task, worker) if os.path.exists(RunFolder(out).journal) else None
     )  # False for a bad name
     try:
-        members = Members(grid, task.settings, worker, earlier, task.named)
+        places = Places.read(out, are_lasting=os.environ.get(WITHOUT_KEYS) != "1")
+        members = Members(grid, task.settings, worker, earlier, task.named, places)
         members.meet()
         inputs, nodes = task.inputs(), members.partitions
         folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, inputs, way, nodes)
@@ -96,6 +98,7 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
     folder.write_text("settings.toml", config.to_toml(task.settings))
     with status_kept(folder), earlier or Journal.create(folder.journal, worker.genesis) as journal:
         members.journal = journal
+        members.places.keep_in(folder.path)
         last = journal.last_round
         what = f"goes on after round {last}" if earlier else f"{len(task.held_out)} documents held out"
         print(f"run folder: {out}\n{task.told()}\n{len(members.found)} clients, {what}", flush=True)
