@@ -5,7 +5,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -440,3 +440,92 @@ def test_a_client_that_ends_with_other_weights_is_listed_and_the_run_completes(
     assert ("client 1 ends with" in told) == bool(summary["wrong_digests"])
     assert "1 of 2 clients end with the server's weights" in out
     assert whole["wrong_digests"] == {}
+
+
+def test_gradients_of_any_size_end_no_run(quick: Quick, start: Start) -> None:
+    """Where no largest update is set, and their merge would be no number."""
+    grid, settings = start(quick(mode="calibrate", bp_interval=1, quorum=1, rounds=1, eval_interval=1), 3)
+
+    def alter(index: int, message: Message, reply: Message) -> Message:
+        if index == 0 or message.metadata.message_type != "train.guide":
+            return reply
+        told = messages.unpack(Contribution, reply.content)
+        huge = {name: torch.full(shape, 3e38) for name, shape in shapes.items()}
+        return Message(content=messages.pack(replace(told, update=guides.whole(huge))), reply_to=message)
+
+    from zofed.task import Task, with_absolute_paths
+
+    genesis = Task.load(with_absolute_paths(settings)).worker().genesis
+    shapes = {name: tuple(shape) for name, _, shape in genesis["trainable"]}
+    grid.alter = alter
+    summary = run((grid, settings))
+    assert summary["replies"] == {"0": {"used": 1}, "1": {"out_of_range": 1}, "2": {"out_of_range": 1}}
+
+
+def test_a_time_that_a_client_claims_is_believed_up_to_what_the_server_waited(quick: Quick, start: Start) -> None:
+    grid, settings = start(quick(quorum=1, rounds=1, eval_interval=1), 3)
+    claims = {1: 2**62, 2: -(2**62)}
+
+    def alter(index: int, message: Message, reply: Message) -> Message:
+        if index not in claims or not message.metadata.message_type.startswith("train"):
+            return reply
+        told = replace(messages.unpack(Answer, reply.content), milliseconds=claims[index])
+        return Message(content=messages.pack(told), reply_to=message)
+
+    grid.alter = alter
+    run((grid, settings))
+    rows = read_table(Path(settings.out) / "clients.csv")
+    (whole,) = read_table(Path(settings.out) / "rounds.csv")
+    assert all(0.0 <= float(row["seconds_compute"]) <= float(whole["seconds_waiting"]) for row in rows)
+    assert {row["result"] for row in rows} == {"used"}
+
+
+def test_no_reply_that_chance_spoils_ends_the_run(
+    quick: Quick, start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of all kinds: bytes changed, cut, added, exchanged for another kind's; numbers and texts of any size."""
+    chance, kinds = random.Random(5), Counter[str]()
+    settings = quick(quorum=1, rounds=3, eval_interval=1, client_held_out=0.3, digest_interval=1, link_megabits=1e-6)
+    grid, settings = start(settings, 8)
+    numbers = (0, 1, -1, 2**31, 2**32, -(2**63), 2**63 - 1)
+    floats, texts = (
+        (math.nan, math.inf, -1e38, 1e30, 0.0),
+        ("", ON_WIRE, "[" * 3000, '{"a": 1' + "0" * 400 + "}", "\x00"),
+    )
+
+    def other(value: Any) -> Any:
+        choices: dict[type, Callable[[], Any]] = {
+            int: lambda: chance.choice(numbers), float: lambda: chance.choice(floats),
+            str: lambda: chance.choice(texts), bytes: lambda: chance.randbytes(chance.choice([0, 1, 16, 300])),
+            tuple: lambda: tuple(chance.choice(numbers) for _ in range(chance.choice([0, 1, 2, 2, 9]))),
+        }  # fmt: skip
+        return choices[type(value)]()
+
+    def alter(index: int, message: Message, reply: Message) -> Message:
+        kind = message.metadata.message_type
+        if index == 0 or chance.random() < 0.2 or (kind == "query.status" and index < 5):
+            return reply
+        kinds[kind] += 1
+        whole = bytes(reply.content[messages.KEY][messages.KEY])  # type: ignore[index, arg-type]
+        if chance.random() < 0.1:
+            return Message(Error(code=CLIENT_FAILED, reason=chance.choice(REASONS)), reply_to=message)
+        if chance.random() < 0.5:
+            told = wire.decoded(wire.KINDS[whole[0]], whole)
+            name = chance.choice(fields(told)).name
+            return Message(content=messages.pack(replace(told, **{name: other(getattr(told, name))})), reply_to=message)
+        at = chance.randrange(len(whole))
+        spoilt = chance.choice([
+            whole[:at], whole + chance.randbytes(9), bytes([chance.randrange(9)]) + whole[1:],
+            whole[:at] + bytes([chance.randrange(256)]) + whole[at + 1 :], chance.randbytes(at),
+        ])  # fmt: skip
+        return Message(content=raw(spoilt), reply_to=message)
+
+    grid.alter = alter
+    summary = run((grid, settings))
+    assert summary["status"] == "completed" and summary["replay_digest"] == summary["digest"]
+    assert summary["client_digests"]["0"] == summary["digest"]
+    assert set(kinds) == {"query.status", "train.zo", "evaluate", "query.digest"} and kinds.total() > 30
+    out, told = capfd.readouterr()
+    assert_printable(out + told)
+    assert "could not be drawn" not in told
+    assert len(journal.read(RunFolder(Path(settings.out)).journal).entries) == 3

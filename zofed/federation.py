@@ -31,6 +31,7 @@ Reason = Literal[
 ]  # fmt: skip
 
 LARGEST_LOSS = 1e6  # a mean cross-entropy beyond this is a fault, not a measurement
+LARGEST_NORM = 2.0**50  # of an update or a gradient: beyond, its squares and sums would leave float32
 NAME_BYTES = 4
 NO_LOSS = 0.0  # what a client reports that withholds its losses
 
@@ -331,7 +332,9 @@ def check_update(
     norm = guides.norm(update)
     if not math.isfinite(norm):
         return None, "not_finite"
-    return (None, "too_large") if 0.0 < largest_norm < norm else (update, None)
+    if 0.0 < largest_norm < norm:
+        return None, "too_large"
+    return (None, "out_of_range") if norm > LARGEST_NORM else (update, None)
 
 
 def _check_head(answer: Reply, plan: Plan) -> Reason | None:

@@ -147,8 +147,10 @@ class Traffic:
         """Note how one reply fared, until `settle` writes it down."""
         self.now.results[result] += 1
         self.reasons.setdefault(plan.client, Counter())[result] += 1
-        if answer is not None:
-            self.now.compute = max(self.now.compute, answer.milliseconds / 1000)
+        # What a client says it took is believed up to what the server waited for it.
+        seconds = min(max(answer.milliseconds, 0) / 1000, self.now.waiting) if answer is not None else None
+        if seconds is not None:
+            self.now.compute = max(self.now.compute, seconds)
         came = reply.content if reply is not None and reply.has_content() else None
         self._unsettled.append(
             {
@@ -163,7 +165,7 @@ class Traffic:
                 "bytes_down": messages.size(content),
                 "payload_up": messages.payload(came) if came else 0,
                 "payload_down": messages.payload(content),
-                "seconds_compute": answer.milliseconds / 1000 if answer else None,
+                "seconds_compute": seconds,
             }
         )
 
