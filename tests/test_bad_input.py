@@ -289,21 +289,53 @@ def with_own_code(folder: Path) -> None:
     configured(model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"})(folder)
 
 
+def adapted(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def pointed(folder: Path) -> None:
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def renamed(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+
+
+def without_a_shard(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(names)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    kept = {name: tensors[name] for name in names if files[name].startswith("model-00001")}
+    safetensors.torch.save_file(kept, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize(
     ("spoil", "value", "remedy"),
     [
-        (without_weights, "holds no weights", "save_pretrained"),
+        (without_weights, "holds no weights", "copy the folder again from where it came"),
         (pickled, "'pytorch_model.bin'", "save it as safetensors"),
-        (truncated, "cannot be loaded", "save it again"),
+        (truncated, "model.safetensors is damaged", "copy the folder again"),
         (with_nan, "transformer.ln_f.weight", "undamaged copy"),
-        (with_own_code, "code of its own", "save it again"),
+        (with_own_code, "code of its own", "choose a model of a type it knows"),
         (configured(n_layer=3), "lacks 12", "correct its config.json"),
         (configured(n_embd=32), "(48,)", "bring back the config"),
-        (configured(model_type="nonsense"), "nonsense", "save it again"),
+        (configured(n_head=3), "its config.json cannot be used", "bring back the config"),
+        (configured(n_layer="two"), "its config.json cannot be used", "bring back the config"),
+        (configured(model_type="nonsense"), "nonsense", "install a transformers that knows this one"),
+        (configured(model_type="bert"), "lacks 40", "correct its config.json"),
+        (configured(model_type="vit"), "no causal language model", "give a model such as GPT-2 or Llama"),
+        (configured(quantization_config={"quant_method": "gptq"}), "quantised by gptq", "it was made of"),
+        (adapted, "adapter of peft", "merge_and_unload"),
+        (pointed, "pointer of Git LFS", "git lfs pull"),
+        (renamed, "other.safetensors, but neither", "copy the folder again"),
+        (without_a_shard, "lacks 1 of the 2 files", "copy the folder again"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json", "save_pretrained"),
-        (lambda folder: (folder / "config.json").write_text("{"), "cannot be loaded", "save it again"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is no JSON", "bring back the config.json"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "no model_type", "bring back the config.json"),
     ],
-    ids=["none", "pickle", "cut", "nan", "own-code", "layers", "width", "unknown-type", "no-config", "bad-config"],
+    ids=lambda value: getattr(value, "__name__", value),
 )
 def test_a_damaged_or_unsafe_model_folder_is_refused(
     refused: Refused, tmp_path: Path, runs: dict[str, Path], spoil: Callable[[Path], None], value: str, remedy: str

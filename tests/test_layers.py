@@ -21,7 +21,7 @@ KNOWN_TO = {
     "flwr": {"messages", "members", "exchanges", "traffic", "server", "client", "grid", "warm"}
     | {"flower_internals", "flower_messages"},
     "ray": set(),
-    "transformers": {"mixing", "models", "tokenizers", "data", "task", "generate", "model_info"},
+    "transformers": {"mixing", "models", "saved", "limits", "tokenizers", "data", "task", "generate", "model_info"},
     "tokenizers": {"generate"},
     "datasets": {"rows", "download", "partitions"},
     "flwr_datasets": {"partitions"},

@@ -4,11 +4,12 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from zofed import directions, perturbed
+from zofed import directions, estimators, perturbed
 from zofed.errors import UserError
 from zofed.perturbed import Loss
 
@@ -64,6 +65,21 @@ def bytes_by_copies(loss: Loss, parameters: Mapping[str, Tensor], kind: directio
 
     one, five = run(1), run(5)
     return one, max(1, -(-(five - one) // 4))
+
+
+@torch.no_grad()
+def bytes_one_by_one(loss: Loss, parameters: dict[str, Tensor]) -> int:
+    """Bytes beside the weights where each direction is written into them: a saved copy of the parameters, and a pass.
+
+    Raises UserError for a loss that does not use all the parameters.
+    """
+    estimators.check_used(loss, parameters)
+    return sum(map(bytes_of, parameters.values())) + peak_bytes(loss)
+
+
+def bytes_of(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.numel() * tensor.element_size()
 
 
 def copies_within(budget: int, one: int, further: int) -> int:

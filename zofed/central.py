@@ -14,6 +14,7 @@ from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
 from zofed.finish import finish, status_kept
 from zofed.journal import Journal
+from zofed.perturbed import CannotBatch
 from zofed.runs import CENTRAL, RunFolder
 from zofed.steps import asker, steps_of
 from zofed.tables import Row
@@ -34,7 +35,7 @@ def train(settings: Settings, out: Path, show: Show, expect: Expect = lambda _: 
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings))
     task.check_held_out()
-    examples, worker = task.shard(0, 1), task.worker()
+    examples, worker = task.shard(0, 1), task.first_worker()
     folder = RunFolder.create(out, task.settings, task.inputs())
     with Journal.create(folder.journal, worker.genesis) as journal:
         return _run(task, worker, examples, journal, folder, show, expect)
@@ -100,29 +101,45 @@ def diagnosis(settings: Settings, batches: int) -> Diagnosis:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of the weights, of a pass with one perturbed copy and of each further one; copies that fit the budget."""
+    """Bytes of the weights, of a pass with one perturbed copy and of each further one; copies that fit the budget.
+
+    unbatched: why copies cannot share a pass; each direction is then written into the weights, so that `one` counts a
+    copy of what trains, and there is no further one.
+    """
 
     weights: int
     one: int
     further: int
     proposed: int
+    unbatched: str = ""
 
 
 def memory_of_passes(settings: Settings, bytes_beside_weights: int) -> Memory:
-    """What the forward passes of a zeroth-order run take. Raises UserError when not even one copy fits."""
+    """What the forward passes of a zeroth-order run take.
+
+    Raises UserError when not even one copy fits, and for a loss that does not use all that trains.
+    """
     if not directions.terms(settings.directions):
         raise UserError(
             f"directions = {settings.directions!r} run one copy at a time, in the weights themselves: take rank1"
         )
     task, worker = _loaded(settings)
     batch = data.batch(task.shard(0, 1), seed=settings.seed, client=0, step=1, batch_size=settings.batch_size)
-    how = (lambda: metrics.loss_of(worker.model, batch, settings.forward_dtype), worker.parameters, settings.directions)
-    one, further = budget.bytes_by_copies(*how)
+
+    def loss() -> torch.Tensor:
+        return metrics.loss_of(worker.model, batch, settings.forward_dtype)
+
     weights = sum(tensor.numel() * tensor.element_size() for tensor in worker.model.parameters())
+    try:
+        one, further = budget.bytes_by_copies(loss, worker.parameters, settings.directions)
+    except CannotBatch as reason:
+        one = budget.bytes_one_by_one(loss, worker.parameters)
+        budget.copies_within(bytes_beside_weights, one, 1)
+        return Memory(weights, one, 0, 1, str(reason))
     return Memory(weights, one, further, budget.copies_within(bytes_beside_weights, one, further))
 
 
 def _loaded(settings: Settings) -> tuple[Task, Worker]:
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings))
-    return task, task.worker()
+    return task, task.first_worker()

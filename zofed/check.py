@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from zofed import config, data, documents, federation, models, runs, tokenizers
+from zofed import config, data, documents, federation, initial, models, runs, tokenizers
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.documents import Reading
@@ -169,7 +169,10 @@ def _model(
     at = f" at {of.revision}" if of.revision else ""
     yield Line("ok", "model", f"{of.name}{at}, {of.architecture}, {of.parameters:,} parameters")
     free, fits = free_bytes(settings), []
-    for mode in modes:
+    if of.unpredictable:
+        yield Line("note", "memory", f"cannot be predicted for this model: {of.unpredictable}")
+        fits = list(modes)
+    for mode in of.memory:
         line = _memory(of, mode, free)
         fits += [mode] if line.verdict != "fix" else []
         yield line
@@ -185,6 +188,8 @@ def _model(
     except UserError as error:
         yield Line("fix", "model", str(error))
         return
+    if drawn := initial.drawn(worker.model):
+        yield Line("note", "head", models.told_drawn(drawn))
     for mode in fits:
         lines = []
         with _collect(lines, f"step {mode}"):

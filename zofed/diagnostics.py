@@ -84,7 +84,7 @@ def diagnose(
 def _error(
     worker: Worker, loss: Callable[[], Tensor], seeds: Sequence[int], exact: Sequence[float], how: FiniteDifference
 ) -> tuple[float, float, float]:
-    estimate = how.slopes(loss, worker.parameters, seeds)
+    estimate = worker.batched_or_not(lambda batched: how.slopes(loss, worker.parameters, seeds, batched=batched), loss)
     middle = math.fsum(exact) / len(exact) if how.points == "one-sided" else 0.0
     misses = [slope - (truth - middle) for slope, truth in zip(estimate.slopes, exact, strict=True)]
     size = root_mean_square(exact)

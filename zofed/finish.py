@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from zofed import arithmetic, foreign, models
+from zofed import arithmetic, foreign, initial, models
 from zofed.config import Settings
 from zofed.divergence import has_diverged
 from zofed.errors import DiskError, DivergenceError, UserError
@@ -92,6 +92,7 @@ def finish(
             "revision": task.settings.revision,
             "weights": worker.genesis["weights"],
         },
+        "drawn": list(initial.drawn(worker.model)),
         "parameters": {"total": models.true_count(worker.model), "trainable": _count(worker)},
         "data": task.digests(),
         "data_read": [reading.facts() for reading in task.readings],

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from zofed import directions, metrics, perturbed
-from zofed.budget import peak_bytes
+from zofed.budget import bytes_of, peak_bytes
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.errors import UserError
 from zofed.optimizers import Optimizer
@@ -73,8 +73,8 @@ def footprints(
             parameter.requires_grad_(name in parameters)
         loss = _loss(outline, settings, settings.batch_size, settings.forward_dtype)
         evaluation = peak_bytes(_evaluation(outline, settings))
-        whole, gradient = sum(map(_bytes, everything.values())), sum(map(_bytes, parameters.values()))
-        state = sum(_bytes(kept) for name in trainable for kept in optimizer.moments(name, parameters[name]).values())
+        whole, gradient = sum(map(bytes_of, everything.values())), sum(map(bytes_of, parameters.values()))
+        state = sum(bytes_of(kept) for name in trainable for kept in optimizer.moments(name, parameters[name]).values())
         move = _move(optimizer, parameters)
 
         @cache  # watched when first wanted: backpropagation through the largest models takes a second of its own
@@ -117,7 +117,7 @@ def _forward(loss: perturbed.Loss, parameters: Mapping[str, Tensor], settings: S
                 part.numel() for _, own in directions.draw(settings.directions, [0], shapes) for part in own
             )
             return one + (drawn - asked) * of_a_query  # entries of a byte
-    copy = sum(map(_bytes, parameters.values()))
+    copy = sum(map(bytes_of, parameters.values()))
     block = min(BLOCK, max(parameter.numel() for parameter in parameters.values()))
     return copy + max(peak_bytes(torch.no_grad()(loss)), 2 * 4 * block)  # a block's integers and their float32
 
@@ -196,7 +196,3 @@ def _without_storage(model: nn.Module) -> None:
                     made[id(tensor)] = (nn.Parameter(new) if isinstance(tensor, nn.Parameter) else new, tensor)
                 if tensor is not None:
                     held[name] = made[id(tensor)][0]  # type: ignore[assignment]
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -11,12 +11,34 @@ from zofed.errors import UserError
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # weights, configs, tokenizer; no pickle, no code
 BELOW = ("*/*",)  # exports for other programs lie in folders of their own
 
+# Owners that names of one word have on the hub now, by what such a name begins with.
+_OWNERS = {
+    "gpt2": "openai-community",
+    "openai-gpt": "openai-community",
+    "distil": "distilbert",
+    "bert-": "google-bert",
+    "roberta-": "FacebookAI",
+    "xlm-": "FacebookAI",
+    "t5-": "google-t5",
+    "albert-": "albert",
+    "xlnet-": "xlnet",
+    "camembert-": "almanach",
+}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def is_id(name: str) -> bool:
     """Whether a name has the form of a hub id, OWNER/NAME."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+
+
+def meant(name: str) -> str:
+    """The hub id that a name which is none may mean: with spaces, with the hub's address, or without an owner."""
+    name = re.sub(r"^https?://[^/]+/", "", name.strip()).strip("/")
+    if is_id(name):
+        return name
+    owners = [owner for beginning, owner in _OWNERS.items() if re.fullmatch(rf"{beginning}[\w.-]*", name)]
+    return f"{owners[0]}/{name}" if owners else ""
 
 
 def snapshot(name: str, revision: str = "") -> Path:
@@ -50,7 +72,7 @@ def download(name: str, revision: str = "") -> Path:
     import huggingface_hub
 
     if not is_id(name):
-        raise UserError(f"{name!r} is no hub id: give OWNER/NAME, such as openai-community/gpt2")
+        raise UserError(f"{name!r} is no hub id: give OWNER/NAME, such as {meant(name) or 'openai-community/gpt2'}")
     what = f"hub model {name!r}" + (f" at revision {revision!r}" if revision else "")
     try:
         files = huggingface_hub.HfApi().list_repo_files(name, revision=revision or None)

@@ -44,9 +44,12 @@ def list_models(context: typer.Context, *, options: dict[str, str]) -> None:
         found = model_info.info(with_absolute_paths(chosen), model_info.MODES)
         counts = (f"{found.by_scope[scope]:,}" if scope in found.by_scope else "-" for scope in model_info.SCOPES)
         parameters.add_row(name, str(found.positions or "-"), *counts)
-        peaks = [found.memory[mode].peak for mode in model_info.MODES]
-        weights = found.memory[model_info.MODES[0]].weights
-        memory.add_row(name, *(f"{size / 2**20:,.0f}" for size in (weights, *peaks)))
+        if found.memory:
+            peaks = [found.memory[mode].peak for mode in model_info.MODES]
+            weights = found.memory[model_info.MODES[0]].weights
+            memory.add_row(name, *(f"{size / 2**20:,.0f}" for size in (weights, *peaks)))
+        else:
+            console.print(f"memory cannot be predicted for {name}: {found.unpredictable}", markup=False, soft_wrap=True)
         if name == settings.model and "model" in options:
             console.print(f"{found.architecture}, vocabulary {found.vocabulary}, tokenizer {found.tokenizer}")
             if found.revision:

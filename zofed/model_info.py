@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from zofed import config, data, footprint, hub, models, scopes
+from zofed import config, data, footprint, hub, limits, models, perturbed, scopes
 from zofed.classifier import PooledClassifier
 from zofed.config import Settings
 from zofed.errors import UserError
@@ -24,7 +24,8 @@ class ModelInfo:
     revision: the commit of a hub model, else empty. parameters: all of them, a tied tensor once. by_scope: those that
     train in each scope; a scope that leaves nothing to train is left out. tokenizer: its name or folder. entries: of
     the tokenizer. vocabulary: rows of the model's embedding. positions: tokens of the longest block, None where the
-    model sets no limit. memory: bytes by mode, for the settings asked about.
+    model sets no limit. memory: bytes by mode, for the settings asked about; empty where `unpredictable` tells why its
+    passes cannot be watched without numbers.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelInfo:
     vocabulary: int | None
     positions: int | None
     memory: dict[str, Footprint]
+    unpredictable: str = ""
 
 
 def list_available_models() -> list[str]:
@@ -80,17 +82,26 @@ def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> M
         by_scope[scope] = sum(parameters[name].numel() for name in names)
     trainable = scopes.trainable_names(outline, settings.scope)
     matrices = scopes.inner_matrices(outline, trainable) if settings.optimizer == "mudamw" else []
+    described = (models.true_count(outline), getattr(outline.config, "vocab_size", None), limits.positions(outline))
+    memory, unpredictable = {}, ""
+    try:
+        memory = footprint.footprints(outline, settings, trainable, matrices, modes)
+    except perturbed.Unseen as error:
+        unpredictable = str(error)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # a pass that asks for a number
+        unpredictable = f"its passes depend on the numbers in them, {type(error).__name__}"
     return ModelInfo(
         name=settings.model,
         revision=settings.revision,
         architecture=type(outline).__name__,
-        parameters=models.true_count(outline),
+        parameters=described[0],
         by_scope=by_scope,
         tokenizer=tokenizer_name,
         entries=len(tokenizer),
-        vocabulary=getattr(outline.config, "vocab_size", None),
-        positions=getattr(outline.config, "max_position_embeddings", None),
-        memory=footprint.footprints(outline, settings, trainable, matrices, modes),
+        vocabulary=described[1],
+        positions=described[2],
+        memory=memory,
+        unpredictable=unpredictable,
     )
 
 

@@ -1,10 +1,12 @@
 """Build or load a model, choose what trains."""
 
+import copy
 import json
 import math
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,14 +26,12 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 
-from zofed import classifier, directions, hub
+from zofed import classifier, hub, initial, limits
 from zofed.classifier import PooledClassifier, Pooling
 from zofed.config import Settings, unknown
 from zofed.errors import UserError
 from zofed.files import write_whole
-
-BLOCK = 2**20  # entries of a fresh tensor that are drawn together: all at once would take several times the tensor
-INITIAL_STD = 0.02  # Radford et al., "Language models are unsupervised multitask learners", 2019
+from zofed.saved import Saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +57,7 @@ SIZES = {
 
 Model = PreTrainedModel | PooledClassifier
 
+SHOWN = 6  # names in a line
 SAVED = "saved"  # what the genesis calls a model that came from a folder; its weights' digest tells which
 
 
@@ -74,21 +74,26 @@ def create_model(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels:
     A named size is built fresh: each tensor drawn from (run seed, its name), so that it is equal on all machines.
     Anything else is a Hugging Face model in safetensors, in a folder or in the hub's local cache. labels: number of
     classes of a classifier, which is the library's own, or pooled as the settings say.
-    Raises UserError for an unknown model, a pickle, missing weights, a vocabulary or block the model cannot hold, a
-    language model whose predictions see the token they predict.
+    Raises UserError for an unknown model, a pickle, missing weights, a block the model cannot hold or documents it
+    cannot read, a language model whose predictions see the token they predict. `initial.drawn` tells what was drawn.
     """
     pooling = _pooling(settings) if labels else None
     kind, wanted = _kind_and_config(settings, tokenizer, labels, pooling)
     if settings.model in SIZES:
         model = _fresh(kind, wanted, settings.seed)
     else:
-        model = _load(_Saved.at(settings.model, settings.revision), kind, wanted, settings.seed, pooling)
-        if not labels:
-            _check_causal(model, settings.model)
-    _check_fits(model, tokenizer, settings)
+        model = _load(saved_model(settings.model, settings.revision), kind, wanted, settings.seed, pooling)
+        if wanted:
+            _pad_with(model, tokenizer.pad_token_id)
+    limits.check_positions(model, settings)
     if pooling:
         folder = None if settings.model in SIZES else model_folder(settings.model, settings.revision)
         model = _with_head(model, pooling, labels, settings.seed, folder, settings.freeze_encoder)
+    model = ready(model, "float32")  # looked at before it is rounded
+    if settings.model not in SIZES:
+        limits.check_reads(model, tokenizer, settings, labels)
+        if not labels:
+            limits.check_causal(model, settings.model)
     return ready(model, settings.dtype)
 
 
@@ -110,14 +115,17 @@ def _with_head(
     if folder and classifier.saved_pooling(folder):
         classifier.load_head(model, folder)
     else:
-        _draw(model, seed, {"classifier.weight", "classifier.bias"})
+        head = {f"classifier.{name}" for name, _ in model.classifier.named_parameters()}
+        initial.draw(model, seed, head)
+        if folder:
+            initial.remember(model, {f"encoder.{name}" for name in initial.drawn(encoder)} | head)
     return model
 
 
 def outline(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int = 0) -> Model:
     """The model `create_model` would make, its shapes without its memory: on the meta device.
 
-    Raises UserError for an unknown model or config, a vocabulary or block the model cannot hold.
+    Raises UserError for an unknown model or config, or a block the model cannot hold.
     """
     pooling = _pooling(settings) if labels else None
     kind, wanted = _kind_and_config(settings, tokenizer, labels, pooling)
@@ -125,13 +133,9 @@ def outline(settings: Settings, tokenizer: PreTrainedTokenizerBase, labels: int 
         if settings.model in SIZES:
             model = kind(wanted)
         else:
-            saved = _Saved.at(settings.model, settings.revision)
-            shape = saved.config(wanted)
-            try:
-                model = kind.from_config(shape, dtype=torch.float32, trust_remote_code=False)
-            except Exception as error:  # the library raises many types; each means that this folder cannot be used
-                raise saved.spoilt(error) from error
-    _check_fits(model, tokenizer, settings)
+            saved = saved_model(settings.model, settings.revision)
+            model = saved.outline(kind, saved.config(kind, wanted))
+    limits.check_positions(model, settings)
     if pooling:
         with torch.device("meta"):
             model = PooledClassifier(model, pooling, labels, settings.freeze_encoder)
@@ -146,15 +150,13 @@ def _kind_and_config(
     overrides the saved config."""
     classes: dict[str, Any] = {"num_labels": labels} if labels and not pooling else {}
     if settings.model not in SIZES:
-        if classes:
-            classes["pad_token_id"] = tokenizer.pad_token_id
         kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
         return AutoModel if pooling else kind, classes
     size = SIZES[settings.model]
     end = tokenizer.eos_token_id
     tokens: dict[str, Any] = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
     config = GPT2Config(
-        vocab_size=_entries(tokenizer),
+        vocab_size=limits.entries(tokenizer),
         n_layer=size.layers,
         n_head=size.heads,
         n_embd=size.width,
@@ -227,13 +229,15 @@ def rebuild(description: Mapping[str, Any], seed: int, dtype: str, source: str =
         folder = None
         model = _fresh(GPT2Model if pooling else kinds[description["architecture"]], config, seed)
     else:
-        saved = _Saved.at(source, revision)
+        saved = saved_model(source, revision)
         folder = saved.folder
         is_classifier = "SequenceClassification" in description["architecture"]
         kind = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-        keys = ("num_labels", "id2label", "label2id", "pad_token_id") if is_classifier else ()
+        keys = ("num_labels", "id2label", "label2id") if is_classifier else ()
         extra = {key: description["config"][key] for key in keys if key in description["config"]}
         model = _load(saved, AutoModel if pooling else kind, extra, seed, pooling)
+        if is_classifier:
+            _pad_with(model, description["config"].get("pad_token_id"))
     if pooling:
         model = _with_head(model, pooling, description["classes"], seed, folder)
     return ready(model, dtype)
@@ -259,7 +263,10 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, cla
 
 
 def ready(model: Model, dtype: str) -> Model:
-    """The model as it is trained and scored: no dropout, no cache, fast activations, weights in `dtype`; in place."""
+    """The model as it is trained and scored: no dropout, no cache, fast activations, weights in `dtype`; in place.
+
+    What the model itself keeps in float32 (rotary frequencies, the gates of some mixtures of experts) stays so.
+    """
     model.config.use_cache = False  # keys and values of generation are of no use to a loss
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -268,25 +275,69 @@ def ready(model: Model, dtype: str) -> Model:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):  # the same function in one pass over memory instead of eight
                 setattr(module, name, nn.GELU(approximate="tanh"))
-    nn.Module.to(model, dtype=getattr(torch, dtype))
+    _cast(model, getattr(torch, dtype))
     return model.eval()
+
+
+@torch.no_grad()
+def _cast(model: Model, dtype: torch.dtype) -> None:
+    """Every tensor in the type that the library would load it in, where the weights are wanted in `dtype`."""
+    if dtype == torch.float32:
+        return  # what was built in it has it
+    inner = model.encoder if isinstance(model, PooledClassifier) else model
+    assert isinstance(inner, PreTrainedModel)
+    types = _types(inner, dtype)
+    for prefix, module in inner.named_modules():
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            if tensor.is_floating_point():  # in place: a tied tensor stays one
+                tensor.data = tensor.data.to(types.get(f"{prefix}.{name}" if prefix else name, dtype))
+    if isinstance(model, PooledClassifier):
+        nn.Module.to(model.classifier, dtype)
+
+
+def _types(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Type of each parameter and buffer, by all of its names, of a model that the library builds in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as the library does: what a module makes in a type of its own keeps that type
+    try:
+        with torch.device("meta"):
+            built = type(model)(copy.deepcopy(model.config))
+    finally:
+        torch.set_default_dtype(before)
+    tensors = (*built.named_parameters(remove_duplicate=False), *built.named_buffers(remove_duplicate=False))
+    types = {name: tensor.dtype for name, tensor in tensors}
+    persistent = set(built.state_dict())
+    for pattern, kept in model._get_dtype_plan(dtype).items():
+        expression = re.compile(pattern.replace("*", ".*"))  # how the library reads its list
+        types |= {name: kept for name in types if name in persistent and expression.search(name)}
+    return types
 
 
 def _fresh(kind: type[PreTrainedModel], config: GPT2Config, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):  # the library's own initialisation must not move the global state
         model = kind(config)
-    _draw(model, seed, None)
+    initial.draw(model, seed, None)
     return model
 
 
 def model_folder(name: str, revision: str = "") -> Path:
     """Where a saved model lies: its folder, or its snapshot in the hub's cache. Raises UserError for none."""
-    folder = Path(os.path.expanduser(name))
-    if name and folder.is_dir():
+    if folder := _local(name):
         return folder
     if hub.is_id(name):
         return hub.snapshot(name, revision)
-    raise UserError(f"{unknown(name, list(SIZES), 'model')}; or give the folder of a saved model, or OWNER/NAME")
+    told = f"{unknown(name, list(SIZES), 'model')}; or give the folder of a saved model, or OWNER/NAME of the hub"
+    meant = hub.meant(name)
+    raise UserError(f"{told}, such as {meant} after zofed models download {meant}" if meant else told)
+
+
+def _local(name: str) -> Path | None:
+    """The folder of this name on this machine, if there is one."""
+    folder = Path(os.path.expanduser(name))
+    with suppress(OSError, ValueError):  # no name that a file can have
+        return folder if name and folder.is_dir() else None
+    return None
 
 
 def commit(settings: Settings) -> str:
@@ -294,7 +345,7 @@ def commit(settings: Settings) -> str:
 
     Raises UserError where it is not cached, and for the revision of a model that has none.
     """
-    is_local = settings.model in SIZES or Path(os.path.expanduser(settings.model)).is_dir()
+    is_local = settings.model in SIZES or _local(settings.model)
     if hub.is_id(settings.model) and not is_local:
         return hub.snapshot(settings.model, settings.revision).name
     if settings.revision:
@@ -305,146 +356,50 @@ def commit(settings: Settings) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Saved:
-    """A saved model: its folder, what to call it, and the remedy for one that is spoilt."""
+def told_drawn(names: Collection[str]) -> str:
+    """A line on the parameters that a saved model lacks and a run draws, for `initial.drawn`'s names."""
+    shown = ", ".join(list(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return f"not in the saved model, drawn from the seed: {shown}"
 
-    folder: Path
-    where: str
-    remedy: str
 
-    @classmethod
-    def at(cls, name: str, revision: str) -> "_Saved":
-        folder = model_folder(name, revision)
-        if Path(os.path.expanduser(name)).is_dir():
-            return cls(folder, f"model folder {str(folder)!r}", "save it again with save_pretrained")
-        again = f"remove {str(folder)!r} and run zofed models download {name}, or choose another model"
-        return cls(folder, f"hub model {name!r} at {folder.name}", again)
+def _pad_with(model: PreTrainedModel, token: Any) -> None:
+    """Tell a classifier what pads its documents: it reads the last token before.
 
-    def config(self, overrides: Mapping[str, Any]) -> Any:
-        """Its config, with some values overridden. Raises UserError where it has none or one that cannot be used."""
-        if not (self.folder / "config.json").is_file():
-            raise UserError(f"{self.where} has no config.json: give a folder written by save_pretrained")
-        try:
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False, **overrides)
-        except Exception as error:  # the library raises many types; each means that this folder cannot be used
-            raise self.spoilt(error) from error
+    Not before it is built: where RoBERTa and its kin begin to count positions hangs on the padding they were made with.
+    """
+    for config in (model.config, model.config.get_text_config()):
+        config.pad_token_id = token
 
-    def spoilt(self, error: Exception) -> UserError:
-        return UserError(f"{self.where} cannot be loaded ({_reason(error)}): {self.remedy}")
+
+def saved_model(name: str, revision: str) -> Saved:
+    """A saved model by its folder or hub id. Raises UserError for none."""
+    folder = model_folder(name, revision)
+    if _local(name):
+        again, config = "copy the folder again from where it came", "bring back the config.json it was saved with"
+        return Saved(folder, f"model folder {str(folder)!r}", again, config)
+    # Not the snapshot alone: its files are links to others beside it, which would be taken for whole.
+    again = f"remove {str(folder.parent.parent)!r} and run zofed models download {name}, or choose another model"
+    return Saved(folder, f"hub model {name!r} at {folder.name}", again, again)
+
+
+def saved_config(settings: Settings) -> Any:
+    """The config of a run's saved model; None for a named size, or where it cannot be used: making it tells why."""
+    if settings.model in SIZES:
+        return None
+    with suppress(UserError):
+        return saved_model(settings.model, settings.revision).any_config({})
+    return None
 
 
 def _load(
-    saved: _Saved, kind: Any, overrides: Mapping[str, Any], seed: int, pooling: Pooling | None = None
+    saved: Saved, kind: Any, overrides: Mapping[str, Any], seed: int, pooling: Pooling | None = None
 ) -> PreTrainedModel:
     """The saved model; a classification head that its folder does not hold is drawn from the seed.
 
     pooling: what becomes of an encoder without a head; only where it is not `pooler` may the folder lack the pooler.
     """
-    where, config = saved.where, saved.config(overrides)
-    if not list(saved.folder.glob("*.safetensors")):
-        pickles = [path.name for path in (*saved.folder.glob("*.bin"), *saved.folder.glob("*.pt"))]
-        found = f"only the pickle {pickles[0]!r}, which can run code when read" if pickles else "no weights"
-        raise UserError(f"{where} holds {found}: save it as safetensors with save_pretrained")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            model, report = kind.from_pretrained(
-                saved.folder,
-                config=config,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, by name: the library only points to a table it printed
-            )
-    except Exception as error:  # the library raises many types; each means that this folder cannot be used
-        raise saved.spoilt(error) from error
-    missing, misshapen = set(report["missing_keys"]), sorted(report["mismatched_keys"])
-    if misshapen:
-        tensor, found, wanted = misshapen[0]
-        raise UserError(
-            f"{where} holds {tensor} of shape {tuple(found)}, but {tuple(wanted)} is needed: bring back the config "
-            "it was saved with or, for a classifier, give data of as many classes as it has"
-        )
-    if kind is AutoModelForSequenceClassification:
-        may_miss = r"^(?!.*\.\d+\.)"  # all outside the blocks: a new task's head begins anew
-    else:
-        may_miss = r"^pooler\." if pooling in ("mean", "last-token") else r"(?!)"  # what the pass does not use; nothing
-    _check_complete(where, missing, may_miss)
-    _draw(model, seed, missing)
-    if broken := [name for name, tensor in model.named_parameters() if not bool(torch.isfinite(tensor).all())]:
-        raise UserError(f"{where} holds {broken[0]} with values that are not finite: give an undamaged copy")
-    return model
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what the library says, without its advice to run code from the folder."""
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return "it needs code of its own, which zofed does not run" if "custom code" in first else first[:200].rstrip(".")
-
-
-def _check_complete(where: str, missing: Collection[str], may_miss: str) -> None:
-    """Refuse a model that would begin with untrained parts, other than those the expression `may_miss` finds."""
-    lost = sorted(name for name in missing if not re.search(may_miss, name))
-    if lost:
-        other = "; or set pooling to mean or last-token" if lost[0].startswith("pooler.") else ""
-        raise UserError(
-            f"{where} lacks {len(lost)} of its model's tensors, such as {lost[0]}: save the whole model with "
-            f"save_pretrained, or correct its config.json{other}"
-        )
-
-
-@torch.no_grad()
-def _check_causal(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model that reads the future, such as BERT: it would copy each next token instead of predicting it."""
-    model.eval()
-    first, second = (model(input_ids=torch.tensor([[0, token]])).logits[0, 0] for token in (0, 1))
-    if not torch.allclose(first, second, rtol=1e-4, atol=1e-6):
-        raise UserError(
-            f"model {name!r} ({type(model).__name__}) sees the tokens it should predict, so it is no language model: "
-            "set task to classification, or give a causal model such as GPT-2 or Llama"
-        )
-
-
-def _entries(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Rows of an embedding that holds every id of the tokenizer; more than it counts where ids are left out."""
-    return 1 + max(tokenizer.get_vocab().values())
-
-
-def _check_fits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings) -> None:
-    vocabulary = getattr(model.config, "vocab_size", None)
-    if vocabulary is not None and _entries(tokenizer) > vocabulary:
-        raise UserError(
-            f"the tokenizer has {_entries(tokenizer)} entries but model {settings.model} only {vocabulary}: "
-            "set tokenizer to the folder of the model's own"
-        )
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and settings.block_size > positions:
-        raise UserError(
-            f"block-size = {settings.block_size} is longer than the {positions} positions of model "
-            f"{settings.model}: set block-size to {positions} or less"
-        )
-
-
-def _draw(model: Model, seed: int, fresh: set[str] | None) -> None:
-    """Draw the tensors in `fresh` (None: all) from (seed, name) in GPT-2's manner."""
-    residual = INITIAL_STD / (2 * getattr(model.config, "num_hidden_layers", 1)) ** 0.5
-    key = directions.derive_seed("zofed-initial", seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if fresh is not None and name not in fresh:
-                continue
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                std = residual if name.endswith("c_proj.weight") else INITIAL_STD
-                flat = parameter.view(-1)
-                for start in range(0, len(flat), BLOCK):
-                    some = flat[start : start + BLOCK]
-                    some.copy_(directions.normal(key, name, some.shape, start) * std)
+    unused = r"^pooler\." if pooling in ("mean", "last-token") else r"(?!)"
+    return saved.load(kind, saved.config(kind, overrides), seed, unused)
 
 
 def true_count(model: nn.Module) -> int:

@@ -113,7 +113,7 @@ class Perturbation(Uncompiled):
                 return self._linear(x, weight, bias, is_transposed=True)
         if func is F.embedding and self._is_matrix(args[1]):
             a, b = self._factors(args[1])
-            left = self._scaled(a[:, args[0]].movedim(0, -1))
+            left = self._scaled(a[:, args[0]].movedim(0, -1), like=a)
             return add_product(F.embedding(*args, **kwargs), left, b)
         if func is F.cross_entropy:
             logits, target, reduction, ignored = _checked_arguments(*args, **kwargs)
@@ -133,7 +133,7 @@ class Perturbation(Uncompiled):
             out, into = self._factors(weight)
             if is_transposed:
                 into, out = out, into
-            left, right = [self._scaled(x @ into.T, from_right=not is_transposed)], [out]
+            left, right = [self._scaled(x @ into.T, like=into, from_right=not is_transposed)], [out]
         plain = weight.T if is_transposed else weight
         if bias is not None:
             left.append(x.new_ones(*x.shape[:-1], 1))
@@ -147,11 +147,12 @@ class Perturbation(Uncompiled):
             return Logits(x, plain.detach(), columns, rows, x.dtype)  # an object of its own: not a listed parameter
         return add_product(F.linear(x, plain), columns, rows)
 
-    def _scaled(self, along: Tensor, from_right: bool = False) -> Tensor:
-        """What lies along the factors of one side (..., r), as it lies along those of the other."""
-        if self.scale.dim() < 2:
-            return along * self.scale
-        return along @ (self.scale.T if from_right else self.scale)
+    def _scaled(self, along: Tensor, like: Tensor, from_right: bool = False) -> Tensor:
+        """What lies along the factors `like` of one side (..., r), as it lies along those of the other."""
+        scale = self.scale.to(like.dtype)
+        if scale.dim() < 2:
+            return along * scale
+        return along @ (scale.T if from_right else scale)
 
     def _is_matrix(self, value: Any) -> bool:
         return len(self.factors.get(id(value), ())) == 2 and value.dim() > 1
@@ -171,11 +172,11 @@ class Perturbation(Uncompiled):
             return value
         first, *second = self._factors(value)
         if not second:
-            shift = self.scale @ first
+            shift = self.scale.to(first.dtype) @ first
         elif value.dim() > 1:
-            shift = self._scaled(first.T) @ second[0]
+            shift = self._scaled(first.T, like=first) @ second[0]
         else:
-            shift = (self._scaled(first.T) * second[0].T).sum(-1)
+            shift = (self._scaled(first.T, like=first) * second[0].T).sum(-1)
         return value + shift.reshape(value.shape)
 
 
@@ -398,7 +399,11 @@ def _one_pass(
     """One loss for each of `queries` and rows of `scale`, all in one pass, or in one for each group that agrees."""
     ids = [id(parameter) for parameter in parameters.values()]
     like = next(iter(parameters.values()))
-    chosen = [tuple(factor[queries].to(like) for factor in pair) for pair in drawn]
+    # Each in its parameter's own type: a model in bfloat16 may keep some in float32.
+    chosen = [
+        tuple(factor[queries].to(parameter) for factor in pair)
+        for parameter, pair in zip(parameters.values(), drawn, strict=True)
+    ]
 
     def one(scale: Tensor, factors: list[Factors], batch: Any) -> Tensor:
         with Perturbation(dict(zip(ids, factors, strict=True)), scale, seen, Copies(scale, owns)):
@@ -450,7 +455,7 @@ def along(
     else:
         scale = coefficients.repeat_interleave(directions.terms(kind)) * directions.unit(kind)
     factors = {
-        id(parameter): tuple(part.flatten(0, 1).to(like) for part in parts)
+        id(parameter): tuple(part.flatten(0, 1).to(parameter) for part in parts)
         for parameter, parts in zip(parameters.values(), _factors(kind, seeds, parameters, sizes), strict=True)
     }
     with Perturbation(factors, scale.to(like), set()):

@@ -81,7 +81,7 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
         if not settings.bp_dataset:
             raise UserError("guide-source = 'server' backpropagates on public data: set bp-dataset to it")
         _ = task.backprop_examples
-    worker = task.worker()
+    worker = task.first_worker()
     earlier = (
         _reopened(out, way, task, worker) if os.path.exists(RunFolder(out).journal) else None
     )  # False for a bad name

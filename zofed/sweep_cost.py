@@ -7,6 +7,7 @@ from zofed import sweep_process
 from zofed.check import bytes_needed
 from zofed.config import Settings
 from zofed.errors import UserError
+from zofed.footprint import Footprint
 from zofed.forecast import bytes_of_a_round, duration, free_bytes, pace
 from zofed.model_info import ModelInfo, info
 from zofed.sweep import Run, Sweep
@@ -120,6 +121,10 @@ def _first_of_merged(settings: Settings, sweep: Sweep) -> Settings:
 def _memory(settings: Settings) -> tuple[int, ModelInfo]:
     """Bytes a run takes of its own, libraries among them, and what is known of its model."""
     of = info(with_absolute_paths(settings), (settings.mode,))
+    if of.unpredictable:
+        size = 4 * of.parameters
+        unknown = Footprint(size, state=size, step=2 * size, evaluation=0)  # a guess
+        of = replace(of, memory={settings.mode: unknown})
     memory = of.memory[settings.mode]
     replica = memory.weights + memory.state if settings.clients else 0  # of the clients, who share one in one process
     return LIBRARIES + bytes_needed(of, settings.mode) + replica, of

@@ -23,6 +23,8 @@ from zofed import (
     config,
     data,
     documents,
+    initial,
+    limits,
     metrics,
     models,
     partitions,
@@ -181,12 +183,19 @@ class Task:
     def _tokens(self, documents: list[Document], cache: bool = True) -> Examples:
         size = self.settings.block_size
         if self.labels:
-            return data.classification_examples(documents, self.tokenizer, size)
-        if not cache:
-            return data.language_model_examples(documents, self.tokenizer, size)
-        return data.language_model_examples(
-            documents, self.tokenizer, size, data.default_cache(), self._tokenizer_digest
-        )
+            found = data.classification_examples(documents, self.tokenizer, size)
+        elif not cache:
+            found = data.language_model_examples(documents, self.tokenizer, size)
+        else:
+            found = data.language_model_examples(
+                documents, self.tokenizer, size, data.default_cache(), self._tokenizer_digest
+            )
+        return found
+
+    @cached_property
+    def _model_config(self) -> Any:
+        """Read once: a process may serve a thousand clients."""
+        return models.saved_config(self.settings)
 
     @cached_property
     def _tokenizer_digest(self) -> str:
@@ -194,7 +203,11 @@ class Task:
         return data.tokenizer_digest(self.tokenizer)
 
     def _read_by_model(self, tokens: Examples, cache: bool = True) -> Examples:
-        """The tokens; of a frozen encoder its features, computed once and kept beside the token caches."""
+        """The tokens; of a frozen encoder its features, computed once and kept beside the token caches.
+
+        Raises UserError where the model cannot read them.
+        """
+        limits.check_tokens(tokens, self.tokenizer, self._model_config, self.settings, self.labels)
         if not self.settings.freeze_encoder:
             return tokens
         # Not the worker's model, which a shard does not know; this one goes when the features are there.
@@ -337,6 +350,13 @@ class Task:
         """SHA-256 of what decides who holds which document, which the texts do not tell."""
         names = [partitions.group(document, self.settings.partition) for document in self.train]
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+    def first_worker(self) -> Worker:
+        """`worker`, of whoever begins a run: says what the saved model lacks and the run draws."""
+        worker = self.worker()
+        if names := initial.drawn(worker.model):
+            print(models.told_drawn(names), flush=True)
+        return worker
 
     def worker(self) -> Worker:
         """A new replica at the base weights, on the run's device, with the genesis that pins it."""
