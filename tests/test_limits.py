@@ -199,7 +199,7 @@ def test_memory_and_diagnosis_of_a_model_whose_copies_cannot_share_a_pass(
         found = central.diagnosis(settings, 2)
     assert min(error for _, error, _ in found.errors) < 0.2
     memory = central.memory_of_passes(settings, 2**30)
-    assert memory.unbatched and memory.one > memory.weights and memory.proposed == 1
+    assert not memory.is_batched and memory.one > memory.weights and memory.proposed == 1
     with pytest.raises(UserError, match="more than the budget"):
         central.memory_of_passes(settings, memory.weights)
     options = ["--model", settings.model, "--task", task, "--dataset", dataset, "--block-size", 16, "--device", "cpu"]

@@ -14,7 +14,6 @@ from zofed.diagnostics import Diagnosis, diagnose
 from zofed.errors import UserError
 from zofed.finish import finish, status_kept
 from zofed.journal import Journal
-from zofed.perturbed import CannotBatch
 from zofed.runs import CENTRAL, RunFolder
 from zofed.steps import asker, steps_of
 from zofed.tables import Row
@@ -103,7 +102,7 @@ def diagnosis(settings: Settings, batches: int) -> Diagnosis:
 class Memory:
     """Bytes of the weights, of a pass with one perturbed copy and of each further one; copies that fit the budget.
 
-    unbatched: why copies cannot share a pass; each direction is then written into the weights, so that `one` counts a
+    is_batched: whether copies can share a pass; else each direction is written into the weights, so that `one` counts a
     copy of what trains, and there is no further one.
     """
 
@@ -111,7 +110,7 @@ class Memory:
     one: int
     further: int
     proposed: int
-    unbatched: str = ""
+    is_batched: bool = True
 
 
 def memory_of_passes(settings: Settings, bytes_beside_weights: int) -> Memory:
@@ -130,12 +129,16 @@ def memory_of_passes(settings: Settings, bytes_beside_weights: int) -> Memory:
         return metrics.loss_of(worker.model, batch, settings.forward_dtype)
 
     weights = sum(tensor.numel() * tensor.element_size() for tensor in worker.model.parameters())
-    try:
-        one, further = budget.bytes_by_copies(loss, worker.parameters, settings.directions)
-    except CannotBatch as reason:
-        one = budget.bytes_one_by_one(loss, worker.parameters)
+
+    def measured(batched: bool) -> tuple[int, int]:
+        if batched:
+            return budget.bytes_by_copies(loss, worker.parameters, settings.directions)
+        return budget.bytes_one_by_one(loss, worker.parameters), 0
+
+    one, further = worker.batched_or_not(measured, loss)
+    if not further:
         budget.copies_within(bytes_beside_weights, one, 1)
-        return Memory(weights, one, 0, 1, str(reason))
+        return Memory(weights, one, 0, 1, is_batched=False)
     return Memory(weights, one, further, budget.copies_within(bytes_beside_weights, one, further))
 
 

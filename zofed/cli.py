@@ -380,11 +380,10 @@ def show_memory(
     found = memory_of_passes(settings_from(file, options), budget * 2**20)
     console.print(f"weights                 {found.weights / 2**20:10,.1f} MiB")
     console.print(f"a pass of one copy      {found.one / 2**20:10,.1f} MiB more")
-    if found.unbatched:
+    if not found.is_batched:
         console.print(
-            f"copies of this model cannot share a pass ({found.unbatched}): each direction is written into the "
-            "weights, so that the pass above counts a second copy of what trains, and copies-per-pass changes nothing",
-            markup=False,
+            "each direction is written into the weights: the pass above counts a second copy of what trains, and "
+            "copies-per-pass changes nothing"
         )
         return
     console.print(f"each further copy       {found.further / 2**20:10,.1f} MiB more")

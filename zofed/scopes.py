@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from zofed.classifier import PooledClassifier
 from zofed.errors import UserError
+from zofed.initial import drawn
 from zofed.perturbed import Watch
 from zofed.worker import named_parameters
 
@@ -250,11 +251,6 @@ def _used(model: nn.Module) -> list[int]:
     finally:
         inner.train(was_training)
     return []
-
-
-def drawn(model: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters that were drawn because the model's folder lacks them."""
-    return getattr(model, "zofed_drawn", ())
 
 
 def _matching(names: Mapping[str, Tensor], pattern: str) -> list[str]:
