@@ -121,6 +121,10 @@ WRONG_VALUES = [
     ("optimizer", "adam", "'adamw'"),
     ("controls", "maybe", "valid boolean"),
     ("learning-rate", "1e400", "finite"),
+    ("epochs", "1e308", "less than or equal to 1000000000"),
+    ("clip-slopes", "1e308", "less than or equal to 1000000000"),
+    ("batch-size", str(2**62), "less than or equal to 1048576"),
+    ("bp-batch-size", str(2**62), "less than or equal to 1048576"),
     ("steps", "\u0663", "valid integer"),
     ("steps", str(10**30), "less than 2**63"),
     ("max-tokens", str(2**63), "less than 2**63"),
@@ -756,6 +760,19 @@ def test_a_place_where_nothing_can_be_written_is_told(
 ) -> None:
     folder = copy_of("zo")
     refused(*(argument.format(run=folder) for argument in command), value="/proc/no", remedy="choose another")
+
+
+@pytest.mark.parametrize("option", ["--model", "--dataset", "--tokenizer", "--eval-dataset"])
+def test_a_name_that_is_too_long_is_told_as_such(refused: Refused, tmp_path: Path, option: str) -> None:
+    name = "x" * 5000
+    told = refused("train", option, name, "--out", tmp_path / "run", value="too long", remedy="shorter name")
+    assert len(told) < 600
+
+
+def test_a_summary_with_words_for_numbers_is_told(refused: Refused, copy_of: Callable[[str], Path]) -> None:
+    folder = copy_of("zo")
+    (folder / "summary.json").write_text('{"status": "completed", "eval_loss_end": "low"}')
+    refused("report", folder, value="eval_loss_end = 'low'", remedy="bring it back from a copy")
 
 
 def test_replay_of_a_saved_model_has_no_library_chatter(

@@ -1,5 +1,6 @@
 """The command line: `zofed --help` lists the commands."""
 
+import errno
 import os
 import signal
 import sys
@@ -46,6 +47,13 @@ app.add_typer(data_app, name="data")
 app.add_typer(keys_app, name="keys")
 
 QUICKSTART_ROUNDS = 150
+# What to do where the operating system refuses, besides choosing another place.
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or choose another place, then go on"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "choose another place, or have its owner let you, then go on"),
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.EMFILE: "close some files or raise the limit (ulimit -n), then go on",
+}
 
 
 class Reporter:
@@ -448,9 +456,9 @@ def main() -> None:
         if isinstance(error, BrokenPipeError) and streams.reader_has_gone():  # as in zofed settings | head -1
             streams.give_up()
             sys.exit(streams.READER_GONE)
-        place = f" {error.filename}" if error.filename else ""
-        message = f"cannot write or read{place}: {error.strerror}; free some space or choose another place, then go on"
-        status = 2
+        place = f" {str(error.filename)[: config.LONGEST_SHOWN]}" if error.filename else ""
+        remedy = REMEDIES.get(error.errno or 0, "choose another place, then go on")
+        message, status = f"cannot write or read{place}: {error.strerror or error}; {remedy}", 2
     except SystemExit:
         if not streams.reader_has_gone():  # click's answer to that
             raise

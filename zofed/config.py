@@ -158,16 +158,18 @@ class Settings(BaseModel):
         0.0, ge=0, description="rate at which cosine ends", json_schema_extra=acts_when(schedule="cosine")
     )
     clip_norm: float = Field(0.0, ge=0, description="largest norm of a step's gradient estimate; 0: no limit")
-    batch_size: int = Field(4, ge=1, description="examples per step and client")
+    batch_size: int = Field(4, ge=1, le=2**20, description="examples per step and client")
     gradient_accumulation: int = Field(
         1,
         ge=1,
+        le=2**20,
         description="backprop batches whose gradients make up one step",
         json_schema_extra=acts_when({"mode": WITH_BACKPROP}, {"mode": "fo", "run": CENTRAL}, mode="fo", local_steps=1),
     )
     bp_batch_size: int = Field(
         0,
         ge=0,
+        le=2**20,
         description="examples of a backprop pass (instruct, calibrate); 0: batch-size",
         json_schema_extra=acts_when(mode=WITH_BACKPROP),
     )
@@ -197,6 +199,7 @@ class Settings(BaseModel):
     zo_query_batch_size: int = Field(
         0,
         ge=0,
+        le=2**20,
         description="examples of a query's own (per-query); 0: batch-size",
         json_schema_extra=acts_when(mode=ZEROTH_ORDER, zo_data="per-query"),
     )
@@ -262,6 +265,7 @@ class Settings(BaseModel):
     epochs: float = Field(
         0.0,
         ge=0,
+        le=1e9,
         description="instead of steps: passes over the data; 0: steps decide",
         json_schema_extra=acts_when(run=CENTRAL),
     )
@@ -381,6 +385,7 @@ class Settings(BaseModel):
     clip_slopes: float = Field(
         10.0,
         ge=0,
+        le=1e9,
         description="bound on a client's slopes, times the size common among the clients; 0: none",
         json_schema_extra=acts_when(run=FEDERATED, mode=Unlike(("fo",))),
     )

@@ -107,15 +107,23 @@ class Arm:
         return statistics.fmean(self.ends.values()) if self.ends else math.inf
 
 
+NUMBERS = ("eval_loss_start", "eval_loss_end", "forward_equivalents", "seconds", "peak_memory_bytes")  # of a summary
+
+
 def read(path: Path) -> Result:
-    """The run in a folder. Raises UserError where it is none, or has not a line of metrics."""
+    """The run in a folder. Raises UserError where it is none, is spoilt, or has not a line of metrics."""
     run = RunFolder.open(path)
     settings = {key: known.default for key, known in SETTINGS.items()} | config.read_toml(run.path / "settings.toml")
     rows = read_table(run.path / "metrics.csv")
     if not rows:
         raise UserError(f"{run.path} has no line of metrics yet: let it run, or leave it out")
     columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0] if name}
-    return Result(run.path, settings, run.summary(), columns)
+    summary = run.summary()
+    for key in NUMBERS:
+        if not isinstance(value := summary.get(key), int | float | None):
+            spoilt = f"{run.path / 'summary.json'} is spoilt"
+            raise UserError(f"{spoilt}, {key} = {value!r} is no number: bring it back from a copy")
+    return Result(run.path, settings, summary, columns)
 
 
 def _number(text: str | None) -> float:
