@@ -90,6 +90,16 @@ def test_every_tensor_has_the_type_that_the_library_loads_it_in(folders: dict[st
         assert types(model)["model.layers.1.mlp.gate.weight"] == torch.float32
 
 
+def test_what_the_librarys_own_list_keeps_in_float32_stays_so(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["layers.*.input_layernorm", "lm_head"])
+    found = types(create(folders["llama"], "bfloat16"))
+    assert found == types(AutoModelForCausalLM.from_pretrained(folders["llama"], dtype=torch.bfloat16))
+    kept = {name for name, dtype in found.items() if dtype == torch.float32 and name.endswith("weight")}
+    assert kept == {"lm_head.weight", *(f"model.layers.{number}.input_layernorm.weight" for number in (0, 1))}
+
+
 @torch.no_grad()
 def test_far_positions_are_as_exact_as_the_librarys(tmp_path: Path) -> None:
     """Rotary frequencies in bfloat16 would turn the last positions of a long block by whole radians."""
