@@ -192,6 +192,7 @@ def test_a_run_that_a_superlink_did_not_get_names_the_proxy(
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", refusing)
     monkeypatch.setattr(launch, "stream", lambda *_: (None, "no connection"))
+    monkeypatch.setattr(launch, "keep_logs", lambda home: home)  # nothing stays behind
     lines = ['[superlink.far]\naddress = "fed.example.org:443"', '[superlink.near]\naddress = ":local:"']
     (tmp_path / "config.toml").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"no connection.*through the proxy of https_proxy = 'http://\*\*\*@127"):
