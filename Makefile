@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml requirements.txt requirements-dev.txt
 	@touch $(STAMP)
 
 test: $(STAMP) ## run the fast tests, JOBS=2 at a time
-	$(VENV)/bin/pytest -n $(JOBS) --dist worksteal
+	$(VENV)/bin/pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP) ## run the slow tests: Flower with Ray, processes killed, real data
 	$(VENV)/bin/pytest -m slow
@@ -36,7 +36,7 @@ test-slow: $(STAMP) ## run the slow tests: Flower with Ray, processes killed, re
 test-processors: $(STAMP) ## run the tests of equal bits with other instruction sets and another mode of MKL
 	@for setting in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
 	    'ATEN_CPU_CAPABILITY=default MKL_CBWR=COMPATIBLE' 'ATEN_CPU_CAPABILITY=avx2 MKL_CBWR=COMPATIBLE'; do \
-	    echo "-- $$setting"; env $$setting $(VENV)/bin/pytest -q -m bits -n $(JOBS) --dist worksteal || exit 1; \
+	    echo "-- $$setting"; env $$setting $(VENV)/bin/pytest -q -m bits -n $(JOBS) --dist loadfile || exit 1; \
 	done
 
 run: $(STAMP) ## train through `flwr run`: 4 clients, the text that ships with the project

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,34 @@ from typing import Any
 import pytest
 import torch
 
-from zofed import cli, config, documents
+from zofed import cli, config, documents, finish, server
 from zofed.config import Settings
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `first(n)` the first n cases are fast; the others are slow tests."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        if mark := item.get_closest_marker("first"):
+            function = item.nodeid.partition("[")[0]
+            cases[function] += 1
+            if cases[function] > mark.args[0]:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache."""
     monkeypatch.setenv("ZOFED_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take a third of the time of a run this small: only tests marked `pictures` have them drawn."""
+    if request.node.get_closest_marker("pictures") is None:
+        for module in (finish, server):
+            monkeypatch.setattr(module, "draw", lambda *_: None)
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ def test_products_and_slopes_do_not_depend_on_where_tensors_lie() -> None:
     assert (found["products"], found["kinds"]) == (0, [])
 
 
+@pytest.mark.slow
 def test_without_the_reproducible_mode_the_same_products_do() -> None:
     found = json.loads(run(MISALIGNED, **OLD, MKL_CBWR="").stdout)
     if not found["products"]:
@@ -118,6 +119,7 @@ print([str(one.message) for one in told if "MKL" in str(one.message)])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(arithmetic.mkl_mode() is None, reason="torch has no MKL here, or one that does not tell its mode")
 def test_the_library_warns_once_where_torch_computed_before_zofed_was_imported() -> None:
     assert run(LATE.format(first="")).stdout.strip() == "[]"

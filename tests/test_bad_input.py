@@ -448,6 +448,7 @@ def flipped(raw: bytes, position: int) -> bytes:
     return bytes(spoilt)
 
 
+@pytest.mark.first(18)
 @pytest.mark.parametrize("command", ALL_COMMANDS, ids=" ".join)
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 @pytest.mark.parametrize(

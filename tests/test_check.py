@@ -41,6 +41,7 @@ def watched(settings: Settings) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in kept) + peak_bytes(step)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 @pytest.mark.parametrize(
     "other",

@@ -162,6 +162,7 @@ LAW += [{"model": "bert", "pooling": "pooler"}, {"model": "bert", "pooling": "me
 LAW += [{"model": "tiny", "pooling": "last-token"}]
 
 
+@pytest.mark.first(3)
 @pytest.mark.bits
 @pytest.mark.parametrize("way", LAW, ids=lambda way: " ".join(map(str, way.values())))
 def test_every_way_to_the_same_records_gives_the_same_bits(

@@ -509,8 +509,10 @@ def made_small(command: Command, folder: Path, finished: Finished, encoder: Path
     for key, most in AT_MOST.items():
         if (typed := parsed.values[key.replace("-", "_")]) is not None:
             small = small | {key: str(min(int(typed), most))}
-    if parsed.name in ("train", "simulate", "run"):  # what has no effect there is refused
-        run = config.CENTRAL if parsed.name == "train" else config.FEDERATED
+    ways = {"train": config.CENTRAL, "simulate": config.FEDERATED, "run": config.FEDERATED}
+    ways["check"] = config.FEDERATED if parsed.values.get("clients") else ""
+    if parsed.name in ways:  # what has no effect there is refused
+        run = ways[parsed.name]
         typed = {key.replace("_", "-"): value for key, value in parsed.values.items() if value is not None}
         settings = config.resolve({key: value for key, value in (typed | small).items() if key in SETTINGS})
         small = {key: value for key, value in small.items() if not config.without_effect(settings, [key], run)}

@@ -446,6 +446,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float(((got - wanted).abs() / wanted.abs()).max())
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("kind", ["rank1", "rank4"])
 @pytest.mark.parametrize("name", SMOOTH)
 def test_in_float64_a_perturbed_copy_has_the_loss_of_moved_weights(name: str, kind: Kind) -> None:
@@ -460,6 +461,7 @@ def test_in_float64_a_perturbed_copy_has_the_loss_of_moved_weights(name: str, ki
         assert relative(wanted[:, :1], wanted[:, 1:]) > 1e-9, group  # the perturbation is seen at all
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("kind", ["rank1", "rank4"])
 @pytest.mark.parametrize("name", SMOOTH)
 def test_in_float32_the_two_ways_differ_by_rounding_alone(name: str, kind: Kind) -> None:
@@ -593,6 +595,7 @@ def test_a_one_sided_slope_is_off_by_half_a_step_of_curvature_and_centring_takes
     assert two_sided.loss == pytest.approx(7 + 0.25**2 / 2 * statistics.fmean(float(o @ HESSIAN @ o) for o in z))
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("points", ["two-point", "one-sided"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_estimate_is_the_gradient_in_the_mean(kind: Kind, points: Points) -> None:

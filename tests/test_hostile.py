@@ -367,6 +367,7 @@ COUNTS = [
 ]
 
 
+@pytest.mark.pictures
 def test_no_table_of_what_nodes_hold_ends_the_run(
     quick: Quick, start: Start, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -382,6 +383,7 @@ def test_no_table_of_what_nodes_hold_ends_the_run(
     assert len(rows[0]) <= 1002
 
 
+@pytest.mark.pictures
 def test_a_picture_that_cannot_be_drawn_ends_no_run(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -480,6 +482,7 @@ def test_a_time_that_a_client_claims_is_believed_up_to_what_the_server_waited(qu
     assert {row["result"] for row in rows} == {"used"}
 
 
+@pytest.mark.pictures
 def test_no_reply_that_chance_spoils_ends_the_run(
     quick: Quick, start: Start, capfd: pytest.CaptureFixture[str]
 ) -> None:

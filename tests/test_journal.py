@@ -387,6 +387,7 @@ def test_every_cut_leaves_the_longest_whole_prefix(tmp_path: Path) -> None:
         assert contents == journal.Contents(GENESIS, entries[:kept], whole[kept], cut - whole[kept])
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_named_or_loses_the_last_record_only(tmp_path: Path) -> None:
     raw = written(tmp_path / "j")
     entries = journal.read(tmp_path / "j").entries

@@ -68,8 +68,14 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+FAST = ("defaults", "all", "all dense", "adamw")  # the others run with the slow tests and on other instruction sets
+
+
 @pytest.mark.bits
-@pytest.mark.parametrize("overrides", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param(way, id=name, marks=() if name in FAST else pytest.mark.slow) for name, way in WAYS.items()],
+)
 def test_every_way_to_the_same_records_gives_the_same_bits(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any]
 ) -> None:
@@ -119,6 +125,7 @@ def test_a_saved_model_trains_on_and_replays(quick: Quick, tmp_path: Path) -> No
     assert summary["replay_digest"] == summary["digest"]
 
 
+@pytest.mark.slow
 def test_a_way_is_another_way_in_its_genesis_or_in_its_records(quick: Quick, tmp_path: Path) -> None:
     """No setting is ignored: each run ends with weights of its own."""
     digests = {name: central.train(quick(**way), tmp_path / name, ignore)["digest"] for name, way in WAYS.items()}
@@ -142,6 +149,7 @@ def test_two_clients_of_a_changed_run_end_with_the_servers_weights(quick: Quick,
     assert summary["replay_digest"] == summary["digest"]
 
 
+@pytest.mark.first(4)
 @pytest.mark.bits
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 @pytest.mark.parametrize("stop_at", [1, 4, 5])

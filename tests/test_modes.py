@@ -60,6 +60,7 @@ def contents(out: Path) -> list[Any]:
     return [entry.record for entry in journal.read(RunFolder(out).journal).entries]
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_with_kept_gradients_every_way_gives_one_digest(quick: Quick, tmp_path: Path, way: str) -> None:
     """Uninterrupted, replayed from the files alone, and cut before any checkpoint and after one."""
@@ -82,6 +83,7 @@ def test_with_kept_gradients_every_way_gives_one_digest(quick: Quick, tmp_path: 
     assert journal.read(RunFolder(cut).journal).torn == 0
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", ["fo", "calibrate", "hybrid-rank1", "cosine", "raw"])
 def test_without_kept_gradients_a_resumed_run_asks_again(quick: Quick, tmp_path: Path, way: str) -> None:
     settings = quick(**SHORT | {"bp_interval": 1 if way in ("cosine", "raw") else 2} | WAYS[way])
@@ -129,6 +131,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_gradient_is_one_that_was_not_kept(quick: Quick, tmp_path: Path, damage: str) -> None:
     """A replay starts at the checkpoint, and without one names the file; a resumed run asks again and keeps it anew."""
@@ -387,6 +390,7 @@ def test_a_run_on_a_cosine_refuses_another_length(quick: Quick, tmp_path: Path) 
     assert len(contents(tmp_path / "constant")) == 7
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("mode", ["zo", "fo", "instruct", "subspace"])
 @pytest.mark.parametrize("budget", ["max_forward_equivalents", "max_tokens"])
 def test_a_budget_stops_at_its_step(quick: Quick, tmp_path: Path, mode: str, budget: str) -> None:
@@ -682,6 +686,7 @@ FEDERATED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", FEDERATED)
 def test_a_federation_of_one_is_central_in_the_new_settings(
     quick: Quick, tmp_path: Path, reviews: Path, way: str
@@ -840,6 +845,7 @@ def test_a_mode_is_read_in_any_case(quick: Quick) -> None:
     assert [quick(mode=name).mode for name in ("ZO", "Fo", "InStruct")] == ["zo", "fo", "instruct"]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("way", ["fo", "calibrate", "hybrid", "hybrid-rank1", "line", "guide-only", "core"])
 def test_a_loss_that_is_no_number_stops_the_run_at_its_step(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str

@@ -82,6 +82,7 @@ def begun(
     return make
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_after_an_interruption(zofed_command: Zofed, begun: Any, finished: dict[str, Path], name: str) -> None:
     out, errors = begun(name)
@@ -119,6 +120,7 @@ TOLD: dict[str, tuple[str, Spoil, list[str]]] = {
 }
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("told", TOLD)
 def test_what_a_refusal_names(zofed_command: Zofed, finished: dict[str, Path], tmp_path: Path, told: str) -> None:
     name, spoil, words = TOLD[told]
@@ -198,6 +200,7 @@ DISK: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize(
     ("name", "what"), [*(("fo", what) for what in DISK), ("federated", "the log of rounds"), ("federated", "a table")]
 )

@@ -124,6 +124,7 @@ def disturbed(
     assert len(replies) == len(set(replies)) or way == "instruct"
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("point", POINTS)
 def test_a_server_that_dies_anywhere_goes_on_to_the_same_weights(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, point: str
@@ -131,6 +132,7 @@ def test_a_server_that_dies_anywhere_goes_on_to_the_same_weights(
     disturbed(quick, start, monkeypatch, "zo", point, 4 if "checkpoint" in point else 3, forget=False)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("point", ["after asking", "after the journal", "in the display"])
 @pytest.mark.parametrize("way", ["fo", "calibrate", "subspace"])
 def test_a_server_of_every_mode_goes_on_to_the_same_weights(
@@ -139,6 +141,7 @@ def test_a_server_of_every_mode_goes_on_to_the_same_weights(
     disturbed(quick, start, monkeypatch, way, point, 4, forget=True)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -159,6 +159,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize(("way", "modes"), WAYS.values(), ids=WAYS)
 def test_every_way_of_training_ends_with_one_model(
     quick: Quick, start: Start, way: dict[str, Any], modes: tuple[str, ...]
@@ -208,6 +209,7 @@ ALONE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", ALONE.values(), ids=ALONE)
 def test_a_federation_of_one_is_central_training_record_for_record(
     quick: Quick, start: Start, tmp_path: Path, way: dict[str, Any]

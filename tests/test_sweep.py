@@ -361,6 +361,7 @@ def test_a_sweep_tunes_merges_and_goes_on_from_its_own_folder(tmp_path: Path, zo
     assert status == 0 and "3 runs complete, 3 of them before; 0 failed" in told
 
 
+@pytest.mark.slow
 def test_a_tried_value_that_diverges_is_an_outcome_and_not_tried_again(tmp_path: Path, zofed_command: Command) -> None:
     text = "seeds = [0, 1]\n" + SMALL + "[tune]\nlearning-rate = [1e30, 0.01]\n"
     out = tmp_path / "sweep"

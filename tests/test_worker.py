@@ -360,6 +360,7 @@ ODD_OPTIMIZERS = OPTIMIZERS | {
 ODD_SIZES = {"scalar": 1, "cube": -2, "turned": 3}
 
 
+@pytest.mark.first(6)
 @pytest.mark.parametrize("optimizer", ODD_OPTIMIZERS.values(), ids=ODD_OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)

@@ -286,7 +286,7 @@ def certificate(path: Path, remedy: str = "") -> x509.Certificate:
         raw = _content(path)
         raw.decode("ascii")  # as Flower does
         found = x509.load_pem_x509_certificate(raw)
-        found.public_key(), found.extensions
+        _ = found.public_key(), found.extensions
     except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
         raise UserError(f"{str(path)!r} is no certificate in PEM format, or damaged: {remedy}") from None
     return found
