@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from benchmarks import tiny_models
-from benchmarks.tiny_models import EXAMPLES, TOKENS, examples
+from benchmarks.tiny_models import END, EXAMPLES, TOKENS, examples
 from zofed import config, data, metrics, models, scopes
 from zofed.errors import UserError
 from zofed.estimators import FiniteDifference, asked, scalar
@@ -56,6 +57,9 @@ def measure(task: str, kind: str) -> Row:
         return Row(task, kind, "", "not built", "", torch.nan, "", _line(error))
     name = type(built).__name__
     tokenizer = data.load_tokenizer("shipped")
+    if task == "classifier":  # ends documents as the examples do; encoder-decoders read a document's class there
+        tokenizer.eos_token = end = tokenizer.convert_ids_to_tokens(END)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, END)])
     with tempfile.TemporaryDirectory() as folder:
         built.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks import tiny_models
-from zofed import config
+from zofed import config, initial
 from zofed.classifier import PooledClassifier
 from zofed.errors import UserError
 from zofed.scopes import frozen_though_drawn, inner_matrices, trainable_names
@@ -161,7 +161,7 @@ def test_what_was_drawn_trains_with_the_top_and_is_named_where_it_does_not() -> 
     model = tiny_models.build("classifier", "bert")
     fresh = ("bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight")
     assert "bert.pooler" not in modules(model, "head")
-    model.zofed_drawn = fresh  # type: ignore[assignment]
+    initial.remember(model, fresh)
     for scope in ("head", "reduced", "last-1", "full"):
         names = trainable_names(model, scope)
         assert set(fresh) <= set(names)
@@ -196,7 +196,7 @@ def test_a_pooled_classifiers_head_is_its_linear_layer() -> None:
 
 def test_a_run_says_what_it_leaves_as_drawn() -> None:
     model = tiny_models.build("classifier", "bert")
-    model.zofed_drawn = ("classifier.bias", "classifier.weight")  # type: ignore[assignment]
+    initial.remember(model, ("classifier.bias", "classifier.weight"))
     settings = config.resolve({"model": "any", "task": "classification", "scope": "norms", "device": "cpu"})
     with pytest.warns(UserWarning, match=r"scope = 'norms' leaves classifier\.bias, classifier\.weight as drawn"):
         worker_of(settings, model)
