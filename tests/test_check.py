@@ -174,7 +174,7 @@ def test_a_pickle_is_found_beside_missing_data(quick: Callable[..., Settings], t
 @pytest.mark.parametrize(
     ("values", "what", "told"),
     [
-        ({"tokenizer": "gpt2"}, "model", "50257 entries but model tiny only"),
+        ({"tokenizer": "gpt2"}, "data", "50257 entries but model tiny only"),
         ({"block_size": 129}, "model", "set block-size to 128 or less"),
         ({"scope": "head"}, "model", "leaves nothing to train"),
         ({"tokenizer": "gpt3"}, "tokenizer", "use 'shipped'"),

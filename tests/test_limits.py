@@ -142,7 +142,7 @@ def test_padding_above_the_embedding_is_named(tmp_path: Path, quick: Quick) -> N
     folder = folder_of(LlamaForCausalLM(LlamaConfig(**SHAPE)), tmp_path / "model", tokenizer)
     settings = quick(model=folder, dataset="sample-sst2", task="classification")
     with pytest.raises(UserError, match=r"pads with '\[PAD\]', id 512: set the pad_token .* to a token below 512"):
-        Task.load(settings).check_held_out()
+        Task.load(settings).shard(0, 1)
 
 
 def with_end(pad: str) -> Any:

@@ -109,12 +109,16 @@ def check_tokens(
         return
     if labels and needs_end(config) and settings.pooling == "auto" and not settings.freeze_encoder:
         check_ends(tokens, tokenizer, config, settings)
-    limit, highest = rows(config), int(tokens["input_ids"].max())
-    if limit is None or highest < limit:
+    limit, ids = rows(config), tokens["input_ids"]
+    if limit is None or int(ids.max()) < limit:
         return
+    written = ids[ids != tokenizer.pad_token_id]
+    highest = int(written.max()) if len(written) else -1
+    is_padding = highest < limit  # then padding alone is above
+    highest = int(ids.max()) if is_padding else highest
     token = tokenizer.convert_ids_to_tokens(highest)
     told = f"the tokenizer has {entries(tokenizer)} entries but model {settings.model} only {limit}"
-    if highest == tokenizer.pad_token_id:
+    if is_padding:
         raise UserError(
             f"{told}, and it pads with {token!r}, id {highest}: set the pad_token in its tokenizer_config.json to a "
             f"token below {limit}"
