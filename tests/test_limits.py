@@ -164,6 +164,8 @@ def test_a_classifier_that_reads_at_the_end_token_needs_it_once_in_each_document
     values: dict[str, Any] = {"task": "classification", "dataset": "sample-sst2", "steps": 1, "queries": 1}
     with pytest.raises(UserError, match=r"reads a document's class at the end token .* which this tokenizer does not"):
         central.train(quick(model=plain, **values), tmp_path / "run", lambda row: None)
+    with pytest.raises(limits.Unreadable, match=r"set tokenizer to the model's own$"):
+        Task.load(quick(model=plain, **values)).check_held_out()  # and no word of a larger held-out part
     with pytest.raises(UserError, match=r"with which this tokenizer also pads"):
         central.train(quick(model=padded, **values), tmp_path / "run", lambda row: None)
     lines = [{"text": f"good{end * (n % 2)} film", "label": n // 2 % 2} for n in range(40)]

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from zofed import config, data, documents, federation, initial, models, runs, tokenizers
+from zofed import config, data, documents, federation, initial, limits, models, runs, tokenizers
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.documents import Reading
@@ -122,6 +122,8 @@ def _data(task: Task) -> tuple[Examples, int, Line]:
     examples, blocks = _count(task, task.train)
     try:
         _, held = _count(task, task.held_out)
+    except limits.Unreadable:
+        raise
     except UserError as error:
         raise UserError(f"held-out part: {error}, or set held-out above {task.settings.held_out:g}") from error
     smallest = min((task.client_documents(client, clients) for client in range(clients)), key=_size)

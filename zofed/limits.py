@@ -16,6 +16,10 @@ from zofed.tokenizers import PROBE
 SHORTEST = 2  # tokens of a block
 
 
+class Unreadable(UserError):  # noqa: N818
+    """Documents hold what the model cannot read; more of them would not help."""
+
+
 def entries(tokenizer: PreTrainedTokenizerBase) -> int:
     """Rows of an embedding that holds every id of the tokenizer; more than it counts where ids are left out."""
     return 1 + max(tokenizer.get_vocab().values())
@@ -119,11 +123,11 @@ def check_tokens(
     token = tokenizer.convert_ids_to_tokens(highest)
     told = f"the tokenizer has {entries(tokenizer)} entries but model {settings.model} only {limit}"
     if is_padding:
-        raise UserError(
+        raise Unreadable(
             f"{told}, and it pads with {token!r}, id {highest}: set the pad_token in its tokenizer_config.json to a "
             f"token below {limit}"
         )
-    raise UserError(
+    raise Unreadable(
         f"{told}: set tokenizer to the one the model was made with, or take {token!r}, id {highest}, out of the "
         "documents"
     )
@@ -143,10 +147,10 @@ def check_ends(examples: Examples, tokenizer: PreTrainedTokenizerBase, config: A
     end = f"{tokenizer.convert_ids_to_tokens(config.eos_token_id)!r}, id {config.eos_token_id}"
     told = f"model {settings.model!r} reads a document's class at the end token {end}"
     if config.eos_token_id == tokenizer.pad_token_id:
-        raise UserError(f"{told}, with which this tokenizer also pads: give one whose pad_token is another")
+        raise Unreadable(f"{told}, with which this tokenizer also pads: give one whose pad_token is another")
     if fewest == 0:
-        raise UserError(f"{told}, which this tokenizer does not write: set tokenizer to the model's own")
-    raise UserError(
+        raise Unreadable(f"{told}, which this tokenizer does not write: set tokenizer to the model's own")
+    raise Unreadable(
         f"{told}, but some documents have {fewest} of it and some {most}: take its text out of the documents"
     )
 

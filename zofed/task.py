@@ -7,7 +7,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -300,8 +300,12 @@ class Task:
         largest = sorted(counts, key=lambda source: (-counts[source], source))[:SOURCES]
         found = {}
         for source in sorted(largest) if len(counts) > 1 else ():
-            with suppress(UserError):
+            try:
                 found[source] = self._sample([document for document in self.held_out if document.source == source])
+            except limits.Unreadable:
+                raise
+            except UserError:
+                continue
         return found
 
     def _sample(self, documents: list[Document]) -> Sample:
@@ -413,6 +417,8 @@ def _named(part: str, remedy: str = "") -> Iterator[None]:
         yield
     except UserError as error:
         told = f"{part}: {error}" if part else str(error)
+        if isinstance(error, limits.Unreadable):  # no other share of the documents mends that
+            raise limits.Unreadable(told) from error
         raise UserError(f"{told}, {remedy}" if remedy else told) from error
 
 
