@@ -195,6 +195,7 @@ def test_two_clients_with_features_of_their_own_end_with_the_servers_weights(
     assert summary["replay_digest"] == summary["digest"]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_a_frozen_encoder_stays_and_the_saved_folder_goes_on(

@@ -351,6 +351,7 @@ def test_whatever_changes_the_ids_changes_the_digest_and_misses_the_cache(
     assert torch.equal(found, language_model_examples(documents, changed, 8)["input_ids"])
 
 
+@pytest.mark.slow
 def test_scores_and_options_that_change_the_ids_change_the_digest(tmp_path: Path) -> None:
     """Of a Unigram model its scores; of a tokenizer written in Python what its files and its options say."""
     from transformers import CanineTokenizer, EsmTokenizer

@@ -257,6 +257,7 @@ def drawn_in_units(kind: Kind, shape: tuple[int, ...], count: int) -> Tensor:
 FOURTH = {"rank1": 1.0, "rank2": 2.0, "rank4": 2.5, "rademacher": 1.0, "gaussian": 3.0}
 
 
+@pytest.mark.first(5)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(11,), (3, 4), (2, 2, 3)], ids=str)
 def test_directions_are_isotropic_on_average(kind: Kind, shape: tuple[int, ...]) -> None:

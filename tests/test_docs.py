@@ -522,6 +522,7 @@ def made_small(command: Command, folder: Path, finished: Finished, encoder: Path
 RUN: dict[str, list[str]] = {}  # page -> names of the commands that were run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_that_can_be_run_are(
     page: str, bench: Path, finished: Finished, encoder: Path, zofed_command: Zofed
@@ -540,6 +541,7 @@ def test_commands_that_can_be_run_are(
                     (bench / command.into).write_text(out, encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_each_command_that_is_not_too_much_was_run_somewhere() -> None:
     if set(RUN) != set(PAGES):
         pytest.skip("some pages were not run in this process")

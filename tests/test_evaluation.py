@@ -340,6 +340,7 @@ def loss_on(run: Path, some: list[Document], limit: int = 256) -> float:
         return float(model(**{name: tensor[chosen] for name, tensor in examples.items()}).loss)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("run", ["run", "with eval", "federated"])
 @pytest.mark.parametrize("option", ["--dataset", "--eval-dataset"])
 def test_data_named_to_eval_are_scored_as_a_whole_and_told(

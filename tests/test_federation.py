@@ -812,6 +812,7 @@ def test_a_broken_guide_is_refused(way: str) -> None:
         guides.decoded(broken_guides()[way], {"w": (6, 5), "b": (4,)})
 
 
+@pytest.mark.slow
 @given(st.integers(0, 400), st.integers(0, 255), st.booleans())
 @settings(max_examples=300, deadline=None, database=None)
 def test_a_guide_with_a_byte_changed_is_a_guide_or_a_value_error(at: int, value: int, cut: bool) -> None:

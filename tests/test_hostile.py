@@ -172,6 +172,7 @@ def assert_counted(grid: Hostile, settings: Any, summary: dict[str, Any]) -> Non
     assert sum(int(row["replies_rejected"]) for row in rounds) == sum(map(Counter.total, grid.told.values()))
 
 
+@pytest.mark.slow
 def test_a_thousand_forged_slopes_are_refused_each_for_its_reason(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

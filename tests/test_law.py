@@ -142,6 +142,7 @@ def test_a_normalised_run_writes_the_spread_into_its_divisors(quick: Quick, tmp_
     assert len(set(divisors)) == 6
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", ["defaults", "all", "all dense"])
 def test_two_clients_of_a_changed_run_end_with_the_servers_weights(quick: Quick, tmp_path: Path, way: str) -> None:
     summary = federate(quick(**WAYS[way]), tmp_path / "run", clients=2)

@@ -78,6 +78,7 @@ def test_the_core_knows_torch_and_the_core_before_it_alone(place: int, module: s
         assert known, f"{module} must not import {name}"
 
 
+@pytest.mark.slow
 def test_the_core_and_the_federation_run_without_flower() -> None:
     code = "import sys, zofed.trainer, zofed.federation, zofed.central; print('flwr' in sys.modules)"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

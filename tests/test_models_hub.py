@@ -267,6 +267,7 @@ def test_a_download_fetches_what_is_wanted_and_nothing_else(
         zofed.create_model(ID)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -110,6 +110,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.first(2)
 @pytest.mark.filterwarnings("ignore:the loss cannot run", "ignore:.*stay idle", "ignore:with epsilon")
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_any_number_of_devices_gives_the_same_records(
@@ -135,6 +136,7 @@ def test_only_new_records_cross_the_pipe(quick: Quick, tmp_path: Path, near: lis
     assert near[0].sizes == [pool._REQUEST.size + size for size in (0, *sizes[:-1])]
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(("before", "after"), [("cpu,cpu", "cpu,cpu,cpu"), ("cpu,cpu", ""), ("", "cpu,cpu")])
 def test_a_run_goes_on_with_another_number_of_devices(
     quick: Quick, tmp_path: Path, near: list[NearPipe], before: str, after: str
@@ -254,6 +256,7 @@ def test_a_device_that_is_not_there_is_refused(quick: Quick, tmp_path: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_told_and_the_run_goes_on(quick: Quick, tmp_path: Path) -> None:
     """Real processes: their losses are those of one device up to the kill, and after it."""
     way = {"queries": 7, "copies_per_pass": 2, "steps": 4}
@@ -316,6 +319,7 @@ def test_the_wait_of_a_pipe_may_be_as_long_as_the_longest() -> None:
     assert ours.poll(pool.LONGEST_WAIT)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_says_why(quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Task, "digests", lambda self: {"documents": "as they were before"})
     run = tmp_path / "run"

@@ -359,6 +359,7 @@ LATE: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", LATE.values(), ids=LATE)
 def test_a_client_that_forgot_everything_in_any_round_changes_nothing(
     quick: Quick, start: Start, way: dict[str, Any]
@@ -380,6 +381,7 @@ def test_a_client_that_forgot_everything_in_any_round_changes_nothing(
     assert "behind" in {result for _, _, result in results(settings)}
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("late", [2, 4, 6])
 @pytest.mark.parametrize("way", ["adamw", "calibrate"])
 def test_a_node_that_comes_in_any_round_is_taken_in(
@@ -640,6 +642,7 @@ def test_a_node_is_not_asked_again_where_all_that_were_wanted_are_there(
 # --- what is told ---
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", [{}, {"mode": "fo"}, {"mode": "calibrate", **BACKPROP}])
 def test_a_loss_that_is_withheld_is_told_nowhere(quick: Quick, start: Start, way: dict[str, Any]) -> None:
     """No reply holds it, and no table gives the zero in its place for a loss."""
