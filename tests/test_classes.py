@@ -137,7 +137,7 @@ def test_a_fine_tuned_models_own_names_count_or_the_clash_is_told(tmp_path: Path
     assert "id2label" in complaint(lambda: task(two, model=plain))
     assert task(table(tmp_path / "c.csv", 0, 1), model=plain).labels == 3
     four = task(table(tmp_path / "d.csv", 0, 1, 2, 3), model=plain)
-    assert "as many classes as it has" in complaint(four.worker)
+    assert "give data of 3 classes" in complaint(four.worker)
 
 
 def test_a_nodes_own_file_is_numbered_by_the_runs_names(tmp_path: Path) -> None:

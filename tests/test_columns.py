@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from zofed import config
-from zofed.documents import Reading, read
+from zofed.documents import Reading, load_documents, read
 from zofed.errors import UserError
 
 PAIRS = (("what colour is it ?", "it is red", 1), ("is it far ?", "it is near", 0))
@@ -152,3 +152,25 @@ def test_a_settings_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> Non
     (tmp_path / "a.toml").write_bytes("steps = 2\n".encode("utf-16"))
     with pytest.raises(UserError, match="save it as UTF-8"):
         config.read_toml(tmp_path / "a.toml")
+
+
+@pytest.mark.parametrize("name", ["label", "Label", " label"])
+def test_words_in_a_label_column_are_refused_however_it_is_spelt(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "words.csv"
+    path.write_text(f"text,{name}\ngood film,pos\nbad film,neg\n")
+    with pytest.raises(UserError, match="'pos'"):
+        load_documents(str(path))
+
+
+def test_a_text_like_the_header_of_its_one_column_is_a_text(tmp_path: Path) -> None:
+    (tmp_path / "one.tsv").write_text("first doc\ntext\nlast doc\n")
+    assert [d.text for d in load_documents(str(tmp_path / "one.tsv"))] == ["first doc", "text", "last doc"]
+
+
+def test_names_of_classes_and_columns_are_printable(tmp_path: Path) -> None:
+    path = tmp_path / "a.label"
+    path.write_text("\x1b[31mred good film\nblue bad film\n" * 4)
+    found = read(str(path))
+    assert set(found.names) == {"\\x1b[31mred", "blue"}
+    (tmp_path / "b.csv").write_text('text,"\x1b[2J"\na text,some other words\n')
+    assert read(str(tmp_path / "b.csv")).told().isprintable()

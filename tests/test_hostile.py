@@ -533,3 +533,11 @@ def test_no_reply_that_chance_spoils_ends_the_run(
     assert_printable(out + told)
     assert "could not be drawn" not in told
     assert len(journal.read(RunFolder(Path(settings.out)).journal).entries) == 3
+
+
+def test_one_liar_that_is_asked_alone_is_skipped_and_not_told_as_divergence(quick: Quick, start: Start) -> None:
+    grid, settings = hostile(start, quick(quorum=1, participation=0.5, rounds=6), 2)
+    grid.forge_by(lambda plan: ("out_of_range", lambda: answer(plan, examples=0)))
+    summary = run((grid, settings))
+    assert summary["status"] == "completed"
+    assert set(grid.told[1]) == {"out_of_range"} and summary["replies"]["0"]["used"] > 0

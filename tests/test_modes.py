@@ -17,7 +17,20 @@ from test_law import federate, ignore, records_of
 from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from zofed import central, client, data, directions, federation, journal, local, metrics, schedules, scoring, subspace
+from zofed import (
+    central,
+    client,
+    data,
+    directions,
+    documents,
+    federation,
+    journal,
+    local,
+    metrics,
+    schedules,
+    scoring,
+    subspace,
+)
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.errors import UserError
 from zofed.finish import replay_run
@@ -705,12 +718,14 @@ def test_a_federation_of_one_is_central_in_the_new_settings(
 @pytest.fixture
 def two_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every data set comes from two sources by turns."""
-    load = data.load_documents
+    read = documents.read
 
-    def of_two(dataset: str) -> list[Any]:
-        return [replace(document, source="ab"[index % 2]) for index, document in enumerate(load(dataset))]
+    def of_two(dataset: str) -> documents.Reading:
+        found = read(dataset)
+        two = [replace(document, source="ab"[index % 2]) for index, document in enumerate(found.documents)]
+        return replace(found, documents=two)
 
-    monkeypatch.setattr(data, "load_documents", of_two)
+    monkeypatch.setattr(documents, "read", of_two)
 
 
 @pytest.mark.usefixtures("two_sources")

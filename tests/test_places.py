@@ -78,6 +78,7 @@ def test_places_come_back_from_their_file_and_another_superlink_gives_all_anew(t
     again = Places.read(tmp_path)
     assert again == places
     assert not again.forget_strangers({11, 12}) and again.nodes == {0: 10, 1: 11}
+    assert not again.forget_strangers({20}) and again.nodes == {0: 10, 1: 11}  # a stranger that came first
     assert again.forget_strangers({20, 21}) and again == Places(3, {}, path=tmp_path / FILE)
     for spoilt in ("", "{", "[" * 10**5, '{"num-partitions": "3", "nodes": {}}', '{"num-partitions": 3, "nodes": 7}'):
         (tmp_path / FILE).write_text(spoilt)

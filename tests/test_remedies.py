@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from zofed import central, cli, data, finish, journal, models, runs
+from zofed.errors import UserError
+from zofed.finish import status_kept
 from zofed.round_log import RoundLog
 from zofed.runs import RunFolder
 from zofed.tables import Table
@@ -222,6 +224,7 @@ def test_a_full_disk_keeps_the_run_and_names_what_goes_on(
     assert digest_of(out) == digest_of(finished[name])
 
 
+@pytest.mark.pictures
 def test_a_picture_that_cannot_be_drawn_ends_no_run(
     zofed_command: Zofed, finished: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,3 +285,13 @@ def test_a_whole_checkpoint_of_an_earlier_version_is_taken(
         rewritten(path, lambda _: None, sealed=False)
     worker, start = finish.replay_run(RunFolder(folder))
     assert (worker.digest(), start) == (digest_of(finished["fo"]), 4)
+
+
+def test_a_reader_that_goes_away_interrupts_a_run_and_is_no_full_disk(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with pytest.raises(BrokenPipeError), status_kept(folder):
+        raise BrokenPipeError(32, "Broken pipe")
+    assert folder.summary() == {"status": "interrupted"}
+    told = r"Too many open files; mend that, then continue with: zofed"
+    with pytest.raises(UserError, match=told), status_kept(folder):
+        raise OSError(24, "Too many open files")

@@ -228,3 +228,18 @@ def test_a_server_killed_at_any_moment_goes_on_to_the_same_weights(quick: Quick,
 
 if __name__ == "__main__":
     child(sys.argv[1])
+
+
+def test_a_federation_cut_before_its_first_record_goes_on(quick: Quick, start: Start, monkeypatch: Any) -> None:
+    """Nothing is written that could neither go on nor begin anew."""
+    whole = run(start(quick(), name="whole"))
+    grid, settings = start(quick())
+
+    def crash(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunFolder, "write_summary", crash)
+        run((grid, settings))
+    assert RunFolder(Path(settings.out)).journal.exists()
+    assert run(start(quick()))["digest"] == whole["digest"]

@@ -24,8 +24,8 @@ _RUN = re.compile(r"[^\W\d_]{8,}")
 class Columns:
     """The columns of a row that are read, by what they hold, and the rest. Empty: the row has none.
 
-    text: one, or PubMedQA's three. strict: the label's column is called exactly so, and must hold labels. read: all
-    that are there of the four.
+    text: one, or PubMedQA's three. strict: the label's column is called `label`, in any case, and must hold labels.
+    read: all that are there of the four.
     """
 
     text: tuple[str, ...]
@@ -57,7 +57,7 @@ def chosen(names: tuple[str, ...]) -> Columns:
         )
     read = tuple(name for name in (*text, label, source, topic) if name in names)
     rest = tuple(name for name in names if name not in read)
-    strict = label in (LABEL_COLUMNS[0], PUBMEDQA_LABEL)
+    strict = label.strip().casefold() in (LABEL_COLUMNS[0], PUBMEDQA_LABEL)
     return Columns(text, label, source, topic, read, rest, strict, pubmedqa is not None)
 
 

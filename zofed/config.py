@@ -633,6 +633,8 @@ def _explain(problem: Any) -> str:
 
 def unknown(name: str, known: list[str], what: str) -> str:
     """The sentence for a name that does not exist: what was meant, or what there is."""
+    if len(name) > LONGEST_SHOWN:
+        return f"unknown {what} {name[:LONGEST_SHOWN]!r}...: {len(name)} characters are too long, give a shorter name"
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     meant = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
     return f"unknown {what} {name!r}: {meant}"

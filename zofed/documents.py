@@ -234,7 +234,8 @@ def _reading(rows: Rows, dataset: str) -> Reading:
     names = tuple(_DECISIONS) if label_column == columns.PUBMEDQA_LABEL else rows.names.get(label_column, ())
     if not names and dataset in CATALOG:
         names = CATALOG[dataset].classes
-    return Reading(dataset, documents, tuple(found), unread.found(), blank, names, rows.is_ordered)
+    told = [tuple(map(printable, texts)) for texts in (found, unread.found(), names)]  # all go to files and terminals
+    return Reading(dataset, documents, told[0], told[1], blank, told[2], rows.is_ordered)
 
 
 def _source(place: str, row: dict[str, Any], dataset: str) -> str:

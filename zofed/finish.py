@@ -1,5 +1,6 @@
 """The end of a run: score it, prove it by an independent replay, save and draw it, sum it up."""
 
+import errno
 import math
 import shutil
 import sys
@@ -24,6 +25,8 @@ from zofed.task import Task, device, prepare_process
 from zofed.trainer import Totals, diverged, replay, restore, with_random_slopes
 from zofed.worker import NotKept, Worker, update_digest
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextmanager
 def status_kept(folder: RunFolder) -> Iterator[None]:
@@ -38,10 +41,15 @@ def status_kept(folder: RunFolder) -> Iterator[None]:
         with suppress(OSError):
             folder.write_summary({"status": "interrupted"})
         raise
+    except BrokenPipeError:  # who read the output has gone, which is no fault of the disk
+        with suppress(OSError):
+            folder.write_summary({"status": "interrupted"})
+        raise
     except (DiskError, OSError) as error:
         told = str(error)
         if isinstance(error, OSError):
-            told = f"cannot write {error.filename or folder.path}: {error.strerror or error}; free some space"
+            remedy = "free some space" if error.errno in FULL else "mend that"
+            told = f"cannot write or read {error.filename or folder.path}: {error.strerror or error}; {remedy}"
         told = f"{told}, then continue with: {folder.go_on()}"
         _say_failed(folder, told)
         raise UserError(told) from error

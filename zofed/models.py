@@ -31,6 +31,7 @@ from zofed.classifier import PooledClassifier, Pooling
 from zofed.config import Settings, unknown
 from zofed.errors import UserError
 from zofed.files import write_whole
+from zofed.rows import printable
 from zofed.saved import Saved
 
 
@@ -201,7 +202,7 @@ def class_names(settings: Settings) -> tuple[str, ...]:
     try:
         written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         names = written.get("id2label") or {}
-        names = tuple(str(names[key]) for key in sorted(names, key=int))
+        names = tuple(printable(str(names[key])) for key in sorted(names, key=int))
         is_classifier = any(name.endswith("ForSequenceClassification") for name in written.get("architectures") or ())
     except (OSError, ValueError, AttributeError, TypeError):
         return ()

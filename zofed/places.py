@@ -5,6 +5,7 @@ first, as long as the run lasts: Flower knows a node by its key, and gives the s
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class Places:
     def read(cls, folder: Path, *, are_lasting: bool = True) -> Self:
         """Those of an earlier start of the run in `folder`; none where there was none or its file is spoilt."""
         path = folder / FILE
-        found = (foreign.json_object(path.read_bytes()) if path.is_file() else None) or {}
+        found = (foreign.json_object(path.read_bytes()) if os.path.isfile(path) else None) or {}
         clients, nodes = found.get("num-partitions"), found.get("nodes")
         if type(clients) is not int or not isinstance(nodes, dict):
             return cls(are_lasting=are_lasting, path=path)
@@ -55,8 +56,11 @@ class Places:
         return bool(self.clients) or not said
 
     def forget_strangers(self, present: Collection[int]) -> bool:
-        """Where no node of before is there, it is another SuperLink, that gave all others: whether places were lost."""
-        lost = bool(self.nodes) and not set(self.nodes.values()) & set(present)
+        """Where as many nodes are there as before and none is known, another SuperLink gave them other ids.
+
+        Returns whether places were lost so. Fewer may be strangers that came before the nodes of the run.
+        """
+        lost = 0 < len(self.nodes) <= len(set(present)) and not set(self.nodes.values()) & set(present)
         if lost:
             self.nodes.clear()
         return lost

@@ -232,7 +232,8 @@ def _table_rows(first: list[str], lines: Iterable[tuple[int, list[str]]], path: 
         place = f"line {number} of {str(path)!r}"
         if len(cells) != len(names):
             raise UserError(f"{place} has {len(cells)} columns where {len(names)} are expected: mend its separators")
-        if cells == first and cells is not first:  # not the first row of a file without a header
+        # Not the first row of a file without a header; a file of one column may hold a text like its header.
+        if len(names) > 1 and cells == first and cells is not first:
             raise UserError(f"{place} is the header again: remove it, as if files were joined with their headers")
         yield place, dict(zip(names, cells, strict=True))
 

@@ -108,6 +108,8 @@ class RunFolder:
 
     def check_way(self, way: str) -> None:
         """Raise UserError, with the command that continues the run, unless it runs this way."""
+        if not self.inputs():
+            raise UserError(f"{self.path / 'inputs.json'}, which tells what the run began with, is spoilt: {RESTORE}")
         if self.way != way:
             what = {CENTRAL: "a central run", SIMULATED: "a federated run", DEPLOYED: "a run on separate machines"}
             told = f"{self.path} holds {what[self.way]}: continue it with {self.go_on()}"

@@ -1,5 +1,6 @@
 """A model scored again, and not trained further: a run's, on what scored the run or on other data; or any saved one."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,13 +115,15 @@ def _note(own: Settings, settings: Settings, changes: Mapping[str, Any]) -> str:
 def _described(settings: Settings, changes: Mapping[str, Any]) -> str:
     data = _named(changes) or settings.eval_dataset
     if data and not ("held-out" in changes and _named(changes)):
-        return f"all of {data}"
+        return f"all of {data}" if _named(changes) and "eval-examples" not in changes else data
     return f"the held-out part of {data or settings.dataset} (held-out = {settings.held_out:g}, seed {settings.seed})"
 
 
 def _scores(settings: Settings, changes: Mapping[str, Any], best_of: RunFolder | None = None) -> metrics.Scores:
     """Scores of the settings' model, or of the best weights of a run."""
     prepare_process(settings.threads)
+    if _named(changes) and "eval-examples" not in changes:
+        settings = settings.model_copy(update={"eval_examples": sys.maxsize})
     share = settings.held_out if _named(changes) and "held-out" in changes else 0.0
     task = Task.to_score(with_absolute_paths(settings), share)
     worker = task.worker()

@@ -96,7 +96,8 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
             earlier.close()
         raise
     folder.write_text("settings.toml", config.to_toml(task.settings))
-    with status_kept(folder), earlier or Journal.create(folder.journal, worker.genesis) as journal:
+    # The journal first: without it what a crash leaves here could neither go on nor begin anew.
+    with earlier or Journal.create(folder.journal, worker.genesis) as journal, status_kept(folder):
         members.journal = journal
         members.places.keep_in(folder.path)
         last = journal.last_round
