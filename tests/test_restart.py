@@ -243,3 +243,25 @@ def test_a_federation_cut_before_its_first_record_goes_on(quick: Quick, start: S
         run((grid, settings))
     assert RunFolder(Path(settings.out)).journal.exists()
     assert run(start(quick()))["digest"] == whole["digest"]
+
+
+def test_a_spoilt_table_behind_the_last_checkpoint_costs_a_federation_by_backpropagation_nothing(
+    quick: Quick, start: Start
+) -> None:
+    """Its gradients are gone: it goes on from the checkpoint, and the rounds before have the lines that were logged."""
+    settings = quick(mode="fo", rounds=6, save_interval=2, keep_checkpoints=1)
+    grid, settings = start(settings)
+    whole = run((grid, settings))
+    table = Path(settings.out) / "rounds.csv"
+    rows = read_table(table)
+    lines = table.read_text().split("\n")
+    lines[2] = "2,xx"
+    table.write_text("\n".join(lines))
+    again = run(start(quick(mode="fo", rounds=6, save_interval=2, keep_checkpoints=1)))
+    assert again["status"] == "completed" and again["digest"] == whole["digest"]
+    assert [(row["round"], row["loss"]) for row in read_table(table)] == [(row["round"], row["loss"]) for row in rows]
+    for checkpoint in (Path(settings.out) / "checkpoints").iterdir():
+        checkpoint.unlink()
+    table.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"no whole checkpoint lies behind it in .*: bring one back from a copy"):
+        run(start(quick(mode="fo", rounds=6, save_interval=2, keep_checkpoints=1)))

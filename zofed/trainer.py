@@ -17,7 +17,7 @@ from zofed.metrics import Scores
 from zofed.records import Guided, Record, Seeded, Skipped
 from zofed.runs import EVALUATIONS, METRICS, RunFolder, read_checkpoint, timestamp
 from zofed.tables import Row, Table, keep_rows, sure_rows
-from zofed.worker import Update, Worker, update_digest
+from zofed.worker import NotKept, Update, Worker, update_digest
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ class Trainer:
                 self._tell(table, self._row(0, totals) | {"eval_loss": self._score(0)})
             for entry in self._behind(told):
                 round_ = entry.record.round
+                if round_ <= self.worker.round:  # behind a checkpoint that had to be taken
+                    continue
                 is_new = round_ > told
                 # A step is asked again for its line of metrics, or for a gradient that was not kept.
                 digest = update_digest(entry.record)
@@ -150,7 +152,11 @@ class Trainer:
                     )
                 if step and update is None:
                     self._keep(step)
-                norm = self.worker.apply(entry, update if update or step is None else step.update)
+                try:
+                    norm = self.worker.apply(entry, update if update or step is None else step.update)
+                except NotKept:
+                    self._pass_over(round_, told, table, totals, ask)
+                    continue
                 if step and is_new:
                     self._account(table, totals, step, norm, total)
                 del step  # its gradient would stay while the next one is made
@@ -165,6 +171,26 @@ class Trainer:
         scored, scores = self._scored
         totals.scores = scores if scored == self.worker.round else None
         return totals
+
+    def _pass_over(self, round_: int, told: int, table: Table, totals: Totals, ask: Ask) -> None:
+        """Go on from a checkpoint behind a gradient that is gone for good, as that of a federation's round is.
+
+        The rounds on the way get the lines that what was logged of them gives: without a norm, and without scores of
+        weights that are passed over. Raises NotKept where no such checkpoint is.
+        """
+        if (
+            not restore(self.worker, self.journal.entries, self.folder, self.journal.last_round)
+            or self.worker.round < round_
+        ):
+            raise NotKept(
+                f"round {round_} is a step by backpropagation whose gradient is not kept, and no whole checkpoint lies "
+                f"behind it in {self.folder.path / 'checkpoints'}: bring one back from a copy"
+            )
+        self._saved = self.worker.round
+        for passed in range(max(round_, told + 1), self.worker.round + 1):
+            step = _first(ask(passed))
+            totals.add(step)
+            self._tell(table, self._row(passed, totals, step))
 
     def _take(self, asked: Step | Sequence[Step], table: Table, totals: Totals, total: int) -> None:
         """Write new steps down, all at once, and move by one after the other."""
