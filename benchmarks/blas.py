@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -13,7 +14,7 @@ WORK = ("forward", "step")
 
 
 def measure(size: str, shape: tuple[int, int], threads: int) -> None:
-    """In this process: print the seconds of a plain forward pass and of a zeroth-order step, after warming up."""
+    """In this process: print the CPU seconds of a plain forward pass and of a zeroth-order step, after warming up."""
     torch.set_num_threads(threads)
     queries, copies = query.SHAPES[shape]
     ids = common.batch_of(shape)
@@ -28,11 +29,16 @@ def measure(size: str, shape: tuple[int, int], threads: int) -> None:
     runs = {"forward": forward, "step": lambda: query.step(worker, loss, queries, copies)}
     for name in WORK:
         runs[name]()
-        print(name, min(common.seconds(runs[name]) for _ in range(3)), arithmetic.mkl_mode())
+        took = []
+        for _ in range(3):
+            began = time.process_time()
+            runs[name]()
+            took.append(time.process_time() - began)
+        print(name, min(took), arithmetic.mkl_mode())
 
 
 def report(size: str, threads: int, pairs: int) -> None:
-    """Print a row a shape: seconds with the mode over seconds without, medians over `pairs` of processes."""
+    """Print a row a shape: CPU seconds with the mode over those without, medians over `pairs` of processes."""
     for shape in query.SHAPES:
         ratios: dict[str, list[float]] = {name: [] for name in WORK}
         modes = ("", "")
