@@ -124,6 +124,7 @@ def portable_runs(corpus: Path) -> dict[str, Settings]:
     return {name: settings.model_copy(update=common) for name, settings in runs.items()}
 
 
+@pytest.mark.timeout(1200)  # 24 runs, replayed on four kinds of machine with one and two threads
 def test_fifty_steps_replay_to_one_digest_on_every_kind_of_machine(corpus: Path, tmp_path: Path) -> None:
     runs = portable_runs(corpus)
     digests = {
