@@ -88,7 +88,7 @@ for folder in sys.argv[1:]:
 
 RULES = {
     "sgd": {"optimizer": "sgd", "weight-decay": 0.01},
-    "momentum": {"optimizer": "sgd", "momentum": 0.9},
+    "momentum": {"optimizer": "sgd", "momentum": 0.9, "learning-rate": 1e-3},
     "adamw": {"optimizer": "adamw", "weight-decay": 0.01, "learning-rate": 1e-3},
     "mudamw": {"optimizer": "mudamw", "weight-decay": 0.01, "learning-rate": 1e-3},
 }
@@ -152,10 +152,9 @@ def test_flwr_run_with_ray_equals_the_same_federation_in_one_process(tmp_path: P
     local = summary_of(tmp_path / "local")
     assert ray["digest"] == local["digest"] == ray["replay_digest"]
     assert ray["client_digests"] == {"0": ray["digest"], "1": ray["digest"]}
-    assert (ray["bytes_up_per_client_round"], ray["eval_loss_end"]) == (
-        local["bytes_up_per_client_round"],
-        local["eval_loss_end"],
-    )
+    assert ray["eval_loss_end"] == local["eval_loss_end"]
+    # A reply says in 1 or 2 bytes how many milliseconds it took.
+    assert abs(ray["bytes_up_per_client_round"] - local["bytes_up_per_client_round"]) <= 1
     expected = {"settings.toml", "metrics.csv", "rounds.csv", "clients.csv", "journal.zofed", "loss.png", "model"}
     assert expected | {"summary.json"} <= {path.name for path in out.iterdir()}
 

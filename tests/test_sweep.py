@@ -489,6 +489,7 @@ def test_every_arm_of_a_shipped_experiment_takes_a_step(name: str, tmp_path: Pat
 def test_ctrl_c_ends_the_runs_too_and_says_how_to_go_on(tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     text = SMALL.replace("steps = 4", "steps = 100000").replace("eval-interval = 2", "eval-interval = 1000")
+    text = text.replace("rounds = 4\n", "")
     command = [*ZOFED, "sweep", str(written(tmp_path, text)), "--out", str(out)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics, deadline = out / "runs" / "seed=0" / "metrics.csv", time.monotonic() + 120
