@@ -139,6 +139,7 @@ WRONG_VALUES = [
 ]
 
 
+@pytest.mark.first(40)
 @pytest.mark.parametrize("command", ["train", "simulate"])
 @pytest.mark.parametrize(("key", "value", "limit"), WRONG_VALUES)
 def test_a_wrong_value_is_named_with_its_limit_and_default(
@@ -211,6 +212,7 @@ FILES: dict[str, bytes | str] = {
 }
 
 
+@pytest.mark.first(12)
 @pytest.mark.parametrize(
     ("options", "value", "remedy"),
     [
@@ -315,6 +317,7 @@ def without_a_shard(folder: Path) -> None:
     safetensors.torch.save_file(kept, folder / "model-00001-of-00002.safetensors", {"format": "pt"})
 
 
+@pytest.mark.first(9)
 @pytest.mark.parametrize(
     ("spoil", "value", "remedy"),
     [
@@ -377,6 +380,7 @@ def test_paths_in_the_home_folder_may_be_written_with_a_tilde(
 # --- output folder --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("out", "told"),
     [
@@ -448,7 +452,7 @@ def flipped(raw: bytes, position: int) -> bytes:
     return bytes(spoilt)
 
 
-@pytest.mark.first(18)
+@pytest.mark.first(9)
 @pytest.mark.parametrize("command", ALL_COMMANDS, ids=" ".join)
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 @pytest.mark.parametrize(
@@ -745,6 +749,7 @@ def test_a_spoilt_summary_counts_as_none(
     assert zofed(*command, folder)[::2] == (0, "")
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize("content", [b"some,other\n1,2\n", b"\xff\n", b"", bytes(99)])
 @pytest.mark.parametrize("name", ["metrics.csv", "evaluations.csv"])
 def test_a_spoilt_table_is_made_anew(zofed: Zofed, copy_of: Callable[[str], Path], name: str, content: bytes) -> None:

@@ -41,7 +41,7 @@ def watched(settings: Settings) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in kept) + peak_bytes(step)
 
 
-@pytest.mark.first(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 @pytest.mark.parametrize(
     "other",
@@ -62,6 +62,7 @@ def test_predicted_memory_is_that_of_a_real_step(mode: str, other: dict[str, Any
     assert predicted == pytest.approx(watched(settings), rel=0.1)
 
 
+@pytest.mark.slow
 def test_other_modes_are_made_of_the_same_parts() -> None:
     found = zofed.get_model_info("tiny", optimizer="adamw", batch_size=2).memory
     weights = 4 * 141_056
@@ -77,11 +78,13 @@ def test_other_modes_are_made_of_the_same_parts() -> None:
         zofed.get_model_info("tiny", modes=("both",))
 
 
+@pytest.mark.slow
 def test_the_subspace_writes_no_gradient_of_the_weights() -> None:
     found = zofed.get_model_info("200M", batch_size=1, block_size=4, modes=("fo", "subspace")).memory
     assert found["fo"].step >= found["fo"].weights > 5 * found["subspace"].step
 
 
+@pytest.mark.slow
 def test_the_largest_size_is_predicted_without_its_memory() -> None:
     before = peak_memory_bytes()
     found = zofed.get_model_info("1B", modes=("fo",))
@@ -114,6 +117,7 @@ def test_a_model_by_name_is_that_of_a_run() -> None:
         zofed.get_model_info("tiny", batch_sise=3)
 
 
+@pytest.mark.slow
 def test_the_listing_names_every_size_and_counts_all_settings(zofed_command: Zofed) -> None:
     status, out, _ = zofed_command("models", "--model", "tiny", "--batch-size", "8", "--optimizer", "adamw")
     assert status == 0
@@ -135,6 +139,7 @@ def verdicts(settings: Settings, *modes: str) -> dict[str, check.Line]:
     return {line.what: line for line in check.check(settings, modes or (settings.mode,))}
 
 
+@pytest.mark.slow
 def test_a_sound_run_is_green_and_nothing_is_written(
     zofed_command: Zofed, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -171,6 +176,7 @@ def test_a_pickle_is_found_beside_missing_data(quick: Callable[..., Settings], t
     assert list(faults) == ["data"]
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(
     ("values", "what", "told"),
     [
@@ -200,6 +206,7 @@ def test_a_fault_is_told_with_its_remedy(
     assert [line.what for line in found.values() if line.verdict == "fix"] == [what]
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_there_is_told_and_no_step_is_taken(
     quick: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -211,6 +218,7 @@ def test_memory_that_is_not_there_is_told_and_no_step_is_taken(
         assert ("step zo" in found) is steps
 
 
+@pytest.mark.slow
 def test_predicted_bytes_of_a_round_are_those_of_a_federation(quick: Callable[..., Settings], tmp_path: Path) -> None:
     from zofed import client, server
     from zofed.grid import LocalGrid

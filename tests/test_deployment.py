@@ -326,6 +326,7 @@ def test_a_child_that_dies_is_started_anew_and_ended_with_us(tmp_path: Path) -> 
             os.kill(pid, 0)
 
 
+@pytest.mark.slow
 def test_what_a_death_takes_along_is_started_anew_too(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     node = Child("node", script(tmp_path / "n.py", SAYS_AND_STAYS.format(str(first))), dict(os.environ))
@@ -362,6 +363,7 @@ def test_deaths_in_a_row_are_waited_for_longer_and_longer() -> None:
     assert round(child.due - time.monotonic(), 1) == 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child of its parent's death")
 def test_a_supervisor_killed_outright_takes_its_children_along(tmp_path: Path) -> None:
     told = tmp_path / "told"

@@ -257,7 +257,7 @@ def drawn_in_units(kind: Kind, shape: tuple[int, ...], count: int) -> Tensor:
 FOURTH = {"rank1": 1.0, "rank2": 2.0, "rank4": 2.5, "rademacher": 1.0, "gaussian": 3.0}
 
 
-@pytest.mark.first(5)
+@pytest.mark.first(2)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(11,), (3, 4), (2, 2, 3)], ids=str)
 def test_directions_are_isotropic_on_average(kind: Kind, shape: tuple[int, ...]) -> None:
@@ -276,6 +276,7 @@ def test_directions_are_isotropic_on_average(kind: Kind, shape: tuple[int, ...])
     assert float((moments.diagonal() - 1).abs().max()) <= 4.5 * spread + 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_fourth_moment_is_that_of_the_kind(kind: Kind) -> None:
     eighth = {"rank1": 1.0, "rank2": 8.0, "rank4": 32.5, "rademacher": 1.0, "gaussian": 105.0}[kind]
@@ -379,6 +380,7 @@ def test_a_weighted_sum_is_the_exact_integer_sum_rounded_once(
     assert total.flatten().tolist() == [float(np.float32(float(value))) for value in exact]  # all fit into float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "gaussian"])
 def test_many_of_the_largest_coefficients_still_sum_exactly(kind: Kind) -> None:
     seeds, count = list(range(1500)), 1500
@@ -419,6 +421,7 @@ def test_a_gaussian_weighted_sum_is_the_exact_sum_rounded_once(first: int, count
         assert abs(exact[0]) > 2**38
 
 
+@pytest.mark.slow
 def test_many_gaussian_terms_stay_exact_until_they_are_rounded_once() -> None:
     seeds, shape = list(range(6000)), (2, 2)
     entries = np.stack([direction("gaussian", seed, "w", shape).numpy().reshape(-1) for seed in seeds]).tolist()
@@ -441,6 +444,7 @@ def test_a_sum_that_float64_cannot_hold_is_refused_from_the_first_such_one_on(ki
         directions.check_exact(kind, [*coefficients, -1], "it")
 
 
+@pytest.mark.slow
 def test_a_million_seeds_do_not_collide() -> None:
     seeds: set[int] = set()
     for step, client in itertools.product(range(50), range(20)):

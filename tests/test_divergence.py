@@ -59,6 +59,7 @@ def test_an_honest_run_has_not_diverged(start: float, end: float, training: list
 EXPLODES: dict[str, Any] = {"learning_rate": 300.0, "controls": True, "epsilon": 0.01}
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 @pytest.mark.parametrize("way", ["central", "federated"])
 def test_a_run_that_ends_far_above_its_start_has_diverged_and_keeps_what_it_has(

@@ -794,6 +794,7 @@ def check_names_of_zofed(tree: ast.Module) -> None:
                     importlib.import_module(f"{node.module}.{alias.name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_of_python_compile_and_run_where_they_can(
     page: str, bench: Path, finished: Finished, capsys: pytest.CaptureFixture[str]
@@ -830,6 +831,7 @@ def in_backticks(page: str) -> set[str]:
     return set(spans(page))
 
 
+@pytest.mark.slow
 def test_the_page_of_formats_names_every_column_key_and_file(finished: Finished) -> None:
     named = in_backticks("docs/formats.md")
     tables = (runs.METRICS, runs.EVALUATIONS, traffic.ROUNDS, traffic.CLIENTS, traffic.EVALUATIONS)

@@ -121,6 +121,7 @@ def test_far_positions_are_as_exact_as_the_librarys(tmp_path: Path) -> None:
     assert error < 1.05 * their_error < 0.1
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["llama", "glm4-moe"])
 def test_a_run_in_bfloat16_replays_and_its_export_goes_on(
     folders: dict[str, Path], tmp_path: Path, quick: Callable[..., Settings], name: str

@@ -220,6 +220,7 @@ def test_a_large_step_gives_the_losses_of_moved_weights_too(name: str) -> None:
     assert batched.numpy() == pytest.approx(moved_losses(loss, parameters, 0.05).numpy(), rel=1e-4)
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_per_pass_changes_the_speed_and_not_the_losses(name: str) -> None:
     model, loss = MODELS[name]()
@@ -595,7 +596,7 @@ def test_a_one_sided_slope_is_off_by_half_a_step_of_curvature_and_centring_takes
     assert two_sided.loss == pytest.approx(7 + 0.25**2 / 2 * statistics.fmean(float(o @ HESSIAN @ o) for o in z))
 
 
-@pytest.mark.first(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("points", ["two-point", "one-sided"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_estimate_is_the_gradient_in_the_mean(kind: Kind, points: Points) -> None:

@@ -62,6 +62,7 @@ def test_a_sample_is_a_function_of_the_seed_alone_and_a_larger_one_holds_it() ->
     assert data.sample(5, 256, 7).tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["central", "federated"])
 def test_coin_flips_sorted_by_label_score_about_chance(quick: Quick, tmp_path: Path, coins: Path, way: str) -> None:
     settings = quick(
@@ -340,7 +341,7 @@ def loss_on(run: Path, some: list[Document], limit: int = 256) -> float:
         return float(model(**{name: tensor[chosen] for name, tensor in examples.items()}).loss)
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("run", ["run", "with eval", "federated"])
 @pytest.mark.parametrize("option", ["--dataset", "--eval-dataset"])
 def test_data_named_to_eval_are_scored_as_a_whole_and_told(

@@ -347,6 +347,7 @@ def liars_among(draw: st.DrawFn) -> tuple[list[Measured], list[Measured], float]
     return [measured(some, exponent) for some in honest], [measured(*lie) for lie in lies], draw(SIZES)
 
 
+@pytest.mark.slow
 @given(liars_among(), st.sampled_from([1.0, 2.0, 10.0]), st.booleans())
 @settings(max_examples=300, deadline=None, database=None)
 def test_whatever_half_of_the_clients_send_the_merged_slopes_are_bounded_by_those_of_the_others(
@@ -403,6 +404,7 @@ def test_answers_of_zeros_take_nothing_from_the_others_whatever_their_exponent()
         assert merging.merged({0: zeros, 1: zeros}, shared=shared).coefficients == (0,) * count
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(-(2**70), 2**70), min_size=1, max_size=5), st.integers(1, 2**45), st.integers(-450, 20))
 @settings(max_examples=300, deadline=None, database=None)
 def test_rounding_stays_below_18_bits_and_within_half_a_unit(values: list[int], divisor: int, exponent: int) -> None:

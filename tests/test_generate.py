@@ -23,6 +23,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
     return root, make_shipped_files(root)
 
 
+@pytest.mark.slow
 def test_remaking_gives_the_committed_bytes(made: tuple[Path, list[Path]]) -> None:
     root, files = made
     shipped = {path.relative_to(SHIPPED.parent) for folder in (SHIPPED, SHIPPED_TOKENIZER) for path in files_in(folder)}

@@ -199,6 +199,7 @@ def test_a_thousand_forged_slopes_are_refused_each_for_its_reason(
     assert set(summary["client_digests"].values()) == {summary["digest"]}
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("mode", ["fo", "calibrate"])
 def test_forged_updates_are_refused_each_for_its_reason(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, mode: str
@@ -226,6 +227,7 @@ def test_forged_updates_are_refused_each_for_its_reason(
     assert (summary["digest"], records_of(Path(settings.out))) == without_them(start, settings, 4)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("seeds", ["distinct", "shared"])
 def test_a_claim_of_a_million_million_examples_counts_up_to_the_cap(quick: Quick, start: Start, seeds: str) -> None:
     settings = quick(quorum=1, weighting="examples", example_cap=10, seeds=seeds, rounds=2)
@@ -237,6 +239,7 @@ def test_a_claim_of_a_million_million_examples_counts_up_to_the_cap(quick: Quick
     assert summaries[0]["digest"] == summaries[1]["digest"]
 
 
+@pytest.mark.slow
 def test_a_reply_of_an_earlier_round_or_attempt_is_told_by_its_place(quick: Quick, start: Start) -> None:
     """True replies, held back and sent when another is due."""
     grid, settings = start(quick(quorum=2), 2)
@@ -263,6 +266,7 @@ def test_a_reply_of_an_earlier_round_or_attempt_is_told_by_its_place(quick: Quic
     assert summary["digest"] == run(start(quick(quorum=2), 2, "whole"))["digest"], "asked again, it says the same"
 
 
+@pytest.mark.slow
 def test_a_reply_that_comes_twice_counts_once(quick: Quick, start: Start) -> None:
     whole = run(start(quick(), name="whole"))
     grid, settings = start(quick())
@@ -278,6 +282,7 @@ def test_a_reply_that_comes_twice_counts_once(quick: Quick, start: Start) -> Non
     assert [(row["replies_used"], row["replies_rejected"]) for row in rows] == [("2", "2")] * 6
 
 
+@pytest.mark.slow
 def test_a_client_that_never_answers_is_late(quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     grid, settings = start(quick(quorum=1, round_timeout=0.3, rounds=3), 2)
     pull = grid.pull_messages
@@ -368,6 +373,7 @@ COUNTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_no_table_of_what_nodes_hold_ends_the_run(
     quick: Quick, start: Start, capfd: pytest.CaptureFixture[str]
@@ -424,6 +430,7 @@ def test_no_reason_of_a_failure_ends_the_run(quick: Quick, start: Start, capfd: 
     assert "no reason given" in told
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("quorum", [0, 2])
 @pytest.mark.parametrize("digest", ["0" * 64, ON_WIRE, ""], ids=["another", "no digest", "none"])
 def test_a_client_that_ends_with_other_weights_is_listed_and_the_run_completes(
@@ -483,6 +490,7 @@ def test_a_time_that_a_client_claims_is_believed_up_to_what_the_server_waited(qu
     assert {row["result"] for row in rows} == {"used"}
 
 
+@pytest.mark.slow
 @pytest.mark.pictures
 def test_no_reply_that_chance_spoils_ends_the_run(
     quick: Quick, start: Start, capfd: pytest.CaptureFixture[str]

@@ -139,6 +139,7 @@ def test_a_gradient_that_shapes_nothing_is_refused(value: float) -> None:
         on_grid({"a": torch.tensor([0.0, value])})
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize("kind", [*KINDS, "guide-only", "line"])
 def test_what_is_logged_of_a_guide_is_so(kind: str) -> None:
     guide = on_grid(spread_out(drawn(1)))
@@ -204,7 +205,7 @@ def test_one_projected_slope_is_the_answer_of_least_squares(kind: str, direction
     assert estimate * own.direction_square / (v @ v) == pytest.approx(nearest, rel=1e-3, abs=1e-4)
 
 
-@pytest.mark.first(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("queries", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_unbiased_means_the_projection_on_the_guide_and_all_the_rest(kind: str, queries: int) -> None:

@@ -293,6 +293,7 @@ STEPS = st.lists(
 )
 
 
+@pytest.mark.slow
 @given(STEPS)
 @settings(max_examples=200, deadline=None, database=None)
 def test_a_spread_is_the_weighted_mean_square_of_the_slopes_so_far(steps: list[tuple[list[int], int]]) -> None:
@@ -558,6 +559,7 @@ def test_checksums_of_parts_are_those_of_zlib() -> None:
     assert found.tolist() == [zlib.crc32(raw[start:stop], int(crc)) for start, stop, crc in every]
 
 
+@pytest.mark.slow
 def test_a_damaged_tail_is_searched_in_linear_time(tmp_path: Path) -> None:
     """Every byte of it could begin an entry of a megabyte: read anew for each, that would take hours."""
     raw = written(tmp_path / "j")

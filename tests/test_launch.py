@@ -200,6 +200,7 @@ def test_success_keeps_nothing() -> None:
     assert not home.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows the working folder of an orphan")
 def test_stopping_reaches_orphans_in_other_sessions_and_those_that_ignore_sigterm(tmp_path: Path) -> None:
     """A stand-in SuperLink whose grandchild has a session of its own, ignores SIGTERM and has lost its parent."""

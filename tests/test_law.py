@@ -118,6 +118,7 @@ def test_the_saved_model_holds_the_trained_weights(quick: Quick, tmp_path: Path)
     assert weights_digest(loaded) == summary["digest"]
 
 
+@pytest.mark.slow
 def test_a_saved_model_trains_on_and_replays(quick: Quick, tmp_path: Path) -> None:
     central.train(quick(), tmp_path / "first", ignore)
     second = quick(model=str(tmp_path / "first" / "model"))
@@ -150,7 +151,7 @@ def test_two_clients_of_a_changed_run_end_with_the_servers_weights(quick: Quick,
     assert summary["replay_digest"] == summary["digest"]
 
 
-@pytest.mark.first(4)
+@pytest.mark.first(2)
 @pytest.mark.bits
 @pytest.mark.parametrize("mode", ["zo", "fo"])
 @pytest.mark.parametrize("stop_at", [1, 4, 5])
@@ -324,6 +325,7 @@ def test_with_a_quorum_a_failing_client_is_left_out_and_its_absence_is_recorded(
     assert summary["client_digests"] == {"0": summary["digest"], "1": summary["digest"]}
 
 
+@pytest.mark.slow
 def test_random_slopes_of_the_same_size_do_not_learn(quick: Quick, tmp_path: Path) -> None:
     settings = quick(controls=True, steps=8, queries=64, learning_rate=0.03, batch_size=8, eval_examples=32)
     summary = central.train(settings, tmp_path / "run", ignore)

@@ -110,6 +110,7 @@ def bundle(folder: Path) -> dict[str, bytes]:
         return {name: file.read(name) for name in file.namelist()}
 
 
+@pytest.mark.slow
 def test_the_app_bundle_holds_the_app_alone_whatever_else_lies_in_the_folder(tmp_path: Path) -> None:
     app = tmp_path / "zofed"
     tracked = ("zofed", "tokenizer", "datasets_subset")

@@ -136,6 +136,7 @@ def zofed_sgd() -> Any:
     return Optimizer("sgd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["diagnose", "memory"])
 def test_the_commands_tell_what_to_set(command: str) -> None:
     options = ["--block-size", "16", "--batch-size", "2", "--queries", "4", "--device", "cpu"]

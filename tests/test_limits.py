@@ -154,6 +154,7 @@ def with_end(pad: str) -> Any:
     return tokenizer
 
 
+@pytest.mark.slow
 def test_a_classifier_that_reads_at_the_end_token_needs_it_once_in_each_document(tmp_path: Path, quick: Quick) -> None:
     shape = {"vocab_size": 512, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**shape, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0))
@@ -190,6 +191,7 @@ def test_a_model_that_does_not_run_on_token_ids_is_refused_with_the_reason(
         create(folder, 16, "language-model")
 
 
+@pytest.mark.slow
 def test_memory_and_diagnosis_of_a_model_whose_copies_cannot_share_a_pass(
     tmp_path: Path, quick: Quick, monkeypatch: pytest.MonkeyPatch, zofed_command: Callable[..., tuple[int, str, str]]
 ) -> None:
@@ -211,6 +213,7 @@ def test_memory_and_diagnosis_of_a_model_whose_copies_cannot_share_a_pass(
     assert status == 0 and "copies-per-pass changes nothing" in " ".join(out.split())
 
 
+@pytest.mark.slow
 def test_a_check_of_a_model_whose_memory_cannot_be_predicted_goes_on(
     tmp_path: Path, zofed_command: Callable[..., tuple[int, str, str]]
 ) -> None:

@@ -66,6 +66,7 @@ def digest_of(folder: Path) -> str:
     return weights_digest(models.create_model(settings(model=str(folder)), data.load_tokenizer("shipped")))
 
 
+@pytest.mark.first(2)
 @pytest.mark.parametrize(("revision", "commit"), [("", FIRST), ("better", SECOND), (SECOND, SECOND), (FIRST, FIRST)])
 def test_a_revision_names_a_commit_and_its_weights(cache: Path, revision: str, commit: str) -> None:
     chosen = settings(revision=revision)
@@ -250,6 +251,7 @@ def command(endpoint: str, cache: Path, *arguments: str, **environment: str) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_download_fetches_what_is_wanted_and_nothing_else(
     fake_hub: tuple[str, type[FakeHub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,6 +286,7 @@ def test_a_download_that_cannot_be_is_refused_in_one_line(
     assert told in done.stderr and arguments[0] in done.stderr
 
 
+@pytest.mark.slow
 def test_a_model_of_pickles_is_not_downloaded(fake_hub: tuple[str, type[FakeHub]], tmp_path: Path) -> None:
     endpoint, handler = fake_hub
     (handler.folder / "model.safetensors").unlink()
@@ -293,6 +296,7 @@ def test_a_model_of_pickles_is_not_downloaded(fake_hub: tuple[str, type[FakeHub]
     assert handler.fetched == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("environment", "told"),
     [({}, "check the network"), ({"HF_HUB_OFFLINE": "1"}, "unset HF_HUB_OFFLINE")],

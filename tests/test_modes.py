@@ -73,7 +73,7 @@ def contents(out: Path) -> list[Any]:
     return [entry.record for entry in journal.read(RunFolder(out).journal).entries]
 
 
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", WAYS)
 def test_with_kept_gradients_every_way_gives_one_digest(quick: Quick, tmp_path: Path, way: str) -> None:
     """Uninterrupted, replayed from the files alone, and cut before any checkpoint and after one."""
@@ -113,6 +113,7 @@ def test_without_kept_gradients_a_resumed_run_asks_again(quick: Quick, tmp_path:
         replay_run(RunFolder(tmp_path / "whole"))
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", ["fo", "calibrate", "hybrid-rank1"])
 def test_a_replay_that_lacks_a_gradient_starts_at_the_checkpoint(quick: Quick, tmp_path: Path, way: str) -> None:
     folder = RunFolder(tmp_path / "run")
@@ -144,7 +145,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_gradient_is_one_that_was_not_kept(quick: Quick, tmp_path: Path, damage: str) -> None:
     """A replay starts at the checkpoint, and without one names the file; a resumed run asks again and keeps it anew."""
@@ -169,6 +170,7 @@ def test_a_damaged_gradient_is_one_that_was_not_kept(quick: Quick, tmp_path: Pat
     assert (replayed.digest(), start) == (whole["digest"], 5)
 
 
+@pytest.mark.slow
 def test_a_run_whose_gradient_was_damaged_before_a_checkpoint_ends_without_its_replay(
     quick: Quick, tmp_path: Path
 ) -> None:
@@ -198,6 +200,7 @@ def test_a_gradient_asked_again_must_be_the_journals(
         central.resume(tmp_path / "run", ignore)
 
 
+@pytest.mark.slow
 def test_every_kind_of_record_is_where_the_mode_puts_it(quick: Quick, tmp_path: Path) -> None:
     kinds = {}
     for way in ("fo", "calibrate", "hybrid-rank1", "core"):
@@ -258,6 +261,7 @@ def test_a_clipped_gradient_has_the_norm_and_its_direction(quick: Quick, mode: s
         assert all(torch.allclose(clipped[name], tensor * share, rtol=1e-4) for name, tensor in whole.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [{}, {"normalise": False}, {"estimator": "two-point", "normalise": False}])
 def test_a_clipped_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]) -> None:
     settings = quick(queries=8, **overrides)
@@ -269,6 +273,7 @@ def test_a_clipped_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]
         assert found == pytest.approx(min(limit, norm), rel=0.02)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("overrides", [{}, {"instruct_kind": "hybrid"}, {"blend": False}])
 def test_a_clipped_guided_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]) -> None:
     settings = quick(mode="instruct", queries=8, **overrides)
@@ -340,6 +345,7 @@ def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
     assert moved == pytest.approx(found.coefficients, abs=2**-17 * max(map(abs, found.coefficients)))
 
 
+@pytest.mark.slow
 def test_seeds_are_fresh_in_every_round_and_mode(quick: Quick, tmp_path: Path) -> None:
     for way in ("core", "hybrid-rank1", "calibrate"):
         central.train(quick(**SHORT | WAYS[way]), tmp_path / way, ignore)
@@ -375,6 +381,7 @@ def test_rates_follow_the_schedule(quick: Quick, schedule: str, warmup: int) -> 
         assert schedules.learning_rate(settings, total, total) == 0.125
 
 
+@pytest.mark.slow
 def test_records_carry_the_rate_of_their_round(quick: Quick, tmp_path: Path) -> None:
     course = {"schedule": "cosine", "warmup_steps": 1, "learning_rate": 0.01, "bp_learning_rate": 0.004}
     wanted = [1.0, *((1 + math.cos(math.pi * step / 4)) / 2 for step in range(1, 5))]
@@ -392,6 +399,7 @@ def edit(out: Path, **values: Any) -> None:
     (out / "settings.toml").write_text(to_toml(settings))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_cosine_refuses_another_length(quick: Quick, tmp_path: Path) -> None:
     train_cut(quick(schedule="cosine"), tmp_path / "run", 3)
     edit(tmp_path / "run", steps=9)
@@ -403,7 +411,7 @@ def test_a_run_on_a_cosine_refuses_another_length(quick: Quick, tmp_path: Path) 
     assert len(contents(tmp_path / "constant")) == 7
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("mode", ["zo", "fo", "instruct", "subspace"])
 @pytest.mark.parametrize("budget", ["max_forward_equivalents", "max_tokens"])
 def test_a_budget_stops_at_its_step(quick: Quick, tmp_path: Path, mode: str, budget: str) -> None:
@@ -699,7 +707,7 @@ FEDERATED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", FEDERATED)
 def test_a_federation_of_one_is_central_in_the_new_settings(
     quick: Quick, tmp_path: Path, reviews: Path, way: str
@@ -753,6 +761,7 @@ def test_evaluations_tell_each_source_and_each_measure(quick: Quick, tmp_path: P
         assert not row["perplexity"] and not row["bits_per_byte"]
 
 
+@pytest.mark.first(1)
 @pytest.mark.usefixtures("two_sources")
 @pytest.mark.parametrize("task", ["language-model", "classification"])
 def test_the_final_weights_are_scored_once_and_the_summary_tells_that_score(
@@ -860,7 +869,7 @@ def test_a_mode_is_read_in_any_case(quick: Quick) -> None:
     assert [quick(mode=name).mode for name in ("ZO", "Fo", "InStruct")] == ["zo", "fo", "instruct"]
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", ["fo", "calibrate", "hybrid", "hybrid-rank1", "line", "guide-only", "core"])
 def test_a_loss_that_is_no_number_stops_the_run_at_its_step(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str

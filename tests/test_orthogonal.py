@@ -132,6 +132,7 @@ def exact(matrix: Tensor) -> NDArray[np.float32]:
     return real(x).astype(np.float32)
 
 
+@pytest.mark.first(6)
 @pytest.mark.parametrize("power", [1, 5])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bits_are_those_of_exact_fractions(shape: tuple[int, int], power: int) -> None:

@@ -98,6 +98,7 @@ def skew(shares: Sequence[Sequence[Document]], labels: int) -> float:
     return float(np.mean(np.abs(counts / counts.sum(axis=1, keepdims=True) - whole).sum(axis=1) / 2))
 
 
+@pytest.mark.slow
 def test_a_small_alpha_concentrates_labels_and_a_large_one_evens_them_out() -> None:
     found = labelled(800, 8)
     skews = [
@@ -109,6 +110,7 @@ def test_a_small_alpha_concentrates_labels_and_a_large_one_evens_them_out() -> N
     assert max(sizes) - min(sizes) < 40
 
 
+@pytest.mark.slow
 def test_shares_of_a_label_follow_the_dirichlet_distribution() -> None:
     """Mean 1/K and variance (K-1)/(K^2 (K alpha + 1)) of one client's share of one label, over seeds."""
     found, alpha, clients = labelled(400, 2), 0.5, 4
@@ -124,6 +126,7 @@ def test_shares_of_a_label_follow_the_dirichlet_distribution() -> None:
 GOLDEN = [[2, 3, 18, 6, 22], [5, 21, 9, 13], [23, 12, 0, 4, 8, 15, 11, 1, 20, 17, 16, 14, 19, 7, 10]]
 
 
+@pytest.mark.slow
 def test_the_partition_is_the_same_on_every_machine() -> None:
     """Held against figures, so that another numpy or flwr-datasets that draws otherwise is noticed."""
     found = labelled(24)
@@ -222,6 +225,7 @@ def test_counts_are_in_order_and_tell_no_path() -> None:
     assert rows == [[0, 8, 1, 0, 7], [1, 2, 0, 2, 0]]
 
 
+@pytest.mark.slow
 def test_the_command_writes_who_holds_what(tmp_path: Path, zofed_command: Callable[..., tuple[int, str, str]]) -> None:
     where = tmp_path / "new"
     options = ("--clients", 3, "--partition", "dirichlet", "--dirichlet-alpha", 0.1, "--seed", 4, "--out", where)
@@ -242,6 +246,7 @@ def test_the_command_writes_who_holds_what(tmp_path: Path, zofed_command: Callab
     assert status == 2 and "--out" in errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clients", [1, 45])
 def test_the_picture_takes_any_number_of_clients_and_groups(clients: int, tmp_path: Path) -> None:
     held = {client: {f"label {n}": n * client for n in range(13)} for client in range(clients)}
@@ -255,6 +260,7 @@ def rows_of(examples: data.Examples) -> Counter[tuple[int, ...]]:
     return Counter(tuple(row) for row in examples["input_ids"].tolist())
 
 
+@pytest.mark.slow
 def test_a_task_deals_by_its_setting_and_a_client_splits_off_its_own_held_out_part() -> None:
     values = {"task": "classification", "dataset": "sample-sst2", "partition": "dirichlet", "block-size": 32}
     task = Task.load(config.resolve(values))
@@ -336,6 +342,7 @@ def test_a_node_whose_own_file_will_not_do_is_told(tmp_path: Path) -> None:
     assert task.labels == 5 and task.shard(0, 1)["labels"].tolist() == [2]
 
 
+@pytest.mark.slow
 def test_a_federation_trains_on_a_skewed_partition(
     tmp_path: Path, zofed_command: Callable[..., tuple[int, str, str]]
 ) -> None:

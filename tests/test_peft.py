@@ -84,6 +84,7 @@ def logits_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return nn.functional.cross_entropy(logits[:, -labels.shape[1] - 1 : -1].flatten(0, 1), labels.flatten())
 
 
+@pytest.mark.first(4)
 @pytest.mark.parametrize("kind", ["rank1", "rank4"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_batched_losses_of_an_adapter_are_those_of_moved_weights(name: str, kind: str) -> None:

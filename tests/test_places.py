@@ -115,6 +115,7 @@ def test_the_first_node_to_greet_does_not_decide_how_many_there_are(
         run((grid, settings))
 
 
+@pytest.mark.slow
 def test_nobody_takes_the_place_of_a_node_that_is_away_nor_changes_its_own(
     quick: Quick, start: Start, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

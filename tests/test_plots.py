@@ -72,6 +72,7 @@ def test_curves_can_be_told_apart_in_grey_and_by_any_eye() -> None:
     )
 
 
+@pytest.mark.slow
 def test_compare_shows_mean_and_range_of_the_seeds_against_each_cost(runs: Path, drawn: Any, tmp_path: Path) -> None:
     found, notes = results.collect([runs])
     arms = results.arms(found)
@@ -99,6 +100,7 @@ def test_a_running_mean_is_centred_and_keeps_a_constant() -> None:
     )
 
 
+@pytest.mark.slow
 def test_fo_vs_zo_takes_the_best_arm_of_each_mode_and_needs_both(runs: Path, drawn: Any, tmp_path: Path) -> None:
     found, _ = results.collect([runs])
     plot_arms.fo_vs_zo(results.arms(found), tmp_path / "a.png")
@@ -119,6 +121,7 @@ def fake(name: str, end: float, **settings: Any) -> Result:
 GRID = {(2, 0.1): 5.0, (2, 0.2): 4.0, (8, 0.1): 3.0, (8, 0.2): 9.0}
 
 
+@pytest.mark.slow
 def test_a_heat_map_has_the_mean_of_the_seeds_at_the_best_of_the_rest(drawn: Any, tmp_path: Path) -> None:
     found = [
         fake(f"{n}", end + 0.2 * seed + (mode == "fo"), queries=q, seed=seed, mode=mode, **{"learning-rate": rate})
@@ -143,6 +146,7 @@ def test_a_map_needs_runs_that_ended_and_differ(tmp_path: Path) -> None:
         plot_sweep.sweep([fake("a", 1.0), fake("b", 2.0, seed=1)], tmp_path / "x.png")
 
 
+@pytest.mark.slow
 def test_zo_compares_slopes_with_backpropagation_along_the_way_once(runs: Path, drawn: Any, tmp_path: Path) -> None:
     found, notes = results.collect([runs])
     plot_sweep.zo(found, tmp_path / "zo.png", 2, notes)
@@ -236,6 +240,7 @@ def test_no_run_to_draw_is_told(runs: Path, tmp_path: Path, zofed_command: Comma
     assert status == 2 and "no run has the column bytes" in errors
 
 
+@pytest.mark.slow
 def test_every_picture_has_a_command(made: Path, tmp_path: Path, zofed_command: Command) -> None:
     for words in (
         ("quick", made / "zo-0"), ("compare", made / "zo-0", made / "fo-0", "--axis", "tokens"), ("sweep", made),

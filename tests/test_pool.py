@@ -110,7 +110,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.filterwarnings("ignore:the loss cannot run", "ignore:.*stay idle", "ignore:with epsilon")
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_any_number_of_devices_gives_the_same_records(
@@ -136,7 +136,7 @@ def test_only_new_records_cross_the_pipe(quick: Quick, tmp_path: Path, near: lis
     assert near[0].sizes == [pool._REQUEST.size + size for size in (0, *sizes[:-1])]
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("cpu,cpu", "cpu,cpu,cpu"), ("cpu,cpu", ""), ("", "cpu,cpu")])
 def test_a_run_goes_on_with_another_number_of_devices(
     quick: Quick, tmp_path: Path, near: list[NearPipe], before: str, after: str
@@ -163,6 +163,7 @@ def with_devices(run: Path, devices: str) -> None:
     (run / "settings.toml").write_text(tomli_w.dumps(values | {"devices": devices}))
 
 
+@pytest.mark.slow
 def test_where_one_cannot_batch_none_does(
     quick: Quick, tmp_path: Path, near: list[NearPipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:

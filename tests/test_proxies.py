@@ -170,6 +170,7 @@ def test_a_worker_and_flowers_commands_reach_this_machine_past_a_proxy(
                 assert reach.problem(Address("127.0.0.1", port), None) == ""
 
 
+@pytest.mark.slow
 def test_a_superlink_behind_a_proxy_that_fails_is_told_with_the_proxy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusing: str
 ) -> None:

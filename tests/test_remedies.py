@@ -84,7 +84,7 @@ def begun(
     return make
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_after_an_interruption(zofed_command: Zofed, begun: Any, finished: dict[str, Path], name: str) -> None:
     out, errors = begun(name)
@@ -122,7 +122,7 @@ TOLD: dict[str, tuple[str, Spoil, list[str]]] = {
 }
 
 
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("told", TOLD)
 def test_what_a_refusal_names(zofed_command: Zofed, finished: dict[str, Path], tmp_path: Path, told: str) -> None:
     name, spoil, words = TOLD[told]
@@ -135,6 +135,7 @@ def test_what_a_refusal_names(zofed_command: Zofed, finished: dict[str, Path], t
     assert RunFolder(folder).has_model()
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("name", ["zo", "federated"])
 def test_what_the_end_of_a_run_names(
     zofed_command: Zofed, finished: dict[str, Path], tmp_path: Path, name: str
@@ -202,7 +203,7 @@ DISK: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
 }
 
 
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("name", "what"), [*(("fo", what) for what in DISK), ("federated", "the log of rounds"), ("federated", "a table")]
 )

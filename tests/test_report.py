@@ -169,6 +169,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder.path
 
 
+@pytest.mark.slow
 def test_the_page_holds_all_of_it_and_needs_nothing_else(swept: Path, zofed_command: Command) -> None:
     status, told, errors = zofed_command("report", swept)
     assert status == 0, errors
@@ -196,6 +197,7 @@ def test_the_page_holds_all_of_it_and_needs_nothing_else(swept: Path, zofed_comm
         assert f"{np.mean(ends):.4f} ± {np.std(ends, ddof=1):.4f}" in summary
 
 
+@pytest.mark.slow
 def test_a_page_of_runs_that_are_cut_or_without_a_sweep_tells_so(swept: Path, tmp_path: Path) -> None:
     shutil.copytree(swept / "runs", tmp_path / "loose")
     (tmp_path / "loose" / "mode=zo,seed=0" / "summary.json").write_text('{"status": "running"}')

@@ -124,7 +124,7 @@ def disturbed(
     assert len(replies) == len(set(replies)) or way == "instruct"
 
 
-@pytest.mark.first(3)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("point", POINTS)
 def test_a_server_that_dies_anywhere_goes_on_to_the_same_weights(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, point: str
@@ -132,7 +132,7 @@ def test_a_server_that_dies_anywhere_goes_on_to_the_same_weights(
     disturbed(quick, start, monkeypatch, "zo", point, 4 if "checkpoint" in point else 3, forget=False)
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("point", ["after asking", "after the journal", "in the display"])
 @pytest.mark.parametrize("way", ["fo", "calibrate", "subspace"])
 def test_a_server_of_every_mode_goes_on_to_the_same_weights(
@@ -141,7 +141,7 @@ def test_a_server_of_every_mode_goes_on_to_the_same_weights(
     disturbed(quick, start, monkeypatch, way, point, 4, forget=True)
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -230,6 +230,7 @@ if __name__ == "__main__":
     child(sys.argv[1])
 
 
+@pytest.mark.slow
 def test_a_federation_cut_before_its_first_record_goes_on(quick: Quick, start: Start, monkeypatch: Any) -> None:
     """Nothing is written that could neither go on nor begin anew."""
     whole = run(start(quick(), name="whole"))
@@ -245,6 +246,7 @@ def test_a_federation_cut_before_its_first_record_goes_on(quick: Quick, start: S
     assert run(start(quick()))["digest"] == whole["digest"]
 
 
+@pytest.mark.slow
 def test_a_spoilt_table_behind_the_last_checkpoint_costs_a_federation_by_backpropagation_nothing(
     quick: Quick, start: Start
 ) -> None:

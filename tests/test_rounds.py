@@ -117,6 +117,7 @@ def results(settings: Settings) -> list[tuple[int, int, str]]:
 # --- a node's own data ---
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_node_whose_own_data_lack_a_class_takes_part(
     quick: Quick, start: Start, tmp_path: Path, frozen: bool
@@ -159,7 +160,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.first(4)
+@pytest.mark.first(2)
 @pytest.mark.parametrize(("way", "modes"), WAYS.values(), ids=WAYS)
 def test_every_way_of_training_ends_with_one_model(
     quick: Quick, start: Start, way: dict[str, Any], modes: tuple[str, ...]
@@ -223,6 +224,7 @@ def test_a_federation_of_one_is_central_training_record_for_record(
 # --- steps, seeds, messages ---
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("way", [{"local_steps": 3}, {"steps_per_message": 3}, {"mode": "fo", "local_steps": 3}])
 def test_a_client_comes_back_from_its_own_steps_bit_for_bit(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
@@ -248,6 +250,7 @@ def test_a_client_comes_back_from_its_own_steps_bit_for_bit(
     assert all(before == after for before, after in digests)
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("seeds", ["distinct", "shared"])
 def test_clients_measure_their_own_directions_or_the_same(
     quick: Quick, start: Start, tmp_path: Path, seeds: str
@@ -326,6 +329,7 @@ def test_a_round_short_of_its_quorum_is_skipped_and_the_run_goes_on(quick: Quick
     assert [row["loss"] == "" for row in rows] == [True, False, True, False, False, True, False]
 
 
+@pytest.mark.slow
 def test_a_client_that_fails_five_rounds_in_a_row_is_paused_for_twenty(
     quick: Quick, start: Start, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -359,7 +363,7 @@ LATE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", LATE.values(), ids=LATE)
 def test_a_client_that_forgot_everything_in_any_round_changes_nothing(
     quick: Quick, start: Start, way: dict[str, Any]
@@ -381,7 +385,7 @@ def test_a_client_that_forgot_everything_in_any_round_changes_nothing(
     assert "behind" in {result for _, _, result in results(settings)}
 
 
-@pytest.mark.first(2)
+@pytest.mark.first(1)
 @pytest.mark.parametrize("late", [2, 4, 6])
 @pytest.mark.parametrize("way", ["adamw", "calibrate"])
 def test_a_node_that_comes_in_any_round_is_taken_in(
@@ -401,6 +405,7 @@ def test_a_node_that_comes_in_any_round_is_taken_in(
     assert "client 2 joined" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_fast_link_brings_a_snapshot_and_a_slow_one_the_records(quick: Quick, start: Start) -> None:
     digests = set()
     for name, link in (("fast", 1e9), ("slow", 1e-6)):
@@ -422,6 +427,7 @@ def test_a_fast_link_brings_a_snapshot_and_a_slow_one_the_records(quick: Quick, 
     assert len(digests) == 1
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("part", ["snapshot", "updates"])
 def test_a_snapshot_or_an_update_that_cannot_be_used_leaves_the_client_behind(
     quick: Quick, start: Start, capsys: pytest.CaptureFixture[str], part: str
@@ -485,6 +491,7 @@ def flipping(grid: Meddling, round_: int, *, seen: bool) -> list[int]:
     return done
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_that_the_probe_sees_is_healed_in_its_round(quick: Quick, start: Start) -> None:
     whole = run(start(quick(), name="whole"))
     grid, settings = start(quick())
@@ -496,6 +503,7 @@ def test_a_flipped_bit_that_the_probe_sees_is_healed_in_its_round(quick: Quick, 
     assert {result for round_, _, result in results(settings) if round_ == 3} > {"used"}
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("interval", [0, 4])
 def test_a_flipped_bit_that_the_probe_misses_is_healed_at_the_next_digest(
     quick: Quick, start: Start, interval: int, capsys: pytest.CaptureFixture[str]
@@ -519,6 +527,7 @@ def unseen_place(worker: Worker, weight: torch.Tensor, round_: int) -> int:
     return next(place for place in range(weight.numel()) if place not in read)
 
 
+@pytest.mark.slow
 def test_a_client_whose_weights_are_not_finite_starts_anew(quick: Quick, start: Start) -> None:
     """Where the probe does not look, its losses tell."""
     whole = run(start(quick(), name="whole"))
@@ -614,6 +623,7 @@ def silent_until(grid: Meddling, time: Callable[[], bool]) -> list[bool]:
     return asked
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize("seconds", [0.0, 3600.0])
 def test_a_node_that_failed_to_say_who_it_is_is_asked_again_later(
     quick: Quick, start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seconds: float
@@ -642,7 +652,7 @@ def test_a_node_is_not_asked_again_where_all_that_were_wanted_are_there(
 # --- what is told ---
 
 
-@pytest.mark.first(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [{}, {"mode": "fo"}, {"mode": "calibrate", **BACKPROP}])
 def test_a_loss_that_is_withheld_is_told_nowhere(quick: Quick, start: Start, way: dict[str, Any]) -> None:
     """No reply holds it, and no table gives the zero in its place for a loss."""

@@ -114,6 +114,7 @@ def test_a_language_model_finds_its_embedding_under_either_name(
     assert weights_digest(loaded) == weights_digest(model)
 
 
+@pytest.mark.first(3)
 @pytest.mark.parametrize(
     ("build", "change", "lost"),
     [
@@ -219,6 +220,7 @@ def test_a_classifier_of_other_answers_than_one_label_is_refused_and_its_encoder
     assert loss.dim() == 0 and loss.isfinite()
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_drew_and_a_run_that_drew_nothing_says_nothing(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase,

@@ -297,6 +297,7 @@ def rows(folder: Path) -> dict[str, dict[str, str]]:
         return {row["run"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_runs_are_those_of_train_and_simulate_and_a_failure_stops_no_other(
     tmp_path: Path, zofed_command: Command
 ) -> None:
@@ -346,6 +347,7 @@ def test_runs_are_those_of_train_and_simulate_and_a_failure_stops_no_other(
     assert status == 2 and "was made with steps = 4, and the sweep now says 5" in errors
 
 
+@pytest.mark.slow
 def test_a_sweep_tunes_merges_and_goes_on_from_its_own_folder(tmp_path: Path, zofed_command: Command) -> None:
     text = "seeds = [0, 1]\n" + SMALL + 'dataset = "both"\n[merge]\nboth = ["sample-sst2", "sample-pubmedqa"]\n'
     text += "[tune]\nlearning-rate = [0.01, 1e-6]"
@@ -397,6 +399,7 @@ def test_a_tried_value_that_diverges_is_an_outcome_and_not_tried_again(tmp_path:
     assert status == 1 and "1 failed" in told and "training diverged" in told
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_from_another_working_folder(
     tmp_path: Path, zofed_command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -418,6 +421,7 @@ def test_a_sweep_goes_on_from_another_working_folder(
     assert (settings.dataset, settings.eval_dataset) == (str(here / "words.jsonl"), str(here / "more.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path: Path, zofed_command: Command) -> None:
     text = "seeds = [0, 1]\n" + SMALL + "[tune]\nlearning-rate = [0.1, 0.2]"
     status, told, _ = zofed_command("sweep", written(tmp_path, text), "--out", tmp_path / "out", "--dry-run")
@@ -427,6 +431,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(tmp_path: Path, zofed_comma
     assert lines[3].startswith("3 runs, 1 at a time: about ") and "MiB of memory" in lines[3]
 
 
+@pytest.mark.slow
 def test_more_runs_at_a_time_than_memory_allows_are_warned_of_with_the_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
