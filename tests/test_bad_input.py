@@ -13,7 +13,8 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from zofed import cli, data, journal
+from zofed import cli, data, journal, soundness
+from zofed.errors import UserError
 from zofed.tables import read_table
 
 Zofed = Callable[..., tuple[int, str, str]]
@@ -406,6 +407,26 @@ def test_an_output_folder_that_is_taken_or_cannot_be_is_left_alone(
 
 def test_an_output_folder_where_nothing_can_be_written_is_refused(refused: Refused) -> None:
     refused("train", *small("train"), "--out", "/proc/no/run", value="'/proc/no/run'", remedy="choose another --out")
+
+
+@pytest.mark.parametrize("command", ["train", "simulate"])
+def test_the_folder_of_a_run_that_was_refused_takes_the_mended_command(
+    zofed: Zofed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise UserError("no step can be taken: mend it")
+
+    arguments = [command, *small(command), "--out", tmp_path / "run"]
+    with monkeypatch.context() as patched:
+        patched.setattr(soundness, "check_repeats", refuse)
+        assert zofed(*arguments)[0] == 2
+    written = tmp_path / "run" / "journal.zofed"
+    assert not journal.read(written).entries and zofed(*arguments)[::2] == (0, "")
+    entries = journal.read(written).entries
+    assert entries
+    (tmp_path / "run" / "summary.json").write_text('{"status": "failed"}')
+    assert zofed(*arguments)[0] == (2 if command == "train" else 0)  # a federation goes on by itself
+    assert journal.read(written).entries == entries, "records are never written over"
 
 
 def test_a_command_given_twice_keeps_the_first_result(refused: Refused, zofed: Zofed, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from zofed import __version__, arithmetic, config, shell
 from zofed.config import Settings
 from zofed.errors import DiskError, UserError
 from zofed.files import sync_file, sync_folder, write_whole
-from zofed.journal import Genesis, differences
+from zofed.journal import Genesis, Journal, differences
 from zofed.tables import Row as Row
 from zofed.tables import read_table as read_table
 from zofed.worker import NotKept, tensors_digest
@@ -40,6 +40,10 @@ WAY, NODES, ARITHMETIC = "way", "nodes", "arithmetic"  # what inputs.json says o
 # How a run runs, by the command that begins and continues it. The last of them is a federation on separate machines.
 CENTRAL, SIMULATED, DEPLOYED = "zofed train", "zofed simulate", "zofed run"
 RESTORE = "restore it from a copy"
+_OF_REFUSED = (
+    "settings.toml", "inputs.json", "journal.zofed", "metrics.csv", "evaluations.csv", "summary.json", "rounds.csv",
+    "clients.csv", "client_evaluations.csv", "partition.csv", "partition.png", "rounds.log", "members.json",
+)  # fmt: skip
 _OF_FEDERATIONS = ("rounds.csv", "clients.csv", "client_evaluations.csv", "partition.csv")
 
 
@@ -57,7 +61,7 @@ class RunFolder:
 
         inputs: what a resumed run must find unchanged. way: how it runs, one of CENTRAL, SIMULATED and DEPLOYED. nodes:
         of a federation, how many the data are dealt out to. What a run killed before its first entry left is written
-        over.
+        over, and what a run left that was refused before it.
         """
         path = config.absolute(path, "out")
         folder = cls(path)
@@ -65,6 +69,7 @@ class RunFolder:
             if path.is_symlink() and not path.exists():
                 raise UserError(f"out = {str(path)!r} is a link to nowhere: remove it or choose another --out")
             begun = ("settings.toml", "inputs.json")
+            folder._clear_refused()
             if path.exists() and (
                 not path.is_dir() or any(p.name not in begun and not p.name.endswith(".new") for p in path.iterdir())
             ):
@@ -78,6 +83,22 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"out = {str(path)!r} cannot be written: {error.strerror}; choose another --out") from error
         return folder
+
+    def _clear_refused(self) -> None:
+        """Remove what a run left that failed before its first record, so that the same --out takes the mended command.
+
+        Anything else in the folder, a record or a writer at work, and all of it stays.
+        """
+        files = {self.path / name for name in _OF_REFUSED}
+        if not self.path.is_dir() or not set(self.path.iterdir()) <= files:
+            return
+        with suppress(UserError):  # a damaged summary or journal: the folder stays as it is
+            if self.summary().get("status") != "failed":
+                return
+            with Journal.open(self.journal) as journal:
+                if not journal.entries:
+                    for file in files:
+                        file.unlink(missing_ok=True)
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
