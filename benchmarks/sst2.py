@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import common
-from zofed import config, data, federation, local, metrics, models
+from zofed import config, data, local, metrics, models, step_records
 from zofed.config import Settings
 from zofed.data import Document, Examples
 from zofed.documents import random_order
@@ -96,7 +96,7 @@ def train(task: Task, examples: Examples, steps: int) -> tuple[Any, int]:
         if settings.mode == "zo":
             measured = local.slopes(settings, worker, examples, 0)
             passes += measured.forward_passes
-            worker.apply(link(worker.head, federation.record_of(settings, worker, {0: measured}, steps)))
+            worker.apply(link(worker.head, step_records.record_of(settings, worker, {0: measured}, steps)))
         else:
             batch = data.batch(examples, seed=settings.seed, client=0, step=round_, batch_size=settings.batch_size)
             update, _ = worker.gradient(lambda batch=batch: metrics.loss_of(worker.model, batch))

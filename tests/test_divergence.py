@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_law import federate, ignore
 
-from zofed import central, results
+from zofed import central, run_result
 from zofed.config import Settings
 from zofed.divergence import has_diverged
 from zofed.errors import DivergenceError
@@ -81,7 +81,7 @@ def test_a_run_that_ends_far_above_its_start_has_diverged_and_keeps_what_it_has(
     with pytest.raises(DivergenceError) as again:
         central.resume(run, ignore) if way == "central" else train()
     assert str(again.value) == str(told.value) and RunFolder(run).summary()["digest"] == summary["digest"]
-    result = results.read(run)
+    result = run_result.read(run)
     assert result.has_diverged and not result.is_complete and result.end != result.end
 
 

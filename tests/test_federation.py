@@ -20,26 +20,24 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from zofed import compact, config, federation, guides, journal, merging, records, schedules, snapshots, subspace, wire
+from zofed import compact, config, guides, journal, merging, records, schedules, snapshots, step_records, subspace, wire
 from zofed.estimators import Points
 from zofed.federation import (
     Answer,
     Contribution,
-    Measured,
     Plan,
     Reason,
-    catch_up,
     check,
     check_update,
     plan_for,
-    position,
 )
-from zofed.journal import Entry, genesis_chain, link
+from zofed.journal import Entry, genesis_chain, link, position
+from zofed.merging import Measured
 from zofed.messages import KEY, pack, payload, size, unpack
 from zofed.optimizers import Optimizer
 from zofed.records import Dense, Guided, Record, Seeded, Skipped, Spread
 from zofed.wire import Evaluation, Final, Greeting, Introduction, Malformed
-from zofed.worker import Update, Worker, make_genesis, tensors_digest
+from zofed.worker import Update, Worker, catch_up, make_genesis, tensors_digest
 
 EPSILON = 3e-4
 PLAN = Plan(
@@ -239,7 +237,7 @@ def test_a_merge_fits_into_a_record(answers: dict[int, Measured], way: dict[str,
     merged = merging.merged(answers, **way)
     assert all(abs(value) < 2**18 for value in merged.coefficients)
     assert merged.clients == ((0,) if way["shared"] else tuple(sorted(answers)))
-    record = federation.seeded(7, 0.1, merged, 3, "two-point")
+    record = merging.seeded(7, 0.1, merged, 3, "two-point")
     assert records.encode(records.decode(records.encode(record))) == records.encode(record)
 
 
@@ -432,7 +430,7 @@ def test_the_record_of_a_round_follows_the_settings_and_the_worker(points: Point
     chosen = chosen_settings(estimator=points, normalise=normalise, clip_slopes=0.0)
     worker = standing_at(4)
     answers = {4: measured((9, -8, 7), -12), 1: measured((1, 2**17, 3), -17)}
-    record = federation.record_of(chosen, worker, answers, 8)
+    record = step_records.record_of(chosen, worker, answers, 8)
     assert (record.round, record.queries, record.clients) == (5, 3, (1, 4))
     assert record.rate == schedules.learning_rate(chosen, 5, 8) < 0.5
     degrees = 2 * (3 if points == "two-point" else 2)
@@ -444,19 +442,19 @@ def test_the_record_of_a_round_follows_the_settings_and_the_worker(points: Point
 
 def test_one_query_of_one_point_is_divided_by_one() -> None:
     merged = merging.merged({0: measured((5,), -20), 1: measured((5,), -20)}, shared=False)
-    assert federation.seeded(1, 0.1, merged, 1, "one-sided").divisor == 2.0
+    assert merging.seeded(1, 0.1, merged, 1, "one-sided").divisor == 2.0
 
 
 def test_several_rounds_of_one_exchange_are_the_rounds_asked_one_by_one() -> None:
     """Each with its own rate, its own part of the integers and the spread that those before leave."""
     chosen = chosen_settings(normalise=True, clip_slopes=0.0, clip_norm=0.0)
     answers = {0: measured(range(1, 10), -12), 5: measured(range(-40, -31), -12)}
-    made = federation.records_of(chosen, standing_at(4), answers, 9, 3)
+    made = step_records.records_of(chosen, standing_at(4), answers, 9, 3)
     assert [record.round for record in made] == [5, 6, 7]
     worker = standing_at(4)
     for step, record in enumerate(made):
         part = {c: replace(one, coefficients=one.coefficients[3 * step : 3 * step + 3]) for c, one in answers.items()}
-        assert federation.record_of(chosen, worker, part, 9) == record
+        assert step_records.record_of(chosen, worker, part, 9) == record
         worker.apply(link(worker.head, record))
     assert len({record.rate for record in made}) == len({record.divisor for record in made}) == 3
 
@@ -467,7 +465,7 @@ def test_local_steps_are_summed_and_each_is_a_mean_over_all_directions(seeds: st
         local_steps=2, seeds=seeds, normalise=False, estimator="two-point", clip_slopes=0.0, clip_norm=0.0
     )
     answers = {0: measured((1, 2, 3, 4, 5, 6), -10), 2: measured((3, 4, 5, 6, 7, 8), -10)}
-    record = federation.record_of(chosen, standing_at(0), answers, 9)
+    record = step_records.record_of(chosen, standing_at(0), answers, 9)
     assert (record.local_steps, record.queries) == (2, 3)
     if seeds == "shared":
         assert [float(s) for s in exact(record)] == [s / 2**10 for s in (2, 3, 4, 5, 6, 7)]  # type: ignore[arg-type]
@@ -479,11 +477,11 @@ def test_local_steps_are_summed_and_each_is_a_mean_over_all_directions(seeds: st
 
 def test_the_norm_of_an_estimate_is_clipped() -> None:
     answers = {0: measured((100, -200, 300), 0)}
-    whole = federation.record_of(chosen_settings(normalise=False), standing_at(0), answers, 9)
+    whole = step_records.record_of(chosen_settings(normalise=False), standing_at(0), answers, 9)
     parameters = sum(parameter.numel() for parameter in worker_of().parameters.values())
     norm = records.estimate_norm(whole, parameters)
     for limit in (norm / 7, norm * 2):
-        record = federation.record_of(chosen_settings(normalise=False, clip_norm=limit), standing_at(0), answers, 9)
+        record = step_records.record_of(chosen_settings(normalise=False, clip_norm=limit), standing_at(0), answers, 9)
         assert records.estimate_norm(record, parameters) == pytest.approx(min(norm, limit), rel=1e-12)
         assert replace(record, divisor=whole.divisor) == whole
 
@@ -491,15 +489,15 @@ def test_the_norm_of_an_estimate_is_clipped() -> None:
 def test_updates_are_merged_by_capped_examples_or_robustly() -> None:
     found = {2: (update_of(8.0), 10**12), 0: (update_of(2.0), 10), 1: (update_of(5.0), 30)}
     value = lambda **changes: float(  # noqa: E731
-        federation.merged_updates(chosen_settings(**changes), found)["weight"][0, 0]
+        step_records.merged_updates(chosen_settings(**changes), found)["weight"][0, 0]
     )
     assert value() == pytest.approx(5.0)
     assert value(weighting="examples", example_cap=40) == pytest.approx((2 * 10 + 5 * 30 + 8 * 40) / 80)
     assert value(merge="median", seeds="shared") == 5.0
     wild = found | {2: (update_of(1e30), 1)}
-    assert float(federation.merged_updates(chosen_settings(merge="trimmed", seeds="shared"), wild)["bias"][0]) == 5.0
+    assert float(step_records.merged_updates(chosen_settings(merge="trimmed", seeds="shared"), wild)["bias"][0]) == 5.0
     ordered = dict(sorted(found.items()))
-    one, other = (federation.merged_updates(chosen_settings(weighting="examples"), way) for way in (found, ordered))
+    one, other = (step_records.merged_updates(chosen_settings(weighting="examples"), way) for way in (found, ordered))
     assert tensors_digest(one) == tensors_digest(other)
     assert float(found[0][0]["weight"][0, 0]) == 2.0, "a merge changes no update"
 

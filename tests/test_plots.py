@@ -11,10 +11,11 @@ import matplotlib.colors
 import numpy as np
 import pytest
 
-from zofed import central, client, plot_arms, plot_run, plot_style, plot_sweep, results, server
+from zofed import central, client, plot_arms, plot_run, plot_style, plot_sweep, results, run_result, server
 from zofed.errors import UserError
 from zofed.grid import LocalGrid
-from zofed.results import Arm, Result
+from zofed.results import Arm
+from zofed.run_result import Result
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -180,7 +181,7 @@ def test_cosines_that_all_arms_share_are_one_line(drawn: Any, tmp_path: Path) ->
 
 
 def test_quick_shows_loss_rate_and_spread(runs: Path, drawn: Any, tmp_path: Path) -> None:
-    result = results.read(runs / "zo-0")
+    result = run_result.read(runs / "zo-0")
     plot_run.quick(result, tmp_path / "quick.png")
     figure, notes = drawn[0]
     loss, rate, spread = figure.axes
@@ -190,12 +191,12 @@ def test_quick_shows_loss_rate_and_spread(runs: Path, drawn: Any, tmp_path: Path
 
 
 def test_federated_shows_who_took_part_and_refuses_other_runs(made: Path, drawn: Any, tmp_path: Path) -> None:
-    plot_run.federated(results.read(made / "federated"), tmp_path / "federated.png")
+    plot_run.federated(run_result.read(made / "federated"), tmp_path / "federated.png")
     figure, _ = drawn[0]
     grid = np.asarray(figure.axes[0].images[0].get_array())
     assert grid.shape == (3, 6) and set(grid.sum(0)) == {2.0}, "two of three clients are asked in each round"
     with pytest.raises(UserError, match="no federated run"):
-        plot_run.federated(results.read(made / "zo-0"), tmp_path / "x.png")
+        plot_run.federated(run_result.read(made / "zo-0"), tmp_path / "x.png")
 
 
 # --- what cannot be read ---
@@ -302,6 +303,9 @@ def test_runs_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
 
 def test_the_settings_of_a_missing_summary_are_those_of_its_file(runs: Path) -> None:
     (runs / "zo-0" / "summary.json").unlink()
-    result = results.read(runs / "zo-0")
+    result = run_result.read(runs / "zo-0")
     assert not result.is_complete and np.isnan(result.end) and result.settings["queries"] == 3
-    assert json.loads((runs / "zo-1" / "summary.json").read_text())["eval_loss_end"] == results.read(runs / "zo-1").end
+    summary = json.loads((runs / "zo-1" / "summary.json").read_text())
+    assert summary["eval_loss_end"] == run_result.read(runs / "zo-1").end
+        json.loads((runs / "zo-1" / "summary.json").read_text())["eval_loss_end"] == run_result.read(runs / "zo-1").end
+    )

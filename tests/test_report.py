@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from zofed import report, verdicts
-from zofed.results import Arm, Result
+from zofed.results import Arm
+from zofed.run_result import Result
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -21,11 +21,12 @@ from zofed.classes import Classes
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
-from zofed.federation import NO_LOSS, Answer, Contribution, Measured, Plan
+from zofed.federation import NO_LOSS, Answer, Contribution, Plan
 from zofed.journal import differences, genesis_chain
+from zofed.merging import Measured
 from zofed.task import Task, prepare_process, with_absolute_paths
 from zofed.wire import Evaluation, Final, Greeting, Introduction, Malformed
-from zofed.worker import Update, tensors_digest
+from zofed.worker import Update, catch_up, tensors_digest
 
 UPDATES_KEPT = 2  # guides and updates that entries soon to come will name
 
@@ -101,7 +102,7 @@ class Replica:
             del self._updates[next(iter(self._updates))]
 
     def _follow(self, plan: Plan) -> bool:
-        arrived = federation.catch_up(self.worker, plan.after, plan.entries, self._updates)
+        arrived = catch_up(self.worker, plan.after, plan.entries, self._updates)
         self.is_unsound = arrived and self.worker.probe() != plan.probe
         return arrived and not self.is_unsound
 

@@ -15,7 +15,7 @@ from zofed import federation, foreign, guides, merging, messages, snapshots
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.federation import Answer, Contribution, Plan, Reply
-from zofed.journal import Entry, Journal, genesis_chain
+from zofed.journal import Entry, Journal, genesis_chain, position
 from zofed.members import Members, exchange
 from zofed.traffic import Traffic
 from zofed.trainer import diverged
@@ -188,7 +188,7 @@ class Exchanges:
             member.updates = set(self.updates) if plan.guide else set()
         elif answer is not None and result == "behind":
             member.updates = set()
-            known = federation.position(self.journal.entries, self.genesis, answer.head)
+            known = position(self.journal.entries, self.genesis, answer.head)
             member.held, member.rebuild = known or 0, known is None
         elif result == "desync":
             print(f"client {client}: its weights are not the run's; it replays all from the base", flush=True)
@@ -207,7 +207,7 @@ class Exchanges:
         member = self.members.found[client]
         if self._probe[0] != self.worker.head:  # the weights have moved; one probe serves all clients
             self._probe = (self.worker.head, self.worker.probe())
-            self._held = federation.position(self.journal.entries, self.genesis, self.worker.head) or 0
+            self._held = position(self.journal.entries, self.genesis, self.worker.head) or 0
         # The journal may be ahead of the weights: a round's lines are being written while later ones stand in it.
         entries = self.journal.entries[: self._held]
         held = 0 if member.rebuild else member.held
@@ -267,7 +267,7 @@ class Exchanges:
                 digests[client] = told.digest
                 if not told.digest:
                     member.updates = set()
-                known = federation.position(self.journal.entries, self.genesis, told.head)
+                known = position(self.journal.entries, self.genesis, told.head)
                 member.held, member.rebuild = known or 0, known is None
         return digests
 

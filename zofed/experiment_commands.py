@@ -11,7 +11,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 
-from zofed import config, shell
+from zofed import config, run_result, shell
 from zofed.errors import UserError
 from zofed.options import Interrupted, console, with_settings
 
@@ -165,9 +165,9 @@ def report(
 @plot_app.command("quick")
 def plot_quick(run: RunPath, out: Out = None) -> None:
     """One run: losses, rate, spread of the slopes."""
-    from zofed import plot_run, results
+    from zofed import plot_run
 
-    console.print(f"wrote {plot_run.quick(results.read(run), _png(out, run, 'quick'))}", markup=False)
+    console.print(f"wrote {plot_run.quick(run_result.read(run), _png(out, run, 'quick'))}", markup=False)
 
 
 @plot_app.command("compare")
@@ -222,9 +222,9 @@ def plot_fo_vs_zo(folder: Folder, out: Out = None) -> None:
 @plot_app.command("federated")
 def plot_federated(run: RunPath, out: Out = None) -> None:
     """One federated run: who took part, what was refused, bytes, each client's loss."""
-    from zofed import plot_run, results
+    from zofed import plot_run
 
-    console.print(f"wrote {plot_run.federated(results.read(run), _png(out, run, 'federated'))}", markup=False)
+    console.print(f"wrote {plot_run.federated(run_result.read(run), _png(out, run, 'federated'))}", markup=False)
 
 
 def _png(out: Path | None, folder: Path, name: str) -> Path:

@@ -1,23 +1,20 @@
-"""A federated round as plain functions: plan, catch up, check, merge. Nothing here knows Flower.
+"""A federated round as plain functions: what a plan asks, what an answer says, whether to believe it.
 
 The server plans a round and sends the plan with the journal entries a client lacks; the client catches up by replaying
 them, does its part (`local`) and answers; the server checks every answer against a closed list of reasons and merges
-the good ones into records. Central training is the same with one client.
+the good ones into records (`step_records`). Nothing here knows Flower.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
-from zofed import foreign, guides, journal, merging, records, schedules
+from zofed import foreign, guides, journal, records
 from zofed.config import Settings
 from zofed.errors import UserError
-from zofed.estimators import Estimate, Points, degrees_of_freedom
 from zofed.journal import Entry, Genesis
-from zofed.merging import Slopes
-from zofed.records import Seeded, Spread
-from zofed.worker import Update, Worker, update_digest
+from zofed.worker import Update, Worker
 
 # What a plan asks for: slopes along seeded directions; slopes along directions that the plan's guide shapes; trained
 # coefficients of the round's subspace; a gradient for a guide; an update after local training; nothing but to be there.
@@ -104,27 +101,6 @@ class Contribution(Reply):
     update: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Slopes of one client in one exchange, as integers, with the mean loss and the forward passes spent.
-
-    sequences: examples that these passes ran, all together. examples: how many the client holds.
-    """
-
-    coefficients: tuple[int, ...]
-    exponent: int
-    loss: float
-    forward_passes: int
-    sequences: int = 0
-    examples: int = 1
-
-    @classmethod
-    def of(cls, estimate: Estimate) -> "Measured":
-        """The estimate with its slopes as integers. Raises ValueError when one is not finite."""
-        coefficients, exponent = records.to_integers(estimate.slopes)
-        return cls(coefficients, exponent, estimate.loss, estimate.forward_passes)
-
-
 def plan_for(
     worker: Worker,
     after: bytes,
@@ -165,134 +141,6 @@ def integers_asked(settings: Settings, plan: Plan) -> int:
     if plan.task == "coefficients":
         return settings.subspace_size
     return settings.queries * (settings.local_steps * plan.steps if plan.task == "slopes" else 1)
-
-
-def record_of(settings: Settings, worker: Worker, found: Mapping[int, Slopes], total: int) -> Seeded:
-    """The record of the round that follows the worker's, from what its clients measured; total: rounds of the run."""
-    return records_of(settings, worker, found, total, 1)[0]
-
-
-def records_of(settings: Settings, worker: Worker, found: Mapping[int, Slopes], total: int, steps: int) -> list[Seeded]:
-    """The records of the `steps` rounds that follow the worker's, from what its clients measured in one exchange."""
-    made: list[Seeded] = []
-    spread, parameters = worker.spread, sum(parameter.numel() for parameter in worker.parameters.values())
-    each = settings.queries * settings.local_steps
-    for step in range(steps):
-        round_ = worker.round + 1 + step
-        part = {client: _some(one, step * each, (step + 1) * each) for client, one in found.items()}
-        record = seeded(
-            round_,
-            schedules.learning_rate(settings, round_, total),
-            merged_slopes(settings, part, shared=settings.seeds == "shared", usual=spread.value),
-            settings.queries,
-            settings.estimator,
-            spread if settings.normalise else None,
-            settings.local_steps,
-        )
-        spread = spread.after(record.coefficients, record.exponent)
-        norm = records.estimate_norm(record, parameters)
-        if 0.0 < settings.clip_norm < norm:
-            record = replace(record, divisor=record.divisor * (norm / settings.clip_norm))
-        made.append(record)
-    return made
-
-
-def seeded(
-    round_: int,
-    rate: float,
-    merged: merging.Merged,
-    queries: int,
-    points: Points,
-    spread: Spread | None = None,
-    local_steps: int = 1,
-) -> Seeded:
-    """The record of merged slopes: the mean over all directions of each local step, which are summed.
-
-    spread: that of the records before, for a step that is divided by it.
-    """
-    divisor = float(len(merged.clients) * degrees_of_freedom(points, queries))
-    if spread is not None:
-        divisor *= spread.after(merged.coefficients, merged.exponent).value
-    return Seeded(round_, rate, merged.clients, queries, merged.coefficients, merged.exponent, divisor, local_steps)
-
-
-def _some(found: Slopes, start: int, stop: int) -> Slopes:
-    """Some of a client's slopes."""
-    return Measured(found.coefficients[start:stop], found.exponent, 0.0, 0, examples=found.examples)
-
-
-def subspace_record(
-    settings: Settings, round_: int, rate: float, found: Mapping[int, Slopes], usual: float = 1.0
-) -> Seeded:
-    """The record of coefficients that clients trained in the round's subspace, which they share.
-
-    The weights move by the merged coefficients themselves: by rate / divisor times them, where both are equal. rate:
-    of all inner steps together, by which the weight decay goes; at 0, where a cosine may end, the coefficients are 0.
-    usual: size of the run's coefficients so far.
-    """
-    merged = merged_slopes(settings, found, shared=True, usual=usual)
-    return Seeded(round_, rate, (0,), settings.subspace_size, merged.coefficients, merged.exponent, rate or 1.0)
-
-
-def merged_slopes(
-    settings: Settings, found: Mapping[int, Slopes], *, shared: bool, usual: float = 1.0
-) -> merging.Merged:
-    """All clients' integers as one set, by the rules of the settings. usual: size of the run's slopes so far."""
-    return merging.merged(
-        found,
-        shared=shared,
-        rule=settings.merge if shared else "mean",
-        trim=settings.trim,
-        limit=settings.clip_slopes,
-        largest_weight=settings.example_cap if settings.weighting == "examples" else 0,
-        bits=settings.coefficient_bits,
-        usual=usual,
-    )
-
-
-def merged_updates(settings: Settings, found: Mapping[int, tuple[Update, int]]) -> Update:
-    """One update from those of all clients: (update, examples it was found on) by client index.
-
-    Float32 sums in the order of the clients' indices: the same bits on one machine, which is enough, for the update
-    itself is journalled and sent.
-    """
-    clients = sorted(found)
-    if settings.merge != "mean":
-        return guides.robust_mean([found[client][0] for client in clients], settings.merge, settings.trim)
-    cap = settings.example_cap if settings.weighting == "examples" else 1
-    weights = [max(1, min(found[client][1], cap)) for client in clients]
-    total: Update = {}
-    for client, weight in zip(clients, weights, strict=True):
-        for name, tensor in found[client][0].items():
-            part = tensor * (weight / sum(weights))
-            total[name] = total[name].add_(part) if name in total else part
-    return total
-
-
-def position(entries: Sequence[Entry], genesis: bytes, head: bytes) -> int | None:
-    """How many of the entries a replica with this head holds; None when it follows another history."""
-    if head == genesis:
-        return 0
-    return next((index + 1 for index, entry in enumerate(entries) if entry.chain == head), None)
-
-
-def catch_up(worker: Worker, after: bytes, raw: bytes, updates: Mapping[bytes, Update] | None = None) -> bool:
-    """Replay the records that follow chain `after`; False when the worker does not stand on their way.
-
-    updates: what records that are no function of seeds need, by digest. Nothing is applied unless the way is whole.
-    """
-    try:
-        entries = journal.linked(raw, after)
-    except ValueError:
-        return False
-    start = position(entries, after, worker.head)
-    held = updates or {}
-    if start is None or any(
-        (digest := update_digest(entry.record)) is not None and digest not in held for entry in entries[start:]
-    ):
-        return False
-    worker.replay(entries[start:], held.get)
-    return True
 
 
 def check(answer: Answer, plan: Plan, count: int, epsilon: float) -> Reason | None:

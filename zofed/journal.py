@@ -138,6 +138,13 @@ def linked(raw: bytes, chain: bytes) -> list[Entry]:
     return entries
 
 
+def position(entries: Sequence[Entry], genesis: bytes, head: bytes) -> int | None:
+    """How many of the entries a replica with this head holds; None when it follows another history."""
+    if head == genesis:
+        return 0
+    return next((index + 1 for index, entry in enumerate(entries) if entry.chain == head), None)
+
+
 def _entry_size(raw: bytes, offset: int) -> int | None:
     """Whole size of the entry at `offset`, or None where no undamaged entry stands there."""
     if offset + _ENTRY.size > len(raw):

@@ -18,8 +18,8 @@ from zofed import merging, scopes
 from zofed.directions import KIND_PATTERN, direction_seeds
 from zofed.errors import UserError
 from zofed.estimators import Estimate, Points, size_exponents
-from zofed.federation import Measured, seeded
 from zofed.journal import Journal, differences, link, read
+from zofed.merging import Measured, seeded
 from zofed.optimizers import Optimizer
 from zofed.perturbed import Loss
 from zofed.records import Seeded

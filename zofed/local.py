@@ -14,7 +14,7 @@ from zofed import data, directions, guides, instruct, metrics, records, schedule
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.data import Examples
 from zofed.estimators import Estimate, FiniteDifference, Split, degrees_of_freedom, forward_passes, kept
-from zofed.federation import Measured
+from zofed.merging import Measured
 from zofed.optimizers import Optimizer
 from zofed.perturbed import Loss
 from zofed.worker import Update, Worker

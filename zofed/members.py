@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from zofed import __version__, federation, foreign, identity, messages
+from zofed import __version__, foreign, identity, messages
 from zofed.classes import Classes
 from zofed.config import Settings
 from zofed.documents import random_order
 from zofed.errors import UserError
-from zofed.journal import Journal, canonical, genesis_chain
+from zofed.journal import Journal, canonical, genesis_chain, position
 from zofed.places import Places
 from zofed.records import CLIENTS
 from zofed.wire import Greeting, Introduction, Malformed
@@ -289,7 +289,7 @@ class Members:
 
     def _position(self, head: bytes) -> int:
         entries = self.journal.entries if self.journal else []
-        return federation.position(entries, genesis_chain(self.worker.genesis), head) or 0
+        return position(entries, genesis_chain(self.worker.genesis), head) or 0
 
 
 def _wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:

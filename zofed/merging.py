@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from zofed import records
+from zofed.estimators import Estimate, Points, degrees_of_freedom
+from zofed.records import Seeded, Spread
 
 Rule = Literal["mean", "trimmed", "median"]
 
@@ -23,6 +25,27 @@ class Slopes(Protocol):
     def exponent(self) -> int: ...
     @property
     def examples(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Slopes of one client in one exchange, as integers, with the mean loss and the forward passes spent.
+
+    sequences: examples that these passes ran, all together. examples: how many the client holds.
+    """
+
+    coefficients: tuple[int, ...]
+    exponent: int
+    loss: float
+    forward_passes: int
+    sequences: int = 0
+    examples: int = 1
+
+    @classmethod
+    def of(cls, estimate: Estimate) -> "Measured":
+        """The estimate with its slopes as integers. Raises ValueError when one is not finite."""
+        coefficients, exponent = records.to_integers(estimate.slopes)
+        return cls(coefficients, exponent, estimate.loss, estimate.forward_passes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,3 +183,22 @@ def rounded_quotients(values: Sequence[int], divisor: int, shift: int) -> tuple[
     below = divisor << (shift + 1) if shift >= 0 else 2 * divisor
     above = 2 if shift >= 0 else 2 << -shift
     return tuple((value * above + below // 2) // below for value in values)
+
+
+def seeded(
+    round_: int,
+    rate: float,
+    merged: Merged,
+    queries: int,
+    points: Points,
+    spread: Spread | None = None,
+    local_steps: int = 1,
+) -> Seeded:
+    """The record of merged slopes: the mean over all directions of each local step, which are summed.
+
+    spread: that of the records before, for a step that is divided by it.
+    """
+    divisor = float(len(merged.clients) * degrees_of_freedom(points, queries))
+    if spread is not None:
+        divisor *= spread.after(merged.coefficients, merged.exponent).value
+    return Seeded(round_, rate, merged.clients, queries, merged.coefficients, merged.exponent, divisor, local_steps)

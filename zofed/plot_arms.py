@@ -9,7 +9,8 @@ import numpy as np
 
 from zofed import plot_style as style
 from zofed.errors import UserError
-from zofed.results import Arm, Array, Result, incomparable, some
+from zofed.results import Arm, incomparable, some
+from zofed.run_result import Array, Result
 
 POINTS = 200  # at which curves of several seeds are averaged
 WIDEST = 20  # times that arms may differ in what they cost before an axis is logarithmic

@@ -12,7 +12,7 @@ from zofed import plot_style as style
 from zofed.errors import UserError
 from zofed.plot_arms import smoothed
 from zofed.records import Guided, Seeded
-from zofed.results import Array, Result
+from zofed.run_result import Array, Result
 from zofed.runs import read_table
 
 CLIENTS_SHOWN = 8  # curves; of more clients the mean and the range are drawn

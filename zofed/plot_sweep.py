@@ -12,7 +12,8 @@ import numpy as np
 from zofed import course
 from zofed import plot_style as style
 from zofed.errors import UserError
-from zofed.results import Arm, Result, arms, differing, some
+from zofed.results import Arm, arms, differing, some
+from zofed.run_result import Result
 from zofed.sweep import shown
 
 LONGEST_TICK = 44  # characters of a line

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
-from zofed import partitions, results
+from zofed import partitions, run_result
 from zofed import plot_style as style
 from zofed.runs import RunFolder
 
@@ -18,7 +18,7 @@ GROUPS_SHOWN = 10  # colours and hatches that an eye can still tell apart
 
 def plot_loss(folder: RunFolder, baselines: Mapping[str, float]) -> Path:
     """loss.png in the run's folder: training and held-out loss by step, with the baselines as lines."""
-    result = results.read(folder.path)
+    result = run_result.read(folder.path)
     steps, training, (rows, held_out) = result.columns["step"], result.columns["loss"], result.held_out
     figure, places = style.panels(1, 1, width=8, height=5)
     place = places[0, 0]
@@ -72,7 +72,7 @@ def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> 
 def federation(folder: RunFolder, clients: int) -> Path:
     """federation.png: losses by round, by bytes of a client and by seconds, and where each round's seconds went."""
     path = folder.path / "federation.png"
-    metrics, rounds = results.read(folder.path).columns, pd.read_csv(folder.path / "rounds.csv")
+    metrics, rounds = run_result.read(folder.path).columns, pd.read_csv(folder.path / "rounds.csv")
     sums = rounds[["bytes_up", "bytes_down"]].cumsum() / max(1, clients)
     rounds["kilobytes"] = (sums["bytes_up"] + sums["bytes_down"]) / 1000
     rounds["seconds"] = pd.Series(metrics["seconds"], metrics["step"]).reindex(rounds["round"]).to_numpy()

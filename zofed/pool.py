@@ -24,16 +24,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from zofed import federation, local
+from zofed import local
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
 from zofed.estimators import Share, Split
-from zofed.journal import Journal, bodies, genesis_chain
+from zofed.journal import Journal, bodies, genesis_chain, position
 from zofed.perturbed import CannotBatch
 from zofed.runs import RunFolder
 from zofed.task import Task, devices, prepare_process
-from zofed.worker import Worker, raw_bytes
+from zofed.worker import Worker, catch_up, raw_bytes
 
 # A request: chain before and after the entries at its end, probe of the weights there, batched, first query, end.
 _REQUEST = struct.Struct("<16s16s8s?II")
@@ -139,7 +139,7 @@ class Member:
     def ask(self, journal: Journal, head: bytes, probe: bytes, batched: bool, some: slice) -> None:
         """Have it catch up with `head` and measure some of the queries of the round after."""
         missing = journal.entries[self._sent :]
-        count = federation.position(missing, self.head, head)
+        count = position(missing, self.head, head)
         assert count is not None, "a run's worker only moves forward, along its journal"
         raw = bodies(missing[:count])
         with suppress(OSError):  # it is gone, which reading its answer tells
@@ -234,7 +234,7 @@ def _read(pipe: Connection, requests: "queue.SimpleQueue[bytes]") -> None:
 
 def _answer(settings: Settings, worker: Worker, examples: Examples, request: bytes) -> bytes:
     after, head, probe, batched, start, stop = _REQUEST.unpack_from(request)
-    arrived = federation.catch_up(worker, after, request[_REQUEST.size :])
+    arrived = catch_up(worker, after, request[_REQUEST.size :])
     if not arrived or worker.head != head or worker.probe() != probe:
         raise UserError("its weights are not the run's: report this as a bug")
     try:

@@ -12,7 +12,8 @@ from zofed import config, plot_arms, plot_run, plot_sweep, results, verdicts
 from zofed.errors import UserError
 from zofed.files import write_whole
 from zofed.page import Page, Rows
-from zofed.results import Arm, Result
+from zofed.results import Arm
+from zofed.run_result import Result
 from zofed.runs import timestamp
 from zofed.sweep_folder import SweepFolder
 

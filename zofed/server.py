@@ -13,7 +13,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from zofed import config, federation, guides, instruct, local, merging, partitions, schedules, sinks
+from zofed import config, federation, guides, instruct, local, merging, partitions, schedules, sinks, step_records
 from zofed.config import Settings
 from zofed.errors import UserError
 from zofed.exchanges import Exchanges
@@ -243,7 +243,7 @@ class Server:
         good = self.exchanges.slopes(round_, "slopes", self.members.sampled(round_), steps=steps)
         if not good:
             return [self._skipped(round_)]
-        made = federation.records_of(settings, self.worker, good, settings.rounds, steps)
+        made = step_records.records_of(settings, self.worker, good, settings.rounds, steps)
         passes = settings.local_steps * local.passes(settings)
         first = self._step(made[0], good, passes, local.examples_per_query(settings) or settings.batch_size)
         rest = [Step(record, first.loss, first.epoch, first.batch_size) for record in made[1:]]
@@ -260,7 +260,7 @@ class Server:
         forward = sum(count if client in able else 2 * settings.queries * count for client in good)
         backward = count * len(able & set(good))
         return self._step(
-            federation.subspace_record(settings, round_, rate, good, self.worker.spread.value),
+            step_records.subspace_record(settings, round_, rate, good, self.worker.spread.value),
             good,
             forward / len(good),
             settings.batch_size,
@@ -300,7 +300,7 @@ class Server:
         found = self.exchanges.contributions(round_, "update", self.members.sampled(round_, self.members.able()))
         if not found:
             return self._skipped(round_)
-        update = federation.merged_updates(self.settings, {c: (own, a.examples) for c, (own, a) in found.items()})
+        update = step_records.merged_updates(self.settings, {c: (own, a.examples) for c, (own, a) in found.items()})
         digest = self._remember(guides.whole(update), update)
         loss = self._mean_loss(answer for _, answer in found.values())
         rate = schedules.learning_rate(self.settings, round_, self.settings.rounds)
@@ -325,7 +325,7 @@ class Server:
             found = self.exchanges.contributions(round_, "gradient", self.members.sampled(round_, self.members.able()))
             if not found:
                 return None
-            merged = federation.merged_updates(settings, {c: (own, a.examples) for c, (own, a) in found.items()})
+            merged = step_records.merged_updates(settings, {c: (own, a.examples) for c, (own, a) in found.items()})
             raw = guides.compressed(merged, settings.guide_rank)
             loss = self._mean_loss(answer for _, answer in found.values())
             passes = settings.gradient_accumulation * len(found)

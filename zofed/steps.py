@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 
-from zofed import federation, instruct, local, schedules
+from zofed import instruct, local, schedules, step_records
 from zofed.config import Settings
 from zofed.data import Examples
 from zofed.errors import UserError
@@ -75,7 +75,7 @@ class Steps:
         measured = local.slopes(settings, self.worker, self.examples, 0, split=self.split)
         seen = local.examples_seen(settings)
         return Step(
-            record=federation.record_of(settings, self.worker, {0: measured}, self.total),
+            record=step_records.record_of(settings, self.worker, {0: measured}, self.total),
             loss=measured.loss,
             epoch=self._epoch(round_, seen),
             batch_size=seen,
@@ -141,7 +141,7 @@ class Steps:
         rate, count = local.subspace_rate(settings, round_, self.total), settings.subspace_interval
         seen = count * settings.batch_size
         return Step(
-            record=federation.subspace_record(settings, round_, rate, {0: measured}),
+            record=step_records.subspace_record(settings, round_, rate, {0: measured}),
             loss=measured.loss,
             epoch=self._epoch(round_, seen),
             batch_size=settings.batch_size,

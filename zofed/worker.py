@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zofed import arithmetic, directions, optimizers, soundness
 from zofed.errors import UserError
 from zofed.estimators import Estimate, FiniteDifference, Points, Split
-from zofed.journal import Entry, Genesis, genesis_chain, link
+from zofed.journal import Entry, Genesis, genesis_chain, link, linked, position
 from zofed.perturbed import CannotBatch, Loss, Unseen
 from zofed.records import Dense, Guided, Record, Seeded, Skipped, Spread
 
@@ -451,6 +451,25 @@ class Worker:
             chosen = directions.positions(seed, name, parameter.numel(), PROBE_POSITIONS)
             hashed.update(raw_bytes(parameter.detach().reshape(-1)[torch.from_numpy(chosen).to(parameter.device)]))
         return hashed.digest()
+
+
+def catch_up(worker: Worker, after: bytes, raw: bytes, updates: Mapping[bytes, Update] | None = None) -> bool:
+    """Replay the records that follow chain `after`; False when the worker does not stand on their way.
+
+    updates: what records that are no function of seeds need, by digest. Nothing is applied unless the way is whole.
+    """
+    try:
+        entries = linked(raw, after)
+    except ValueError:
+        return False
+    start = position(entries, after, worker.head)
+    held = updates or {}
+    if start is None or any(
+        (digest := update_digest(entry.record)) is not None and digest not in held for entry in entries[start:]
+    ):
+        return False
+    worker.replay(entries[start:], held.get)
+    return True
 
 
 def update_digest(record: Record) -> bytes | None:
