@@ -307,5 +307,3 @@ def test_the_settings_of_a_missing_summary_are_those_of_its_file(runs: Path) -> 
     assert not result.is_complete and np.isnan(result.end) and result.settings["queries"] == 3
     summary = json.loads((runs / "zo-1" / "summary.json").read_text())
     assert summary["eval_loss_end"] == run_result.read(runs / "zo-1").end
-        json.loads((runs / "zo-1" / "summary.json").read_text())["eval_loss_end"] == run_result.read(runs / "zo-1").end
-    )
