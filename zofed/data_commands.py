@@ -12,9 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from zofed import catalog, shell, subsets
+from zofed.console import Interrupted, brief, console
 from zofed.errors import UserError
 from zofed.files import write_whole
-from zofed.options import Interrupted, brief, console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 SOURCES_SHOWN = 16  # of a data set whose rows may each have a page as their source

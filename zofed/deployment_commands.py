@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from zofed import config, proxies, shell
+from zofed.console import console, tell_end
 from zofed.errors import UserError
-from zofed.options import console, settings_from, with_settings
+from zofed.options import settings_from, with_settings
 from zofed.runs import DEPLOYED, RunFolder
 
 Keys = Annotated[Path, typer.Option(help="folder that zofed keys init made")]
@@ -135,7 +136,6 @@ def run(
     The run's folder lies on the SuperLink's machine: --out names it, else it is made in ~/zofed-runs there.
     """
     from zofed import deployment, launch
-    from zofed.cli import tell_end
     from zofed.task import NAMES, absolute_path
 
     if resume is not None and (file or options):

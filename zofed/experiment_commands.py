@@ -12,8 +12,9 @@ from rich.live import Live
 from rich.table import Table
 
 from zofed import config, run_result, shell
+from zofed.console import Interrupted, console
 from zofed.errors import UserError
-from zofed.options import Interrupted, console, with_settings
+from zofed.options import with_settings
 
 if TYPE_CHECKING:
     from zofed.sweep_runner import Board

@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from zofed import shell
-from zofed.options import console
+from zofed.console import console
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 

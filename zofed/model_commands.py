@@ -1,4 +1,4 @@
-"""Commands that look before a run: `zofed models` and `zofed check`."""
+"""Commands that look before a run: `zofed models`, `check`, `diagnose`, `memory` and `settings`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,8 +7,9 @@ import typer
 from rich.table import Table
 
 from zofed import config, shell
+from zofed.console import console
 from zofed.errors import UserError
-from zofed.options import console, settings_from, with_settings
+from zofed.options import settings_from, with_settings
 
 models_app = typer.Typer(help="The models there are: parameters that train by scope, memory of a step by mode.")
 SettingsFile = Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")]
@@ -18,6 +19,9 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.add_typer(models_app, name="models")
     app.command("check")(with_settings(check))
+    app.command("diagnose")(with_settings(diagnose))
+    app.command("memory")(with_settings(show_memory))
+    app.command("settings")(show_settings)
 
 
 @models_app.callback(invoke_without_command=True)
@@ -94,3 +98,51 @@ def check(
     if faults:
         raise UserError(f"{len(faults)} to fix before this run, each told above with its remedy: {', '.join(faults)}")
     console.print("ready: zofed train with the same settings")
+
+
+def diagnose(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    batches: Annotated[int, typer.Option(min=2, help="batches that tell signal from noise")] = 8,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Compare a model's slopes with backpropagation: which epsilon, how noisy a batch, how good the estimate."""
+    from zofed.central import diagnosis
+
+    found = diagnosis(settings_from(file, options), batches)
+    console.print(f"parameters that train       {found.parameters:,}")
+    console.print(f"slopes, root mean square    {found.slope:.4g}")
+    console.print(f"signal to noise of a batch  {found.signal_to_noise:.3g}")
+    console.print(f"cosine with the gradient    {found.cosine:.4g} (chance gives {found.expected_cosine:.4g})")
+    table = Table("epsilon", "error of the slopes", "rounding, at most about", box=None)
+    for epsilon, error, rounding in found.errors:
+        table.add_row(f"{epsilon:g}", f"{error:.2%}", f"{rounding:.2%}")
+    console.print(table)
+    console.print(f"nearest to the exact slopes: epsilon = {found.best_epsilon:g}")
+
+
+def show_memory(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="MiB that a forward pass may take beside the weights")] = 1024,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Memory of a zeroth-order step, and the largest copies-per-pass that fits a budget."""
+    from zofed.central import memory_of_passes
+
+    found = memory_of_passes(settings_from(file, options), budget * 2**20)
+    console.print(f"weights                 {found.weights / 2**20:10,.1f} MiB")
+    console.print(f"a pass of one copy      {found.one / 2**20:10,.1f} MiB more")
+    if not found.is_batched:
+        console.print(
+            "each direction is written into the weights: the pass above counts a second copy of what trains, and "
+            "copies-per-pass changes nothing"
+        )
+        return
+    console.print(f"each further copy       {found.further / 2**20:10,.1f} MiB more")
+    console.print(f"in {budget:,} MiB: copies-per-pass = {found.proposed}")
+
+
+def show_settings() -> None:
+    """Print every setting with its default: a TOML file to start from."""
+    print(config.documented_toml(), end="")

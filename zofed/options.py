@@ -1,4 +1,4 @@
-"""What commands share: an option for every setting, and the console."""
+"""An option for every setting, made from the one schema, and the settings that a command line gives."""
 
 import inspect
 import warnings
@@ -7,39 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.console import Console
 
 from zofed import config
 from zofed.config import SETTINGS, Settings
 from zofed.errors import UserError
-
-
-class PlainConsole(Console):
-    """A console that leaves a reader who went away to `main`."""
-
-    def on_broken_pipe(self) -> None:
-        raise BrokenPipeError
-
-
-# Progress and results are for people: they go to the terminal as plain words, without colour codes in a pipe.
-console = PlainConsole(highlight=False, soft_wrap=True)
-
-
-NAME_WIDTH = 60
-
-
-def brief(name: str) -> str:
-    """A name from somebody's data, cut to what a line of a terminal can hold."""
-    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…"
-
-
-def figure(value: float) -> str:
-    """A score in digits."""
-    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
-
-
-class Interrupted(Exception):  # noqa: N818, not an error
-    """Ctrl-C or SIGTERM ended a command; the text says how to go on."""
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
