@@ -16,7 +16,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from zofed import config, federation, foreign, guides, identity, local, messages, metrics, partitions, snapshots
+from zofed import config, federation, foreign, guides, environment, local, messages, metrics, partitions, snapshots
 from zofed.classes import Classes
 from zofed.config import Settings
 from zofed.data import Examples
@@ -172,10 +172,10 @@ def greet(greeting: Greeting, context: Context) -> Introduction:
         examples = len(here.parts(context)[0]["labels"])
         counts = json.dumps(here.counts(context))
         return Introduction(
-            client, clients, examples, capability(here, context), here.worker.head, counts, "", identity.code()
+            client, clients, examples, capability(here, context), here.worker.head, counts, "", environment.code()
         )
     except UserError as error:
-        return Introduction(client, 0, 0, "", b"", "", str(error), identity.code())
+        return Introduction(client, 0, 0, "", b"", "", str(error), environment.code())
 
 
 def _report(plan: Plan, here: Replica, context: Context, work: Callable[[int, Examples], Any]) -> dict[str, Any]:
@@ -270,8 +270,8 @@ def on_status(message: Message, context: Context) -> Message:
     try:
         greeting = messages.unpack(Greeting, message.content)
     except Malformed:
-        told = f"runs zofed {identity.code()}, which reads the server's messages otherwise: give all machines the same"
-        return _reply(message, Introduction(-1, 0, 0, "", b"", "", told, identity.code()))
+        told = f"runs zofed {environment.code()}, which reads the server's messages otherwise: give all machines the same"
+        return _reply(message, Introduction(-1, 0, 0, "", b"", "", told, environment.code()))
     return _reply(message, greet(greeting, context))
 
 

@@ -19,7 +19,7 @@ import tomli_w
 
 from zofed import foreign, keys, launch, places, proxies, reach, shell
 from zofed.errors import UserError
-from zofed.files import write_whole
+from zofed.files import ROOT, write_whole
 from zofed.reach import Address
 from zofed.supervisor import Child, supervise
 
@@ -303,7 +303,6 @@ def run_on(name: str, run_config: Mapping[str, launch.Setting]) -> tuple[str, st
             f"{shell.command('zofed', 'superlink', '--name', name)}, or add [superlink.{name}] with address and "
             "root-certificates"
         )
-    project = Path(__file__).resolve().parent.parent
     address = str(known[name].get("address", ""))
     host = "127.0.0.1" if address == ":local:" else re.sub(r":\d*$", "", address).strip("[]")
     scheme = "http" if known[name].get("insecure") else "https"
@@ -319,7 +318,7 @@ def run_on(name: str, run_config: Mapping[str, launch.Setting]) -> tuple[str, st
         launch.empty_folder(scratch)
         settings = scratch / "run-config.toml"
         settings.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
-        command = [str(launch.tool("flwr")), "run", str(project), name, "--stream", "--run-config", str(settings)]
+        command = [str(launch.tool("flwr")), "run", str(ROOT), name, "--stream", "--run-config", str(settings)]
         shown(command)
         submitted: list[str] = []
         try:

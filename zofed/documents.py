@@ -15,11 +15,12 @@ import numpy as np
 from zofed import columns, subsets
 from zofed.catalog import CATALOG, data_root, suggestion
 from zofed.columns import Columns, Unread
+from zofed.files import ROOT
 from zofed.errors import UserError
 from zofed.rows import Rows, one_line, printable, rows_of_file, rows_of_folder
 
 # Found by __file__, since Flower runs an installed copy of the app from somebody else's working folder.
-SHIPPED = Path(__file__).resolve().parent.parent / "datasets_subset"
+SHIPPED = ROOT / "datasets_subset"
 
 _SHIPPED_FILES = {
     "sample-dclm": ("dclm/train.jsonl",),

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from zofed.errors import UserError
 
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent  # what ships beside the package: tokenizer, data, experiments, Flower's project file
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write beside the target, sync, then rename: no reader and no crash meets half a file."""

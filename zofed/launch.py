@@ -20,6 +20,7 @@ from typing import NoReturn
 import tomli_w
 
 from zofed import proxies
+from zofed.files import ROOT
 from zofed.errors import UserError
 
 CONNECTION = "zofed"  # the name of our connection in Flower's config.toml
@@ -44,7 +45,6 @@ class Stopped(BaseException):
 
 def quickstart(rounds: int | None, out: Path, settings: Mapping[str, Setting] | None = None) -> int:
     """Run the main job with 4 simulated clients; 0 only if it completed and wrote its summary into `out`."""
-    project = Path(__file__).resolve().parent.parent
     out = Path(os.path.abspath(out.expanduser()))
     run_config: dict[str, Setting] = {**(settings or {}), "out": str(out)}
     if rounds is not None:
@@ -53,7 +53,7 @@ def quickstart(rounds: int | None, out: Path, settings: Mapping[str, Setting] | 
         earlier = move_aside(out)
         if earlier is not None:
             print(f"the earlier result now lies in {earlier}", flush=True)
-        status = flower_run(project, run_config, nodes=4, cpus_per_node=1)
+        status = flower_run(ROOT, run_config, nodes=4, cpus_per_node=1)
         if status != COMPLETED:
             raise UserError(f"the run ended as {status!r}, not {COMPLETED!r}: the cause and the logs stand above")
         check_summary(out)
@@ -375,7 +375,7 @@ def guard(superlink_pid: int, home: Path) -> Iterator[None]:
     Flower's own watch over the parent process does not do it: a simulation that waits never sees the signal.
     """
     command = [sys.executable, "-m", "zofed.launch", str(superlink_pid), str(home)]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(
         command,
         cwd=home,

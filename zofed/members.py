@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from zofed import __version__, foreign, identity, messages
+from zofed import __version__, environment, foreign, messages
 from zofed.classes import Classes
 from zofed.config import Settings
 from zofed.documents import random_order
@@ -278,7 +278,7 @@ class Members:
         return told, ""
 
     def _tell_other_code(self, told: Introduction) -> None:
-        theirs, ours = told.code.split(" ")[1:2], identity.code().split(" ")[1:2]
+        theirs, ours = told.code.split(" ")[1:2], environment.code().split(" ")[1:2]
         if theirs != ours:
             print(
                 f"client {told.client} runs other code than the server under the same version {__version__} "

@@ -21,10 +21,11 @@ from typing import Any
 
 from zofed import config
 from zofed.config import SETTINGS
+from zofed.files import ROOT
 from zofed.errors import UserError
 from zofed.sweep import Arm, Sweep, Values, pairs, safe
 
-SHIPPED = Path(__file__).parent.parent / "experiments"
+SHIPPED = ROOT / "experiments"
 PARTS = ("about", "seeds", "base", "grid", "runs", "tune", "leave-out", "merge", "with-controls")
 OWN = {"out": "--out names the sweep's folder", "seed": "write seeds = [0, 1, 2] at the top of the file"}
 DATA_KEYS = ("dataset", "bp-dataset", "eval-dataset")

@@ -18,7 +18,7 @@ import tomli_w
 
 from zofed import config, mixing, subsets, sweep_file
 from zofed.errors import UserError
-from zofed.files import hold, write_whole
+from zofed.files import ROOT, hold, write_whole
 from zofed.runs import RunFolder, read_table, timestamp, versions
 from zofed.sweep import Run, Sweep
 from zofed.task import NAMES, absolute_path, with_absolute_paths
@@ -186,14 +186,14 @@ def session() -> dict[str, Any]:
 
 def commit() -> str:
     """Commit of the checkout that zofed runs from, with `+changes` where files differ from it; empty outside of one."""
-    place = Path(__file__).parent.parent
+
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(place), *words], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     with suppress(OSError, subprocess.SubprocessError):
-        if Path(git("rev-parse", "--show-toplevel") or "/").resolve() == place.resolve():
+        if Path(git("rev-parse", "--show-toplevel") or "/").resolve() == ROOT.resolve():
             return git("rev-parse", "--short=12", "HEAD") + (
                 "+changes" if git("status", "--porcelain", "zofed") else ""
             )

@@ -40,7 +40,7 @@ from zofed.data import Document, Examples
 from zofed.documents import Reading
 from zofed.errors import UserError
 from zofed.estimators import size_exponents
-from zofed.memory import keep_freed_memory
+from zofed.environment import keep_freed_memory
 from zofed.optimizers import Optimizer
 from zofed.worker import Worker
 

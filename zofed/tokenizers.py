@@ -9,12 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zofed.files import ROOT
 from zofed.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHIPPED_TOKENIZER = Path(__file__).resolve().parent.parent / "tokenizer"
+SHIPPED_TOKENIZER = ROOT / "tokenizer"
 
 PROBE = "Hello world"
 _GPT2_PROBE = (PROBE, [15496, 995])

@@ -1,10 +1,25 @@
-"""Freed memory kept for the next forward pass instead of going back to the system."""
+"""This machine and this zofed: which code runs here, and how freed memory is kept."""
 
 import ctypes
+import hashlib
 import os
+from functools import cache
+
+from zofed import __version__
+from zofed.files import PACKAGE
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt(3)
 _KEEP_BYTES = 2**30
+
+
+@cache
+def code() -> str:
+    """VERSION DIGEST FOLDER; the digest is the first 12 hex digits of SHA-256 over the package's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(content)}\n".encode() + content)
+    return f"{__version__} {digest.hexdigest()[:12]} {PACKAGE}"
 
 
 def keep_freed_memory() -> bool:
