@@ -42,9 +42,10 @@ test-processors: $(STAMP) ## run the tests of equal bits with other instruction 
 run: $(STAMP) ## train through `flwr run`: 4 clients, the text that ships with the project
 	$(VENV)/bin/zofed quickstart
 
-lint: $(STAMP) ## check style and format
+lint: $(STAMP) ## check style, format and who imports whom
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
 
 types: $(STAMP) ## check the types
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python

@@ -1,5 +1,5 @@
-"""What Flower loads as the server: a shim over `zofed.server`."""
+"""What Flower loads as the server: a shim over `zofed.federated.server`."""
 
-from zofed import server
+from zofed.federated import server
 
 app = server.app  # Flower looks for an assignment to this name

@@ -8,7 +8,7 @@ import time
 import torch
 
 from benchmarks import common, query
-from zofed import arithmetic
+from zofed.base import arithmetic
 
 WORK = ("forward", "step")
 

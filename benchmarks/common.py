@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from zofed import models, scopes
-from zofed.optimizers import Optimizer
-from zofed.worker import Worker, make_genesis
+from zofed.core.optimizers import Optimizer
+from zofed.core.replica import Worker, make_genesis
+from zofed.models import build, scopes
 
 SIZES = {"20M": {"n_embd": 256, "n_layer": 6, "n_head": 4}, "124M": {}}
 Loss = Callable[[], Tensor]
@@ -34,8 +34,8 @@ def worker_of(model: nn.Module, kind: str = "rank1", scope: str = "full", optimi
 
 
 def fused(model: GPT2LMHeadModel) -> nn.Module:
-    """The model as `zofed.models` hands it out: float32, the activation in one pass."""
-    return models.ready(model, "float32")
+    """The model as `zofed.models.build` hands it out: float32, the activation in one pass."""
+    return build.ready(model, "float32")
 
 
 def batch_of(shape: tuple[int, int], device: str = "cpu") -> Tensor:

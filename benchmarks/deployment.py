@@ -28,9 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from zofed import client, config, keys, launch, server
-from zofed.grid import LocalGrid
-from zofed.runs import RunFolder, read_table
+from zofed import config
+from zofed.deployment import flower_run, keys
+from zofed.federated import client, server
+from zofed.federated.local_grid import LocalGrid
+from zofed.runs.run_folder import RunFolder, read_table
 
 Values = dict[str, Any]
 
@@ -43,9 +45,12 @@ class Lab:
 
     def __init__(self, folder: Path, *, stock: bool = False, host: str = "127.0.0.1", port: int = 0) -> None:
         self.folder, self.stock, self.host = folder, stock, host
-        self.port = port or launch.free_port()
+        self.port = port or flower_run.free_port()
         self.keys = folder / "keys"
-        self.environment = launch.quiet_environment() | {"FLWR_HOME": str(folder / "flower"), "OMP_NUM_THREADS": "1"}
+        self.environment = flower_run.quiet_environment() | {
+            "FLWR_HOME": str(folder / "flower"),
+            "OMP_NUM_THREADS": "1",
+        }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "Lab":
@@ -68,7 +73,7 @@ class Lab:
     def superlink(self) -> None:
         command = ["superlink", "--keys", str(self.keys), "--port", str(self.port), "--host", self.host]
         command += ["--state", str(self.folder / "superlink"), "--name", "lab"]
-        self.start("superlink", [str(launch.tool("zofed")), *command])
+        self.start("superlink", [str(flower_run.tool("zofed")), *command])
         wait_until(self._answers, "the SuperLink answers")
         count = len(keys.enrolled(self.keys))
         log = self.folder / "superlink.log"  # a stock SuperNode whose key is not admitted yet gives up
@@ -84,13 +89,13 @@ class Lab:
         ca, key = self.keys / "ca.crt", self.keys / "nodes" / f"node{index}.key"
         if self.stock:
             command = [
-                str(launch.tool("flower-supernode")), "--superlink", address, "--root-certificates", str(ca),
-                "--auth-supernode-private-key", str(key), "--port", str(launch.free_port()),
+                str(flower_run.tool("flower-supernode")), "--superlink", address, "--root-certificates", str(ca),
+                "--auth-supernode-private-key", str(key), "--port", str(flower_run.free_port()),
                 "--node-config", f"partition-id={index} num-partitions={of}",
             ]  # fmt: skip
         else:
             command = [
-                str(launch.tool("zofed")), "supernode", "--superlink", address, "--ca", str(ca), "--key", str(key),
+                str(flower_run.tool("zofed")), "supernode", "--superlink", address, "--ca", str(ca), "--key", str(key),
                 "--partition-id", str(index), "--num-partitions", str(of), "--device", "cpu",
             ]  # fmt: skip
             command += [word for name, value in more.items() for word in (f"--{name}", value)]
@@ -107,7 +112,7 @@ class Lab:
 
     def pids(self) -> dict[str, int]:
         """Process ids by role: superlink, serverapp, node0, worker0, ..., without the shells around them."""
-        table = launch.process_table()
+        table = flower_run.process_table()
         found: dict[str, int] = {}
         for name, process in self.processes.items():
             ours = {process.pid}
@@ -121,7 +126,7 @@ class Lab:
                         found["serverapp"] = pid
                     elif "flower-superlink" in line and "--database" in words:
                         found["superlink"] = pid
-                    elif "zofed.flower_internals" in line:
+                    elif "zofed.federated.flower_internals" in line:
                         found[name] = pid
                     elif " worker " in line:
                         found[name.replace("node", "worker")] = pid
@@ -132,14 +137,14 @@ class Lab:
         options = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | values | {"out": out}).items()]
         with (self.folder / "run.log").open("ab") as log:
             return subprocess.Popen(
-                [str(launch.tool("zofed")), "run", "lab", *options], env=self.environment, stdout=log, stderr=log,
+                [str(flower_run.tool("zofed")), "run", "lab", *options], env=self.environment, stdout=log, stderr=log,
                 cwd=self.folder, start_new_session=True,
             )  # fmt: skip
 
     def resume(self, out: Path) -> subprocess.Popen[bytes]:
         with (self.folder / "run.log").open("ab") as log:
             return subprocess.Popen(
-                [str(launch.tool("zofed")), "run", "lab", "--resume", str(out)], env=self.environment, stdout=log,
+                [str(flower_run.tool("zofed")), "run", "lab", "--resume", str(out)], env=self.environment, stdout=log,
                 stderr=log, cwd=self.folder, start_new_session=True,
             )  # fmt: skip
 
@@ -217,7 +222,7 @@ class SlowLink:
     """A TCP proxy with a one-way delay and a rate, both ways, in a thread of its own."""
 
     def __init__(self, port: int, delay: float, bits_per_second: float) -> None:
-        self.target, self.delay, self.rate, self.port = port, delay, bits_per_second / 8, launch.free_port()
+        self.target, self.delay, self.rate, self.port = port, delay, bits_per_second / 8, flower_run.free_port()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._serve, daemon=True).start()
 

@@ -8,8 +8,8 @@ python -m benchmarks.federated_training sst2     --out FOLDER --encoder FOLDER [
 python -m benchmarks.federated_training report   --out FOLDER                    tables, and FOLDER/bytes-SIZE.png
 
 Public text: dclm-web; private: pubmedqa, dealt to the clients; both below the folder that ZOFED_REAL_DATA names. A run
-is an ordinary federated run (zofed.grid.LocalGrid: all clients in this process) whose folder is kept: one that is
-finished is not run again. Bytes are those of Flower's messages and objects, of one client, up and down.
+is an ordinary federated run (zofed.federated.local_grid.LocalGrid: all clients in this process) whose folder is kept:
+one that is finished is not run again. Bytes are those of Flower's messages and objects, of one client, up and down.
 Rule for the rate, the same for every arm: of a grid of ratio 3, the one with the lowest held-out loss of seed 0; the
 seeds reported are others.
 """
@@ -30,11 +30,15 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from zofed import central, client, config, data, directions, documents, messages, metrics, server, wire
-from zofed.errors import UserError
-from zofed.grid import LocalGrid
-from zofed.runs import RunFolder, read_table
-from zofed.task import Task, prepare_process
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.core import directions, metrics
+from zofed.data import documents, encoding
+from zofed.federated import client, messages, server, wire
+from zofed.federated.local_grid import LocalGrid
+from zofed.runs.run_folder import RunFolder, read_table
+from zofed.training import central
+from zofed.training.task import Task, prepare_process
 
 Values = dict[str, Any]
 Curve = list[tuple[float, float]]  # (bytes of one client so far, held-out loss)
@@ -251,7 +255,7 @@ def lora(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
                     for parameter, value in zip(trained, start, strict=True):
                         parameter.copy_(value)
                 optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
-                drawn = data.batch(share, seed=seed, client=index, step=round_, batch_size=32)
+                drawn = encoding.batch(share, seed=seed, client=index, step=round_, batch_size=32)
                 for local in range(8):
                     batch = {key: value[local * 4 : local * 4 + 4] for key, value in drawn.items()}
                     optimizer.zero_grad()
@@ -304,7 +308,7 @@ def ferret(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
             start = [_flat(block) for block in blocks]
             updates: list[list[Tensor]] = []  # by client, by block
             for index, share in enumerate(shares):
-                drawn = data.batch(share, seed=seed, client=index, step=round_, batch_size=32)
+                drawn = encoding.batch(share, seed=seed, client=index, step=round_, batch_size=32)
                 _descend(model, drawn, rates["FedAvg"])
                 updates.append([before - _flat(block) for before, block in zip(start, blocks, strict=True)])
                 for before, block in zip(start, blocks, strict=True):
@@ -357,7 +361,7 @@ def _write(block: Sequence[Tensor], flat: Tensor) -> None:
         parameter.copy_(part.view_as(parameter))
 
 
-def _descend(model: Any, drawn: data.Examples, rate: float) -> None:
+def _descend(model: Any, drawn: encoding.Examples, rate: float) -> None:
     """Eight steps of SGD, on four of the examples each."""
     trained = list(model.parameters())
     optimizer = torch.optim.SGD(trained, lr=rate)

@@ -8,7 +8,7 @@ python -m benchmarks.federation machines   digests of clients on other classes o
 python -m benchmarks.federation joining    seconds of a cold start by replay and by the weights
 python -m benchmarks.federation absence    clients missing, clients sending nonsense, clients that lie within the rules
 
-All clients run in this process (zofed.grid.LocalGrid) unless said otherwise.
+All clients run in this process (zofed.federated.local_grid.LocalGrid) unless said otherwise.
 """
 
 import argparse
@@ -34,13 +34,15 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from zofed import client, config, federation, journal, messages, server, wire
-from zofed.errors import UserError
-from zofed.federation import Answer
-from zofed.grid import LocalGrid
-from zofed.records import Seeded
-from zofed.runs import RunFolder, read_table
-from zofed.task import Task
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.core import journal
+from zofed.core.records import Seeded
+from zofed.federated import client, messages, protocol, server, wire
+from zofed.federated.local_grid import LocalGrid
+from zofed.federated.protocol import Answer
+from zofed.runs.run_folder import RunFolder, read_table
+from zofed.training.task import Task
 
 Values = dict[str, Any]
 Alter = Callable[[int, Answer, random.Random], Answer | None]  # client, its answer -> what arrives; None: an error
@@ -299,8 +301,8 @@ def serve() -> None:
     """One client's process: a request, an answer, and so on."""
     out, sys.stdout = sys.stdout.buffer, sys.stderr
     handlers: dict[str, tuple[Any, Any]] = {
-        "query.status": (wire.Greeting, client.greet), "train.zo": (federation.Plan, client.measure),
-        "query.digest": (federation.Plan, client.final), "train.fo": (federation.Plan, client.backpropagate),
+        "query.status": (wire.Greeting, client.greet), "train.zo": (protocol.Plan, client.measure),
+        "query.digest": (protocol.Plan, client.final), "train.fo": (protocol.Plan, client.backpropagate),
     }  # fmt: skip
     while line := sys.stdin.buffer.readline():
         kind, node, run, length = json.loads(line)

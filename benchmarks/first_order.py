@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from transformers import GPT2LMHeadModel
 
-from zofed import config, data
-from zofed.journal import Journal
-from zofed.steps import asker
-from zofed.task import Task, prepare_process
+from zofed import config
+from zofed.core.journal import Journal
+from zofed.data import encoding
+from zofed.training.modes import asker
+from zofed.training.task import Task, prepare_process
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -61,7 +62,7 @@ def _ratios(size: str, shape: tuple[int, int], threads: int, pairs: int, optimiz
     return [own / other for own, other in found], statistics.median(other for _, other in found)
 
 
-def _plain_loop(task: Task, examples: data.Examples, batch_size: int, optimizer: str) -> Callable[[], None]:
+def _plain_loop(task: Task, examples: encoding.Examples, batch_size: int, optimizer: str) -> Callable[[], None]:
     model = GPT2LMHeadModel(task.worker().model.config).train()  # dropout is 0 in the config's run below
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -33,13 +33,17 @@ def options(size: str, mode: str, optimizer: str, examples: int, tokens: int) ->
 
 def measure(given: dict[str, Any]) -> int:
     """High-water mark of this process, less its size after the imports, once a model was made and moved twice."""
-    from zofed import config, data, models
-    from zofed.task import prepare_process
+    from zofed import config
+    from zofed.data import encoding
+    from zofed.models import build
+    from zofed.training.task import prepare_process
 
     settings = config.resolve(given | {"device": "cpu"})
     prepare_process(1)
-    tokenizer = data.load_tokenizer(models.tokenizer_name(settings))
-    _steps(config.resolve({"model": "tiny", "mode": settings.mode, "device": "cpu"}), data.load_tokenizer("shipped"))
+    tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
+    _steps(
+        config.resolve({"model": "tiny", "mode": settings.mode, "device": "cpu"}), encoding.load_tokenizer("shipped")
+    )
     before = status("VmRSS")
     _steps(settings, tokenizer)
     return status("VmHWM") - before
@@ -49,12 +53,12 @@ def _steps(settings: Any, tokenizer: Any) -> None:
     """Steps of a central run on random tokens."""
     import torch
 
-    from zofed import models
-    from zofed.journal import link
-    from zofed.steps import asker
-    from zofed.task import worker_of
+    from zofed.core.journal import link
+    from zofed.models import build
+    from zofed.training.modes import asker
+    from zofed.training.task import worker_of
 
-    model = models.create_model(settings, tokenizer)
+    model = build.create_model(settings, tokenizer)
     shape = (2 * settings.batch_size, settings.block_size)
     ids = torch.randint(0, len(tokenizer), shape, generator=torch.Generator().manual_seed(1))
     worker = worker_of(settings, model)
@@ -74,8 +78,9 @@ def measured(given: dict[str, Any], keep: bool) -> int:
 
 def cells(sizes: Sequence[str], shapes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
     """Predicted and measured MiB of every size, shape, optimizer and mode."""
-    from zofed import config, model_info
-    from zofed.task import prepare_process
+    from zofed import config
+    from zofed.preflight import model_info
+    from zofed.training.task import prepare_process
 
     prepare_process(1)
     rows = []

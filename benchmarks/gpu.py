@@ -6,11 +6,11 @@ import itertools
 import torch
 
 from benchmarks import common, query
-from zofed.journal import link
-from zofed.optimizers import Optimizer
-from zofed.records import Seeded
-from zofed.scopes import inner_matrices
-from zofed.worker import Worker, weights_digest
+from zofed.core.journal import link
+from zofed.core.optimizers import Optimizer
+from zofed.core.records import Seeded
+from zofed.core.replica import Worker, weights_digest
+from zofed.models.scopes import inner_matrices
 
 KINDS = ("rank1", "rank4", "rademacher", "gaussian")
 OPTIMIZERS = ("sgd", "momentum", "adamw", "mudamw")

@@ -17,12 +17,15 @@ from tokenizers.processors import TemplateProcessing
 
 from benchmarks import tiny_models
 from benchmarks.tiny_models import END, EXAMPLES, TOKENS, examples
-from zofed import config, data, metrics, models, scopes
-from zofed.errors import UserError
-from zofed.estimators import FiniteDifference, asked, scalar
-from zofed.perturbed import Loss
-from zofed.task import prepare_process, worker_of
-from zofed.worker import Worker
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.core import metrics
+from zofed.core.estimators import FiniteDifference, asked, scalar
+from zofed.core.perturbed import Loss
+from zofed.core.replica import Worker
+from zofed.data import encoding
+from zofed.models import build, scopes
+from zofed.training.task import prepare_process, worker_of
 
 EPSILON, QUERIES, COPIES = 0.01, 4, 8
 LARGEST_ERROR = 0.01  # of a slope's size, between batched losses and those at really moved weights
@@ -56,7 +59,7 @@ def measure(task: str, kind: str) -> Row:
     except Exception as error:
         return Row(task, kind, "", "not built", "", torch.nan, "", _line(error))
     name = type(built).__name__
-    tokenizer = data.load_tokenizer("shipped")
+    tokenizer = encoding.load_tokenizer("shipped")
     if task == "classifier":  # ends documents as the examples do; encoder-decoders read a document's class there
         tokenizer.eos_token = end = tokenizer.convert_ids_to_tokens(END)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end}", special_tokens=[(end, END)])
@@ -68,7 +71,7 @@ def measure(task: str, kind: str) -> Row:
             settings = config.resolve(
                 chosen | {"block-size": TOKENS, "queries": QUERIES, "device": "cpu", "directions": "rank1"}
             )
-            model = models.create_model(settings, tokenizer, 2 if task == "classifier" else 0)
+            model = build.create_model(settings, tokenizer, 2 if task == "classifier" else 0)
             scope, why = "full", ""
             try:
                 outcome, error, why = _outcome(worker_of(settings, model), model, task, False)
@@ -109,7 +112,7 @@ def _outcome(worker: Worker, model: Any, task: str, is_own: bool) -> tuple[str, 
     return (outcome if error < LARGEST_ERROR else "wrong"), error, told[0] if told else ""
 
 
-def loss_of(model: Any, batch: data.Examples, is_own: bool) -> tuple[Loss, data.Examples | None]:
+def loss_of(model: Any, batch: encoding.Examples, is_own: bool) -> tuple[Loss, encoding.Examples | None]:
     """The loss of a run's step, and each query's own examples where it has some."""
     if is_own:
         return lambda own: metrics.loss_of(model, own), batch

@@ -19,9 +19,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from zofed import central, config, documents
-from zofed.errors import UserError
-from zofed.runs import Row, RunFolder, read_table
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.data import documents
+from zofed.runs.run_folder import Row, RunFolder, read_table
+from zofed.training import central
 
 Values = dict[str, Any]
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from zofed.memory import keep_freed_memory
 
 from benchmarks import common
-from zofed import perturbed
-from zofed.journal import link
-from zofed.memory import keep_freed_memory
-from zofed.records import Seeded, to_integers
-from zofed.worker import Worker
+from zofed.core import perturbed
+from zofed.core.journal import link
+from zofed.core.records import Seeded, to_integers
+from zofed.core.replica import Worker
 
 # examples x tokens: (queries, copies per pass) that suit two small cores; memory stays below twice inference's
 SHAPES = {(1, 64): (8, 16), (2, 128): (8, 4), (8, 128): (8, 2)}

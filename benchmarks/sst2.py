@@ -24,13 +24,17 @@ from typing import Any, Literal
 import torch
 
 from benchmarks import common
-from zofed import config, data, local, metrics, models, step_records
+from zofed import config
 from zofed.config import Settings
-from zofed.data import Document, Examples
-from zofed.documents import random_order
-from zofed.journal import link
-from zofed.records import Dense
-from zofed.task import Task, prepare_process
+from zofed.core import metrics
+from zofed.core.journal import link
+from zofed.core.records import Dense
+from zofed.data import encoding
+from zofed.data.documents import random_order
+from zofed.data.encoding import Document, Examples
+from zofed.models import build
+from zofed.training import measurements, step_records
+from zofed.training.task import Task, prepare_process
 
 Mode = Literal["zo", "fo"]
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -94,11 +98,11 @@ def train(task: Task, examples: Examples, steps: int) -> tuple[Any, int]:
     settings, worker, passes = task.settings, task.worker(), 0
     for round_ in range(1, steps + 1):
         if settings.mode == "zo":
-            measured = local.slopes(settings, worker, examples, 0)
+            measured = measurements.slopes(settings, worker, examples, 0)
             passes += measured.forward_passes
             worker.apply(link(worker.head, step_records.record_of(settings, worker, {0: measured}, steps)))
         else:
-            batch = data.batch(examples, seed=settings.seed, client=0, step=round_, batch_size=settings.batch_size)
+            batch = encoding.batch(examples, seed=settings.seed, client=0, step=round_, batch_size=settings.batch_size)
             update, _ = worker.gradient(lambda batch=batch: metrics.loss_of(worker.model, batch))
             passes += 1
             worker.apply(link(worker.head, Dense(round_, settings.learning_rate)), update)
@@ -112,7 +116,7 @@ def measure(base: Settings, arm: Arm, mode: Mode, train_documents: list[Document
         update = {"mode": mode, "learning_rate": rate, "seed": seed}
         return Task(base.model_copy(update=update), tokenizer, train_documents, dev, train_documents)
 
-    tokenizer = data.load_tokenizer(models.tokenizer_name(base))
+    tokenizer = encoding.load_tokenizer(build.tokenizer_name(base))
     everything = task_of(1.0, 0).examples(train_documents)  # features once for all rates and seeds
     order = torch.from_numpy(random_order(len(train_documents), "validation", 0).copy())
     held, rest = order[: round(VALIDATION * len(order))], order[round(VALIDATION * len(order)) :]
@@ -188,7 +192,7 @@ def main() -> None:
         sys.exit("Set the environment variable ZOFED_REAL_DATA to the folder that holds sst2/train.tsv and dev.tsv.")
     prepare_process(threads=1)
     print(common.machine(), flush=True)
-    documents, dev = (data.load_documents(str(real / f"{split}.tsv")) for split in ("train", "dev"))
+    documents, dev = (encoding.load_documents(str(real / f"{split}.tsv")) for split in ("train", "dev"))
     common_settings = {"task": "classification", "model": str(encoder_folder(given.encoder)), "device": "cpu"}
     rows: list[Row] = []
     for name in given.arms:

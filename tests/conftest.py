@@ -11,8 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from zofed import cli, config, documents, finish, server
+from zofed import config
+from zofed.commands import cli
 from zofed.config import Settings
+from zofed.data import documents
+from zofed.federated import server
+from zofed.training import finalize
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -37,7 +41,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take a third of the time of a run this small: only tests marked `pictures` have them drawn."""
     if request.node.get_closest_marker("pictures") is None:
-        for module in (finish, server):
+        for module in (finalize, server):
             monkeypatch.setattr(module, "draw", lambda *_: None)
 
 

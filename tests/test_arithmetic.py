@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from zofed import arithmetic, central
+from zofed.base import arithmetic
 from zofed.config import Settings
+from zofed.training import central
 
 # An old instruction set, for which MKL has kernels that look at addresses on every processor.
 OLD = {"MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}

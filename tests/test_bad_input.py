@@ -13,9 +13,11 @@ import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from zofed import cli, data, journal, soundness
-from zofed.errors import UserError
-from zofed.tables import read_table
+from zofed.base.errors import UserError
+from zofed.commands import cli
+from zofed.core import journal, soundness
+from zofed.data import encoding
+from zofed.runs.tables import read_table
 
 Zofed = Callable[..., tuple[int, str, str]]
 Refused = Callable[..., str]
@@ -62,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs to spoil copies of: zeroth order, first order with and without checkpoints, federated."""
     folder = tmp_path_factory.mktemp("runs")
     corpus = folder / "corpus.jsonl"
-    documents = data.load_documents("sample-dclm")[:20]
+    documents = encoding.load_documents("sample-dclm")[:20]
     corpus.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents), encoding="utf-8")
     commands = {
         "zo": ["train"],
@@ -707,8 +709,8 @@ def test_a_held_out_part_shorter_than_a_block_is_refused_before_anything_is_writ
     refused: Refused, tmp_path: Path, command: list[str]
 ) -> None:
     (tmp_path / "data.jsonl").write_text(f'{{"text": "{"word " * 99}"}}\n' * 4 + '{"text": "a"}\n')
-    documents = data.load_documents(str(tmp_path / "data.jsonl"))
-    seed = next(seed for seed in range(99) if data.split_held_out(documents, 0.1, seed)[1][0].text == "a")
+    documents = encoding.load_documents(str(tmp_path / "data.jsonl"))
+    seed = next(seed for seed in range(99) if encoding.split_held_out(documents, 0.1, seed)[1][0].text == "a")
     sizes = ["--dataset", tmp_path / "data.jsonl", "--seed", seed, "--out", tmp_path / "run"]
     refused(*command, *small(command[0]), *sizes, value="one block of 16", remedy="held-out")
 

@@ -8,14 +8,17 @@ import pytest
 import torch
 
 import zofed
-from zofed import check, config, data, footprint, model_info, models
-from zofed.budget import peak_bytes
+from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.journal import link
-from zofed.runs import peak_memory_bytes
-from zofed.steps import asker
-from zofed.task import worker_of
+from zofed.core.journal import link
+from zofed.core.pass_memory import peak_bytes
+from zofed.data import encoding
+from zofed.models import build
+from zofed.preflight import check, footprint, model_info
+from zofed.runs.run_folder import peak_memory_bytes
+from zofed.training.modes import asker
+from zofed.training.task import worker_of
 
 Zofed = Callable[..., tuple[int, str, str]]
 
@@ -25,8 +28,8 @@ Zofed = Callable[..., tuple[int, str, str]]
 
 def watched(settings: Settings) -> int:
     """Bytes of weights and optimizer, and the most that a real second step's tensors take besides."""
-    tokenizer = data.load_tokenizer("shipped")
-    model = models.create_model(settings, tokenizer)
+    tokenizer = encoding.load_tokenizer("shipped")
+    model = build.create_model(settings, tokenizer)
     ids = torch.randint(0, 512, (settings.batch_size, settings.block_size), generator=torch.Generator().manual_seed(1))
     worker = worker_of(settings, model)
     ask = asker(settings, worker, {"input_ids": ids, "labels": ids}, 10)
@@ -105,7 +108,7 @@ def test_parameters_are_counted_by_scope() -> None:
 
 def test_a_model_by_name_is_that_of_a_run() -> None:
     same, other = (zofed.create_model("tiny", seed=seed).state_dict() for seed in (3, 4))
-    run = models.create_model(config.resolve({"seed": 3}), data.load_tokenizer("shipped")).state_dict()
+    run = build.create_model(config.resolve({"seed": 3}), encoding.load_tokenizer("shipped")).state_dict()
     assert all(torch.equal(same[name], run[name]) for name in run)
     assert not torch.equal(other["transformer.wte.weight"], run["transformer.wte.weight"])
     classifier = zofed.create_model("tiny", labels=3, dtype="bfloat16")
@@ -220,8 +223,8 @@ def test_memory_that_is_not_there_is_told_and_no_step_is_taken(
 
 @pytest.mark.slow
 def test_predicted_bytes_of_a_round_are_those_of_a_federation(quick: Callable[..., Settings], tmp_path: Path) -> None:
-    from zofed import client, server
-    from zofed.grid import LocalGrid
+    from zofed.federated import client, server
+    from zofed.federated.local_grid import LocalGrid
 
     settings = quick(clients=2, rounds=4, queries=16, out=str(tmp_path / "run"))
     told = verdicts(quick(clients=2, rounds=4, queries=16))["federation"].told

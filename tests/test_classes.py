@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 from transformers import BertConfig, BertForSequenceClassification
 
-from zofed import client, config, mixing, models, server
-from zofed.classes import Classes
+from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.documents import read
-from zofed.errors import UserError
-from zofed.grid import LocalGrid
-from zofed.task import Task
-from zofed.tokenizers import load_tokenizer
+from zofed.data import mixing
+from zofed.data.classes import Classes
+from zofed.data.documents import read
+from zofed.data.tokenizers import load_tokenizer
+from zofed.federated import client, server
+from zofed.federated.local_grid import LocalGrid
+from zofed.models import build
+from zofed.training.task import Task
 
 WORDS = {"neg": "bad and sad", "neu": "a plain table", "pos": "good and bright"}
 QUICK = {"task": "classification", "block-size": 8, "batch-size": 2, "queries": 2, "device": "cpu"}
@@ -188,7 +191,7 @@ def test_a_run_tells_what_it_read_and_its_model_keeps_the_names(
     assert written["id2label"] == {"0": "neg", "1": "neu", "2": "pos"}
     assert written["label2id"] == {"neg": 0, "neu": 1, "pos": 2}
     how = config.resolve(QUICK | {"model": str(run / "model")})
-    assert models.class_names(how) == ("neg", "neu", "pos")
+    assert build.class_names(how) == ("neg", "neu", "pos")
     assert labels(task(lines(tmp_path / "c.label", "pos", "neg", each=2), model=str(run / "model")))[0] in (0, 2)
     assert zofed_command("train", "--resume", run)[0] == 0
 

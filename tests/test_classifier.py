@@ -25,15 +25,22 @@ from transformers import (
     T5Model,
 )
 
-from zofed import central, classifier, client, config, data, metrics, model_info, models, server
-from zofed.classifier import PooledClassifier
-from zofed.errors import UserError
-from zofed.estimators import FiniteDifference
-from zofed.finish import replay_run
-from zofed.grid import LocalGrid
-from zofed.runs import Row, RunFolder
-from zofed.task import Task
-from zofed.worker import weights_digest
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.core import metrics
+from zofed.core.estimators import FiniteDifference
+from zofed.core.replica import weights_digest
+from zofed.data import encoding
+from zofed.federated import client, server
+from zofed.federated.local_grid import LocalGrid
+from zofed.models import build as models
+from zofed.models import classifier
+from zofed.models.classifier import PooledClassifier
+from zofed.preflight import model_info
+from zofed.runs.run_folder import Row, RunFolder
+from zofed.training import central
+from zofed.training.finalize import replay_run
+from zofed.training.task import Task
 
 SHAPE: dict[str, Any] = {"vocab_size": 2048, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 32}
 SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 2}
@@ -58,7 +65,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             for parameter in model.parameters():  # far enough apart that a wrong token or layer shows
                 parameter.data.add_(torch.randn_like(parameter) * 0.3)
         model.save_pretrained(found[name])
-        data.load_tokenizer("shipped").save_pretrained(found[name])
+        encoding.load_tokenizer("shipped").save_pretrained(found[name])
     return found
 
 
@@ -66,7 +73,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 labelled sentences of different lengths: more than `features` reads at once."""
     path = tmp_path_factory.mktemp("labelled") / "labelled.jsonl"
-    documents = data.load_documents("sample-sst2")[:80]
+    documents = encoding.load_documents("sample-sst2")[:80]
     rows = ({"text": " ".join(d.text.split()[: 1 + n % 9]), "label": d.label} for n, d in enumerate(documents))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
@@ -81,12 +88,12 @@ def classify(quick: Callable[..., config.Settings], labelled: Path) -> Callable[
 Classify = Callable[..., config.Settings]
 
 
-def built(settings: config.Settings) -> tuple[PooledClassifier, data.Examples]:
+def built(settings: config.Settings) -> tuple[PooledClassifier, encoding.Examples]:
     """A run's model, and all its training documents as tokens."""
     task = Task.load(settings)
     model = task.worker().model
     assert isinstance(model, PooledClassifier)
-    return model, data.classification_examples(task.train, task.tokenizer, settings.block_size)
+    return model, encoding.classification_examples(task.train, task.tokenizer, settings.block_size)
 
 
 def ignore(row: Row) -> None:
@@ -255,7 +262,7 @@ def test_an_encoder_reads_each_document_once_and_never_again(
     model = AutoModel.from_pretrained(folders["bert"])
     model.encoder.layer[1].output.dense.bias.data.add_(0.5)
     model.save_pretrained(near)
-    data.load_tokenizer("shipped").save_pretrained(near)
+    encoding.load_tokenizer("shipped").save_pretrained(near)
     for count, other in enumerate(
         ({"pooling": "last-token"}, {"block_size": 5}, {"model": str(near)}, {"dtype": "bfloat16"}), 3
     ):
@@ -269,7 +276,7 @@ def test_a_run_does_not_go_on_with_another_encoder(
 ) -> None:
     mine = tmp_path / "encoder"
     AutoModel.from_pretrained(folders["bert"]).save_pretrained(mine)
-    data.load_tokenizer("shipped").save_pretrained(mine)
+    encoding.load_tokenizer("shipped").save_pretrained(mine)
     settings = classify(model=str(mine), freeze_encoder=freeze, pooling="mean", scope="head")
     with pytest.raises(KeyboardInterrupt):
         central.train(settings, tmp_path / "run", interrupt)
@@ -323,7 +330,7 @@ def test_a_folder_without_a_pooler_is_pooled_otherwise(
     classify: Classify, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     BertForMaskedLM(BertConfig(**SHAPE)).save_pretrained(tmp_path)
-    data.load_tokenizer("shipped").save_pretrained(tmp_path)
+    encoding.load_tokenizer("shipped").save_pretrained(tmp_path)
     built(classify(model=str(tmp_path), pooling="mean"))
     with pytest.raises(UserError, match=r"lacks 2 of its model's tensors, such as pooler.*set pooling to mean"):
         built(classify(model=str(tmp_path), pooling="pooler"))
@@ -352,7 +359,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
     if values.get("model") == "t5":
         shape = T5Config(vocab_size=2048, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
         T5Model(shape).save_pretrained(tmp_path / "t5")
-        data.load_tokenizer("shipped").save_pretrained(tmp_path / "t5")
+        encoding.load_tokenizer("shipped").save_pretrained(tmp_path / "t5")
     place = str(folders.get(values.get("model", "bert"), tmp_path / "t5"))
     with pytest.raises(UserError, match=told) as caught:
         central.train(classify(**values | {"model": place}), tmp_path / "run", ignore)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from zofed import config
-from zofed.documents import Reading, load_documents, read
-from zofed.errors import UserError
+from zofed.base.errors import UserError
+from zofed.data.documents import Reading, load_documents, read
 
 PAIRS = (("what colour is it ?", "it is red", 1), ("is it far ?", "it is near", 0))
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zofed import estimators, perturbed
+from zofed.core import estimators, perturbed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,11 +16,14 @@ from typing import Any
 
 import pytest
 
-from zofed import central, client, config, documents, server
+from zofed import config
 from zofed.config import Settings
-from zofed.grid import LocalGrid
-from zofed.runs import RunFolder, read_table
-from zofed.trainer import Trainer
+from zofed.data import documents
+from zofed.federated import client, server
+from zofed.federated.local_grid import LocalGrid
+from zofed.runs.run_folder import RunFolder, read_table
+from zofed.training import central
+from zofed.training.trainer import Trainer
 
 WAYS: dict[str, dict[str, Any]] = {
     "zo": {},

@@ -17,7 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from zofed.data import (
+from zofed.base.errors import UserError
+from zofed.data.encoding import (
     Document,
     batch,
     classification_examples,
@@ -31,7 +32,6 @@ from zofed.data import (
     tokenizer_digest,
     unigram_loss,
 )
-from zofed.errors import UserError
 
 HUB_ROW = {
     "pubid": 1,
@@ -507,7 +507,8 @@ def test_unigram_loss_against_counting_by_hand() -> None:
 
 @pytest.mark.slow
 def test_import_does_not_load_the_heavy_libraries() -> None:
-    code = "import sys, zofed.data; print({'transformers', 'datasets', 'pyarrow', 'pandas', 'flwr'} & set(sys.modules))"
+    heavy = {"transformers", "datasets", "pyarrow", "pandas", "flwr"}
+    code = f"import sys, zofed.data.encoding; print({heavy} & set(sys.modules))"
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

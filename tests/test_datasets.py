@@ -14,9 +14,11 @@ import pytest
 import torch
 
 import zofed
-from zofed import config, documents, download, mixing, subsets, task
-from zofed.catalog import CATALOG, DatasetInfo, get_dataset_info, list_available_datasets
-from zofed.errors import UserError
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.data import documents, download, mixing, subsets
+from zofed.data.catalog import CATALOG, DatasetInfo, get_dataset_info, list_available_datasets
+from zofed.training import task
 
 ROOT = Path(zofed.__file__).parent.parent
 
@@ -58,7 +60,7 @@ def texts(root: Path) -> list[str]:
 
 
 def zofed_data(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-    code = "import sys; from zofed.cli import main; sys.argv = ['zofed', 'data', *sys.argv[1:]]; main()"
+    code = "import sys; from zofed.commands.cli import main; sys.argv = ['zofed', 'data', *sys.argv[1:]]; main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **more}
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -101,8 +103,8 @@ def test_a_stopped_download_goes_on_and_ends_in_the_same_bytes(tmp_path: Path, r
     command = ["download", "dclm", "--from", source, "--max-samples", "50000"]
     assert zofed_data(*command, ZOFED_DATA=str(tmp_path / "whole")).returncode == 0
     # A shell without job control starts what runs in the background with SIGINT ignored, and children inherit that.
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from zofed.cli import main; "
-    code += "sys.argv = ['zofed', 'data', *sys.argv[1:]]; main()"
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from zofed.commands.cli import main; sys.argv = ['zofed', 'data', *sys.argv[1:]]; main()"
     running = subprocess.Popen(
         [sys.executable, "-c", code, *map(str, command)], env={**os.environ, "PYTHONPATH": str(ROOT)}
     )

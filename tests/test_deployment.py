@@ -22,12 +22,14 @@ from flwr.app import Context, Message, RecordDict
 from flwr.common.config import parse_config_args
 from flwr.supercore.task_identity import TaskIdentity
 
-from zofed import deployment, identity, keys, messages, reach, supervisor, warm
-from zofed.errors import UserError
-from zofed.flower_internals import Assignment
-from zofed.reach import Address
-from zofed.supervisor import Child, supervise
-from zofed.wire import Introduction
+from zofed import identity
+from zofed.base.errors import UserError
+from zofed.deployment import keys, reachability, superlink, supervisor, warm_worker
+from zofed.deployment.reachability import Address
+from zofed.deployment.supervisor import Child, supervise
+from zofed.federated import messages
+from zofed.federated.flower_internals import Assignment
+from zofed.federated.wire import Introduction
 
 # ---- commands ------------------------------------------------------------------------------------
 
@@ -50,9 +52,9 @@ def test_anything_else_is_refused(text: str) -> None:
 def test_flower_reads_the_node_configuration(tmp_path: Path) -> None:
     data = tmp_path / "my data's.jsonl"
     data.write_text("{}")
-    found = parse_config_args([deployment.node_config(2, 5, str(data), "zo")])
+    found = parse_config_args([superlink.node_config(2, 5, str(data), "zo")])
     assert found == {"partition-id": 2, "num-partitions": 5, "dataset": str(data), "mode": "zo"}
-    assert parse_config_args([deployment.node_config(0, 1, "", "fo")]) == {
+    assert parse_config_args([superlink.node_config(0, 1, "", "fo")]) == {
         "partition-id": 0,
         "num-partitions": 1,
         "mode": "fo",
@@ -62,18 +64,18 @@ def test_flower_reads_the_node_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("index", "count"), [(-1, 2), (2, 2), (0, 0)])
 def test_a_place_that_is_none_is_refused(index: int, count: int) -> None:
     with pytest.raises(UserError, match="0 to N - 1"):
-        deployment.node_config(index, count, "", "fo")
+        superlink.node_config(index, count, "", "fo")
 
 
 def test_data_that_a_node_cannot_read_is_refused_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--dataset .*nowhere does not exist: client 1"):
-        deployment.node_config(1, 2, str(tmp_path / "nowhere"), "fo")
+        superlink.node_config(1, 2, str(tmp_path / "nowhere"), "fo")
     secret = tmp_path / "secret"
     secret.write_text("")
     secret.chmod(0)
     if not os.access(secret, os.R_OK):  # root reads everything
         with pytest.raises(UserError, match="cannot be read by this user"):
-            deployment.node_config(1, 2, str(secret), "fo")
+            superlink.node_config(1, 2, str(secret), "fo")
 
 
 def test_a_port_in_use_is_refused() -> None:
@@ -81,9 +83,9 @@ def test_a_port_in_use_is_refused() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(UserError, match="in use; choose another port"):
-            deployment.check_port_is_free("127.0.0.1", other.getsockname()[1])
+            superlink.check_port_is_free("127.0.0.1", other.getsockname()[1])
     with pytest.raises(UserError, match=r"192\.0\.2\.1"):
-        deployment.check_port_is_free("192.0.2.1", 8000)
+        superlink.check_port_is_free("192.0.2.1", 8000)
 
 
 def test_flower_parses_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,17 +93,17 @@ def test_flower_parses_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
     keys.make(tmp_path / "keys", ["host"], ["a"])
-    command = deployment.superlink_command(tmp_path / "keys", "127.0.0.1", 8123, tmp_path)
+    command = superlink.superlink_command(tmp_path / "keys", "127.0.0.1", 8123, tmp_path)
     found = _parse_args_run_superlink().parse_args(command[1:])
     assert (found.insecure, found.enable_supernode_auth, found.port) == (False, True, 8123)
-    assert _parse_args_run_superlink().parse_args(deployment.superlink_command(None, "::", 1, tmp_path)[1:]).insecure
-    node = deployment.supernode_command(
+    assert _parse_args_run_superlink().parse_args(superlink.superlink_command(None, "::", 1, tmp_path)[1:]).insecure
+    node = superlink.supernode_command(
         Address("h", 1), tmp_path / "ca", tmp_path / "key", "partition-id=0", 9, tmp_path / "secret"
     )
     found = _parse_args_run_supernode().parse_args(node[1:])
     assert (found.superlink, found.isolation, found.insecure, found.port) == ("h:1", "process", False, 9)
     found = _parse_args_run_supernode().parse_args(
-        deployment.supernode_command(Address("h", 1), None, None, "", 9, None)[1:]
+        superlink.supernode_command(Address("h", 1), None, None, "", 9, None)[1:]
     )
     assert found.insecure and found.auth_supernode_private_key is None
 
@@ -112,9 +114,9 @@ def test_a_connection_is_saved_beside_others_and_never_over_one(
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     path = tmp_path / "config.toml"
     path.write_text('# mine\n[superlink]\ndefault = "other"\n[superlink.other]\naddress = "x:1"\n')
-    entry = deployment.connection(tmp_path / "keys", "0.0.0.0", 8443)
-    deployment.save_connection("lab", entry)
-    deployment.save_connection("lab", entry)  # the same again
+    entry = superlink.connection(tmp_path / "keys", "0.0.0.0", 8443)
+    superlink.save_connection("lab", entry)
+    superlink.save_connection("lab", entry)  # the same again
     text = path.read_text()
     assert text.startswith("# mine\n") and tomllib.loads(text)["superlink"] == {
         "default": "other",
@@ -122,23 +124,23 @@ def test_a_connection_is_saved_beside_others_and_never_over_one(
         "lab": {"address": "127.0.0.1:8443", "root-certificates": str(tmp_path / "keys" / "ca.crt")},
     }
     with pytest.raises(UserError, match=r"has that connection already, to x:1; choose another --name"):
-        deployment.save_connection("other", entry)
+        superlink.save_connection("other", entry)
     assert path.read_text() == text
     path.write_text("[superlink")
     with pytest.raises(UserError, match="mend it by hand"):
-        deployment.save_connection("lab", entry)
+        superlink.save_connection("lab", entry)
 
 
 def test_a_run_needs_a_superlink_that_flower_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"knows no SuperLink 'lab', only none: start one here"):
-        deployment.run_on("lab", {})
+        superlink.run_on("lab", {})
 
 
 # ---- enrolment -----------------------------------------------------------------------------------
 
 
-class Registry(deployment.Enrolment):
+class Registry(superlink.Enrolment):
     """Enrolment at a SuperLink that is a list."""
 
     def __init__(self, folder: Path, state: Path) -> None:
@@ -240,43 +242,43 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("off", [0.0, 4.0, -250.0])
 def test_a_superlink_that_answers_is_reached(made: Path, off: float) -> None:
     with https(made, -off) as port:
-        assert reach.problem(Address("localhost", port), made / "ca.crt") == ""
+        assert reachability.problem(Address("localhost", port), made / "ca.crt") == ""
 
 
 @pytest.mark.parametrize(("off", "said"), [(60.0, "ahead of"), (-400.0, "behind")])
 def test_a_clock_that_is_off_is_named(made: Path, off: float, said: str) -> None:
     with https(made, -off) as port, pytest.raises(UserError, match=rf"\d+ s {said} the SuperLink's.*NTP"):
-        reach.problem(Address("localhost", port), made / "ca.crt")
+        reachability.problem(Address("localhost", port), made / "ca.crt")
 
 
 def test_another_ca_another_name_and_no_tls_are_told_apart(made: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     keys.make(other, ["host"])
     with https(made) as port, pytest.raises(UserError, match=r"was not signed by .*other/ca.crt: bring its ca.crt"):
-        reach.problem(Address("localhost", port), other / "ca.crt")
+        reachability.problem(Address("localhost", port), other / "ca.crt")
     with https(made, host="127.0.0.2") as port, pytest.raises(UserError, match=r"is not for 127.0.0.2: renew it"):
-        reach.problem(Address("127.0.0.2", port), made / "ca.crt")
+        reachability.problem(Address("127.0.0.2", port), made / "ca.crt")
     with https(None) as port, pytest.raises(UserError, match="does not speak TLS"):
-        reach.problem(Address("localhost", port), made / "ca.crt")
+        reachability.problem(Address("localhost", port), made / "ca.crt")
     with https(made) as port:
-        assert "give --ca and --key instead of --insecure" in reach.problem(Address("localhost", port), None)
+        assert "give --ca and --key instead of --insecure" in reachability.problem(Address("localhost", port), None)
 
 
 def test_what_may_pass_is_waited_for() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    assert "is the SuperLink running and the port open?" in reach.problem(Address("127.0.0.1", port), None)
-    assert "spelled right" in reach.problem(Address("no.such.host.invalid", 1), None)
+    assert "is the SuperLink running and the port open?" in reachability.problem(Address("127.0.0.1", port), None)
+    assert "spelled right" in reachability.problem(Address("no.such.host.invalid", 1), None)
 
 
 def test_a_refusal_names_the_key_and_the_remedy() -> None:
     request = httpx.Request("POST", "https://h/v1/fleet/activate-node")
     refused = httpx.HTTPStatusError("no", request=request, response=httpx.Response(401, request=request))
-    assert "copy gpu0.pub into the folder keys/enrolled" in reach.refusal(refused, "gpu0.pub")
+    assert "copy gpu0.pub into the folder keys/enrolled" in reachability.refusal(refused, "gpu0.pub")
     broken = httpx.HTTPStatusError("no", request=request, response=httpx.Response(500, text="oh", request=request))
-    assert "status 500: oh" in reach.refusal(broken, "gpu0.pub")
-    assert "does not answer" in reach.refusal(httpx.ConnectError("gone"), "gpu0.pub")
+    assert "status 500: oh" in reachability.refusal(broken, "gpu0.pub")
+    assert "does not answer" in reachability.refusal(httpx.ConnectError("gone"), "gpu0.pub")
 
 
 # ---- supervision ---------------------------------------------------------------------------------
@@ -368,7 +370,8 @@ def test_deaths_in_a_row_are_waited_for_longer_and_longer() -> None:
 def test_a_supervisor_killed_outright_takes_its_children_along(tmp_path: Path) -> None:
     told = tmp_path / "told"
     child = script(tmp_path / "child.py", SAYS_AND_STAYS.format(str(told)))
-    code = f"import os\nfrom zofed.supervisor import Child, supervise\nsupervise([Child('c', {child!r}, os.environ)])"
+    code = "import os\nfrom zofed.deployment.supervisor import Child, supervise\n"
+    code += f"supervise([Child('c', {child!r}, os.environ)])"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL) as parent:
         limit = time.monotonic() + 30
         while not starts(told) and time.monotonic() < limit:
@@ -388,7 +391,7 @@ def test_a_supervisor_killed_outright_takes_its_children_along(tmp_path: Path) -
 # ---- the worker ----------------------------------------------------------------------------------
 
 
-def assignment(app: str = warm.APP, kind: str = "query.status", **node: Any) -> Assignment:
+def assignment(app: str = warm_worker.APP, kind: str = "query.status", **node: Any) -> Assignment:
     TaskIdentity.task_id = TaskIdentity.run_id = TaskIdentity.node_id = 1
     message = Message(RecordDict(), dst_node_id=2, message_type=kind, ttl=60)
     message.metadata.__dict__["_message_id"] = "1"
@@ -397,24 +400,24 @@ def assignment(app: str = warm.APP, kind: str = "query.status", **node: Any) -> 
 
 
 def test_a_worker_runs_no_other_apps_code() -> None:
-    reply = warm.reply_to(assignment("somebody/evil"), "")
+    reply = warm_worker.reply_to(assignment("somebody/evil"), "")
     assert reply.has_error() and "this worker answers 'zofed/zofed' alone" in reply.error.reason
 
 
 def test_a_message_that_fails_is_answered_with_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    reply = warm.reply_to(assignment(kind="train.zo"), "cpu")  # no content: malformed
-    assert reply.has_error() and reply.error.code == warm.CLIENT_FAILED
+    reply = warm_worker.reply_to(assignment(kind="train.zo"), "cpu")  # no content: malformed
+    assert reply.has_error() and reply.error.code == warm_worker.CLIENT_FAILED
     assert "Malformed" in reply.error.reason and "Traceback" not in capsys.readouterr().err
 
 
 def test_a_greeting_of_another_zofed_is_answered_with_who_this_is() -> None:
-    told = messages.unpack(Introduction, warm.reply_to(assignment(), "").content)
+    told = messages.unpack(Introduction, warm_worker.reply_to(assignment(), "").content)
     assert "give all machines the same" in told.problem and told.code == identity.code()
 
 
 def test_a_worker_is_of_the_bundle_that_the_project_makes() -> None:
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
-    assert f"{project['tool']['flwr']['app']['publisher']}/{project['project']['name']}" == warm.APP
+    assert f"{project['tool']['flwr']['app']['publisher']}/{project['project']['name']}" == warm_worker.APP
 
 
 class Runtime:
@@ -453,7 +456,7 @@ def test_a_worker_outlives_lost_tasks_and_an_absent_supernode(capsys: pytest.Cap
     lost, failed, last = Task(httpx.ReadTimeout("gone")), Task(assignment("x/y")), Task(assignment("x/z"))
     away = httpx.ConnectError("refused")
     tasks = [None, lost, away, away, failed, away, last]
-    warm.serve(Runtime(tasks), is_over=lambda: not tasks)  # type: ignore[arg-type]
+    warm_worker.serve(Runtime(tasks), is_over=lambda: not tasks)  # type: ignore[arg-type]
     assert len(failed.answers) == len(last.answers) == 1 and not lost.answers
     told = capsys.readouterr().err
     assert told.count("waiting for it") == 2 and "a task was lost: gone" in told
@@ -466,19 +469,19 @@ def test_the_device_is_the_nodes_own(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(dict(context.node_config))
         return Message(RecordDict(), reply_to=message)
 
-    monkeypatch.setattr(warm.client, "app", record)
-    warm.reply_to(assignment(), "cuda:1")
-    warm.reply_to(assignment(), "")
+    monkeypatch.setattr(warm_worker.client, "app", record)
+    warm_worker.reply_to(assignment(), "cuda:1")
+    warm_worker.reply_to(assignment(), "")
     assert seen == [{"device": "cuda:1"}, {}]
 
 
 def test_results_are_fetched_or_it_is_said_how(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from zofed import deployment_commands
+    from zofed.commands import deployment
 
     monkeypatch.chdir(tmp_path)
-    deployment_commands.bring("/srv/runs/a", "")
+    deployment.bring("/srv/runs/a", "")
     assert "scp -r -q USER@HOST:/srv/runs/a runs/a" in capsys.readouterr().out
     fake = tmp_path / "bin"
     fake.mkdir()
@@ -487,9 +490,9 @@ def test_results_are_fetched_or_it_is_said_how(
     monkeypatch.setenv("PATH", f"{fake}:{os.environ['PATH']}")
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "x").write_text(json.dumps(1))
-    deployment_commands.bring(str(tmp_path / "far"), "me@host")
+    deployment.bring(str(tmp_path / "far"), "me@host")
     assert (tmp_path / "runs" / "far" / "x").exists()
     with pytest.raises(UserError, match="exists already: move it aside"):
-        deployment_commands.bring(str(tmp_path / "far"), "me@host")
+        deployment.bring(str(tmp_path / "far"), "me@host")
     with pytest.raises(UserError, match="could not copy"):
-        deployment_commands.bring(str(tmp_path / "nowhere"), "me@host")
+        deployment.bring(str(tmp_path / "nowhere"), "me@host")

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from reference import normal_stream, philox4x32, sign_stream
 from torch import Tensor
 
-from zofed import config, directions
-from zofed.directions import Kind, WeightedSum, direction, signs, tensor_id, unit, weighted_sum
-from zofed.errors import UserError
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.core import directions
+from zofed.core.directions import Kind, WeightedSum, direction, signs, tensor_id, unit, weighted_sum
 
 KINDS: tuple[Kind, ...] = ("rank1", "rank2", "rank4", "rademacher", "gaussian")
 SIGNS: tuple[Kind, ...] = ("rank1", "rademacher")  # every entry +1 or -1

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from test_law import federate, ignore
 
-from zofed import central, run_result
+from zofed.base.errors import DivergenceError
 from zofed.config import Settings
-from zofed.divergence import has_diverged
-from zofed.errors import DivergenceError
-from zofed.runs import RunFolder, read_table
+from zofed.runs import run_result
+from zofed.runs.run_folder import RunFolder, read_table
+from zofed.training import central
+from zofed.training.divergence import has_diverged
 
 Quick = Callable[..., Settings]
 Command = Callable[..., tuple[int, str, str]]

@@ -33,11 +33,17 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import zofed
-from zofed import catalog, central, cli, client, config, data, runs, server, sweep_file, traffic, wire
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.commands import cli
 from zofed.config import SETTINGS, Settings
-from zofed.errors import UserError
-from zofed.federation import Reason
-from zofed.grid import LocalGrid
+from zofed.data import catalog, encoding
+from zofed.experiments import sweep_file
+from zofed.federated import client, server, traffic, wire
+from zofed.federated.local_grid import LocalGrid
+from zofed.federated.protocol import Reason
+from zofed.runs import run_folder
+from zofed.training import central
 
 Zofed = Callable[..., tuple[int, str, str]]
 
@@ -476,7 +482,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shape = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 64}
     with torch.random.fork_rng():
         BertModel(BertConfig(num_hidden_layers=1, num_attention_heads=2, **shape)).save_pretrained(folder)
-    data.load_tokenizer("shipped").save_pretrained(folder)
+    encoding.load_tokenizer("shipped").save_pretrained(folder)
     return folder
 
 
@@ -819,7 +825,11 @@ def test_names_given_to_blocks_are_used() -> None:
 
 
 def test_code_that_names_nothing_is_found_out() -> None:
-    for text in ("import zofed\nzofed.nothing()", "from zofed.runs import Nothing", "from zofed import nothing"):
+    for text in (
+        "import zofed\nzofed.nothing()",
+        "from zofed.runs.run_folder import Nothing",
+        "from zofed import nothing",
+    ):
         with pytest.raises((AttributeError, ImportError)):
             check_names_of_zofed(ast.parse(text))
 
@@ -834,10 +844,10 @@ def in_backticks(page: str) -> set[str]:
 @pytest.mark.slow
 def test_the_page_of_formats_names_every_column_key_and_file(finished: Finished) -> None:
     named = in_backticks("docs/formats.md")
-    tables = (runs.METRICS, runs.EVALUATIONS, traffic.ROUNDS, traffic.CLIENTS, traffic.EVALUATIONS)
+    tables = (run_folder.METRICS, run_folder.EVALUATIONS, traffic.ROUNDS, traffic.CLIENTS, traffic.EVALUATIONS)
     assert {column for table in tables for column in table} <= named
     for folder in (finished.run, finished.federated):
-        assert set(runs.RunFolder.open(folder).summary()) <= named
+        assert set(run_folder.RunFolder.open(folder).summary()) <= named
         assert {path.name + "/" * path.is_dir() for path in folder.iterdir()} - {"checkpoints/"} <= named
 
 

@@ -28,12 +28,16 @@ from transformers import (
     XGLMForCausalLM,
 )
 
-from zofed import central, config, data, models, perturbed
+from zofed import config
 from zofed.config import Settings
-from zofed.estimators import FiniteDifference
-from zofed.finish import replay_run
-from zofed.runs import RunFolder
-from zofed.worker import TRAINABLE_DTYPES, weights_digest
+from zofed.core import perturbed
+from zofed.core.estimators import FiniteDifference
+from zofed.core.replica import TRAINABLE_DTYPES, weights_digest
+from zofed.data import encoding
+from zofed.models import build as models
+from zofed.runs.run_folder import RunFolder
+from zofed.training import central
+from zofed.training.finalize import replay_run
 
 SHAPE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
@@ -62,14 +66,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             build().save_pretrained(found[name])
-        data.load_tokenizer("shipped").save_pretrained(found[name])
+        encoding.load_tokenizer("shipped").save_pretrained(found[name])
     return found
 
 
 def create(folder: Path, dtype: str, labels: int = 0) -> Any:
     task = "classification" if labels else "language-model"
     values = {"device": "cpu", "block-size": 16, "dtype": dtype, "model": str(folder), "task": task}
-    return models.create_model(config.resolve(values), data.load_tokenizer(str(folder)), labels)
+    return models.create_model(config.resolve(values), encoding.load_tokenizer(str(folder)), labels)
 
 
 def types(model: nn.Module) -> dict[str, torch.dtype]:
@@ -112,7 +116,7 @@ def test_far_positions_are_as_exact_as_the_librarys(tmp_path: Path) -> None:
                 tensor.mul_(6)  # sharper than a fresh model
         model.save_pretrained(tmp_path)
         ids = torch.randint(3, 500, (1, 1024))
-    data.load_tokenizer("shipped").save_pretrained(tmp_path)
+    encoding.load_tokenizer("shipped").save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     exact, ours, theirs = (
         each.eval()(input_ids=ids).logits[0, -64:].float() for each in (model, create(tmp_path, "bfloat16"), plain)

@@ -24,14 +24,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from zofed import directions, estimators, metrics, perturbed
-from zofed.directions import Kind, direction
-from zofed.errors import UserError
-from zofed.estimators import Estimate, FiniteDifference, Parameters, Points
-from zofed.logits import DEFER_FROM
-from zofed.optimizers import Optimizer
-from zofed.scopes import trainable_names
-from zofed.worker import Worker, make_genesis, named_parameters
+from zofed.base.errors import UserError
+from zofed.core import directions, estimators, metrics, perturbed
+from zofed.core.deferred_logits import DEFER_FROM
+from zofed.core.directions import Kind, direction
+from zofed.core.estimators import Estimate, FiniteDifference, Parameters, Points
+from zofed.core.optimizers import Optimizer
+from zofed.core.replica import Worker, make_genesis, named_parameters
+from zofed.models.scopes import trainable_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

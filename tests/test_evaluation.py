@@ -15,12 +15,15 @@ from test_law import federate, ignore
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from zofed import central, data, metrics, partitions, plots, scoring, task
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.documents import Document
-from zofed.errors import UserError
-from zofed.runs import RunFolder, read_table
-from zofed.task import Task
+from zofed.core import metrics
+from zofed.data import encoding, partitions
+from zofed.data.documents import Document
+from zofed.runs import pictures
+from zofed.runs.run_folder import RunFolder, read_table
+from zofed.training import central, scoring, task
+from zofed.training.task import Task
 
 Quick = Callable[..., Settings]
 Command = Callable[..., tuple[int, str, str]]
@@ -52,14 +55,14 @@ def of_sources(path: Path, *names: str, each: int = 4) -> Path:
 
 
 def test_a_sample_is_a_function_of_the_seed_alone_and_a_larger_one_holds_it() -> None:
-    assert data.sample(6000, 8, 0).tolist() == [169, 255, 695, 2147, 2504, 3434, 5599, 5898], "on every machine"
+    assert encoding.sample(6000, 8, 0).tolist() == [169, 255, 695, 2147, 2504, 3434, 5599, 5898], "on every machine"
     torch.manual_seed(1), np.random.seed(1), random.seed(1)
     state = torch.get_rng_state()
-    found = data.sample(6000, 256, 7)
-    assert torch.equal(found, data.sample(6000, 256, 7)) and not torch.equal(found, data.sample(6000, 256, 8))
+    found = encoding.sample(6000, 256, 7)
+    assert torch.equal(found, encoding.sample(6000, 256, 7)) and not torch.equal(found, encoding.sample(6000, 256, 8))
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(found, found.unique()) and set(data.sample(6000, 20, 7).tolist()) < set(found.tolist())
-    assert data.sample(5, 256, 7).tolist() == [0, 1, 2, 3, 4]
+    assert torch.equal(found, found.unique()) and set(encoding.sample(6000, 20, 7).tolist()) < set(found.tolist())
+    assert encoding.sample(5, 256, 7).tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.slow
@@ -74,7 +77,7 @@ def test_coin_flips_sorted_by_label_score_about_chance(quick: Quick, tmp_path: P
     assert abs(found["accuracy"] - 0.5) < 0.1
     assert found["evaluated"] == {"examples": 256, "held_out": 1200, "sources": 0, "of_sources": 0}
     scored = [0] * 600 + [1] * 600
-    labels = [scored[at] for at in data.sample(1200, 256, 0)]
+    labels = [scored[at] for at in encoding.sample(1200, 256, 0)]
     assert 0.4 < sum(labels) / 256 < 0.6 and found["baselines"]["majority_accuracy"] == labels.count(0) / 256
     assert found["controls"]["frozen"] == found["eval_loss_start"], "the same examples"
     assert scoring.score_run(run, {}).scores.whole.loss == pytest.approx(found["eval_loss_end"], rel=1e-6)
@@ -88,7 +91,7 @@ def test_baselines_and_bits_a_byte_are_of_the_examples_that_are_scored(quick: Qu
     settings = quick(eval_examples=3, held_out=0.5, seed=4)
     found = Task.load(settings)
     everything = found.examples(found.held_out)["labels"]
-    chosen = data.sample(len(everything), 3, 4)
+    chosen = encoding.sample(len(everything), 3, 4)
     assert torch.equal(found.held_out_sample.examples["labels"], everything[chosen])
     predicted = everything[chosen][:, 1:].flatten().tolist()
     counts = np.bincount(found.examples(found.train)["labels"][:, 1:].flatten(), minlength=len(found.tokenizer)) + 1
@@ -126,7 +129,7 @@ def test_each_byte_of_a_text_counts_for_one_token(kind: str, monkeypatch: pytest
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = data.load_tokenizer("shipped")
+    tokenizer = encoding.load_tokenizer("shipped")
     if kind == "words":  # which drop white space, capitals and accents
         words = Tokenizer(models.WordLevel({"<u>": 0, "plain": 1, "cafe": 2, "</s>": 3}, "<u>"))
         words.normalizer = normalizers.BertNormalizer()
@@ -136,11 +139,11 @@ def test_each_byte_of_a_text_counts_for_one_token(kind: str, monkeypatch: pytest
     if kind == "slow":
         monkeypatch.setattr(type(tokenizer), "is_fast", False)
     for block in (2, 5):
-        blocks = data.language_model_examples(documents, tokenizer, block)["input_ids"]
-        found = data.token_bytes(documents, tokenizer, block)
+        blocks = encoding.language_model_examples(documents, tokenizer, block)["input_ids"]
+        found = encoding.token_bytes(documents, tokenizer, block)
         assert found.shape == blocks.shape and int(found.min()) >= 0
     tokens = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1 for text in TEXTS]
-    whole = data.token_bytes(documents, tokenizer, sum(tokens)).squeeze(0)
+    whole = encoding.token_bytes(documents, tokenizer, sum(tokens)).squeeze(0)
     assert [int(own.sum()) for own in whole.split(tokens)] == [len(text.encode()) for text in TEXTS]
     if kind == "bytes":
         assert whole[:3].tolist() == [len(t) for t in tokenizer.tokenize(TEXTS[0])][:3]
@@ -192,7 +195,7 @@ class Fixed(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Any:
-        from zofed.classifier import Output
+        from zofed.models.classifier import Output
 
         return Output(nn.functional.cross_entropy(inputs, labels), inputs)
 
@@ -268,8 +271,8 @@ def test_a_source_without_a_name_is_refused_and_a_number_is_a_name(tmp_path: Pat
     for name in ("", " ", None):
         path = of_sources(tmp_path / "some.jsonl", name)  # type: ignore[arg-type]
         with pytest.raises(UserError, match="empty source"):
-            data.load_documents(str(path))
-    found = data.load_documents(str(of_sources(tmp_path / "some.jsonl", 3, 12)))  # type: ignore[arg-type]
+            encoding.load_documents(str(path))
+    found = encoding.load_documents(str(of_sources(tmp_path / "some.jsonl", 3, 12)))  # type: ignore[arg-type]
     assert {document.source for document in found} == {"3", "12"}
 
 
@@ -294,7 +297,7 @@ def test_groups_called_like_the_rest_or_like_markup_are_drawn(tmp_path: Path) ->
     }
     shown = partitions.largest(counts, 6)[0]
     assert shown["others"] == 50 and shown["(others)"] == 9 and sum(shown.values()) == 89
-    assert plots.partition(counts, tmp_path / "partition.png").stat().st_size > 1000
+    assert pictures.partition(counts, tmp_path / "partition.png").stat().st_size > 1000
 
 
 # --- scored again ---
@@ -303,7 +306,8 @@ def test_groups_called_like_the_rest_or_like_markup_are_drawn(tmp_path: Path) ->
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, coins: Path) -> dict[str, Path]:
     """A language model, one with an eval-dataset, a classifier, a federated run; and data to score them on."""
-    from zofed import config, documents
+    from zofed import config
+    from zofed.data import documents
 
     folder = tmp_path_factory.mktemp("scored")
     texts = [document.text for document in documents.load_documents("sample-dclm")[:60]]
@@ -330,13 +334,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, coins: Path) -> dict[str, Pat
 
 def loss_on(run: Path, some: list[Document], limit: int = 256) -> float:
     """Of a run's model, by the library's own loss."""
-    from zofed import models
+    from zofed.models import build
 
     settings = RunFolder.open(run).settings().model_copy(update={"model": str(run / "model")})
     found = Task.load(settings)
     examples = found.examples(some)
-    chosen = data.sample(len(examples["labels"]), limit, 0)
-    model = models.create_model(settings, found.tokenizer, found.labels)
+    chosen = encoding.sample(len(examples["labels"]), limit, 0)
+    model = build.create_model(settings, found.tokenizer, found.labels)
     with torch.no_grad():
         return float(model(**{name: tensor[chosen] for name, tensor in examples.items()}).loss)
 
@@ -347,7 +351,7 @@ def loss_on(run: Path, some: list[Document], limit: int = 256) -> float:
 def test_data_named_to_eval_are_scored_as_a_whole_and_told(
     runs: dict[str, Path], run: str, option: str, zofed_command: Command
 ) -> None:
-    whole = data.load_documents(str(runs["other"]))
+    whole = encoding.load_documents(str(runs["other"]))
     wanted = loss_on(runs[run], whole)
     status, told, errors = zofed_command("eval", runs[run], option, runs["other"])
     assert status == 0 and f"all of {runs['other']}: " in told and f"{wanted:.4f}" in told and "note" not in told, (
@@ -370,7 +374,7 @@ def test_without_other_data_a_run_is_scored_on_what_scored_it(runs: dict[str, Pa
 
 
 def test_data_that_a_run_trained_on_are_told(runs: dict[str, Path]) -> None:
-    whole = data.load_documents(str(runs["train"]))
+    whole = encoding.load_documents(str(runs["train"]))
     found = scoring.score_run(runs["run"], {"dataset": str(runs["train"])})
     assert found.scores.whole.loss == pytest.approx(loss_on(runs["run"], whole, limit=10**9), rel=1e-5)
     assert found.scores.coverage.examples == found.scores.coverage.held_out > 256
@@ -416,7 +420,7 @@ def test_what_eval_would_ignore_is_refused(
 
 def test_a_saved_model_is_scored_on_all_of_the_data_named(runs: dict[str, Path], zofed_command: Command) -> None:
     model, common = runs["run"] / "model", ("--block-size", 16)
-    wanted = loss_on(runs["run"], data.load_documents(str(runs["other"])))
+    wanted = loss_on(runs["run"], encoding.load_documents(str(runs["other"])))
     status, told, errors = zofed_command("eval", model, "--dataset", runs["other"], *common)
     assert status == 0 and f"all of {runs['other']}" in told and f"{wanted:.4f}" in told, errors
     status, told, errors = zofed_command("eval", model, "--dataset", runs["other"], "--held-out", 0.5, *common)

@@ -20,9 +20,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from zofed import compact, config, guides, journal, merging, records, schedules, snapshots, step_records, subspace, wire
-from zofed.estimators import Points
-from zofed.federation import (
+from zofed import config
+from zofed.core import aggregation, gradient_codec, journal, records, snapshots, subspace, varint
+from zofed.core.aggregation import Measured
+from zofed.core.estimators import Points
+from zofed.core.journal import Entry, genesis_chain, link, position
+from zofed.core.optimizers import Optimizer
+from zofed.core.records import Dense, Guided, Record, Seeded, Skipped, Spread
+from zofed.core.replica import Update, Worker, catch_up, make_genesis, tensors_digest
+from zofed.federated import wire
+from zofed.federated.messages import KEY, pack, payload, size, unpack
+from zofed.federated.protocol import (
     Answer,
     Contribution,
     Plan,
@@ -31,13 +39,8 @@ from zofed.federation import (
     check_update,
     plan_for,
 )
-from zofed.journal import Entry, genesis_chain, link, position
-from zofed.merging import Measured
-from zofed.messages import KEY, pack, payload, size, unpack
-from zofed.optimizers import Optimizer
-from zofed.records import Dense, Guided, Record, Seeded, Skipped, Spread
-from zofed.wire import Evaluation, Final, Greeting, Introduction, Malformed
-from zofed.worker import Update, Worker, catch_up, make_genesis, tensors_digest
+from zofed.federated.wire import Evaluation, Final, Greeting, Introduction, Malformed
+from zofed.training import schedules, step_records
 
 EPSILON = 3e-4
 PLAN = Plan(
@@ -70,7 +73,7 @@ def update_of(value: float = 0.5) -> Update:
     return {name: torch.full(shape, value) for name, shape in SHAPES.items()}
 
 
-GIVEN = Contribution(**HEAD, update=guides.whole(update_of()), loss=5.5, examples=17, milliseconds=250)
+GIVEN = Contribution(**HEAD, update=gradient_codec.whole(update_of()), loss=5.5, examples=17, milliseconds=250)
 
 # --- check ---
 
@@ -134,7 +137,7 @@ BROKEN_UPDATES: Changes = [
     ({"update": encoded_with(bias=torch.ones(2, dtype=torch.int16))}, "wrong_tensors"),
     ({"update": encoded_with(bias=torch.tensor([1.0, math.nan]))}, "not_finite"),
     ({"update": encoded_with(weight=torch.full((2, 3), -math.inf))}, "not_finite"),
-    ({"update": guides.whole(update_of(2.0))}, "too_large"),
+    ({"update": gradient_codec.whole(update_of(2.0))}, "too_large"),
 ]
 
 
@@ -195,7 +198,7 @@ def measured(coefficients: Sequence[int], exponent: int, examples: int = 1) -> M
     return Measured(tuple(coefficients), exponent, 1.0, 2 * len(coefficients), examples=examples)
 
 
-def exact(slopes: merging.Slopes | merging.Merged) -> list[Fraction]:
+def exact(slopes: aggregation.Slopes | aggregation.Merged) -> list[Fraction]:
     return [value * Fraction(2) ** slopes.exponent for value in slopes.coefficients]
 
 
@@ -228,20 +231,22 @@ def test_a_merge_does_not_depend_on_the_order_of_arrival(
 ) -> None:
     order = list(answers)
     chance.shuffle(order)
-    assert merging.merged({client: answers[client] for client in order}, **way) == merging.merged(answers, **way)
+    assert aggregation.merged({client: answers[client] for client in order}, **way) == aggregation.merged(
+        answers, **way
+    )
 
 
 @given(ANSWERS, st.sampled_from(WAYS))
 @settings(max_examples=150, deadline=None, database=None)
 def test_a_merge_fits_into_a_record(answers: dict[int, Measured], way: dict[str, Any]) -> None:
-    merged = merging.merged(answers, **way)
+    merged = aggregation.merged(answers, **way)
     assert all(abs(value) < 2**18 for value in merged.coefficients)
     assert merged.clients == ((0,) if way["shared"] else tuple(sorted(answers)))
-    record = merging.seeded(7, 0.1, merged, 3, "two-point")
+    record = aggregation.seeded(7, 0.1, merged, 3, "two-point")
     assert records.encode(records.decode(records.encode(record))) == records.encode(record)
 
 
-def assert_close(merged: merging.Merged, expected: Sequence[Any]) -> None:
+def assert_close(merged: aggregation.Merged, expected: Sequence[Any]) -> None:
     half = Fraction(2) ** merged.exponent / 2
     assert all(abs(one - other) <= half for one, other in zip(exact(merged), expected, strict=True))
 
@@ -249,7 +254,7 @@ def assert_close(merged: merging.Merged, expected: Sequence[Any]) -> None:
 @given(ANSWERS)
 @settings(max_examples=150, deadline=None, database=None)
 def test_distinct_directions_keep_all_slopes_to_half_a_unit(answers: dict[int, Measured]) -> None:
-    merged = merging.merged(answers, shared=False)
+    merged = aggregation.merged(answers, shared=False)
     assert_close(merged, [slope for client in sorted(answers) for slope in exact(answers[client])])
 
 
@@ -260,11 +265,11 @@ def test_weights_are_the_examples_up_to_a_cap(answers: dict[int, Measured], cap:
     weights = [min(answers[client].examples, cap) for client in clients]
     columns = list(zip(*(exact(answers[client]) for client in clients), strict=True))
     expected = [sum(w * v for w, v in zip(weights, column, strict=True)) / sum(weights) for column in columns]
-    assert_close(merging.merged(answers, shared=True, largest_weight=cap), expected)
+    assert_close(aggregation.merged(answers, shared=True, largest_weight=cap), expected)
     own = [
         w * len(clients) * s / sum(weights) for w, c in zip(weights, clients, strict=True) for s in exact(answers[c])
     ]
-    assert_close(merging.merged(answers, shared=False, largest_weight=cap), own)
+    assert_close(aggregation.merged(answers, shared=False, largest_weight=cap), own)
 
 
 @given(ANSWERS, st.floats(0.01, 0.49))
@@ -274,14 +279,15 @@ def test_shared_directions_give_the_mean_the_trimmed_mean_or_the_lower_median(
 ) -> None:
     columns = list(zip(*(exact(one) for one in answers.values()), strict=True))
     count = len(answers)
-    assert_close(merging.merged(answers, shared=True), [sum(column) / Fraction(count) for column in columns])
+    assert_close(aggregation.merged(answers, shared=True), [sum(column) / Fraction(count) for column in columns])
     assert_close(
-        merging.merged(answers, shared=True, rule="median"), [sorted(column)[(count - 1) // 2] for column in columns]
+        aggregation.merged(answers, shared=True, rule="median"),
+        [sorted(column)[(count - 1) // 2] for column in columns],
     )
     cut = min(math.ceil(trim * count), (count - 1) // 2)
     kept = [sorted(column)[cut : count - cut] for column in columns]
     assert_close(
-        merging.merged(answers, shared=True, rule="trimmed", trim=trim), [sum(k) / Fraction(len(k)) for k in kept]
+        aggregation.merged(answers, shared=True, rule="trimmed", trim=trim), [sum(k) / Fraction(len(k)) for k in kept]
     )
 
 
@@ -289,7 +295,7 @@ def test_shared_directions_give_the_mean_the_trimmed_mean_or_the_lower_median(
 @settings(max_examples=60, deadline=None, database=None)
 def test_one_client_alone_is_left_as_it_is(answers: dict[int, Measured], way: dict[str, Any], client: int) -> None:
     one = next(iter(answers.values()))
-    merged = merging.merged({client: one}, **way)
+    merged = aggregation.merged({client: one}, **way)
     assert exact(merged) == exact(one)
     if any(one.coefficients) and "largest_weight" not in way:
         assert (merged.coefficients, merged.exponent) == (one.coefficients, one.exponent)
@@ -304,7 +310,7 @@ def test_slopes_are_clipped_at_the_limit_times_the_median_of_sizes(answers: dict
     if not nonzero or len(answers) == 1:
         return
     bound = limit * statistics.median_high(nonzero)
-    merged = merging.merged(answers, shared=False, limit=limit)
+    merged = aggregation.merged(answers, shared=False, limit=limit)
     finest = 2.0 ** min(one.exponent for one in answers.values() if any(one.coefficients))
     tolerance = 2.0**merged.exponent / 2 + finest + bound * 1e-9
     for slope, own in zip(exact(merged), [s for c in sorted(answers) for s in exact(answers[c])], strict=True):
@@ -314,22 +320,22 @@ def test_slopes_are_clipped_at_the_limit_times_the_median_of_sizes(answers: dict
 def test_a_liar_among_three_moves_a_clipped_mean_by_ten_common_sizes_at_most() -> None:
     honest = {0: measured((100, -100), -10), 1: measured((110, 90), -10)}
     lying = honest | {2: measured((2**17, 2**17), 0)}
-    merged = merging.merged(lying, shared=True, limit=10.0)
-    common = min(merging.size(one) for one in honest.values())
-    assert max(map(abs, map(float, exact(merged)))) <= 10 * max(map(merging.size, honest.values())) / 3 + common
-    assert max(map(abs, map(float, exact(merging.merged(lying, shared=True))))) > 10_000
+    merged = aggregation.merged(lying, shared=True, limit=10.0)
+    common = min(aggregation.size(one) for one in honest.values())
+    assert max(map(abs, map(float, exact(merged)))) <= 10 * max(map(aggregation.size, honest.values())) / 3 + common
+    assert max(map(abs, map(float, exact(aggregation.merged(lying, shared=True))))) > 10_000
 
 
 def test_slopes_a_thousand_limits_beyond_the_others_are_implausible() -> None:
     others = {0: measured((100, -100), 0), 1: measured((100, 100), 0)}
-    assert merging.implausible(others, 2.0) == []
+    assert aggregation.implausible(others, 2.0) == []
     at, beyond = measured((200_000, 0), 0), measured((200_001, 0), 0)
-    assert merging.implausible(others | {7: at}, 2.0) == []
-    assert merging.implausible(others | {7: beyond}, 2.0) == [7]
-    assert merging.implausible(others | {7: beyond}, 0.0) == []
+    assert aggregation.implausible(others | {7: at}, 2.0) == []
+    assert aggregation.implausible(others | {7: beyond}, 2.0) == [7]
+    assert aggregation.implausible(others | {7: beyond}, 0.0) == []
     zeros = measured((0, 0), records.LARGEST_EXPONENT)
-    assert merging.implausible({0: zeros, 1: zeros}, 2.0) == []
-    assert merging.implausible(others | {3: zeros, 4: zeros, 5: zeros, 7: beyond}, 2.0) == [7], "zeros have no size"
+    assert aggregation.implausible({0: zeros, 1: zeros}, 2.0) == []
+    assert aggregation.implausible(others | {3: zeros, 4: zeros, 5: zeros, 7: beyond}, 2.0) == [7], "zeros have no size"
 
 
 SIZES = st.floats(2.0**-30, 2.0**30)
@@ -355,17 +361,17 @@ def test_whatever_half_of_the_clients_send_the_merged_slopes_are_bounded_by_thos
     from the usual one as an honest size is. And no honest client is left out for being unlike the liars alone."""
     honest, lying, usual = answers
     found = dict(enumerate(honest + lying))
-    sizes = [merging.size(one) for one in honest]
-    common = merging.common_size(found, usual)
+    sizes = [aggregation.size(one) for one in honest]
+    common = aggregation.common_size(found, usual)
     furthest = max(abs(math.log2(one) - math.log2(usual)) for one in sizes)
     is_few = len(lying) < len(honest)
     low, high = (min(sizes), max(sizes)) if is_few else (usual * 2.0**-furthest, usual * 2.0**furthest)
     assert low * (1 - 1e-9) <= common <= high * (1 + 1e-9)
-    left_out = merging.implausible(found, limit, usual)
+    left_out = aggregation.implausible(found, limit, usual)
     if is_few and max(sizes) < 100 * limit * min(sizes):
         assert not set(left_out) & set(range(len(honest)))
     staying = {client: one for client, one in found.items() if client not in left_out}
-    merged = merging.merged(staying or found, shared=shared, limit=limit, usual=usual)
+    merged = aggregation.merged(staying or found, shared=shared, limit=limit, usual=usual)
     if len(staying) > 1 and not left_out:
         unit = 2.0**merged.exponent + 2.0 ** min(one.exponent for one in found.values() if any(one.coefficients))
         assert max(abs(float(slope)) for slope in exact(merged)) <= limit * high * (1 + 1e-9) + unit
@@ -379,34 +385,34 @@ def test_liars_at_exactly_half_are_left_out_and_not_the_honest(
 ) -> None:
     honest = {client: measured((100 + client, -90), -7) for client in range(count)}
     found = honest | {client + 10: measured(*liar) for client in range(count)}
-    assert merging.implausible(found, 10.0, usual) == [client + 10 for client in range(count)]
-    assert merging.merged(found, shared=False, limit=10.0, usual=usual).clients == tuple(found)
-    largest = max(map(abs, map(float, exact(merging.merged(found, shared=False, limit=10.0, usual=usual)))))
-    assert largest <= 10.0 * max(map(merging.size, honest.values())) + 2.0**-7  # rounded up to one unit
+    assert aggregation.implausible(found, 10.0, usual) == [client + 10 for client in range(count)]
+    assert aggregation.merged(found, shared=False, limit=10.0, usual=usual).clients == tuple(found)
+    largest = max(map(abs, map(float, exact(aggregation.merged(found, shared=False, limit=10.0, usual=usual)))))
+    assert largest <= 10.0 * max(map(aggregation.size, honest.values())) + 2.0**-7  # rounded up to one unit
 
 
 def test_what_a_run_has_measured_so_far_tells_which_half_lies() -> None:
     """Where honest slopes are far from 1."""
     small = {client: measured((100, -90), -40) for client in range(2)}
     liars = {client + 10: measured((100, -90), -7) for client in range(2)}
-    usual = merging.size(small[0])
-    assert merging.implausible(small | liars, 10.0, 2 * usual) == [10, 11]
-    assert merging.common_size(small | liars, usual / 3) == usual
+    usual = aggregation.size(small[0])
+    assert aggregation.implausible(small | liars, 10.0, 2 * usual) == [10, 11]
+    assert aggregation.common_size(small | liars, usual / 3) == usual
 
 
 def test_answers_of_zeros_take_nothing_from_the_others_whatever_their_exponent() -> None:
     zeros = measured((0, 0), records.LARGEST_EXPONENT)
-    merged = merging.merged({0: zeros, 1: measured((-3, 5), -20)}, shared=False)
+    merged = aggregation.merged({0: zeros, 1: measured((-3, 5), -20)}, shared=False)
     assert (merged.coefficients, merged.exponent) == ((0, 0, -3, 5), -20)
     for shared, count in ((True, 2), (False, 4)):
-        assert merging.merged({0: zeros, 1: zeros}, shared=shared).coefficients == (0,) * count
+        assert aggregation.merged({0: zeros, 1: zeros}, shared=shared).coefficients == (0,) * count
 
 
 @pytest.mark.slow
 @given(st.lists(st.integers(-(2**70), 2**70), min_size=1, max_size=5), st.integers(1, 2**45), st.integers(-450, 20))
 @settings(max_examples=300, deadline=None, database=None)
 def test_rounding_stays_below_18_bits_and_within_half_a_unit(values: list[int], divisor: int, exponent: int) -> None:
-    found, at = merging.rounded(values, divisor, exponent)
+    found, at = aggregation.rounded(values, divisor, exponent)
     assert max(map(abs, found)) < 2**18
     assert at >= records.SMALLEST_EXPONENT
     half = Fraction(2) ** at / 2
@@ -441,8 +447,8 @@ def test_the_record_of_a_round_follows_the_settings_and_the_worker(points: Point
 
 
 def test_one_query_of_one_point_is_divided_by_one() -> None:
-    merged = merging.merged({0: measured((5,), -20), 1: measured((5,), -20)}, shared=False)
-    assert merging.seeded(1, 0.1, merged, 1, "one-sided").divisor == 2.0
+    merged = aggregation.merged({0: measured((5,), -20), 1: measured((5,), -20)}, shared=False)
+    assert aggregation.seeded(1, 0.1, merged, 1, "one-sided").divisor == 2.0
 
 
 def test_several_rounds_of_one_exchange_are_the_rounds_asked_one_by_one() -> None:
@@ -735,7 +741,7 @@ NAMED = st.dictionaries(
 )
 
 
-def tensors_of(shapes: guides.Shapes, seed: int = 0, scale: float = 1.0) -> Update:
+def tensors_of(shapes: gradient_codec.Shapes, seed: int = 0, scale: float = 1.0) -> Update:
     chance = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=chance) * scale for name, shape in shapes.items()}
 
@@ -746,12 +752,12 @@ def test_an_encoded_update_comes_back_the_same_everywhere(
     shapes: dict[str, tuple[int, ...]], seed: int, rank: int, scale: float
 ) -> None:
     update = tensors_of(shapes, seed, scale)
-    assert tensors_digest(guides.decoded(guides.whole(update), shapes)) == tensors_digest(update)
-    raw = guides.compressed(update, rank)
-    found = guides.decoded(raw, shapes)
+    assert tensors_digest(gradient_codec.decoded(gradient_codec.whole(update), shapes)) == tensors_digest(update)
+    raw = gradient_codec.compressed(update, rank)
+    found = gradient_codec.decoded(raw, shapes)
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
-    assert tensors_digest(found) == tensors_digest(guides.decoded(raw, shapes))
+    assert tensors_digest(found) == tensors_digest(gradient_codec.decoded(raw, shapes))
     if rank == 0:
         for name, tensor in update.items():
             assert (found[name] - tensor).abs().max() <= tensor.abs().max() * 2**-14
@@ -760,27 +766,27 @@ def test_an_encoded_update_comes_back_the_same_everywhere(
 def test_a_matrix_of_rank_r_survives_in_r_factors() -> None:
     left, right = tensors_of({"l": (40, 3), "r": (3, 30)}, 1).values()
     shapes = {"w": (40, 30)}
-    raw = guides.compressed({"w": left @ right}, 3)
-    found = guides.decoded(raw, shapes)["w"]
-    assert guides.norm({"w": found - left @ right}) < 1e-3 * guides.norm({"w": left @ right})
+    raw = gradient_codec.compressed({"w": left @ right}, 3)
+    found = gradient_codec.decoded(raw, shapes)["w"]
+    assert gradient_codec.norm({"w": found - left @ right}) < 1e-3 * gradient_codec.norm({"w": left @ right})
     assert len(raw) < 2 * 3 * 70 + 400 < 4 * 40 * 30
-    worse = guides.decoded(guides.compressed({"w": left @ right}, 2), shapes)["w"]
-    assert guides.norm({"w": worse - left @ right}) > 0.05 * guides.norm({"w": left @ right})
+    worse = gradient_codec.decoded(gradient_codec.compressed({"w": left @ right}, 2), shapes)["w"]
+    assert gradient_codec.norm({"w": worse - left @ right}) > 0.05 * gradient_codec.norm({"w": left @ right})
 
 
 def test_the_same_gradient_has_the_same_bytes() -> None:
     update = tensors_of({"b": (9, 8), "a": (7,)})
-    assert guides.compressed(update, 2) == guides.compressed(dict(reversed(update.items())), 2)
+    assert gradient_codec.compressed(update, 2) == gradient_codec.compressed(dict(reversed(update.items())), 2)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_is_not_encoded(bad: float) -> None:
     with pytest.raises(ValueError, match="not finite"):
-        guides.compressed({"w": torch.tensor([[1.0, bad]])}, 1)
+        gradient_codec.compressed({"w": torch.tensor([[1.0, bad]])}, 1)
 
 
 def broken_guides() -> dict[str, bytes]:
-    parts = load(guides.compressed(tensors_of({"w": (6, 5), "b": (4,)}), 2))
+    parts = load(gradient_codec.compressed(tensors_of({"w": (6, 5), "b": (4,)}), 2))
     assert set(parts) == {"left:w", "right:w", "whole:b", "exponents"}
     short = lambda key: {other: tensor for other, tensor in parts.items() if other != key}  # noqa: E731
     odd = torch.zeros(3, dtype=torch.int16)
@@ -809,18 +815,18 @@ def broken_guides() -> dict[str, bytes]:
 @pytest.mark.parametrize("way", broken_guides())
 def test_a_broken_guide_is_refused(way: str) -> None:
     with pytest.raises(ValueError, match=r"tensor|exponent|is not"):
-        guides.decoded(broken_guides()[way], {"w": (6, 5), "b": (4,)})
+        gradient_codec.decoded(broken_guides()[way], {"w": (6, 5), "b": (4,)})
 
 
 @pytest.mark.slow
 @given(st.integers(0, 400), st.integers(0, 255), st.booleans())
 @settings(max_examples=300, deadline=None, database=None)
 def test_a_guide_with_a_byte_changed_is_a_guide_or_a_value_error(at: int, value: int, cut: bool) -> None:
-    raw = guides.compressed(tensors_of({"w": (6, 5), "b": (4,)}), 2)
+    raw = gradient_codec.compressed(tensors_of({"w": (6, 5), "b": (4,)}), 2)
     at %= len(raw)
     with_change = raw[:at] if cut else raw[:at] + bytes([value]) + raw[at + 1 :]
     try:
-        found = guides.decoded(with_change, {"w": (6, 5), "b": (4,)})
+        found = gradient_codec.decoded(with_change, {"w": (6, 5), "b": (4,)})
     except ValueError:
         return
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {"w": (6, 5), "b": (4,)}
@@ -829,9 +835,9 @@ def test_a_guide_with_a_byte_changed_is_a_guide_or_a_value_error(at: int, value:
 @given(st.lists(st.binary(max_size=20), max_size=4), st.binary(max_size=30))
 @settings(max_examples=100, deadline=None, database=None)
 def test_updates_side_by_side_are_split_again(raws: list[bytes], other: bytes) -> None:
-    assert list(guides.split(guides.joined(raws))) == raws
+    assert list(gradient_codec.split(gradient_codec.joined(raws))) == raws
     with contextlib.suppress(ValueError):
-        assert guides.joined(guides.split(other)) == other
+        assert gradient_codec.joined(gradient_codec.split(other)) == other
 
 
 # --- probing a subspace ---
@@ -944,17 +950,17 @@ def test_a_message_with_a_byte_changed_is_malformed_or_a_message(content: Any, a
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), max_size=9), st.binary(max_size=3))
 @settings(max_examples=200, deadline=None, database=None)
 def test_integers_come_back_from_their_bytes(values: list[int], before: bytes) -> None:
-    raw = before + compact.packed(values)
-    assert compact.unpacked(raw + b"rest", len(before), len(values)) == (tuple(values), len(raw))
+    raw = before + varint.packed(values)
+    assert varint.unpacked(raw + b"rest", len(before), len(values)) == (tuple(values), len(raw))
 
 
 def test_a_length_beyond_the_message_costs_no_memory() -> None:
     for count in (2**40, 2**63 - 1, -1):
         raw = wire.encoded(replace(GOOD, coefficients=()))
-        empty = compact.packed((0, -31))  # the length of no coefficients, then the exponent
+        empty = varint.packed((0, -31))  # the length of no coefficients, then the exponent
         at = raw.rindex(empty)
         with pytest.raises(Malformed, match="field coefficients"):
-            wire.decoded(Answer, raw[:at] + compact.packed((count,)) + raw[at + 1 :])
+            wire.decoded(Answer, raw[:at] + varint.packed((count,)) + raw[at + 1 :])
 
 
 def odd_contents() -> dict[str, RecordDict]:

@@ -1,4 +1,4 @@
-"""Flower's private interfaces, that `zofed.flower_internals` uses: whoever raises flwr's version looks here."""
+"""Flower's private interfaces that `federated/flower_internals` uses: whoever raises flwr's version looks here."""
 
 import inspect
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from flwr.superlink.grid import http_grid
 
-from zofed import flower_internals
-from zofed.flower_internals import Patience
+from zofed.federated import flower_internals
+from zofed.federated.flower_internals import Patience
 
 
 def parameters(function: Any) -> list[str]:

@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zofed import foreign, messages, partitions, wire
-from zofed.wire import Evaluation, Final, Introduction
+from zofed.core import sanitize
+from zofed.data import partitions
+from zofed.federated import messages, wire
+from zofed.federated.wire import Evaluation, Final, Introduction
 
 HERE = Introduction(0, 2, 5, "fo", bytes(16), "", "", "")
 
@@ -16,10 +18,10 @@ HERE = Introduction(0, 2, 5, "fo", bytes(16), "", "", "")
 @given(st.text(st.characters(codec=None)), st.integers(2, 40))
 @settings(max_examples=300, deadline=None, database=None)
 def test_any_text_becomes_one_printable_line(raw: str, longest: int) -> None:
-    line = foreign.text(raw, longest)
+    line = sanitize.text(raw, longest)
     assert len(line) <= longest and line.isprintable()
     line.encode("utf-8")
-    assert foreign.text(line, longest) == line
+    assert sanitize.text(line, longest) == line
 
 
 @pytest.mark.parametrize(
@@ -36,26 +38,26 @@ def test_any_text_becomes_one_printable_line(raw: str, longest: int) -> None:
     ],
 )
 def test_what_cannot_be_seen_is_written_out(raw: str, shown: str) -> None:
-    assert foreign.text(raw) == shown
+    assert sanitize.text(raw) == shown
 
 
 @pytest.mark.parametrize(
     ("raw", "told"),
     [
-        (None, foreign.NO_REASON),
-        ("", foreign.NO_REASON),
-        (" \n\t\n", foreign.NO_REASON),
+        (None, sanitize.NO_REASON),
+        ("", sanitize.NO_REASON),
+        (" \n\t\n", sanitize.NO_REASON),
         ("Traceback:\n  line\nValueError: bad\n \n", "ValueError: bad"),
         ("\x1b[31mred", r"\x1b[31mred"),
     ],
 )
 def test_an_error_is_told_by_its_last_line_that_is_not_blank(raw: str | None, told: str) -> None:
-    assert foreign.reason(raw) == told
+    assert sanitize.reason(raw) == told
 
 
 def test_a_reason_of_a_hundred_megabytes_is_read_from_its_end() -> None:
-    assert foreign.reason("x\n" * 10**6 + "y" * 10**6).endswith("…")
-    assert len(foreign.reason("y" * 10**6)) == foreign.LONGEST_TEXT
+    assert sanitize.reason("x\n" * 10**6 + "y" * 10**6).endswith("…")
+    assert len(sanitize.reason("y" * 10**6)) == sanitize.LONGEST_TEXT
 
 
 NO_TABLES = [
@@ -67,12 +69,12 @@ NO_TABLES = [
 
 @pytest.mark.parametrize("raw", NO_TABLES, ids=lambda raw: f"{raw[:12]} {len(raw)}")
 def test_what_is_no_table_of_counts_counts_as_none(raw: str) -> None:
-    assert foreign.counts(raw) == {}
+    assert sanitize.counts(raw) == {}
 
 
 def test_names_of_counts_are_lines_and_those_that_look_alike_are_one() -> None:
     raw = json.dumps({"a\x1bb": 1, "a\\x1bb": 2, "": 3, " ": 4, "half \ud800": 5, "9" * 5000: 6, "$\\frac$": 7})
-    table = foreign.counts(raw)
+    table = sanitize.counts(raw)
     assert table == {
         "a\\x1bb": 3, "no name": 7, "half \\ud800": 5, "9" * 99 + "…": 6, "$\\frac$": 7,
     }  # fmt: skip
@@ -91,14 +93,14 @@ def test_labels_of_any_number_of_digits_are_sorted_by_their_value() -> None:
     [(-1, 2), (2, 2), (0, 0), (-(2**63), 2**63 - 1), (2**32, 2**33), (0, 2**32 + 1), (True, 2), ("0", 2), (0.0, 1)],
 )
 def test_a_place_that_no_record_can_hold_is_named_with_its_limit_and_remedy(client: Any, clients: Any) -> None:
-    problem = foreign.misplaced(client, clients)
+    problem = sanitize.misplaced(client, clients)
     assert f"partition-id = {client!r} of num-partitions = {clients!r}: give each of N nodes its own" in problem
     assert "at most 4,294,967,296" in problem
 
 
 @pytest.mark.parametrize(("client", "clients"), [(0, 1), (4, 5), (2**32 - 1, 2**32)])
 def test_every_place_that_a_record_can_hold_is_one(client: int, clients: int) -> None:
-    assert foreign.misplaced(client, clients) == ""
+    assert sanitize.misplaced(client, clients) == ""
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from zofed.data import SHIPPED, load_documents, load_tokenizer
-from zofed.generate import END_OF_TEXT, TOKENIZER_VOCABULARY, film_reviews, make_shipped_files, trial_abstracts
-from zofed.tokenizers import SHIPPED_TOKENIZER
+from zofed.data.encoding import SHIPPED, load_documents, load_tokenizer
+from zofed.data.sample_data import END_OF_TEXT, TOKENIZER_VOCABULARY, film_reviews, make_shipped_files, trial_abstracts
+from zofed.data.tokenizers import SHIPPED_TOKENIZER
 
 
 def rows(name: str) -> list[dict]:

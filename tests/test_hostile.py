@@ -16,12 +16,14 @@ from test_federation import odd_contents
 from test_law import records_of
 from test_rounds import Meddling, Quick, Start, no_waiting, quick, run, start
 
-from zofed import client, compact, foreign, guides, journal, members, messages, plots, wire
-from zofed.errors import UserError
-from zofed.federation import Answer, Contribution, Plan
-from zofed.grid import CLIENT_FAILED
-from zofed.runs import RunFolder, read_table
-from zofed.wire import Evaluation, Final, Introduction
+from zofed.base.errors import UserError
+from zofed.core import gradient_codec, journal, sanitize, varint
+from zofed.federated import client, membership, messages, wire
+from zofed.federated.local_grid import CLIENT_FAILED
+from zofed.federated.protocol import Answer, Contribution, Plan
+from zofed.federated.wire import Evaluation, Final, Introduction
+from zofed.runs import pictures
+from zofed.runs.run_folder import RunFolder, read_table
 
 __all__ = ["no_waiting", "quick", "start"]
 
@@ -47,8 +49,8 @@ def encoded(plan: Plan) -> bytes:
 
 def with_huge_number(plan: Plan, chance: random.Random) -> RecordDict:
     """More bits than any integer of a message has, where the exponent stands."""
-    tail = compact.packed((-7,))
-    return raw(encoded(plan)[: -len(tail)] + compact.packed((2 ** chance.randint(64, 300),)))
+    tail = varint.packed((-7,))
+    return raw(encoded(plan)[: -len(tail)] + varint.packed((2 ** chance.randint(64, 300),)))
 
 
 def odd(plan: Plan, chance: random.Random) -> RecordDict:
@@ -92,12 +94,24 @@ def fail() -> RecordDict:
     raise RuntimeError("out of memory")
 
 
-def update(plan: Plan, shapes: guides.Shapes, change: Callable[[dict[str, Any]], Any], **changes: Any) -> RecordDict:
+def update(
+    plan: Plan, shapes: gradient_codec.Shapes, change: Callable[[dict[str, Any]], Any], **changes: Any
+) -> RecordDict:
     """A contribution whose tensors, by name, `change` had in its hands."""
     tensors = {name: torch.full(shape, 1e-3) for name, shape in shapes.items()}
     change(tensors)
     good = Contribution(
-        plan.genesis, plan.round, plan.attempt, plan.client, b"", plan.probe, "", 5.0, 10, 1, guides.whole(tensors)
+        plan.genesis,
+        plan.round,
+        plan.attempt,
+        plan.client,
+        b"",
+        plan.probe,
+        "",
+        5.0,
+        10,
+        1,
+        gradient_codec.whole(tensors),
     )
     return messages.pack(replace(good, **changes))
 
@@ -176,7 +190,7 @@ def assert_counted(grid: Hostile, settings: Any, summary: dict[str, Any]) -> Non
 def test_a_thousand_forged_slopes_are_refused_each_for_its_reason(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(members, "PATIENCE", 10**9)
+    monkeypatch.setattr(membership, "PATIENCE", 10**9)
     settings = quick(
         quorum=1, rounds=112, eval_interval=112, save_interval=0, link_megabits=1e-6, queries=QUERIES, merge="mean"
     )
@@ -204,7 +218,7 @@ def test_a_thousand_forged_slopes_are_refused_each_for_its_reason(
 def test_forged_updates_are_refused_each_for_its_reason(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    monkeypatch.setattr(members, "PATIENCE", 10**9)
+    monkeypatch.setattr(membership, "PATIENCE", 10**9)
     settings = quick(
         mode=mode, quorum=1, rounds=6, largest_update=100.0, learning_rate=0.01, bp_interval=1, link_megabits=1e-6
     )
@@ -217,7 +231,7 @@ def test_forged_updates_are_refused_each_for_its_reason(
         shapes = {name: tuple(shape) for name, _, shape in genesis["trainable"]}
         return reason, lambda: update(plan, shapes, change, **changes)
 
-    from zofed.task import Task, with_absolute_paths
+    from zofed.training.task import Task, with_absolute_paths
 
     genesis = Task.load(with_absolute_paths(settings)).worker().genesis
     grid.forge_by(forge)
@@ -399,7 +413,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(
 
     names = ("partition", "plot_loss", "federation")
     for name in names:
-        monkeypatch.setattr(plots, name, fails)
+        monkeypatch.setattr(pictures, name, fails)
     assert run(start(quick(rounds=1, eval_interval=1)))["status"] == "completed"
     told = capfd.readouterr()[1]
     for name in names:
@@ -441,7 +455,7 @@ def test_a_client_that_ends_with_other_weights_is_listed_and_the_run_completes(
     saying(grid, "query.digest", [{"digest": digest}])
     summary = run((grid, settings))
     assert summary["status"] == "completed" and summary["digest"] == whole["digest"]
-    said = foreign.text(digest)
+    said = sanitize.text(digest)
     assert summary["wrong_digests"] == ({"1": said} if said or not quorum else {})
     assert summary["client_digests"] == {"0": summary["digest"], "1": said}
     assert RunFolder(Path(settings.out)).summary()["wrong_digests"] == summary["wrong_digests"]
@@ -461,9 +475,9 @@ def test_gradients_of_any_size_end_no_run(quick: Quick, start: Start) -> None:
             return reply
         told = messages.unpack(Contribution, reply.content)
         huge = {name: torch.full(shape, 3e38) for name, shape in shapes.items()}
-        return Message(content=messages.pack(replace(told, update=guides.whole(huge))), reply_to=message)
+        return Message(content=messages.pack(replace(told, update=gradient_codec.whole(huge))), reply_to=message)
 
-    from zofed.task import Task, with_absolute_paths
+    from zofed.training.task import Task, with_absolute_paths
 
     genesis = Task.load(with_absolute_paths(settings)).worker().genesis
     shapes = {name: tuple(shape) for name, _, shape in genesis["trainable"]}

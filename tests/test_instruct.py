@@ -14,14 +14,15 @@ from numpy.typing import NDArray
 from reference import fewest, guided, sign_stream
 from torch import Tensor, nn
 
-from zofed import directions, instruct, records
-from zofed.directions import tensor_id
-from zofed.errors import UserError
-from zofed.instruct import Shape, guidance, on_grid, threshold_of
-from zofed.journal import link
-from zofed.optimizers import Optimizer
-from zofed.records import Guided, Seeded
-from zofed.worker import Worker, guided_estimate, make_genesis, named_parameters, tensors_digest
+from zofed.base.errors import UserError
+from zofed.core import directions, records
+from zofed.core.directions import tensor_id
+from zofed.core.journal import link
+from zofed.core.optimizers import Optimizer
+from zofed.core.records import Guided, Seeded
+from zofed.core.replica import Worker, guided_estimate, make_genesis, named_parameters, tensors_digest
+from zofed.training import guided as instruct
+from zofed.training.guided import Shape, guidance, on_grid, threshold_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,12 +27,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zofed import checksums, compact, directions, journal, merging, records
-from zofed.errors import UserError
-from zofed.journal import Journal, JournalError
-from zofed.optimizers import Optimizer
-from zofed.records import Dense, Guided, Record, Seeded, Skipped, Spread
-from zofed.worker import Update, Worker, make_genesis, tensors_digest
+from zofed.base import checksums
+from zofed.base.errors import UserError
+from zofed.core import aggregation, directions, journal, records, varint
+from zofed.core.journal import Journal, JournalError
+from zofed.core.optimizers import Optimizer
+from zofed.core.records import Dense, Guided, Record, Seeded, Skipped, Spread
+from zofed.core.replica import Update, Worker, make_genesis, tensors_digest
 
 GENESIS = {"seed": 5, "words": ["b", "a"]}
 RECORDS: tuple[Record, ...] = (
@@ -150,17 +151,17 @@ def longer(encoded: bytes) -> bytes:
 @given(st.integers(-(2**63), 2**63 - 1))
 @settings(max_examples=200, deadline=None, database=None)
 def test_an_integer_has_one_encoding(value: int) -> None:
-    raw = compact.packed((value,))
-    assert compact.unpacked(b"x" + raw, 1, 1) == ((value,), 1 + len(raw))
+    raw = varint.packed((value,))
+    assert varint.unpacked(b"x" + raw, 1, 1) == ((value,), 1 + len(raw))
     assert len(raw) == max(1, math.ceil((max(value, ~value).bit_length() + 1) / 7))
     with pytest.raises(ValueError, match="integer"):
-        compact.unpacked(longer(raw), 0, 1)
+        varint.unpacked(longer(raw), 0, 1)
 
 
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**68])
 def test_an_integer_of_more_than_64_bits_is_refused(value: int) -> None:
     with pytest.raises(ValueError, match="64 bits"):
-        compact.unpacked(compact.packed((value,)), 0, 1)
+        varint.unpacked(varint.packed((value,)), 0, 1)
 
 
 @given(ANY_RECORD, st.data())
@@ -168,24 +169,24 @@ def test_an_integer_of_more_than_64_bits_is_refused(value: int) -> None:
 def test_a_record_with_an_integer_longer_than_needed_is_refused(record: Record, data: st.DataObject) -> None:
     body = records.encode(record)
     seeded_at = len(records._GUIDED.pack(bytes(32), 0, 0, 0, False)) if isinstance(record, Guided) else 0
-    start = 1 + len(compact.packed((record.round,)))
+    start = 1 + len(varint.packed((record.round,)))
     places = [1]  # the round's
     if isinstance(record, Seeded | Guided):
         own = record if isinstance(record, Seeded) else record.seeded
         at = start + seeded_at + records._SEEDED.size + (0 if math.isnan(own.privacy_spent) else records._PRIVACY.size)
         while at < len(body):
             places.append(at)
-            _, at = compact.unpacked(body, at, 1)
+            _, at = varint.unpacked(body, at, 1)
     at = data.draw(st.sampled_from(places))
-    _, end = compact.unpacked(body, at, 1)
+    _, end = varint.unpacked(body, at, 1)
     with pytest.raises(ValueError, match="integer"):
         records.decode(body[:at] + longer(body[at:end]) + body[end:])
 
 
 def test_a_record_that_claims_more_coefficients_than_memory_holds_is_refused() -> None:
-    head = bytes([Seeded.kind]) + compact.packed((1,)) + records._SEEDED.pack(0.1, 1.0, False)
+    head = bytes([Seeded.kind]) + varint.packed((1,)) + records._SEEDED.pack(0.1, 1.0, False)
     for count, steps, queries in ((2**32 - 1, 1, 1), (1, 2**16, 2**16), (2**40, 2**20, 2**20), (3, 2**63 - 1, 1)):
-        claims = head + compact.packed((0, steps, queries, count))
+        claims = head + varint.packed((0, steps, queries, count))
         for padding in (b"", bytes(100), bytes(2**16)):
             with pytest.raises(ValueError, match="integers where"):
                 records.decode(claims + padding)
@@ -193,15 +194,15 @@ def test_a_record_that_claims_more_coefficients_than_memory_holds_is_refused() -
 
 @pytest.mark.parametrize("count", [-1, -(2**40)])
 def test_a_record_of_fewer_than_no_clients_is_refused(count: int) -> None:
-    head = bytes([Seeded.kind]) + compact.packed((1,)) + records._SEEDED.pack(0.1, 1.0, False)
+    head = bytes([Seeded.kind]) + varint.packed((1,)) + records._SEEDED.pack(0.1, 1.0, False)
     for steps, queries in ((1, 1), (1, 0), (0, 1), (-1, -1), (-1, 1), (1, -1)):
         with pytest.raises(ValueError, match=r"integers where|a record of"):
-            records.decode(head + compact.packed((0, steps, queries, count)) + bytes(9))
+            records.decode(head + varint.packed((0, steps, queries, count)) + bytes(9))
 
 
 def test_a_record_of_a_negative_round_or_client_is_refused() -> None:
     with pytest.raises(ValueError, match="not as it is written"):
-        records.decode(bytes([Skipped.kind]) + compact.packed((-1,)))
+        records.decode(bytes([Skipped.kind]) + varint.packed((-1,)))
     for clients in ((-1,), (3, -1), (2**32,)):
         with pytest.raises(ValueError, match="of the clients"):
             records.decode(records.encode(Seeded(1, 0.1, clients, 1, (1,) * len(clients), 0, 1.0)))
@@ -244,7 +245,7 @@ def test_a_coefficient_that_cannot_be_summed_exactly_is_neither_written_nor_read
     good = records.encode(Seeded(1, 0.5, (0,), 2, (1, 2**24), 0, 4.0))
     assert records.encode(records.decode(good)) == good
     with pytest.raises(ValueError, match="coefficient above 16777216"):
-        records.decode(good[: -len(compact.packed((2**24,)))] + compact.packed((value,)))
+        records.decode(good[: -len(varint.packed((2**24,)))] + varint.packed((value,)))
 
 
 def test_a_record_that_could_not_be_read_back_is_not_written() -> None:
@@ -281,7 +282,7 @@ def test_all_slopes_zero_are_all_integers_zero() -> None:
 @settings(max_examples=200, deadline=None, database=None)
 def test_a_coarser_exponent_rounds_to_nearest_ties_upwards(integers: list[int], shift: int) -> None:
     exact = [Fraction(integer, 2**shift) for integer in integers]
-    assert merging.rounded_quotients(integers, 1, shift) == tuple(math.floor(v + Fraction(1, 2)) for v in exact)
+    assert aggregation.rounded_quotients(integers, 1, shift) == tuple(math.floor(v + Fraction(1, 2)) for v in exact)
 
 
 # --- the spread of the slopes ---
@@ -510,16 +511,16 @@ def forged(path: Path, bodies: Sequence[bytes]) -> None:
 def body_of(rate: float, clients: tuple[int, ...] = (0,), queries: int = 1) -> bytes:
     count = len(clients) * queries
     integers = (-20, 1, queries, len(clients), *clients, *(1,) * count)
-    return b"\x01" + compact.packed((1,)) + struct.pack("<dd?", rate, 1.0, False) + compact.packed(integers)
+    return b"\x01" + varint.packed((1,)) + struct.pack("<dd?", rate, 1.0, False) + varint.packed(integers)
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, -0.5])
 @pytest.mark.parametrize("kind", ["seeded", "dense", "guided"])
 def test_a_record_whose_rate_is_no_rate_is_refused(tmp_path: Path, kind: str, rate: float) -> None:
-    guided = b"\x04" + compact.packed((1,)) + struct.pack("<32sddd?", bytes(32), 0.0, 1.0, 0.0, False)
+    guided = b"\x04" + varint.packed((1,)) + struct.pack("<32sddd?", bytes(32), 0.0, 1.0, 0.0, False)
     body = {
         "seeded": body_of(rate),
-        "dense": b"\x02" + compact.packed((1,)) + struct.pack("<d32s", rate, bytes(32)),
+        "dense": b"\x02" + varint.packed((1,)) + struct.pack("<d32s", rate, bytes(32)),
         "guided": guided + body_of(rate)[2:],
     }[kind]
     forged(tmp_path / "j", [body])

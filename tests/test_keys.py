@@ -22,8 +22,8 @@ from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zofed import keys
-from zofed.errors import UserError
+from zofed.base.errors import UserError
+from zofed.deployment import keys
 
 HOSTS = ("fed.example.org", "192.0.2.7", "2001:db8::7")
 

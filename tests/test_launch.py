@@ -14,19 +14,19 @@ from pathlib import Path
 import pytest
 
 import zofed
-from zofed import launch
-from zofed.errors import UserError
+from zofed.base.errors import UserError
+from zofed.deployment import flower_run
 
 ROOT = Path(zofed.__file__).parent.parent
 
 
 def test_an_earlier_result_is_moved_aside_and_never_deleted(tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
-    assert launch.move_aside(out) is None
+    assert flower_run.move_aside(out) is None
     for number in (1, 2, 3):
         out.mkdir()
         (out / "made-by").write_text(str(number))
-        assert launch.move_aside(out) == tmp_path / f"quickstart-{number}"
+        assert flower_run.move_aside(out) == tmp_path / f"quickstart-{number}"
         assert not out.exists()
     assert [(tmp_path / f"quickstart-{n}" / "made-by").read_text() for n in (1, 2, 3)] == ["1", "2", "3"]
 
@@ -34,7 +34,7 @@ def test_an_earlier_result_is_moved_aside_and_never_deleted(tmp_path: Path) -> N
 def test_moving_aside_sees_a_dangling_link(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.symlink_to(tmp_path / "nowhere")
-    assert launch.move_aside(out) == tmp_path / "out-1"
+    assert flower_run.move_aside(out) == tmp_path / "out-1"
     assert (tmp_path / "out-1").is_symlink()
 
 
@@ -46,29 +46,29 @@ def test_an_output_folder_that_cannot_be_moved_is_a_users_error(
 
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(UserError, match=r"cannot move .*Permission denied.*another output folder"):
-        launch.move_aside(tmp_path)
+        flower_run.move_aside(tmp_path)
 
 
 def test_the_connection_is_the_default_and_stays_on_this_machine() -> None:
-    config = tomllib.loads(launch.connection_toml(4711))
-    assert config["superlink"]["default"] == launch.CONNECTION
-    assert config["superlink"][launch.CONNECTION] == {"address": "127.0.0.1:4711", "insecure": True}
+    config = tomllib.loads(flower_run.connection_toml(4711))
+    assert config["superlink"]["default"] == flower_run.CONNECTION
+    assert config["superlink"][flower_run.CONNECTION] == {"address": "127.0.0.1:4711", "insecure": True}
 
 
 def test_flower_reads_the_connection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.cli.flower_config import read_superlink_connection
 
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
-    (tmp_path / "config.toml").write_text(launch.connection_toml(4711))
+    (tmp_path / "config.toml").write_text(flower_run.connection_toml(4711))
     connection = read_superlink_connection(None)
-    assert (connection.name, connection.address, connection.insecure) == (launch.CONNECTION, "127.0.0.1:4711", True)
+    assert (connection.name, connection.address, connection.insecure) == (flower_run.CONNECTION, "127.0.0.1:4711", True)
 
 
 @pytest.mark.parametrize(
     ("nodes", "per_node", "cpus", "ray"), [(4, 1, 2, 2), (4, 1, 64, 4), (4, 2, 64, 8), (4, 2, 1, 2)]
 )
 def test_ray_gets_the_cpus_that_the_nodes_can_use(nodes: int, per_node: int, cpus: int, ray: int) -> None:
-    text = launch.federation_config(nodes, per_node, cpus)
+    text = flower_run.federation_config(nodes, per_node, cpus)
     assert text.split() == [
         f"num-supernodes={nodes}",
         f"client-resources-num-cpus={per_node}",
@@ -87,40 +87,40 @@ def test_run_config_survives_flowers_own_parser(tmp_path: Path) -> None:
 
 
 def test_run_id_is_read_from_flowers_line() -> None:
-    assert launch.run_id_in("Successfully started run 12979184797574720982\n") == "12979184797574720982"
-    assert launch.run_id_in("Starting logstream for run_id `12979184797574720982`") is None
+    assert flower_run.run_id_in("Successfully started run 12979184797574720982\n") == "12979184797574720982"
+    assert flower_run.run_id_in("Starting logstream for run_id `12979184797574720982`") is None
 
 
 @pytest.mark.parametrize("status", ["finished:completed", "finished:failed", "finished:stopped", "running"])
 def test_status_is_read_from_flowers_list(status: str) -> None:
     runs = [{"run-id": "11", "status": "finished:failed"}, {"run-id": "12", "status": status}]
     text = "a warning first\n" + json.dumps({"success": True, "runs": runs}, indent=2)
-    assert launch.parse_status(text, "12") == status
+    assert flower_run.parse_status(text, "12") == status
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", "{", "{}", '{"runs": []}', '{"success": false, "error-message": "x"}'])
 def test_no_status_is_none(text: str) -> None:
-    assert launch.parse_status(text, "12") is None
+    assert flower_run.parse_status(text, "12") is None
 
 
 def test_only_a_summary_that_says_completed_is_taken(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
-        launch.check_summary(tmp_path)
+        flower_run.check_summary(tmp_path)
     for text in ("not json", "[]"):
         (tmp_path / "summary.json").write_text(text)
         with pytest.raises(UserError, match="cannot be read"):
-            launch.check_summary(tmp_path)
+            flower_run.check_summary(tmp_path)
     (tmp_path / "summary.json").write_text('{"status": "interrupted"}')
     with pytest.raises(UserError, match="status 'interrupted'"):
-        launch.check_summary(tmp_path)
+        flower_run.check_summary(tmp_path)
     (tmp_path / "summary.json").write_text('{"status": "completed"}')
-    launch.check_summary(tmp_path)
+    flower_run.check_summary(tmp_path)
 
 
 def outcome(monkeypatch: pytest.MonkeyPatch, answer: Callable[[Path], str], out: Path) -> int:
     """The quickstart's exit status when Flower does what `answer` does with the output folder."""
-    monkeypatch.setattr(launch, "flower_run", lambda project, run_config, **size: answer(Path(run_config["out"])))
-    return launch.quickstart(2, out)
+    monkeypatch.setattr(flower_run, "flower_run", lambda project, run_config, **size: answer(Path(run_config["out"])))
+    return flower_run.quickstart(2, out)
 
 
 def test_quickstart_trusts_neither_the_verdict_nor_the_summary_alone(
@@ -132,18 +132,20 @@ def test_quickstart_trusts_neither_the_verdict_nor_the_summary_alone(
 
     def well(out: Path) -> str:
         write(out, "completed")
-        return launch.COMPLETED
+        return flower_run.COMPLETED
 
     def failed_late(out: Path) -> str:
         write(out, "completed")
         return "finished:failed"
 
     def stopped(out: Path) -> str:
-        raise launch.Stopped(signal.SIGTERM)
+        raise flower_run.Stopped(signal.SIGTERM)
 
     out = tmp_path / "out"
     assert outcome(monkeypatch, well, out) == 0
-    assert outcome(monkeypatch, lambda out: launch.COMPLETED, out) == 1  # the summary of the earlier run does not count
+    assert (
+        outcome(monkeypatch, lambda out: flower_run.COMPLETED, out) == 1
+    )  # the summary of the earlier run does not count
     assert outcome(monkeypatch, failed_late, out) == 1
     assert outcome(monkeypatch, stopped, out) == 143
     lines = capsys.readouterr().err.splitlines()
@@ -153,12 +155,12 @@ def test_quickstart_trusts_neither_the_verdict_nor_the_summary_alone(
 
 def test_a_folder_without_an_app_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no Flower app in"):
-        launch.flower_run(tmp_path, {}, nodes=2, cpus_per_node=1)
+        flower_run.flower_run(tmp_path, {}, nodes=2, cpus_per_node=1)
 
 
 def test_a_signal_ends_the_block_and_the_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(launch.Stopped) as caught, launch.stop_on_signals():
+    with pytest.raises(flower_run.Stopped) as caught, flower_run.stop_on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert caught.value.number == signal.SIGTERM
@@ -166,7 +168,7 @@ def test_a_signal_ends_the_block_and_the_handlers_come_back() -> None:
 
 
 def test_failure_keeps_the_logs_alone() -> None:
-    with pytest.raises(UserError, match="it failed; logs: ") as caught, launch.flower_home() as home:
+    with pytest.raises(UserError, match="it failed; logs: ") as caught, flower_run.flower_home() as home:
         (home / "superlink.log").write_text("why")
         (home / "apps").mkdir()
         raise UserError("it failed")
@@ -176,9 +178,9 @@ def test_failure_keeps_the_logs_alone() -> None:
     shutil.rmtree(kept)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), launch.Stopped(signal.SIGINT), ValueError()])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), flower_run.Stopped(signal.SIGINT), ValueError()])
 def test_other_ends_keep_nothing(error: BaseException) -> None:
-    with pytest.raises(type(error)), launch.flower_home() as home:
+    with pytest.raises(type(error)), flower_run.flower_home() as home:
         (home / "superlink.log").write_text("why")
         raise error
     assert not home.exists()
@@ -187,15 +189,15 @@ def test_other_ends_keep_nothing(error: BaseException) -> None:
 
 def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    assert launch.tail(log) == "there is no log"
+    assert flower_run.tail(log) == "there is no log"
     log.write_text("\n")
-    assert launch.tail(log) == "the log is empty"
+    assert flower_run.tail(log) == "the log is empty"
     log.write_text("one\ntwo\n\n three \n")
-    assert launch.tail(log, lines=2) == "two | three"
+    assert flower_run.tail(log, lines=2) == "two | three"
 
 
 def test_success_keeps_nothing() -> None:
-    with launch.flower_home() as home:
+    with flower_run.flower_home() as home:
         (home / "superlink.log").write_text("well")
     assert not home.exists()
 
@@ -221,14 +223,14 @@ open({str(pid_file)!r}, "w").write(str(orphan.pid))
             time.sleep(0.05)
         orphan = int(pid_file.read_text())
         time.sleep(0.3)  # time to put the handler in place
-        assert {process.pid, orphan} <= launch.descendants(process.pid, tmp_path)
-        assert os.getpid() not in launch.descendants(process.pid, tmp_path)
-        launch.stop_all(process.pid, tmp_path, reap=process.poll)
-        assert not launch.alive(orphan)
+        assert {process.pid, orphan} <= flower_run.descendants(process.pid, tmp_path)
+        assert os.getpid() not in flower_run.descendants(process.pid, tmp_path)
+        flower_run.stop_all(process.pid, tmp_path, reap=process.poll)
+        assert not flower_run.alive(orphan)
         assert process.returncode is not None
     finally:
         process.kill()
-        if orphan and launch.alive(orphan):
+        if orphan and flower_run.alive(orphan):
             os.kill(orphan, signal.SIGKILL)
 
 
@@ -237,10 +239,10 @@ def test_the_guard_acts_only_when_the_launcher_ended_without_a_word(tmp_path: Pa
     home = tmp_path / "home"
     (home / "cwd").mkdir(parents=True)
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=home / "cwd")
-    command = [sys.executable, "-m", "zofed.launch", str(sleeper.pid), str(home)]
+    command = [sys.executable, "-m", "zofed.deployment.flower_run", str(sleeper.pid), str(home)]
     try:
         subprocess.run(command, input=word, cwd=ROOT, timeout=30, check=True)
-        assert launch.alive(sleeper.pid) == (word == b"done")
+        assert flower_run.alive(sleeper.pid) == (word == b"done")
         assert home.exists() == (word == b"done")
     finally:
         sleeper.kill()

@@ -8,15 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from zofed import central, client, journal, server
+from zofed.base.errors import DivergenceError, UserError
 from zofed.config import Settings
-from zofed.errors import DivergenceError, UserError
-from zofed.finish import replay_run
-from zofed.grid import LocalGrid
-from zofed.records import Seeded, Spread
-from zofed.runs import Row, RunFolder, read_table
-from zofed.trainer import Trainer
-from zofed.worker import Worker, weights_digest
+from zofed.core import journal
+from zofed.core.records import Seeded, Spread
+from zofed.core.replica import Worker, weights_digest
+from zofed.federated import client, server
+from zofed.federated.local_grid import LocalGrid
+from zofed.runs.run_folder import Row, RunFolder, read_table
+from zofed.training import central
+from zofed.training.finalize import replay_run
+from zofed.training.trainer import Trainer
 
 Quick = Callable[..., Settings]
 
@@ -214,11 +216,11 @@ def test_two_clients_three_rounds_end_with_the_servers_weights(quick: Quick, tmp
 
 
 def test_clients_hold_disjoint_documents(quick: Quick) -> None:
-    from zofed import data
-    from zofed.task import Task
+    from zofed.data import encoding
+    from zofed.training.task import Task
 
     task = Task.load(quick())
-    shards = [{document.text for document in data.shard(task.train, index, 4, 0)} for index in range(4)]
+    shards = [{document.text for document in encoding.shard(task.train, index, 4, 0)} for index in range(4)]
     held_out = {document.text for document in task.held_out}
     assert sum(map(len, shards)) == len(set.union(*shards)) == len(task.train)
     assert not held_out & set.union(*shards)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import zofed
-from zofed import budget, perturbed
-from zofed.diagnostics import diagnose
-from zofed.errors import UserError
-from zofed.worker import Worker, make_genesis, named_parameters
+from zofed.base.errors import UserError
+from zofed.core import pass_memory, perturbed
+from zofed.core.replica import Worker, make_genesis, named_parameters
+from zofed.core.slope_quality import diagnose
 
 ROOT = Path(zofed.__file__).parents[1]
 
@@ -92,16 +92,16 @@ def test_memory_grows_with_the_copies_as_told_and_a_budget_is_kept() -> None:
     def loss() -> Tensor:
         return F.cross_entropy(model(X), Y)
 
-    one, _ = budget.bytes_by_copies(loss, parameters, "rank1")
-    copies = budget.propose_copies(loss, parameters, "rank1", 10 * one)
+    one, _ = pass_memory.bytes_by_copies(loss, parameters, "rank1")
+    copies = pass_memory.propose_copies(loss, parameters, "rank1", 10 * one)
     assert copies > 5
 
     def run() -> None:
         perturbed.losses(loss, parameters, "rank1", list(range(copies)), (1e-3,), copies)
 
-    assert 0.8 * 10 * one < budget.peak_bytes(run) <= 1.05 * 10 * one
+    assert 0.8 * 10 * one < pass_memory.peak_bytes(run) <= 1.05 * 10 * one
     with pytest.raises(UserError, match="smaller batch-size"):
-        budget.propose_copies(loss, parameters, "rank1", one - 1)
+        pass_memory.propose_copies(loss, parameters, "rank1", one - 1)
 
 
 def test_peak_bytes_counts_what_lives_together() -> None:
@@ -113,7 +113,7 @@ def test_peak_bytes_counts_what_lives_together() -> None:
         del y
         _ = z * 2
 
-    assert budget.peak_bytes(run) == 8000
+    assert pass_memory.peak_bytes(run) == 8000
 
 
 def test_a_diagnosis_finds_the_epsilon_and_a_fair_cosine() -> None:
@@ -131,7 +131,7 @@ def test_a_diagnosis_finds_the_epsilon_and_a_fair_cosine() -> None:
 
 
 def zofed_sgd() -> Any:
-    from zofed.optimizers import Optimizer
+    from zofed.core.optimizers import Optimizer
 
     return Optimizer("sgd")
 
@@ -140,7 +140,7 @@ def zofed_sgd() -> Any:
 @pytest.mark.parametrize("command", ["diagnose", "memory"])
 def test_the_commands_tell_what_to_set(command: str) -> None:
     options = ["--block-size", "16", "--batch-size", "2", "--queries", "4", "--device", "cpu"]
-    run = [sys.executable, "-c", "from zofed.cli import main; main()", command, *options]
+    run = [sys.executable, "-c", "from zofed.commands.cli import main; main()", command, *options]
     told = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     assert ("epsilon = " if command == "diagnose" else "copies-per-pass = ") in told
 

@@ -35,11 +35,16 @@ from transformers import (
     XLNetModel,
 )
 
-from zofed import central, config, data, limits, models, perturbed
+from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.task import Task
-from zofed.tokenizers import SHIPPED_TOKENIZER
+from zofed.core import perturbed
+from zofed.data import encoding
+from zofed.data.tokenizers import SHIPPED_TOKENIZER
+from zofed.models import build as models
+from zofed.models import limits
+from zofed.training import central
+from zofed.training.task import Task
 
 SHAPE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
 SHAPE |= {"num_attention_heads": 2, "max_position_embeddings": 36, "pad_token_id": 1, "eos_token_id": 0}
@@ -49,13 +54,13 @@ Quick = Callable[..., Settings]
 
 def folder_of(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> str:
     model.save_pretrained(folder)
-    (tokenizer or data.load_tokenizer("shipped")).save_pretrained(folder)
+    (tokenizer or encoding.load_tokenizer("shipped")).save_pretrained(folder)
     return str(folder)
 
 
 def create(model: str, size: int, task: str = "classification") -> Any:
     settings = config.resolve({"device": "cpu", "block-size": size, "task": task, "model": model})
-    return models.create_model(settings, data.load_tokenizer(model), 2 if task == "classification" else 0)
+    return models.create_model(settings, encoding.load_tokenizer(model), 2 if task == "classification" else 0)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +163,7 @@ def with_end(pad: str) -> Any:
 def test_a_classifier_that_reads_at_the_end_token_needs_it_once_in_each_document(tmp_path: Path, quick: Quick) -> None:
     shape = {"vocab_size": 512, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
     model = T5ForConditionalGeneration(T5Config(**shape, pad_token_id=0, eos_token_id=2, decoder_start_token_id=0))
-    end = data.load_tokenizer("shipped").convert_ids_to_tokens(2)
+    end = encoding.load_tokenizer("shipped").convert_ids_to_tokens(2)
     plain = folder_of(model, tmp_path / "plain")
     whole = folder_of(model, tmp_path / "whole", with_end("<|endoftext|>"))
     padded = folder_of(model, tmp_path / "padded", with_end(""))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
-from zofed import estimators, logits, metrics, perturbed
-from zofed.errors import UserError
-from zofed.logits import DEFER_FROM, ENTRIES, ROWS, Logits
+from zofed.base.errors import UserError
+from zofed.core import deferred_logits, estimators, metrics, perturbed
+from zofed.core.deferred_logits import DEFER_FROM, ENTRIES, ROWS, Logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,8 +200,8 @@ def test_the_sizes_of_the_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch)
     hidden, weight, target = layer(DEFER_FROM, 11)
     wanted = F.cross_entropy(F.linear(hidden, weight), target)
     for rows, entries in ((1, 4095), (4, 501), (11, 5000), (64, 4096)):
-        monkeypatch.setattr(logits, "ROWS", rows)
-        monkeypatch.setattr(logits, "ENTRIES", entries)
+        monkeypatch.setattr(deferred_logits, "ROWS", rows)
+        monkeypatch.setattr(deferred_logits, "ENTRIES", entries)
         assert relative(in_pieces(lambda: F.cross_entropy(F.linear(hidden, weight), target)), wanted) <= 1e-12
 
 

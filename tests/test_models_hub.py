@@ -19,12 +19,15 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import zofed
-from zofed import central, config, data, hub, models
+from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.finish import replay_run
-from zofed.runs import RunFolder
-from zofed.worker import weights_digest
+from zofed.core.replica import weights_digest
+from zofed.data import encoding, hub
+from zofed.models import build
+from zofed.runs.run_folder import RunFolder
+from zofed.training import central
+from zofed.training.finalize import replay_run
 
 ID = "some-owner/small.model-1"
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -37,7 +40,7 @@ def write_model(folder: Path, seed: int, vocabulary: int = 512) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, **SHAPE)).save_pretrained(folder)
-    data.load_tokenizer("shipped").save_pretrained(folder)
+    encoding.load_tokenizer("shipped").save_pretrained(folder)
 
 
 def point(repository: Path, ref: str, commit: str) -> None:
@@ -63,17 +66,17 @@ def settings(**values: Any) -> Settings:
 
 
 def digest_of(folder: Path) -> str:
-    return weights_digest(models.create_model(settings(model=str(folder)), data.load_tokenizer("shipped")))
+    return weights_digest(build.create_model(settings(model=str(folder)), encoding.load_tokenizer("shipped")))
 
 
 @pytest.mark.first(2)
 @pytest.mark.parametrize(("revision", "commit"), [("", FIRST), ("better", SECOND), (SECOND, SECOND), (FIRST, FIRST)])
 def test_a_revision_names_a_commit_and_its_weights(cache: Path, revision: str, commit: str) -> None:
     chosen = settings(revision=revision)
-    assert models.commit(chosen) == commit
-    model = models.create_model(chosen, data.load_tokenizer(models.tokenizer_name(chosen)))
+    assert build.commit(chosen) == commit
+    model = build.create_model(chosen, encoding.load_tokenizer(build.tokenizer_name(chosen)))
     assert weights_digest(model) == digest_of(cache / "snapshots" / commit)
-    assert models.tokenizer_name(chosen) == str(cache / "snapshots" / commit)
+    assert build.tokenizer_name(chosen) == str(cache / "snapshots" / commit)
     info = zofed.get_model_info(ID, revision=revision, modes=("zo",))
     assert (info.revision, info.entries, info.vocabulary, info.positions) == (commit, 512, 512, 64)
 
@@ -106,8 +109,8 @@ def test_a_folder_of_that_name_comes_before_the_hub(
     write_model(tmp_path / ID, seed=5)
     monkeypatch.chdir(tmp_path)
     chosen = settings()
-    assert models.commit(chosen) == ""
-    model = models.create_model(chosen, data.load_tokenizer("shipped"))
+    assert build.commit(chosen) == ""
+    model = build.create_model(chosen, encoding.load_tokenizer("shipped"))
     assert weights_digest(model) == digest_of(tmp_path / ID)
 
 
@@ -245,7 +248,7 @@ def fake_hub(tmp_path: Path) -> Iterator[tuple[str, type[FakeHub]]]:
 def command(endpoint: str, cache: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     given = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1"} | environment
-    code = "from zofed.cli import main; main()"
+    code = "from zofed.commands.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], env=kept | given, capture_output=True, text=True, check=False
     )

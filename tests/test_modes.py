@@ -17,29 +17,19 @@ from test_law import federate, ignore, records_of
 from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
-from zofed import (
-    central,
-    client,
-    data,
-    directions,
-    documents,
-    federation,
-    journal,
-    local,
-    metrics,
-    schedules,
-    scoring,
-    subspace,
-)
+from zofed.base.errors import UserError
 from zofed.config import WITH_BACKPROP, Settings
-from zofed.errors import UserError
-from zofed.finish import replay_run
-from zofed.optimizers import Optimizer
-from zofed.records import Dense, Guided, Seeded
-from zofed.runs import RunFolder, read_table
-from zofed.steps import Steps, asker
-from zofed.task import Task, prepare_process
-from zofed.worker import Worker, update_digest, weights_digest
+from zofed.core import directions, journal, metrics, subspace
+from zofed.core.optimizers import Optimizer
+from zofed.core.records import Dense, Guided, Seeded
+from zofed.core.replica import Worker, update_digest, weights_digest
+from zofed.data import documents, encoding
+from zofed.federated import client, protocol
+from zofed.runs.run_folder import RunFolder, read_table
+from zofed.training import central, measurements, schedules, scoring
+from zofed.training.finalize import replay_run
+from zofed.training.modes import Steps, asker
+from zofed.training.task import Task, prepare_process
 
 Quick = Callable[..., Settings]
 
@@ -339,7 +329,7 @@ def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
     record = steps.in_subspace(1).record
     assert isinstance(record, Seeded)
     seeds = directions.direction_seeds(0, 1, 0, 9)[:3]
-    batches = local.batches(steps.settings, worker, steps.examples, 0, 2, 2)
+    batches = measurements.batches(steps.settings, worker, steps.examples, 0, 2, 2)
     found = subspace.trained(batches, worker.parameters, "core", seeds, 9, Optimizer("adamw"), 0.01)
     moved = [-math.ldexp(c * record.rate / record.divisor, record.exponent) for c in record.coefficients]
     assert moved == pytest.approx(found.coefficients, abs=2**-17 * max(map(abs, found.coefficients)))
@@ -443,7 +433,7 @@ def test_a_budget_of_seconds_stops_once_for_the_row_the_loop_and_a_resumption(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever passes while the last row, evaluation and checkpoint are written."""
-    from zofed import trainer
+    from zofed.training import trainer
 
     late, monotonic = 0.0, trainer.time.monotonic
 
@@ -496,7 +486,7 @@ def test_a_run_of_epochs_stopped_by_a_budget_says_so(quick: Quick, tmp_path: Pat
 def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = quick(zo_data="per-query", zo_query_batch_size=3, queries=4)
     steps, _, worker = steps_of(settings)
-    _, own = local.query_loss(settings, worker, steps.examples, 1, 0)
+    _, own = measurements.query_loss(settings, worker, steps.examples, 1, 0)
     assert own and own["input_ids"].shape == (4, 3, 16)
     rows = {tuple(row) for row in own["input_ids"].flatten(0, 1).tolist()}
     assert len(rows) == 12
@@ -511,7 +501,7 @@ def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.Mo
     two_point = settings.model_copy(update={"estimator": "two-point"})
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot run for many")
-        measured = local.slopes(two_point, worker, steps.examples, 0)
+        measured = measurements.slopes(two_point, worker, steps.examples, 0)
     found = [math.ldexp(c, measured.exponent) for c in measured.coefficients]
     assert found == pytest.approx(slopes, rel=0.05, abs=0.05 * max(map(abs, slopes)))
 
@@ -547,7 +537,7 @@ def test_backprop_sees_its_own_part_and_zeroth_order_the_other(quick: Quick) -> 
 
 
 def corpus_of(path: Path, start: int, count: int, **extra: Any) -> Path:
-    chosen = data.load_documents("sample-dclm")[start : start + count]
+    chosen = encoding.load_documents("sample-dclm")[start : start + count]
     path.write_text("".join(json.dumps({"text": document.text} | extra) + "\n" for document in chosen))
     return path
 
@@ -556,12 +546,12 @@ def test_other_data_for_backprop_and_evaluation_are_pinned(quick: Quick, corpus:
     other, judged = corpus_of(tmp_path / "bp.jsonl", 50, 12), corpus_of(tmp_path / "eval.jsonl", 70, 9)
     settings = quick(**SHORT | {"mode": "calibrate", "bp_dataset": str(other), "eval_dataset": str(judged)})
     task = Task.load(settings)
-    assert len(task.train) == 40 and texts(task.held_out) == texts(data.load_documents(str(judged)))
-    assert texts(task.backprop) == texts(data.load_documents(str(other)))
+    assert len(task.train) == 40 and texts(task.held_out) == texts(encoding.load_documents(str(judged)))
+    assert texts(task.backprop) == texts(encoding.load_documents(str(other)))
     assert not texts(task.train) & (texts(task.held_out) | texts(task.backprop))
     train_cut(settings, tmp_path / "run", 3)
     pinned = json.loads((tmp_path / "run" / "inputs.json").read_text())
-    assert pinned["backprop"] == data.documents_digest(task.backprop)
+    assert pinned["backprop"] == encoding.documents_digest(task.backprop)
     body = other.read_bytes()
     corpus_of(other, 51, 12)
     with pytest.raises(UserError, match="another backprop"):
@@ -633,8 +623,8 @@ def test_objectives_are_one_less_the_score(make: Callable[[], nn.Module]) -> Non
 @pytest.mark.parametrize("objective", ["accuracy", "f1"])
 @pytest.mark.parametrize("make", [language_model, classifier])
 def test_scores_are_measured_for_many_copies_at_once(make: Callable[[], nn.Module], objective: str) -> None:
-    from zofed.estimators import materialised_losses
-    from zofed.perturbed import losses
+    from zofed.core.estimators import materialised_losses
+    from zofed.core.perturbed import losses
 
     model = make()
     batch = batch_of(model, 40)
@@ -679,7 +669,7 @@ def test_a_federation_runs_no_code_that_the_other_side_names(quick: Quick, tmp_p
     assert not (tmp_path / "run").exists()
     settings = quick(clients=1)
     _, _, worker = steps_of(settings)
-    plan = federation.plan_for(worker, worker.head, (), client=0)
+    plan = protocol.plan_for(worker, worker.head, (), client=0)
 
     class Context:
         run_config = settings.model_dump(by_alias=True) | {"objective": "os:getcwd"}
@@ -694,7 +684,9 @@ def test_a_federation_runs_no_code_that_the_other_side_names(quick: Quick, tmp_p
 def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labelled documents."""
     path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
-    rows = [{"text": document.text, "label": document.label} for document in data.load_documents("sample-sst2")[:80]]
+    rows = [
+        {"text": document.text, "label": document.label} for document in encoding.load_documents("sample-sst2")[:80]
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -900,7 +892,7 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step(
 def test_the_command_refuses_in_one_line(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    from zofed import cli
+    from zofed.commands import cli
 
     common = ["zofed", "train", "--dataset", str(corpus), "--block-size", "16", "--out", str(tmp_path / "run")]
     for extra in (

@@ -11,8 +11,8 @@ import reference
 import torch
 from torch import Tensor
 
-from zofed import directions, optimizers
-from zofed.optimizers import Corrections, Optimizer, stochastic_round
+from zofed.core import directions, optimizers
+from zofed.core.optimizers import Corrections, Optimizer, stochastic_round
 
 RATE = 0.05
 DECAY = 0.1

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zofed import orthogonal
-from zofed.orthogonal import orthogonalised
+from zofed.core import orthogonal
+from zofed.core.orthogonal import orthogonalised
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -268,7 +268,7 @@ MACHINES = [{"ATEN_CPU_CAPABILITY": units} for units in ("default", "avx2", "avx
 
 DIGESTS = """
 import hashlib, torch
-from zofed.orthogonal import orthogonalised
+from zofed.core.orthogonal import orthogonalised
 for threads in (1, 2):
     torch.set_num_threads(threads)
     for shape in ((256, 1024), (700, 300)):

@@ -14,11 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zofed import config, data, documents, mixing, partitions, plots
+from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.documents import Document, load_documents, shard
-from zofed.errors import UserError
-from zofed.task import Task
+from zofed.data import documents, encoding, mixing, partitions
+from zofed.data.documents import Document, load_documents, shard
+from zofed.runs import pictures
+from zofed.training.task import Task
 
 KINDS = ("iid", "dirichlet", "source")
 
@@ -133,7 +135,7 @@ def test_the_partition_is_the_same_on_every_machine() -> None:
     shares = dealt(found, 3, asked("dirichlet", 0.5, 8))
     assert [[found.index(document) for document in share] for share in shares] == GOLDEN
     code = (
-        "from zofed import config, partitions; from zofed.documents import Document;"
+        "from zofed import config, partitions; from zofed.data.documents import Document;"
         "found = [Document(f'text {n}', 'test', n % 4) for n in range(24)];"
         "how = config.resolve({'partition': 'dirichlet', 'seed': 8});"
         "print([[found.index(d) for d in partitions.deal(found, c, 3, how)] for c in range(3)])"
@@ -250,13 +252,13 @@ def test_the_command_writes_who_holds_what(tmp_path: Path, zofed_command: Callab
 @pytest.mark.parametrize("clients", [1, 45])
 def test_the_picture_takes_any_number_of_clients_and_groups(clients: int, tmp_path: Path) -> None:
     held = {client: {f"label {n}": n * client for n in range(13)} for client in range(clients)}
-    assert plots.partition(held, tmp_path / "a.png").stat().st_size > 1000
+    assert pictures.partition(held, tmp_path / "a.png").stat().st_size > 1000
 
 
 # What a task makes of it
 
 
-def rows_of(examples: data.Examples) -> Counter[tuple[int, ...]]:
+def rows_of(examples: encoding.Examples) -> Counter[tuple[int, ...]]:
     return Counter(tuple(row) for row in examples["input_ids"].tolist())
 
 
@@ -281,8 +283,10 @@ def test_a_thousand_clients_of_one_process_cost_one_digest_of_the_tokenizer(
 ) -> None:
     """Of a vocabulary of 50,000 it takes half a second, which each of them would wait for."""
     asked_for: list[object] = []
-    digest = data.tokenizer_digest
-    monkeypatch.setattr(data, "tokenizer_digest", lambda tokenizer: asked_for.append(tokenizer) or digest(tokenizer))
+    digest = encoding.tokenizer_digest
+    monkeypatch.setattr(
+        encoding, "tokenizer_digest", lambda tokenizer: asked_for.append(tokenizer) or digest(tokenizer)
+    )
     task = Task.load(quick())
     for client in range(4):
         task.shard(client, 4)

@@ -9,11 +9,11 @@ from test_estimators import gpt2_config, ids_of, llama_config, relative
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
-from zofed import directions, estimators, metrics, perturbed
-from zofed.journal import Genesis, genesis_chain, link
-from zofed.optimizers import Optimizer
-from zofed.records import Seeded, to_integers
-from zofed.worker import Worker, make_genesis, named_parameters
+from zofed.core import directions, estimators, metrics, perturbed
+from zofed.core.journal import Genesis, genesis_chain, link
+from zofed.core.optimizers import Optimizer
+from zofed.core.records import Seeded, to_integers
+from zofed.core.replica import Worker, make_genesis, named_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 peft: Any = pytest.importorskip("peft", reason="peft is not installed")

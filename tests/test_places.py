@@ -8,9 +8,9 @@ import pytest
 from flwr.app import Context, RecordDict
 from test_rounds import Meddling, Quick, Start, no_waiting, quick, run, start
 
-from zofed import client, members
-from zofed.errors import UserError
-from zofed.places import FILE, Places
+from zofed.base.errors import UserError
+from zofed.federated import client, membership
+from zofed.federated.places import FILE, Places
 
 __all__ = ["no_waiting", "quick", "start"]
 
@@ -120,7 +120,7 @@ def test_nobody_takes_the_place_of_a_node_that_is_away_nor_changes_its_own(
     quick: Quick, start: Start, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In a run, for nodes that come late, and after a restart; the owner comes back to its place."""
-    monkeypatch.setattr(members, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(membership, "AGAIN_SECONDS", 0.0)
     whole = run(start(quick(rounds=6, quorum=2), 3, "whole", clients=0))
     grid, settings = start(quick(rounds=6, quorum=1), 3, clients=0)
     away: dict[int, Context] = {}

@@ -11,11 +11,15 @@ import matplotlib.colors
 import numpy as np
 import pytest
 
-from zofed import central, client, plot_arms, plot_run, plot_style, plot_sweep, results, run_result, server
-from zofed.errors import UserError
-from zofed.grid import LocalGrid
-from zofed.results import Arm
-from zofed.run_result import Result
+from zofed.base.errors import UserError
+from zofed.experiments import arms as results
+from zofed.experiments import plot_arms, plot_run, plot_sweep
+from zofed.experiments.arms import Arm
+from zofed.federated import client, server
+from zofed.federated.local_grid import LocalGrid
+from zofed.runs import plot_style, run_result
+from zofed.runs.run_result import Result
+from zofed.training import central
 
 Command = Callable[..., tuple[int, str, str]]
 

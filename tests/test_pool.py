@@ -15,13 +15,16 @@ import tomli_w
 import torch
 from torch import Tensor
 
-from zofed import central, config, journal, pool, server
+from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.estimators import FiniteDifference
-from zofed.perturbed import CannotBatch
-from zofed.runs import Row, RunFolder, read_table
-from zofed.task import Task
+from zofed.core import journal
+from zofed.core.estimators import FiniteDifference
+from zofed.core.perturbed import CannotBatch
+from zofed.federated import server
+from zofed.runs.run_folder import Row, RunFolder, read_table
+from zofed.training import central, device_pool
+from zofed.training.task import Task
 
 Quick = Callable[..., Settings]
 
@@ -49,11 +52,11 @@ class NearPipe:
 
     def send_bytes(self, request: bytes) -> None:
         self.sizes.append(len(request))
-        is_batched = pool._REQUEST.unpack_from(request)[3]
+        is_batched = device_pool._REQUEST.unpack_from(request)[3]
         if self.cannot_batch and is_batched:
             self.answers.append(b"cit looks at its numbers")
         else:
-            self.answers.append(pool._answer(self.settings, self.worker, self.examples, request))
+            self.answers.append(device_pool._answer(self.settings, self.worker, self.examples, request))
 
     def poll(self, timeout: float) -> bool:
         return bool(self.answers)
@@ -75,7 +78,7 @@ def near(monkeypatch: pytest.MonkeyPatch) -> list[NearPipe]:
         pipes.append(NearPipe(settings, device, cannot_batch=len(pipes) in refusing))
         return NearProcess(), pipes[-1]
 
-    monkeypatch.setattr(pool, "start", start)
+    monkeypatch.setattr(device_pool, "start", start)
     return pipes
 
 
@@ -133,7 +136,7 @@ def test_any_number_of_devices_gives_the_same_records(
 def test_only_new_records_cross_the_pipe(quick: Quick, tmp_path: Path, near: list[NearPipe]) -> None:
     central.train(quick(devices="cpu,cpu", copies_per_pass=1), tmp_path / "run", ignore)
     sizes = [len(journal.bodies([entry])) for entry in journal.read(RunFolder(tmp_path / "run").journal).entries]
-    assert near[0].sizes == [pool._REQUEST.size + size for size in (0, *sizes[:-1])]
+    assert near[0].sizes == [device_pool._REQUEST.size + size for size in (0, *sizes[:-1])]
 
 
 @pytest.mark.slow
@@ -214,7 +217,7 @@ def test_a_replica_that_went_wrong_is_found(quick: Quick, tmp_path: Path, near: 
 @pytest.mark.parametrize("together", [1, 3, 4])
 @pytest.mark.parametrize("places", [1, 2, 3, 40])
 def test_shares_cover_all_queries_in_order_and_no_pass_twice(queries: int, together: int, places: int) -> None:
-    parts = pool.shares(queries, together, places)
+    parts = device_pool.shares(queries, together, places)
     assert [query for part in parts for query in range(part.start, part.stop)] == list(range(queries))
     assert all(part.start % together == 0 and part.start < part.stop for part in parts)
     assert len(parts) == min(places, -(-queries // together))
@@ -304,7 +307,7 @@ def test_a_process_that_hangs_is_told_after_the_timeout_and_ended(
             waits.append(timeout)
             return self.ours.poll(min(timeout, 0.25))
 
-    monkeypatch.setattr(pool, "start", lambda *_: (Hanging(), Silent()))
+    monkeypatch.setattr(device_pool, "start", lambda *_: (Hanging(), Silent()))
     run = tmp_path / "run"
     told = rf"^process 1 of 2, on cpu, has not answered for round-timeout = {waited:g} seconds .*--resume {run}$"
     with pytest.raises(UserError, match=told.replace("+", r"\+")):
@@ -317,7 +320,7 @@ def test_a_process_that_hangs_is_told_after_the_timeout_and_ended(
 def test_the_wait_of_a_pipe_may_be_as_long_as_the_longest() -> None:
     ours, theirs = multiprocessing.Pipe()
     theirs.send_bytes(b"x")
-    assert ours.poll(pool.LONGEST_WAIT)
+    assert ours.poll(device_pool.LONGEST_WAIT)
 
 
 @pytest.mark.slow
@@ -356,7 +359,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize("ending", ["killed", "killed in a pass", "interrupted", "interrupted at the start"])
 def test_no_process_outlives_the_run(corpus: Path, tmp_path: Path, ending: str) -> None:
     run = tmp_path / "run"
-    command = [sys.executable, "-c", "from zofed.cli import main; main()", "train", "--dataset", str(corpus)]
+    command = [sys.executable, "-c", "from zofed.commands.cli import main; main()", "train", "--dataset", str(corpus)]
     command += ["--steps", "100000", "--queries", "4", "--copies-per-pass", "1", "--devices", "cpu,cpu,cpu"]
     command += ["--eval-examples", "4", "--save-interval", "0", "--out", str(run)]
     command += ["--block-size", "64", "--batch-size", "256"] if ending == "killed in a pass" else ["--block-size", "16"]

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 import zofed
-from zofed import central, config
+from zofed import config
 from zofed.config import Settings
+from zofed.training import central
 
 pytestmark = pytest.mark.slow
 
@@ -77,8 +78,8 @@ MACHINES = [{"ATEN_CPU_CAPABILITY": units} for units in ("default", "avx2", "avx
 REPLAY = """
 import sys
 from pathlib import Path
-from zofed.finish import replay_run
-from zofed.runs import RunFolder
+from zofed.training.finalize import replay_run
+from zofed.runs.run_folder import RunFolder
 for folder in sys.argv[1:]:
     for threads in (1, 2):
         worker, start = replay_run(RunFolder(Path(folder)), threads=threads)
@@ -140,12 +141,12 @@ def test_fifty_steps_replay_to_one_digest_on_every_kind_of_machine(corpus: Path,
 
 
 def test_flwr_run_with_ray_equals_the_same_federation_in_one_process(tmp_path: Path) -> None:
-    from zofed import launch
+    from zofed.deployment import flower_run
 
     settings = {"clients": 2, "rounds": 3, "queries": 3, "eval-interval": 3, "eval-examples": 8, "device": "cpu"}
     out = tmp_path / "ray run"
-    status = launch.flower_run(ROOT, {**settings, "out": str(out)}, nodes=2, cpus_per_node=1)
-    assert status == launch.COMPLETED
+    status = flower_run.flower_run(ROOT, {**settings, "out": str(out)}, nodes=2, cpus_per_node=1)
+    assert status == flower_run.COMPLETED
     ray = summary_of(out)
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     run("simulate", *options, "--out", str(tmp_path / "local"))
@@ -160,10 +161,10 @@ def test_flwr_run_with_ray_equals_the_same_federation_in_one_process(tmp_path: P
 
 
 def test_a_failing_app_is_told_as_failed(tmp_path: Path) -> None:
-    from zofed import launch
+    from zofed.deployment import flower_run
 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "someone's").write_text("work")
     config_ = {"out": str(tmp_path / "full"), "rounds": 1, "device": "cpu"}
-    assert launch.flower_run(ROOT, config_, nodes=2, cpus_per_node=1) == "finished:failed"
+    assert flower_run.flower_run(ROOT, config_, nodes=2, cpus_per_node=1) == "finished:failed"
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["someone's"]

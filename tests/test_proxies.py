@@ -13,10 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 
-from zofed import deployment, keys, launch, proxies, reach
-from zofed.errors import UserError
-from zofed.flower_internals import Runtime
-from zofed.reach import Address
+from zofed.base import proxies
+from zofed.base.errors import UserError
+from zofed.deployment import flower_run, keys, reachability, superlink
+from zofed.deployment.reachability import Address
+from zofed.federated.flower_internals import Runtime
 
 VARIABLES = [f"{name}_proxy" for name in ("http", "https", "all", "grpc", "no", "no_grpc")]
 HERE = "localhost,127.0.0.1,::1"
@@ -150,7 +151,7 @@ def test_every_command_and_what_it_starts_leave_proxies_aside(
     zofed_command, monkeypatch: pytest.MonkeyPatch, refusing: str
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", refusing)
-    assert launch.quiet_environment()["no_proxy"] == HERE
+    assert flower_run.quiet_environment()["no_proxy"] == HERE
     assert "no_proxy" not in os.environ
     assert zofed_command("version")[0] == 0
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == HERE
@@ -167,7 +168,7 @@ def test_a_worker_and_flowers_commands_reach_this_machine_past_a_proxy(
                 for key, exempted in proxies.towards("127.0.0.1", os.environ).items():
                     patched.setenv(key, exempted)
                 assert Runtime(f"127.0.0.1:{port}").acquire() is None
-                assert reach.problem(Address("127.0.0.1", port), None) == ""
+                assert reachability.problem(Address("127.0.0.1", port), None) == ""
 
 
 @pytest.mark.slow
@@ -175,14 +176,14 @@ def test_a_superlink_behind_a_proxy_that_fails_is_told_with_the_proxy(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refusing: str
 ) -> None:
     keys.make(tmp_path / "keys", ["fed.example.org"])
-    monkeypatch.setattr(reach, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(reachability, "TIMEOUT_S", 0.2)
     far = Address("fed.example.org", 443)
     with silent() as unanswering, server(403) as port:
         for value in (refusing, unanswering, f"http://someone:secret@127.0.0.1:{port}"):
             for name, root in (("http_proxy", None), ("https_proxy", tmp_path / "keys" / "ca.crt")):
                 with monkeypatch.context() as patched:
                     patched.setenv(name, value)
-                    told = reach.problem(far, root)
+                    told = reachability.problem(far, root)
                 assert f"through the proxy of {name} = 'http://***@127.0.0.1:" in told and "secret" not in told
                 assert "export no_proxy=fed.example.org" in told
 
@@ -192,17 +193,17 @@ def test_a_run_that_a_superlink_did_not_get_names_the_proxy(
 ) -> None:
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", refusing)
-    monkeypatch.setattr(launch, "stream", lambda *_: (None, "no connection"))
-    monkeypatch.setattr(launch, "keep_logs", lambda home: home)  # nothing stays behind
+    monkeypatch.setattr(flower_run, "stream", lambda *_: (None, "no connection"))
+    monkeypatch.setattr(flower_run, "keep_logs", lambda home: home)  # nothing stays behind
     lines = ['[superlink.far]\naddress = "fed.example.org:443"', '[superlink.near]\naddress = ":local:"']
     (tmp_path / "config.toml").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"no connection.*through the proxy of https_proxy = 'http://\*\*\*@127"):
-        deployment.run_on("far", {})
+        superlink.run_on("far", {})
     with pytest.raises(UserError, match=r"no connection.*mend that and try again"):
-        deployment.run_on("near", {})
+        superlink.run_on("near", {})
     monkeypatch.setenv("https_proxy", "socks5://h:1")
     with pytest.raises(UserError, match="https_proxy = 'socks5://h:1' cannot be used"):
-        deployment.run_on("far", {})
+        superlink.run_on("far", {})
 
 
 @pytest.mark.parametrize("value", ["http://someone:secret@127.0.0.1:1", "socks5://127.0.0.1:1"])

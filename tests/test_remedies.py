@@ -15,13 +15,18 @@ import pytest
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from zofed import central, cli, data, finish, journal, models, runs
-from zofed.errors import UserError
-from zofed.finish import status_kept
-from zofed.round_log import RoundLog
-from zofed.runs import RunFolder
-from zofed.tables import Table
-from zofed.trainer import Trainer
+from zofed.base.errors import UserError
+from zofed.commands import cli
+from zofed.core import journal
+from zofed.data import encoding
+from zofed.federated.round_log import RoundLog
+from zofed.models import build
+from zofed.runs import run_folder
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import Table
+from zofed.training import central, finalize
+from zofed.training.finalize import status_kept
+from zofed.training.trainer import Trainer
 
 Zofed = Callable[..., tuple[int, str, str]]
 SMALL = ["--batch-size", "2", "--block-size", "16", "--eval-examples", "4", "--save-interval", "2", "--device", "cpu"]
@@ -48,7 +53,7 @@ def digest_of(folder: Path) -> str:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("remedies")
     corpus = place / "corpus.jsonl"
-    documents = data.load_documents("sample-dclm")[:20]
+    documents = encoding.load_documents("sample-dclm")[:20]
     corpus.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in documents), encoding="utf-8")
     for name, command in COMMANDS.items():
         out = ["--dataset", str(corpus), "--out", str(place / name / NAME)]
@@ -196,9 +201,9 @@ def at_the_end(write: Any) -> Any:
 DISK: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the journal": lambda patch: patch.setattr(journal, "_sync_data", full),
     "a table": full_table,
-    "a checkpoint": lambda patch: patch.setattr(runs, "save_file", full_for_safetensors),
-    "the model": lambda patch: patch.setattr(models, "save", full_for_safetensors),
-    "the model's tokenizer": lambda patch: patch.setattr(models, "save", full),
+    "a checkpoint": lambda patch: patch.setattr(run_folder, "save_file", full_for_safetensors),
+    "the model": lambda patch: patch.setattr(build, "save", full_for_safetensors),
+    "the model's tokenizer": lambda patch: patch.setattr(build, "save", full),
     "the summary": lambda patch: patch.setattr(RunFolder, "write_text", at_the_end(RunFolder.write_text)),
 }
 
@@ -231,7 +236,7 @@ def test_a_picture_that_cannot_be_drawn_ends_no_run(
 ) -> None:
     folder = Path(shutil.copytree(finished["fo"], tmp_path / NAME))
     without_model(folder)
-    monkeypatch.setattr("zofed.plots.plot_loss", full)
+    monkeypatch.setattr("zofed.runs.pictures.plot_loss", full)
     status, _, errors = zofed_command("train", "--resume", folder)
     assert status == 0 and "plot_loss" in errors and "No space left" in errors
     assert digest_of(folder) == digest_of(finished["fo"])
@@ -284,7 +289,7 @@ def test_a_whole_checkpoint_of_an_earlier_version_is_taken(
     folder = Path(shutil.copytree(finished["fo"], tmp_path / NAME))
     for path in (folder / "checkpoints").glob("step-*"):
         rewritten(path, lambda _: None, sealed=False)
-    worker, start = finish.replay_run(RunFolder(folder))
+    worker, start = finalize.replay_run(RunFolder(folder))
     assert (worker.digest(), start) == (digest_of(finished["fo"]), 4)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zofed import report, verdicts
-from zofed.results import Arm
-from zofed.run_result import Result
+from zofed.experiments import comparisons, report
+from zofed.experiments.arms import Arm
+from zofed.runs.run_result import Result
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -38,21 +38,21 @@ def arm(name: str, *ends: float, **more: Any) -> Arm:
 
 
 def test_an_interval_is_students() -> None:
-    found = verdicts.estimate([1.0, 2.0, 3.0])
+    found = comparisons.estimate([1.0, 2.0, 3.0])
     half = 4.303 / math.sqrt(3)
     assert (found.mean, found.deviation, found.n) == (2.0, 1.0, 3)
     assert (found.low, found.high) == pytest.approx((2 - half, 2 + half))
-    one = verdicts.estimate([5.0])
+    one = comparisons.estimate([5.0])
     assert one.n == 1 and math.isnan(one.deviation) and not one.is_clear
-    assert [verdicts.t(n) for n in (1, 2, 30, 100)] == [12.706, 4.303, 2.042, 2.042]
+    assert [comparisons.t(n) for n in (1, 2, 30, 100)] == [12.706, 4.303, 2.042, 2.042]
 
 
 def test_seeds_in_common_are_compared_in_pairs() -> None:
     # Seeds spread widely and differences do not: paired, the difference is clear; unpaired it would not be.
     a, b = {1: 1.0, 2: 2.0, 3: 3.0}, {1: 1.1, 2: 2.2, 3: 3.15}
-    paired, by_seed = verdicts.difference(a, b)
+    paired, by_seed = comparisons.difference(a, b)
     assert by_seed and paired.mean == pytest.approx(0.15) and paired.is_clear
-    welch, by_seed = verdicts.difference(a, {4: 1.1, 5: 2.2, 6: 3.15})
+    welch, by_seed = comparisons.difference(a, {4: 1.1, 5: 2.2, 6: 3.15})
     assert not by_seed and welch.mean == pytest.approx(0.15) and not welch.is_clear
     # variances 1 and 1.0525 over 3: error 0.8272, 3.997 degrees of freedom, which counts as 3
     assert welch.high - welch.mean == pytest.approx(3.182 * math.sqrt((1 + 1.0525) / 3), rel=1e-3)
@@ -60,17 +60,17 @@ def test_seeds_in_common_are_compared_in_pairs() -> None:
 
 def test_equal_cost_is_read_between_evaluations() -> None:
     cheap, dear = arm("cheap", 4.0, 4.0), arm("dear", 3.0, 3.0, cost=400.0)
-    assert verdicts.least([cheap, dear], "forward_equivalents") == 100
-    there = verdicts.at_cost(dear, "forward_equivalents", 100.0)
+    assert comparisons.least([cheap, dear], "forward_equivalents") == 100
+    there = comparisons.at_cost(dear, "forward_equivalents", 100.0)
     assert there and there.mean == pytest.approx(6.0 - 1.5 / 2)
-    assert math.isnan(verdicts.least([cheap, dear], "bytes"))
+    assert math.isnan(comparisons.least([cheap, dear], "bytes"))
 
 
 # --- sentences ---
 
 
 def said(*arms: Arm) -> str:
-    return "\n".join(verdicts.sentences(arms))
+    return "\n".join(comparisons.sentences(arms))
 
 
 def test_the_winner_is_told_with_its_margin_and_uncertainty() -> None:
@@ -137,8 +137,9 @@ def test_a_table_of_pairs_sets_each_arm_against_each_better_one() -> None:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A folder as a sweep leaves it, of runs made in this process."""
-    from zofed import central, sweep_file
-    from zofed.sweep_folder import SweepFolder
+    from zofed.experiments import sweep_file
+    from zofed.experiments.sweep_folder import SweepFolder
+    from zofed.training import central
 
     folder = SweepFolder(tmp_path_factory.mktemp("swept") / "a <b> sweep")
     text = f"""

@@ -14,15 +14,17 @@ import pytest
 from test_law import records_of
 from test_rounds import BACKPROP, SUBSPACE, Quick, Start, no_waiting, quick, results, run, start
 
-from zofed import client, config, journal, server
+from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.grid import LocalGrid
-from zofed.journal import Journal
-from zofed.runs import RunFolder, read_table
-from zofed.server import Server
-from zofed.trainer import Trainer
-from zofed.worker import Worker
+from zofed.core import journal
+from zofed.core.journal import Journal
+from zofed.core.replica import Worker
+from zofed.federated import client, server
+from zofed.federated.local_grid import LocalGrid
+from zofed.federated.server import Server
+from zofed.runs.run_folder import RunFolder, read_table
+from zofed.training.trainer import Trainer
 
 __all__ = ["no_waiting", "quick", "start"]
 

@@ -14,16 +14,20 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from test_law import ignore, records_of, seeded_of
 
-from zofed import central, client, config, directions, journal, members, messages, plots, server, task
+from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.federation import Plan
-from zofed.grid import LocalGrid
-from zofed.members import Member, Members
-from zofed.records import Skipped
-from zofed.runs import RunFolder, read_table
-from zofed.wire import Introduction, Malformed
-from zofed.worker import PROBE_POSITIONS, Worker
+from zofed.core import directions, journal
+from zofed.core.records import Skipped
+from zofed.core.replica import PROBE_POSITIONS, Worker
+from zofed.federated import client, membership, messages, server
+from zofed.federated.local_grid import LocalGrid
+from zofed.federated.membership import Member, Members
+from zofed.federated.protocol import Plan
+from zofed.federated.wire import Introduction, Malformed
+from zofed.runs import pictures
+from zofed.runs.run_folder import RunFolder, read_table
+from zofed.training import central, task
 
 Quick = Callable[..., Settings]
 
@@ -31,10 +35,10 @@ Quick = Callable[..., Settings]
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """Nodes that come are met at once, and nobody draws a picture."""
-    monkeypatch.setattr(members, "LOOK_SECONDS", 0.0)
-    monkeypatch.setattr(members, "QUIET_SECONDS", 0.0)
-    monkeypatch.setattr(members, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(plots, "plot_loss", lambda *_, **__: None)
+    monkeypatch.setattr(membership, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(membership, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(membership, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(pictures, "plot_loss", lambda *_, **__: None)
 
 
 @pytest.fixture
@@ -629,7 +633,7 @@ def test_a_node_that_failed_to_say_who_it_is_is_asked_again_later(
     quick: Quick, start: Start, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     """At later looks, but not at each, and its failure is told once."""
-    monkeypatch.setattr(members, "AGAIN_SECONDS", seconds)
+    monkeypatch.setattr(membership, "AGAIN_SECONDS", seconds)
     grid, settings = start(quick(quorum=1))
     asked = silent_until(grid, lambda: grid.plans != [] and grid.plans[-1].round >= 4)
     assert_one_model(run((grid, settings)), [0, 1] if not seconds else [0])
@@ -642,7 +646,7 @@ def test_a_node_that_failed_to_say_who_it_is_is_asked_again_later(
 def test_a_node_is_not_asked_again_where_all_that_were_wanted_are_there(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(members, "AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(membership, "AGAIN_SECONDS", 0.0)
     grid, settings = start(quick(quorum=1), 3, clients=2)
     asked = silent_until(grid, lambda: bool(grid.plans))
     assert_one_model(run((grid, settings)), [0, 2])

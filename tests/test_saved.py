@@ -28,10 +28,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from zofed import central, config, data, initial, models
+from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.worker import weights_digest
+from zofed.core.replica import weights_digest
+from zofed.data import encoding
+from zofed.models import build as models
+from zofed.models import initial
+from zofed.training import central
 
 SHAPE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 2, "max_position_embeddings": 34, "pad_token_id": 0, "eos_token_id": 0}
@@ -44,7 +48,7 @@ Change = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return data.load_tokenizer("shipped")
+    return encoding.load_tokenizer("shipped")
 
 
 def saved(model: PreTrainedModel, folder: Path, change: Change = dict, **written: Any) -> Path:

@@ -10,11 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from benchmarks import tiny_models
-from zofed import config, initial
-from zofed.classifier import PooledClassifier
-from zofed.errors import UserError
-from zofed.scopes import frozen_though_drawn, inner_matrices, trainable_names
-from zofed.task import worker_of
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.models import initial
+from zofed.models.classifier import PooledClassifier
+from zofed.models.scopes import frozen_though_drawn, inner_matrices, trainable_names
+from zofed.training.task import worker_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

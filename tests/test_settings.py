@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from zofed import config, sweep_file
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.commands.options import settings_from
 from zofed.config import CENTRAL, FEDERATED, SETTINGS
-from zofed.errors import UserError
-from zofed.options import settings_from
+from zofed.experiments import sweep_file
 
 Zofed = Callable[..., tuple[int, str, str]]
 

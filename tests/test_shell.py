@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from zofed import shell
+from zofed.base import shell
 
 WORDS = ["plain", "two words", "it's", '"', "$HOME", "~x", "*", "a;b", "#", "", "back\\slash", "é", "Ω λ"]
 ODD = [*WORDS, "two\nlines", "tab\there", "\x1b[31m", "'\n\\", os.fsdecode(b"caf\xe9"), "digits\n123"]

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from zofed import central, sinks
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.runs import read_table
+from zofed.runs import sinks
+from zofed.runs.run_folder import read_table
+from zofed.training import central
 
 
 @pytest.fixture

@@ -19,12 +19,15 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import zofed
-from zofed import central, directions, exchanges, models, soundness
+from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.errors import UserError
-from zofed.estimators import FiniteDifference
-from zofed.soundness import pattern_of
-from zofed.worker import named_parameters, weights_digest
+from zofed.core import directions, soundness
+from zofed.core.estimators import FiniteDifference
+from zofed.core.replica import named_parameters, weights_digest
+from zofed.core.soundness import pattern_of
+from zofed.federated import exchanges
+from zofed.models import build
+from zofed.training import central
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -224,8 +227,8 @@ def test_a_loss_of_many_numbers_is_refused() -> None:
 def test_a_run_refuses_a_model_that_draws(
     mode: str, quick: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = models.ready
-    monkeypatch.setattr(models, "ready", lambda model, dtype: ready(model, dtype).train())
+    ready = build.ready
+    monkeypatch.setattr(build, "ready", lambda model, dtype: ready(model, dtype).train())
     with pytest.raises(UserError, match=r"Dropout\).*eval"):
         central.train(quick(mode=mode, subspace_size=4), tmp_path / "run", lambda row: None)
 
@@ -233,8 +236,8 @@ def test_a_run_refuses_a_model_that_draws(
 def test_a_client_refuses_a_model_that_draws_and_says_so(
     quick: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ready = models.ready
-    monkeypatch.setattr(models, "ready", lambda model, dtype: ready(model, dtype).train())
+    ready = build.ready
+    monkeypatch.setattr(build, "ready", lambda model, dtype: ready(model, dtype).train())
     monkeypatch.setattr(exchanges, "ATTEMPTS", 1)
     with pytest.raises(UserError, match=r"round 1: clients .* gave no usable reply"):
         federate(quick(), tmp_path / "run", 2)
@@ -341,7 +344,7 @@ def test_the_digest_reads_the_buffers_that_are_saved_and_no_others() -> None:
     model[2].running_var[3] += 2**-20
     assert weights_digest(model) != digest
     with pytest.raises(UserError, match="base weights"):
-        zofed.worker.Worker(net(nn.BatchNorm1d(8)), zofed.ZerothOrder(model, seed=1).worker.genesis)
+        zofed.core.replica.Worker(net(nn.BatchNorm1d(8)), zofed.ZerothOrder(model, seed=1).worker.genesis)
     passing = net()
     digest = weights_digest(passing)
     passing.register_buffer("cache", torch.ones(3), persistent=False)

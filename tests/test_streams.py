@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from zofed import cli, streams
+from zofed.base import streams
+from zofed.commands import cli
 
 Run = Callable[..., int]
 

@@ -14,14 +14,14 @@ from torch.func import functional_call
 from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from zofed import directions, perturbed, subspace
-from zofed.directions import tensor_id
-from zofed.estimators import exact_slopes
-from zofed.journal import link
-from zofed.optimizers import Optimizer
-from zofed.perturbed import along
-from zofed.records import Seeded, to_integers
-from zofed.worker import Worker, make_genesis, named_parameters
+from zofed.core import directions, perturbed, subspace
+from zofed.core.directions import tensor_id
+from zofed.core.estimators import exact_slopes
+from zofed.core.journal import link
+from zofed.core.optimizers import Optimizer
+from zofed.core.perturbed import along
+from zofed.core.records import Seeded, to_integers
+from zofed.core.replica import Worker, make_genesis, named_parameters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from zofed import central, sweep_cost, sweep_file, sweep_process
-from zofed.errors import UserError
-from zofed.runs import RunFolder
-from zofed.sweep import Sweep
-from zofed.sweep_folder import SweepFolder
+from zofed.base.errors import UserError
+from zofed.experiments import sweep_cost, sweep_file, sweep_process
+from zofed.experiments.sweep import Sweep
+from zofed.experiments.sweep_folder import SweepFolder
+from zofed.runs.run_folder import RunFolder
+from zofed.training import central
 
-ZOFED = [sys.executable, "-c", "import sys; sys.argv[0] = 'zofed'; from zofed.cli import main; main()"]
+ZOFED = [sys.executable, "-c", "import sys; sys.argv[0] = 'zofed'; from zofed.commands.cli import main; main()"]
 Command = Callable[..., tuple[int, str, str]]
 
 SMALL = """

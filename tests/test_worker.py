@@ -10,13 +10,14 @@ import torch
 from reference import normal_stream, sign_stream
 from torch import Tensor, nn
 
-from zofed import directions, worker
-from zofed.directions import Kind, tensor_id
-from zofed.errors import UserError
-from zofed.journal import Entry, Genesis, genesis_chain, link
-from zofed.optimizers import Optimizer
-from zofed.records import Dense, Record, Seeded, Skipped, Spread
-from zofed.worker import Worker, make_genesis, named_parameters, weights_digest
+from zofed.base.errors import UserError
+from zofed.core import directions
+from zofed.core import replica as worker
+from zofed.core.directions import Kind, tensor_id
+from zofed.core.journal import Entry, Genesis, genesis_chain, link
+from zofed.core.optimizers import Optimizer
+from zofed.core.records import Dense, Record, Seeded, Skipped, Spread
+from zofed.core.replica import Worker, make_genesis, named_parameters, weights_digest
 
 RUN_SEED = 11
 KINDS: tuple[Kind, ...] = ("rank1", "rank4", "rademacher", "gaussian")

@@ -3,20 +3,20 @@
 from importlib import import_module
 from typing import Any
 
-from zofed.arithmetic import make_reproducible
+from zofed.base.arithmetic import make_reproducible
 
 make_reproducible()  # before torch computes anything
 
 __version__ = "0.1.0"
 _HOMES = {
-    "ZerothOrder": "library",
-    "replay": "library",
-    "create_model": "model_info",
-    "get_model_info": "model_info",
-    "list_available_models": "model_info",
-    "get_dataloader": "data",
-    "get_dataset_info": "catalog",
-    "list_available_datasets": "catalog",
+    "ZerothOrder": "training.zeroth_order",
+    "replay": "training.zeroth_order",
+    "create_model": "preflight.model_info",
+    "get_model_info": "preflight.model_info",
+    "list_available_models": "preflight.model_info",
+    "get_dataloader": "data.encoding",
+    "get_dataset_info": "data.catalog",
+    "list_available_datasets": "data.catalog",
 }
 
 

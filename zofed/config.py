@@ -15,8 +15,8 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from zofed import directions
-from zofed.errors import UserError
+from zofed.base.errors import UserError
+from zofed.core import directions
 
 WITH_BACKPROP = ("instruct", "calibrate")  # modes of zeroth order that backpropagation helps
 ZEROTH_ORDER = ("zo", *WITH_BACKPROP)  # modes that measure slopes along seeded directions

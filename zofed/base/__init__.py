@@ -1,0 +1,1 @@
+"""Errors, files, processes and this machine: what everything else stands on."""

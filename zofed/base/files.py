@@ -1,0 +1,46 @@
+"""Files that are written whole, and files that one process holds for itself."""
+
+import fcntl
+import os
+from pathlib import Path
+
+from zofed.base.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+ROOT = PACKAGE.parent  # what ships beside the package: tokenizer, data, experiments, Flower's project file
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write beside the target, sync, then rename: no reader and no crash meets half a file."""
+    temporary = path.with_name(f".{path.name}.new")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make durable which files `folder` holds, and under which names."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make durable what a file holds, whoever wrote it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def hold(descriptor: int, busy: str) -> None:
+    """Keep an open file for this process until it is closed. Raises UserError, which says `busy`, if another has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(busy) from error

@@ -1,0 +1,158 @@
+"""What commands print: the console, progress, and the end of a run."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from zofed import config
+from zofed.base import shell
+from zofed.config import Settings
+from zofed.core.metrics import Coverage
+from zofed.runs.run_folder import RunFolder, timestamp
+from zofed.runs.tables import Row
+
+
+class PlainConsole(Console):
+    """A console that leaves a reader who went away to `main`."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
+# Progress and results are for people: they go to the terminal as plain words, without colour codes in a pipe.
+console = PlainConsole(highlight=False, soft_wrap=True)
+
+
+NAME_WIDTH = 60
+
+
+def brief(name: str) -> str:
+    """A name from somebody's data, cut to what a line of a terminal can hold."""
+    return name if len(name) <= NAME_WIDTH else f"{name[: NAME_WIDTH - 1]}…"
+
+
+def figure(value: float) -> str:
+    """A score in digits."""
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
+
+
+class Interrupted(Exception):  # noqa: N818, not an error
+    """Ctrl-C or SIGTERM ended a command; the text says how to go on."""
+
+
+class Reporter:
+    """Shows rows of a run's metrics: a bar on a terminal, else one plain line for every evaluation."""
+
+    def __init__(self, total: int, what: str) -> None:
+        self.total, self.what = total, what
+        self.held_out = ""
+        self.progress: Progress | None = None
+
+    def __enter__(self) -> "Reporter":
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, console=console)
+            self.progress.start()
+            self.bar = self.progress.add_task(self.what, total=self.total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def expect(self, total: int) -> None:
+        """Count up to this many from now on."""
+        self.total = total
+        if self.progress:
+            self.progress.update(self.bar, total=total)
+
+    def __call__(self, row: Row) -> None:
+        evaluated = row.get("eval_loss") is not None
+        if evaluated:
+            self.held_out = f"held-out {row['eval_loss']:.4f}"
+        loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
+        if self.progress:
+            self.progress.update(self.bar, completed=row["step"], description=f"{loss} {self.held_out}".strip())
+        elif evaluated:
+            print(
+                f"{self.what} {row['step']}/{self.total}  {loss}  {self.held_out}  {row['seconds']:.1f} s", flush=True
+            )
+
+
+def how_to_go_on(out: Path) -> str:
+    """What to do after an interruption: nothing stands in a folder that has no journal yet."""
+    folder = RunFolder(out)
+    return f"continue with: {folder.go_on()}" if folder.journal.exists() else "nothing was trained yet: start it again"
+
+
+def with_out(settings: Settings, name: str) -> Settings:
+    """The settings with an absolute output folder: the one asked for, or a new one under ./runs."""
+    out = config.absolute(settings.out or f"runs/{name}-{timestamp().replace(':', '')}", "out")
+    return settings.model_copy(update={"out": str(out)})
+
+
+def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:
+    """The numbers that matter, where the results lie, and what to do next.
+
+    command: what runs settings in the way of this run, before the file that holds them.
+    """
+    table = Table("", "held-out loss (nats)", box=None, pad_edge=False)
+    end = summary["eval_loss_end"]
+    table.add_row("start", f"{summary['eval_loss_start']:.4f}")
+    table.add_row("end", f"{end:.4f}")
+    for name, loss in summary["baselines"].items():
+        if not name.endswith("accuracy"):
+            table.add_row(f"baseline {name}", f"{loss:.4f}  {'passed' if end < loss else 'not passed'}")
+    for name, loss in summary["controls"].items():
+        table.add_row(f"control {name.replace('_', ' ')}", f"{loss:.4f}")
+    console.print(table)
+    if "evaluated" in summary:
+        console.print(f"held-out: {Coverage(**summary['evaluated'])}, the same in every evaluation")
+    if summary["stopped_by"]:
+        console.print(f"stopped by {summary['stopped_by']}")
+    if "perplexity" in summary and "bits_per_byte" in summary:
+        console.print(f"perplexity {figure(summary['perplexity'])}, {summary['bits_per_byte']:.4f} bits per byte")
+    if "accuracy" in summary:
+        majority = summary["baselines"]["majority_accuracy"]
+        console.print(
+            f"accuracy {summary['accuracy']:.4f} (always the most frequent label: {majority:.4f}), "
+            f"F1 {summary['f1']:.4f}"
+        )
+    if sources := summary.get("sources"):
+        console.print("by source:")
+        for source, found in sources.items():
+            told = ", ".join(f"{key} {figure(value)}" for key, value in found.items())
+            console.print(f"  {brief(source)}: {told}", markup=False)
+    console.print(f"weights SHA-256 {summary['digest']}")
+    if summary["replay_digest"]:
+        equal = "equal" if summary["replay_digest"] == summary["digest"] else "DIFFERENT"
+        console.print(f"replay of the journal: {equal}")
+    console.print(f"results in {folder.path}:")
+    for name, what in CONTENTS.items():
+        if (folder.path / name).exists():
+            console.print(f"  {name:23}{what}")
+    again = shell.command(*command, folder.path / "settings.toml", "--out", f"{folder.path}-again")
+    console.print(f"the same once more: {again}", markup=False)
+    console.print(f"next: {shell.command('zofed', 'journal', 'replay', folder.path)}", markup=False)
+
+
+CONTENTS = {
+    "summary.json": "losses, baselines, cost, digests, versions",
+    "metrics.csv": "one line a step",
+    "evaluations.csv": "one line an evaluation and source",
+    "rounds.csv": "one line a round: replies, bytes, where the time went",
+    "clients.csv": "one line a reply",
+    "rounds.log": "what each exchange found out, durable; a run that goes on rebuilds its tables from it",
+    "client_evaluations.csv": "one line an evaluation and client",
+    "partition.csv": "who holds what, with partition.png",
+    "federation.png": "losses by round, bytes and seconds, and where the seconds went",
+    "loss.png": "the losses as a picture",
+    "journal.zofed": "every step as seeds and integers; base weights + journal = final weights",
+    "model": "the trained model: a Hugging Face folder, which --model takes too",
+    "checkpoints": "the newest states, to resume from",
+    "updates": "gradients and guides, for the replay",
+    "settings.toml": "all settings",
+}

@@ -1,0 +1,241 @@
+"""Commands of experiments: `zofed sweep`, `zofed plot`, `zofed report`."""
+
+import math
+import statistics
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+
+from zofed import config
+from zofed.base import shell
+from zofed.base.errors import UserError
+from zofed.commands.console import Interrupted, console
+from zofed.commands.options import with_settings
+from zofed.runs import run_result
+
+if TYPE_CHECKING:
+    from zofed.experiments.sweep_runner import Board
+
+
+plot_app = typer.Typer(no_args_is_help=True, help="Pictures of runs and sweeps, read back from their folders.")
+
+Out = Annotated[Path | None, typer.Option(help="PNG file to write; empty: beside what is drawn")]
+Folder = Annotated[Path, typer.Argument(help="folder of a sweep, or one that holds folders of runs")]
+RunPath = Annotated[Path, typer.Argument(help="folder of a run")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command("sweep")(with_settings(sweep))
+    app.add_typer(plot_app, name="plot")
+    app.command("report")(report)
+
+
+def sweep(
+    file: Annotated[str, typer.Argument(help="TOML file of a sweep, or the name of a shipped experiment")],
+    scale: Annotated[str, typer.Option(help="which of the file's scales, as laptop or paper; empty: its first")] = "",
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="runs at a time, each in a process of its own [1]", show_default=False)
+    ] = None,
+    gpus_per_run: Annotated[
+        float, typer.Option(min=0, max=1, help="share of a GPU for each run: as many at a time as the GPUs hold")
+    ] = 0.0,
+    with_controls: Annotated[
+        bool,
+        typer.Option(
+            "--with-controls", help="frozen weights and random slopes for all, guide-only and line of instruct"
+        ),
+    ] = False,
+    data: Annotated[list[str] | None, typer.Option(help="NAME=PATH: read PATH for a data set the file names")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the runs and what they will cost, run none")] = False,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Carry out many runs: what is finished is skipped, what was cut goes on, what fails is told and stops no other.
+
+    Settings typed as options override the file's base. Start it again, after Ctrl-C or kill -9, and it goes on.
+    """
+    from zofed.experiments import sweep_file
+
+    path = sweep_file.find(file)
+    out = options.pop("out", "")
+    wanted = sweep_file.read(path, scale, options, data or [], with_controls=with_controls)
+    if idle := wanted.without_effect(options):
+        raise UserError("; ".join(idle))
+    if idle := wanted.without_effect(key for key in wanted.base if key not in options):
+        warnings.warn(f"{path}: {'; '.join(idle)}", stacklevel=2)
+    folder_path = config.absolute(out or f"runs/{path.stem}{'-' + scale if scale else ''}", "out")
+    from zofed.experiments import sweep_cost, sweep_process  # torch and transformers take seconds to load
+
+    at_a_time = sweep_process.at_a_time(parallel, gpus_per_run)
+    if dry_run:
+        for line in sweep_cost.estimate(wanted, at_a_time):
+            console.print(line, markup=False)
+        return
+    from zofed.experiments.sweep_folder import SweepFolder
+    from zofed.experiments.sweep_runner import Runner
+
+    folder = SweepFolder(folder_path)
+    with folder.opened():
+        wanted = folder.begin(wanted)
+        console.print(f"sweep: {folder.path}: {wanted.most} runs, {at_a_time} at a time", markup=False)
+        if warning := sweep_cost.too_much(wanted, at_a_time):
+            console.print(f"zofed: warning: {warning}", markup=False)
+        try:
+            with Watching() as watching:
+                runner = Runner(wanted, folder, at_a_time, watching)
+                board = runner.run()
+        except KeyboardInterrupt:
+            again = shell.command("zofed", "sweep", folder.path / "sweep.toml", "--out", folder.path)
+            raise Interrupted(f"continue with: {again}") from None
+    failed = board.failed
+    lost = {name for name, loss in runner.losses.items() if loss == math.inf}  # failed, or tuned and diverged
+    diverged = sorted(lost - {run.name for run in failed})
+    before = board.skipped - len(set(diverged) - {run.name for run in board.ended})
+    complete = board.over - len(failed) - len(diverged)
+    console.print(f"{complete} runs complete, {before} of them before; {len(failed)} failed")
+    if diverged:
+        console.print(f"{len(diverged)} diverged while tuning: {', '.join(diverged)}", markup=False)
+    untuned = [arm.name for arm in wanted.arms if wanted.chosen(arm, runner.losses) is None]
+    for name in untuned:
+        console.print(
+            f"no value that was tried for {name or 'the runs'} trains: its other seeds did not run", markup=False
+        )
+    for run in failed:
+        console.print(f"  {run.name}: {run.error}", markup=False)
+    if runner.first_steps:
+        median = statistics.median(runner.first_steps)
+        console.print(f"from a run's start to its first step {median:.2f} s (median of {len(runner.first_steps)})")
+    report_it = shell.command("zofed", "report", folder.path)
+    console.print(f"results in {folder.path / 'summary.csv'}; next: {report_it}", markup=False)
+    if failed or untuned:
+        raise typer.Exit(1)
+
+
+class Watching:
+    """Shows a sweep's board as it changes: a table on a terminal, else a line for each run that ends."""
+
+    def __init__(self) -> None:
+        self.live = Live(console=console, transient=True) if console.is_terminal else None
+        self.told = 0
+
+    def __enter__(self) -> "Watching":
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def __call__(self, board: "Board") -> None:
+        from zofed.preflight.forecast import duration
+
+        left = f", about {duration(board.left)} left" if board.left else ""
+        if self.live:
+            table = Table("run", "step", "of", "seconds", box=None, pad_edge=False)
+            for run in board.running:
+                table.add_row(run.name, str(run.step), str(run.steps), f"{run.seconds:.0f}")
+            counts = f"{board.over} of {board.most} runs over, {len(board.failed)} failed{left}"
+            self.live.update(Group(table, counts))
+            return
+        for at, run in enumerate(board.ended[self.told :], board.skipped + self.told + 1):
+            how = f"held-out {run.loss:.4f}" if math.isfinite(run.loss) else "diverged"
+            how = f"failed: {run.error}" if run.error else f"{how}, {run.seconds:.1f} s"
+            print(f"[{at}/{board.most}] {run.name}: {how}{left}", flush=True)
+        self.told = len(board.ended)
+
+
+def report(
+    folder: Folder,
+    points: Annotated[int, typer.Option(min=0, help="steps at which slopes are set against backpropagation")] = 0,
+) -> None:
+    """One HTML page and a summary.md: what won, by how much, how surely; pictures, controls, costs, environment."""
+    from zofed.experiments import report as reports
+
+    page, summary = reports.report(folder, points)
+    for line in summary.read_text(encoding="utf-8").splitlines():
+        if line.startswith("- "):
+            console.print(line, markup=False)
+    console.print(f"wrote {page} and {summary}", markup=False)
+
+
+@plot_app.command("quick")
+def plot_quick(run: RunPath, out: Out = None) -> None:
+    """One run: losses, rate, spread of the slopes."""
+    from zofed.experiments import plot_run
+
+    console.print(f"wrote {plot_run.quick(run_result.read(run), _png(out, run, 'quick'))}", markup=False)
+
+
+@plot_app.command("compare")
+def plot_compare(
+    folders: Annotated[list[Path], typer.Argument(help="folders of runs, or of sweeps")],
+    axis: Annotated[
+        list[str] | None, typer.Option(help="step, forward-equivalents, seconds, tokens or bytes; may be repeated")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("compare.png"),
+) -> None:
+    """Runs beside each other: training and held-out losses against what they cost, with bands over seeds."""
+    from zofed.experiments import arms, plot_arms
+    from zofed.runs import plot_style
+
+    for name in axis or []:
+        if name not in plot_style.AXES:
+            raise UserError(config.unknown(name, list(plot_style.AXES), "axis"))
+    found, notes = arms.collect(folders)
+    _told(plot_arms.compare(arms.arms(found), axis or [], out.absolute(), notes), notes)
+
+
+@plot_app.command("sweep")
+def plot_sweep(folder: Folder, out: Out = None) -> None:
+    """Heat maps of the end loss over the settings that vary, and the best at each value."""
+    from zofed.experiments import arms, plot_sweep
+
+    found, notes = arms.collect([folder])
+    _told(plot_sweep.sweep(found, _png(out, folder, "sweep"), notes), notes)
+
+
+@plot_app.command("zo")
+def plot_zo(
+    folder: Folder,
+    points: Annotated[int, typer.Option(min=0, help="steps at which slopes are set against backpropagation")] = 5,
+    out: Out = None,
+) -> None:
+    """Zeroth order: loss by queries, epsilon, batch size and optimizer; cosine and signal to noise over time."""
+    from zofed.experiments import arms, plot_sweep
+
+    found, notes = arms.collect([folder])
+    _told(plot_sweep.zo(found, _png(out, folder, "zo"), points, notes), notes)
+
+
+@plot_app.command("fo-vs-zo")
+def plot_fo_vs_zo(folder: Folder, out: Out = None) -> None:
+    """First order beside zeroth order and the other modes: loss against cost, end losses, memory."""
+    from zofed.experiments import arms, plot_arms
+
+    found, notes = arms.collect([folder])
+    _told(plot_arms.fo_vs_zo(arms.arms(found), _png(out, folder, "fo-vs-zo"), notes), notes)
+
+
+@plot_app.command("federated")
+def plot_federated(run: RunPath, out: Out = None) -> None:
+    """One federated run: who took part, what was refused, bytes, each client's loss."""
+    from zofed.experiments import plot_run
+
+    console.print(f"wrote {plot_run.federated(run_result.read(run), _png(out, run, 'federated'))}", markup=False)
+
+
+def _png(out: Path | None, folder: Path, name: str) -> Path:
+    return (out or folder / f"{name}.png").absolute()
+
+
+def _told(path: Path, notes: list[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}", markup=False)
+    console.print(f"wrote {path}", markup=False)

@@ -1,0 +1,92 @@
+"""Commands on a run's journal: `zofed journal show`, `verify` and `replay`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from zofed.base.errors import UserError
+from zofed.commands.console import console
+from zofed.runs.run_folder import RunFolder
+
+app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
+
+
+@app.command("show")
+def journal_show(
+    folder: Annotated[Path, typer.Argument(help="folder of a run")],
+    last: Annotated[int, typer.Option(min=0, help="show only this many of the newest records; 0: all")] = 20,
+) -> None:
+    """A table of the records: round, kind, rate, clients, queries, size of the slopes."""
+    from zofed.core import journal
+    from zofed.core.records import Dense, Guided, Seeded, Skipped
+
+    contents = journal.read(RunFolder.open(folder).journal)
+    table = Table("round", "kind", "rate", "clients", "queries", "slope rms", "bytes", "chain", box=None)
+    for entry in contents.entries[-last:] if last else contents.entries:
+        record, end = entry.record, (str(len(entry.raw)), entry.chain.hex()[:12])
+        if isinstance(record, Seeded):
+            scale = 2.0**record.exponent
+            rms = (sum((c * scale) ** 2 for c in record.coefficients) / len(record.coefficients)) ** 0.5
+            clients = str(len(record.clients))
+            table.add_row(
+                str(record.round), "seeded", f"{record.rate:g}", clients, str(record.queries), f"{rms:.4g}", *end
+            )
+        else:
+            kind = {Dense: "dense", Guided: "guided"}.get(type(record), "skipped")
+            rate = "" if isinstance(record, Skipped) else f"{record.rate:g}"
+            table.add_row(str(record.round), kind, rate, "", "", "", *end)
+    console.print(table)
+    console.print(f"{len(contents.entries)} records, {contents.end} bytes, head {contents.head.hex()}")
+
+
+@app.command("verify")
+def journal_verify(folder: Annotated[Path, typer.Argument(help="folder of a run")]) -> None:
+    """Check every checksum, the chain, and that the journal is the one the run's summary names."""
+    from zofed.core import journal
+
+    run = RunFolder.open(folder)
+    contents = journal.read(run.journal)
+    if contents.torn:
+        last = contents.entries[-1].record.round if contents.entries else 0
+        remedy = f"{run.go_on()} cuts them off and goes on"
+        raise UserError(f"journal {run.journal} ends in {contents.torn} torn bytes after round {last}: {remedy}")
+    head = run.summary().get("journal_head")
+    if head and head != contents.head.hex():
+        raise UserError(
+            f"journal {run.journal} is whole, but its head {contents.head.hex()} is not the one of the finished run, "
+            f"{head}: it was cut or exchanged; restore it from a copy"
+        )
+    told = "as in summary.json" if head else "the run has no summary yet to compare it with"
+    console.print(f"{len(contents.entries)} records whole, chain unbroken, head {contents.head.hex()}: {told}")
+
+
+@app.command("replay")
+def journal_replay(
+    folder: Annotated[Path, typer.Argument(help="folder of a run")],
+    base: Annotated[str, typer.Option(help="where the saved model the run began with lies now")] = "",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads; the weights do not depend on them")] = 1,
+) -> None:
+    """Rebuild the weights from the base and the journal alone, and compare them with the run's."""
+    from zofed.training.finalize import replay_run
+
+    run = RunFolder.open(folder)
+    worker, start = replay_run(run, base, threads)
+    if start:
+        console.print(
+            f"rounds 1 to {start} hold first-order steps whose gradients are not kept whole, which a journal cannot "
+            "rebuild: started from their checkpoint"
+        )
+    digest, expected = worker.digest(), run.summary().get("digest")
+    console.print(f"rounds {start + 1} to {worker.round} replayed" if worker.round > start else "no rounds to replay")
+    console.print(f"weights SHA-256 {digest}")
+    if expected is None:
+        console.print("the run has not ended: no digest to compare with")
+    elif digest == expected:
+        console.print("equal to the run's weights")
+    else:
+        raise UserError(
+            f"the run's weights are {expected}, the journal gives others: it was cut or exchanged; "
+            "zofed journal verify tells more, restore it from a copy"
+        )

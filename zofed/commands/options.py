@@ -1,0 +1,73 @@
+"""An option for every setting, made from the one schema, and the settings that a command line gives."""
+
+import inspect
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.config import SETTINGS, Settings
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option for each setting, made from the one schema; the typed ones arrive as `options`."""
+
+    def run(**given: Any) -> None:
+        typed = {name: given.pop(name) for name in list(given) if name in Settings.model_fields}
+        command(**given, options={name.replace("_", "-"): value for name, value in typed.items() if value is not None})
+
+    own = [parameter for parameter in inspect.signature(command).parameters.values() if parameter.name != "options"]
+    options = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                str | None,
+                typer.Option(
+                    f"--{key}",
+                    metavar=_metavar(field.annotation),
+                    help=f"{field.description}{_default(field.default)}",
+                ),
+            ],
+        )
+        for (key, field), name in zip(SETTINGS.items(), Settings.model_fields, strict=True)
+    ]
+    run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *options)}
+    return run
+
+
+def _metavar(annotation: Any) -> str:
+    """What to type after an option: its choices, or the kind of value."""
+    if annotation is bool:
+        return "true|false"
+    return "|".join(get_args(annotation)) or {int: "INTEGER", float: "NUMBER"}.get(annotation, "TEXT")
+
+
+def _default(value: Any) -> str:
+    return "" if value == "" else f" [{str(value).lower() if isinstance(value, bool) else value}]"
+
+
+def settings_from(file: Path | None, options: dict[str, str], run: str | None = None) -> Settings:
+    """Defaults, overridden by a TOML file, overridden by what was typed.
+
+    run: how they will be run, config.CENTRAL or config.FEDERATED, empty where both are possible; None: only a part of
+    them is looked at. A typed setting that then has no effect is a UserError; of those of a file, which may serve
+    several runs, one warning tells.
+    """
+    written = config.read_toml(file) if file else {}
+    settings = config.resolve({**written, **options})
+    if run is None:
+        return settings
+    if idle := config.without_effect(settings, options, run):
+        raise UserError("; ".join(idle))
+    changed = [key for key in config.changed(settings) if key in written and key not in options]
+    if idle := config.without_effect(settings, changed, run):
+        warnings.warn(f"{file}: {'; '.join(idle)}", stacklevel=2)
+    return settings

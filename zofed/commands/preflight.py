@@ -1,0 +1,151 @@
+"""Commands that look before a run: `zofed models`, `check`, `diagnose`, `memory` and `settings`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from zofed import config
+from zofed.base import shell
+from zofed.base.errors import UserError
+from zofed.commands.console import console
+from zofed.commands.options import settings_from, with_settings
+
+models_app = typer.Typer(help="The models there are: parameters that train by scope, memory of a step by mode.")
+SettingsFile = Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.add_typer(models_app, name="models")
+    app.command("check")(with_settings(check))
+    app.command("diagnose")(with_settings(diagnose))
+    app.command("memory")(with_settings(show_memory))
+    app.command("settings")(show_settings)
+
+
+@models_app.callback(invoke_without_command=True)
+@with_settings
+def list_models(context: typer.Context, *, options: dict[str, str]) -> None:
+    """The named sizes, or the one given with --model: parameters by scope, and memory of a step by mode.
+
+    All settings count: --batch-size 8 --block-size 128 --optimizer adamw tells what such a run takes.
+    """
+    if context.invoked_subcommand is not None:
+        if options:
+            raise UserError(f"--{next(iter(options))} stands before {context.invoked_subcommand}: put it behind")
+        return
+    from zofed.data import hub
+    from zofed.models import build
+    from zofed.preflight import model_info
+    from zofed.training.task import prepare_process, with_absolute_paths
+
+    prepare_process(1)
+    settings = settings_from(None, options)
+    names = [settings.model] if "model" in options else list(build.SIZES)
+    parameters = Table("model", "positions", *model_info.SCOPES, box=None, pad_edge=False)
+    memory = Table("model", "weights", *model_info.MODES, box=None, pad_edge=False)
+    for name in names:
+        chosen = settings.model_copy(update={"model": name})
+        found = model_info.info(with_absolute_paths(chosen), model_info.MODES)
+        counts = (f"{found.by_scope[scope]:,}" if scope in found.by_scope else "-" for scope in model_info.SCOPES)
+        parameters.add_row(name, str(found.positions or "-"), *counts)
+        if found.memory:
+            peaks = [found.memory[mode].peak for mode in model_info.MODES]
+            weights = found.memory[model_info.MODES[0]].weights
+            memory.add_row(name, *(f"{size / 2**20:,.0f}" for size in (weights, *peaks)))
+        else:
+            console.print(f"memory cannot be predicted for {name}: {found.unpredictable}", markup=False, soft_wrap=True)
+        if name == settings.model and "model" in options:
+            console.print(f"{found.architecture}, vocabulary {found.vocabulary}, tokenizer {found.tokenizer}")
+            if found.revision:
+                console.print(f"commit {found.revision}")
+    console.print("parameters that train, by scope")
+    console.print(parameters)
+    how = f"{settings.batch_size}x{settings.block_size} tokens, {settings.optimizer}, scope {settings.scope}"
+    console.print(f"\npredicted peak of a step in MiB, by mode ({how})")
+    console.print(memory)
+    if "model" not in options and (cached := hub.cached()):
+        console.print(f"\nin the hub's cache: {', '.join(cached)}")
+
+
+@models_app.command("download")
+def download(
+    name: Annotated[str, typer.Argument(help="hub id, OWNER/NAME")],
+    revision: Annotated[str, typer.Option(help="commit, branch or tag; empty: main")] = "",
+) -> None:
+    """Fetch a model of the Hugging Face hub into the local cache: safetensors, configs and tokenizer, nothing else."""
+    from zofed.data import hub
+
+    folder = hub.download(name, revision)
+    console.print(f"{name} at commit {folder.name}")
+    again = shell.command("zofed", "train", "--model", name, "--revision", folder.name)
+    console.print(f"next: {again}", markup=False)
+
+
+def check(
+    file: SettingsFile = None,
+    all_modes: Annotated[bool, typer.Option("--all-modes", help="take a step in every mode")] = False,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Look at everything a run needs, in seconds and without writing a file: versions, data, model, memory, time."""
+    settings = settings_from(file, options, None if all_modes else config.FEDERATED if "clients" in options else "")
+    from zofed.preflight import check as checks
+
+    faults = []
+    for line in checks.check(settings, checks.TRAINABLE_MODES if all_modes else (settings.mode,)):
+        console.print(f"{line.verdict:5}{line.what:16}{line.told}", markup=False)
+        faults += [line.what] if line.verdict == "fix" else []
+    if faults:
+        raise UserError(f"{len(faults)} to fix before this run, each told above with its remedy: {', '.join(faults)}")
+    console.print("ready: zofed train with the same settings")
+
+
+def diagnose(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    batches: Annotated[int, typer.Option(min=2, help="batches that tell signal from noise")] = 8,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Compare a model's slopes with backpropagation: which epsilon, how noisy a batch, how good the estimate."""
+    from zofed.training.central import diagnosis
+
+    found = diagnosis(settings_from(file, options), batches)
+    console.print(f"parameters that train       {found.parameters:,}")
+    console.print(f"slopes, root mean square    {found.slope:.4g}")
+    console.print(f"signal to noise of a batch  {found.signal_to_noise:.3g}")
+    console.print(f"cosine with the gradient    {found.cosine:.4g} (chance gives {found.expected_cosine:.4g})")
+    table = Table("epsilon", "error of the slopes", "rounding, at most about", box=None)
+    for epsilon, error, rounding in found.errors:
+        table.add_row(f"{epsilon:g}", f"{error:.2%}", f"{rounding:.2%}")
+    console.print(table)
+    console.print(f"nearest to the exact slopes: epsilon = {found.best_epsilon:g}")
+
+
+def show_memory(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    budget: Annotated[int, typer.Option(min=1, help="MiB that a forward pass may take beside the weights")] = 1024,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Memory of a zeroth-order step, and the largest copies-per-pass that fits a budget."""
+    from zofed.training.central import memory_of_passes
+
+    found = memory_of_passes(settings_from(file, options), budget * 2**20)
+    console.print(f"weights                 {found.weights / 2**20:10,.1f} MiB")
+    console.print(f"a pass of one copy      {found.one / 2**20:10,.1f} MiB more")
+    if not found.is_batched:
+        console.print(
+            "each direction is written into the weights: the pass above counts a second copy of what trains, and "
+            "copies-per-pass changes nothing"
+        )
+        return
+    console.print(f"each further copy       {found.further / 2**20:10,.1f} MiB more")
+    console.print(f"in {budget:,} MiB: copies-per-pass = {found.proposed}")
+
+
+def show_settings() -> None:
+    """Print every setting with its default: a TOML file to start from."""
+    print(config.documented_toml(), end="")

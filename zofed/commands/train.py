@@ -1,0 +1,139 @@
+"""Commands that train and score: `zofed train`, `simulate`, `eval` and `quickstart`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.commands.console import Interrupted, Reporter, brief, console, figure, how_to_go_on, tell_end, with_out
+from zofed.commands.options import settings_from, with_settings
+from zofed.runs import run_folder
+from zofed.runs.run_folder import RunFolder
+
+QUICKSTART_ROUNDS = 150
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command("quickstart")(quickstart)
+    app.command("train")(with_settings(train))
+    app.command("simulate")(with_settings(simulate))
+    app.command("eval")(with_settings(evaluate))
+
+
+def train(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="continue the run in this folder instead")] = None,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Train on this machine alone: by forward passes (zo), backpropagation (fo), or both (see --mode)."""
+    if resume is not None and (file or options):
+        raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
+    if resume is not None:
+        folder = RunFolder.open(resume)
+        folder.check_way(run_folder.CENTRAL)
+        settings, out = folder.settings(), folder.path
+    else:
+        settings = settings_from(file, options, config.CENTRAL)
+        settings = with_out(settings, settings.mode)
+        out = Path(settings.out)
+    from zofed.training import central  # torch and transformers take seconds to load: --help and mistakes need not wait
+
+    console.print(f"run folder: {out}")
+    try:
+        with Reporter(settings.steps, "step") as reporter:
+            summary = (
+                central.resume(out, reporter, reporter.expect)
+                if resume
+                else central.train(settings, out, reporter, reporter.expect)
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(how_to_go_on(out)) from None
+    tell_end(RunFolder.open(out), summary, "zofed", "train")
+
+
+def simulate(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    resume: Annotated[Path | None, typer.Option("--resume", help="continue the run in this folder instead")] = None,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Run a federation in this one process, without Ray or a SuperLink: the same apps, the same results."""
+    if resume is not None and (file or options):
+        raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
+    if resume is not None:
+        folder = RunFolder.open(resume)
+        folder.check_way(run_folder.SIMULATED)
+        settings, nodes = folder.settings().model_copy(update={"out": str(folder.path)}), folder.nodes
+    else:
+        settings = with_out(settings_from(file, options, config.FEDERATED), "simulated")
+        nodes = 0
+    if not settings.clients:  # there are as many nodes as are made here
+        settings = settings.model_copy(update={"clients": nodes or 2})
+    from zofed.federated import client, server
+    from zofed.federated.local_grid import LocalGrid
+
+    grid = LocalGrid(client.app, nodes or settings.clients, settings.model_dump(by_alias=True))
+    try:
+        summary = server.run(grid, settings, "")
+    except KeyboardInterrupt:
+        raise Interrupted(how_to_go_on(Path(settings.out))) from None
+    tell_end(RunFolder.open(Path(settings.out)), summary, "zofed", "simulate")
+
+
+def evaluate(
+    folder: Annotated[Path, typer.Argument(help="folder of a run, or of a saved model")],
+    best: Annotated[bool, typer.Option("--best", help="a run's weights at its lowest held-out loss")] = False,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Score a run's model, or any saved one, on held-out text or labels, or on all of the data that --dataset names."""
+    from zofed.training import scoring
+
+    if (folder / "settings.toml").exists():
+        found = scoring.score_run(folder, options, best=best)
+    elif best:
+        raise UserError(f"{folder} is not the folder of a run: --best goes with one")
+    else:
+        found = scoring.score(folder, options)
+    console.print(f"{found.data}: {found.scores.coverage}", markup=False)
+    if found.note:
+        console.print(f"note: {found.note}", markup=False)
+    measures = list(found.scores.whole.columns())
+    table = Table(*measures, box=None)
+    table.add_row(*_shown(found.scores.whole.columns(), measures))
+    console.print(table)
+    if found.scores.sources:
+        table = Table("source", *measures, box=None)
+        for source, own in found.scores.sources.items():
+            table.add_row(Text(brief(source)), *_shown(own.columns(), measures))
+        console.print(table)
+
+
+def _shown(scores: Mapping[str, float], measures: Sequence[str]) -> list[str]:
+    """Scores in digits, in the order of `measures`; one that is no finite number is told as such."""
+    return [figure(scores[name]) if name in scores else "not finite" for name in measures]
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option(help="folder of the run; an earlier one is moved aside")] = Path(
+        "runs/quickstart"
+    ),
+    rounds: Annotated[int, typer.Option(min=1, help="rounds of training")] = QUICKSTART_ROUNDS,
+) -> None:
+    """Train with 4 simulated clients through `flwr run` on the text that ships with zofed, in minutes."""
+    from zofed.deployment import flower_run
+
+    status = flower_run.quickstart(
+        rounds, out, {"clients": 4, "controls": True, "device": "cpu", "learning-rate": 0.05}
+    )
+    if status == 0:
+        folder = RunFolder.open(out)
+        tell_end(folder, folder.summary(), "zofed", "simulate")
+    raise typer.Exit(status)

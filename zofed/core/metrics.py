@@ -1,0 +1,199 @@
+"""How good a model is on examples it never trained on, and what knowing nothing would score."""
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from zofed.base.errors import UserError
+from zofed.core.perturbed import in_pieces
+
+Examples = dict[str, Tensor]
+
+MEASURES = ("loss", "perplexity", "bits_per_byte", "accuracy", "f1")
+IGNORED_LABEL = -100  # of a token or document that no loss counts
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Mean loss in nats (per predicted token, or per document of a classifier), and what else it is worth.
+
+    accuracy, f1: of a classifier; f1 is the mean of F1 over the classes that occur among labels or predictions.
+    bytes_per_token: UTF-8 bytes of text that a predicted token stands for, of a language model.
+    """
+
+    loss: float
+    accuracy: float | None = None
+    f1: float | None = None
+    bytes_per_token: float | None = None
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp(loss) of a language model; infinite where float64 cannot hold it."""
+        if self.bytes_per_token is None:
+            return None
+        return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Bits a byte of text: comparable between tokenizers. None where the tokens stand for no text."""
+        return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
+
+    def columns(self) -> dict[str, float]:
+        """All that is known and finite, by the names of MEASURES: what files can hold."""
+        found = {name: getattr(self, name) for name in MEASURES}
+        return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How much of the held-out data was scored: `examples` of `held_out`, `sources` apart of `of_sources`.
+
+    of_sources: 0 where all documents are of one source, which is then not scored apart.
+    """
+
+    examples: int
+    held_out: int
+    sources: int = 0
+    of_sources: int = 0
+
+    def __str__(self) -> str:
+        told = f"{self.examples:,} of {self.held_out:,} examples"
+        if self.sources == self.of_sources:
+            return told
+        return f"{told}; {self.sources} of {self.of_sources:,} sources apart, those of most documents"
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What an evaluation found: of all sources together, and of each source by its name, which may be any text."""
+
+    whole: Score
+    sources: Mapping[str, Score]
+    coverage: Coverage
+
+
+def loss_of(model: nn.Module, batch: Examples, forward_dtype: str = "weights", objective: str = "loss") -> Tensor:
+    """What a batch is scored by, to be lowered: a scalar, float32 for the model's own losses.
+
+    forward_dtype: `weights`, or `bfloat16` for passes in autocast. objective: `loss`, the mean cross-entropy as the
+    model defines it; `accuracy` or `f1`, as 1 - score; or `module:function`, called with (model, batch). Raises
+    UserError for a function that cannot be found.
+    """
+    device = next(model.parameters()).device
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    with torch.autocast(device.type, torch.bfloat16, enabled=forward_dtype == "bfloat16"):
+        if ":" in objective:
+            return _function(objective)(model, batch)
+        output = model(**batch)
+        if objective == "loss":
+            return output.loss
+        return _missed(output.logits, batch["labels"], objective)
+
+
+@cache
+def _function(objective: str) -> Callable[[nn.Module, Examples], Tensor]:
+    module, name = objective.split(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"objective = {objective!r} cannot be loaded ({error}): name a function of (model, batch) in a module that "
+            "Python finds, for instance through PYTHONPATH"
+        ) from error
+
+
+def _missed(logits: Tensor, labels: Tensor, objective: str) -> Tensor:
+    """1 - accuracy or 1 - mean F1 of the predictions; a language model predicts the next token.
+
+    Labels of -100 do not count, as in the loss.
+    """
+    if labels.dim() > 1:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    found, counts = logits.argmax(-1), labels != IGNORED_LABEL
+    if objective == "accuracy":
+        return 1.0 - ((found == labels) & counts).sum() / counts.sum().to(torch.float32)
+    classes = torch.arange(logits.shape[-1], device=labels.device)
+    is_found = (found.flatten()[:, None] == classes) & counts.flatten()[:, None]
+    return 1.0 - _mean_f1(is_found, labels.flatten()[:, None] == classes)
+
+
+def _mean_f1(found: Tensor, wanted: Tensor) -> Tensor:
+    """Mean F1 over the classes that occur, from memberships: bool (n, classes) each."""
+    hits, total = (found & wanted).sum(0), found.sum(0) + wanted.sum(0)
+    occurs = total > 0
+    return ((2.0 * hits / total.clamp(min=1)) * occurs).sum() / occurs.sum()
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, examples: Examples, batch_size: int = 32, bytes_per_token: float | None = None) -> Score:
+    """Score on all of the examples, in batches of `batch_size`, with dropout off whatever mode the model is in.
+
+    Every predicted token (of a classifier: every document) counts the same, whichever batch it falls in; labels of
+    -100 do not count. bytes_per_token: of the predicted tokens, for a language model. Raises UserError where the
+    examples predict nothing.
+    """
+    device = next(model.parameters()).device
+    is_classifier = examples["labels"].dim() == 1
+    losses, count = 0.0, 0
+    found: list[Tensor] = []
+    with _without_dropout(model):
+        for batch in _batches(examples, batch_size):
+            predicted = int((predicted_labels(batch["labels"]) != IGNORED_LABEL).sum())
+            if predicted == 0:  # its mean is 0/0
+                found += [torch.full_like(batch["labels"], IGNORED_LABEL)] if is_classifier else []
+                continue
+            with in_pieces():
+                output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            losses += float(output.loss) * predicted
+            count += predicted
+            if is_classifier:
+                found.append(output.logits.argmax(-1).cpu())
+    if count == 0:
+        raise UserError(f"{len(examples['labels'])} examples hold no token to predict: score data that have some")
+    if not is_classifier:
+        return Score(losses / count, bytes_per_token=bytes_per_token)
+    counts = examples["labels"] != IGNORED_LABEL
+    guesses, labels = torch.cat(found)[counts], examples["labels"][counts]
+    classes = torch.arange(int(max(guesses.max(), labels.max())) + 1)
+    f1 = _mean_f1(guesses[:, None] == classes, labels[:, None] == classes)
+    return Score(losses / count, float((guesses == labels).double().mean()), float(f1))
+
+
+def predicted_labels(labels: Tensor) -> Tensor:
+    """What a model predicts of labels: of a language model's, (n, block), all but the first of each block."""
+    return labels[:, 1:] if labels.dim() > 1 else labels
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each of its modules is then again in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _batches(examples: Examples, batch_size: int) -> Iterator[Examples]:
+    for start in range(0, len(examples["labels"]), batch_size):
+        yield {name: tensor[start : start + batch_size] for name, tensor in examples.items()}
+
+
+def class_baselines(train_labels: Tensor, held_out_labels: Tensor, classes: int) -> dict[str, float]:
+    """Losses (nats) and accuracy of guessing without reading: uniformly, or by the training labels' frequencies."""
+    frequencies = (torch.bincount(train_labels, minlength=classes) + 1).double()
+    frequencies /= frequencies.sum()
+    return {
+        "uniform": math.log(classes),
+        "prior": float(-frequencies.log()[held_out_labels].mean()),
+        "majority_accuracy": float((held_out_labels == frequencies.argmax()).double().mean()),
+    }

@@ -1,0 +1,514 @@
+"""A model that can be asked and moved: weights change by `apply` alone."""
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf, ldexp, prod, sqrt
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from zofed.base import arithmetic
+from zofed.base.errors import UserError
+from zofed.core import directions, optimizers, soundness
+from zofed.core.estimators import Estimate, FiniteDifference, Points, Split
+from zofed.core.journal import Entry, Genesis, genesis_chain, link, linked, position
+from zofed.core.perturbed import CannotBatch, Loss, Unseen
+from zofed.core.records import Dense, Guided, Record, Seeded, Skipped, Spread
+
+LARGEST_ROUNDING = 0.1  # share of a slope that the resolution of the losses may have
+PROBE_POSITIONS = 1024  # elements of each tensor that a probe reads
+BLOCK = 2**18  # entries of a tensor that move together: all their intermediate results stay in the cache
+DIRECTIONS_AT_ONCE = 1024  # of consecutive records that move a block one after the other while it is in the cache
+
+TRAINABLE_DTYPES = (torch.float32, torch.bfloat16)  # moved in float32: float64 would lose bits, float16 overflow
+
+BACKPROP = "backprop/"  # before the names of a second optimizer's state
+
+Update = dict[str, Tensor]  # a first-order step's gradient or a guide, by parameter name
+T = TypeVar("T")
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by canonical name, a tied tensor once, under its first name.
+
+    Raises UserError where two parameters cannot be told apart by their names.
+    """
+    named = [(directions.canonical_name(name), parameter) for name, parameter in model.named_parameters()]
+    directions.check_distinct(name for name, _ in named)
+    return dict(named)
+
+
+def make_genesis(
+    model: nn.Module,
+    description: dict[str, Any],
+    trainable: Iterable[str],
+    *,
+    seed: int,
+    kind: directions.Kind,
+    optimizer: optimizers.Optimizer,
+    size_exponents: Mapping[str, int] | None = None,
+    backprop_optimizer: optimizers.Optimizer | None = None,
+) -> Genesis:
+    """All that a replay depends on: the base weights, what trains, how seeds become directions, the optimizer.
+
+    size_exponents: the power of two that multiplies each tensor's direction and step; 0 where absent.
+    backprop_optimizer: the rule, with a state of its own, of the steps that are no function of seeds alone; None: the
+    same. Raises UserError for a trainable tensor of another type than float32 and bfloat16, the two whose steps are
+    exact, and for two that lie in the same memory.
+    """
+    parameters = named_parameters(model)
+    trainable = list(trainable)
+    soundness.check_apart({name: parameters[name] for name in trainable})
+    for name in trainable:
+        if parameters[name].dtype not in TRAINABLE_DTYPES:
+            raise UserError(
+                f"parameter {name!r} is {str(parameters[name].dtype).removeprefix('torch.')}, but only float32 and "
+                "bfloat16 can be trained: set dtype to one of them, or set scope to leave it out"
+            )
+    return {
+        "generator": directions.GENERATOR,
+        "seed": seed,
+        "directions": kind,
+        "model": description,
+        "weights": weights_digest(model),
+        "trainable": [
+            [name, str(parameters[name].dtype).removeprefix("torch."), list(parameters[name].shape)]
+            for name in trainable
+        ],
+        "optimizer": _described(optimizer),
+        "size-exponents": {name: exponent for name, exponent in (size_exponents or {}).items() if exponent},
+        **({"backprop-optimizer": _described(backprop_optimizer)} if backprop_optimizer else {}),
+    }
+
+
+def _described(optimizer: optimizers.Optimizer) -> dict[str, Any]:
+    return {
+        "name": optimizer.name,
+        "momentum": optimizer.momentum,
+        "weight-decay": optimizer.weight_decay,
+        "cautious": optimizer.cautious,
+        "orthogonal": sorted(optimizer.orthogonal),
+    }
+
+
+def _optimizer(rule: Mapping[str, Any]) -> optimizers.Optimizer:
+    return optimizers.Optimizer(
+        rule["name"], rule["momentum"], rule["weight-decay"], rule["cautious"], frozenset(rule["orthogonal"])
+    )
+
+
+class NotKept(UserError):  # noqa: N818
+    """A record needs a gradient or guide that was not kept, or not whole: only a checkpoint behind it helps."""
+
+
+class Worker:
+    """A replica of the model at one point of a journal's history.
+
+    model: at the base weights the genesis names, already on its device. `round` is the last round applied (0: base),
+    `head` the chain after the last entry applied. Raises UserError when the model is not the genesis's base.
+    """
+
+    def __init__(self, model: nn.Module, genesis: Genesis) -> None:
+        digest = weights_digest(model)
+        if digest != genesis["weights"]:
+            raise UserError(
+                f"the base weights have SHA-256 {digest[:16]}..., the journal starts from "
+                f"{genesis['weights'][:16]}...: give the model the run began with"
+            )
+        everything = named_parameters(model)
+        self.model = model
+        self.genesis = genesis
+        self.kind: directions.Kind = genesis["directions"]
+        self.parameters: dict[str, Tensor] = {name: everything[name] for name, _, _ in genesis["trainable"]}
+        for name, parameter in everything.items():
+            parameter.requires_grad_(name in self.parameters)
+        self.optimizer = _optimizer(genesis["optimizer"])
+        own = genesis.get("backprop-optimizer")
+        self.backprop_optimizer = _optimizer(own) if own else self.optimizer
+        self.sizes = {name: 2.0**exponent for name, exponent in genesis["size-exponents"].items()}
+        self.spread = Spread()
+        self.round = 0
+        self.head = genesis_chain(genesis)
+        self._batches, self._warned = directions.terms(self.kind) > 0, False
+        self._sound: tuple[Any, ...] = ()  # signature of the loss that was last found sound
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every trainable tensor, by name."""
+        return {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
+
+    def ask(
+        self,
+        loss: Loss,
+        seeds: Sequence[int],
+        epsilon: float,
+        copies_per_pass: int,
+        points: Points = "two-point",
+        examples: Any = None,
+        split: Split | None = None,
+    ) -> Estimate:
+        """Slopes of `loss` along the seeds' directions; the weights are afterwards what they were, bit for bit.
+
+        examples: one batch for every seed, handed to `loss`; None: all share the batch that `loss` holds. A loss that
+        cannot run for many copies at once is measured one direction after the other, which is said once. split:
+        measures shares of the queries in several places; None: all here.
+        """
+        arithmetic.warn_if_not_reproducible()
+        how = FiniteDifference(self.kind, epsilon, points, copies_per_pass, self.sizes)
+
+        def slopes(batched: bool) -> Estimate:
+            found = how.slopes(loss, self.parameters, seeds, examples, batched=batched, split=split)
+            return self._guarded(found, epsilon)
+
+        return self.batched_or_not(slopes, loss, examples)
+
+    def batched_or_not(self, run: Callable[[bool], T], loss: Loss, examples: Any = None) -> T:
+        """`run(True)`, or `run(False)` where the loss cannot run for many perturbed copies at once, which is said once.
+
+        Raises UserError for a loss that is no function of the weights alone, see `check`.
+        """
+        self.check(loss, examples)
+        if self._batches:
+            try:
+                return run(True)
+            except CannotBatch as reason:
+                self._cannot_batch(reason)
+            except Unseen as unused:  # by this batch, though the first one used it
+                raise soundness.never_used(self.model, self.parameters, unused.names) from unused
+        return run(False)
+
+    def check(self, loss: Loss, examples: Any = None, *, batched: bool = True) -> None:
+        """Find out, at a loss's first measurement, whether slopes of it mean anything; a few forward passes, once.
+
+        Once for the loss's code, and again where `train()` or `eval()` was called since. Raises UserError for a loss
+        that draws random numbers, changes weights or buffers, or never uses some parameter. One whose batched passes
+        give another loss than shifted weights do is from then on measured one direction after the other. batched:
+        whether it will run batched at all.
+        """
+        signature = soundness.signature(self.model, loss)
+        if signature == self._sound:
+            return
+        base = soundness.check_repeats(self.model, self.parameters, loss, examples)
+        if not math.isfinite(base.value):
+            return
+        try:
+            soundness.check_shifted(
+                self.model, self.parameters, loss, base, examples, batched=batched and self._batches
+            )
+        except CannotBatch as reason:
+            self._cannot_batch(reason)
+        self._sound = signature
+
+    def _cannot_batch(self, reason: CannotBatch) -> None:
+        self._batches = False
+        warnings.warn(
+            f"the loss cannot run for many perturbed copies at once ({reason}): each direction is written into "
+            "the weights instead, which takes longer and the memory of a second copy of what trains",
+            stacklevel=4,
+        )
+
+    def _guarded(self, estimate: Estimate, epsilon: float) -> Estimate:
+        """The estimate; a word, once, where the losses' own resolution drowns the slopes, or all of them are zero."""
+        if LARGEST_ROUNDING < estimate.rounding < inf and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"with epsilon = {epsilon:g} the losses differ by little more than their own rounding, about "
+                f"{estimate.rounding:.0%} of a slope: set epsilon to {epsilon * estimate.rounding / 0.01:.0e} or so",
+                stacklevel=3,
+            )
+        if estimate.rounding == inf and not self._warned and len(estimate.slopes) > 1:
+            self._warned = True
+            warnings.warn(
+                f"the loss is the same at all shifted weights, so that nothing moves: raise epsilon = {epsilon:g} "
+                "(a loss that moves in steps and passes in 16 bits round smaller shifts away)",
+                stacklevel=3,
+            )
+        return estimate
+
+    def gradient(self, loss: Callable[[], Tensor]) -> tuple[Update, float]:
+        """Gradient of `loss` by backpropagation, and the loss."""
+        value = loss()
+        gradients = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
+        update = {
+            name: torch.zeros_like(parameter) if gradient is None else gradient
+            for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True)
+        }
+        return update, float(value.detach())
+
+    def apply(self, entry: Entry, update: Update | None = None) -> float:
+        """Move the weights as the entry's record says.
+
+        update: the gradient a dense record stands for, or the guide of a guided one; seeded records need none. Returns
+        the Euclidean norm of the gradient estimate. Raises NotKept for a record without its update, UserError for one
+        with another than its own, or one of another history.
+        """
+        return self._move([entry], update)[0]
+
+    def replay(self, entries: Iterable[Entry], kept: Callable[[bytes], Update | None] = lambda _: None) -> None:
+        """Apply entries one after the other, to the same bits as `apply` does, streaming many through each block.
+
+        kept: the update or guide of a digest, where it was kept. Raises NotKept for a record without it, the weights
+        being moved up to there.
+        """
+        group: list[Entry] = []
+        count = 0
+        for entry in entries:
+            if (digest := update_digest(entry.record)) is not None:
+                if group:
+                    self._move(group)
+                self._move([entry], kept(digest))
+                group, count = [], 0
+                continue
+            size = len(entry.record.coefficients) if isinstance(entry.record, Seeded) else 1
+            if group and count + size > DIRECTIONS_AT_ONCE:
+                self._move(group)
+                group, count = [], 0
+            group.append(entry)
+            count += size
+        if group:
+            self._move(group)
+
+    @torch.no_grad()
+    def _move(self, entries: Sequence[Entry], update: Update | None = None) -> list[float]:
+        """Move the weights through consecutive entries; the only place where weights change. Returns their norms."""
+        self._check_follow(entries, update)
+        moving = [entry.record for entry in entries if not isinstance(entry.record, Skipped)]
+        if not moving:  # rounds that were skipped move the head alone
+            self.round, self.head = entries[-1].record.round, entries[-1].chain
+            return [0.0] * len(entries)
+        rules = [self.optimizer if isinstance(record, Seeded) else self.backprop_optimizer for record in moving]
+        steps = [(record, rule, rule.begin_step()) for record, rule in zip(moving, rules, strict=True)]
+        squares = [0.0] * len(steps)
+        seeds = [self._seeds(record) for record in moving]
+        for (name, parameter), drawn in zip(self.parameters.items(), self._drawn(seeds), strict=True):
+            whole = parameter.detach() if parameter.dim() else parameter.detach().unsqueeze(0)
+            estimates = [
+                self._estimate(record, own, name, parameter, update, parts)
+                for record, own, parts in zip(moving, seeds, drawn, strict=True)
+            ]
+            moments = {id(rule): rule.moments(name, whole) for rule in rules}
+            columns = prod(whole.shape[1:])
+            must_be_whole = any(rule.needs_whole(name) for rule in rules)
+            at_once = len(whole) if must_be_whole else max(1, BLOCK // max(1, columns))
+            size = self.sizes.get(name, 1.0)
+            for start in range(0, len(whole), at_once):
+                some = slice(start, min(start + at_once, len(whole)))
+                kept = whole[some]
+                weight = kept.to(torch.float32)  # float32 weights themselves, else a copy
+                for index, ((record, rule, corrections), estimate) in enumerate(zip(steps, estimates, strict=True)):
+                    state = {moment: tensor[some] for moment, tensor in moments[id(rule)].items()}
+                    gradient = estimate(some.start, some.stop).view(weight.shape)
+                    flat = gradient.flatten()
+                    squares[index] += float(torch.dot(flat, flat))
+                    own = size if isinstance(record, Seeded) else 1.0
+                    rule.move(name, weight, gradient, state, record.rate, corrections, own)
+                    if kept.dtype != torch.float32:
+                        weight = self._rounded(weight, name, record.round, some.start * columns)
+                if kept.dtype != torch.float32:
+                    kept.copy_(weight)
+        for record in moving:
+            if isinstance(record, Seeded):
+                self.spread = self.spread.after(record.coefficients, record.exponent)
+        self.round, self.head = entries[-1].record.round, entries[-1].chain
+        norms = iter(squares)
+        return [0.0 if isinstance(entry.record, Skipped) else sqrt(next(norms)) for entry in entries]
+
+    def _seeds(self, record: Record) -> list[int]:
+        """The seeds of the directions of a record's seeded part."""
+        part = record.seeded if isinstance(record, Guided) else record
+        if not isinstance(part, Seeded):
+            return []
+        return part.seeds(self.genesis["seed"])[: directions.seeds_needed(self.kind, len(part.coefficients))]
+
+    def _drawn(self, seeds: Sequence[Sequence[int]]) -> Iterator[list[directions.Factors]]:
+        """For each parameter the factors of each record's directions, all drawn together; nothing for dense kinds."""
+        kind = self.kind
+        together = [seed for own in seeds for seed in own]
+        if not directions.terms(kind) or not together:
+            yield from ([()] * len(seeds) for _ in self.parameters)
+            return
+        sizes = [len(own) for own in seeds]
+        for _, parts in directions.draw(kind, together, self.shapes):
+            split = [part.split(sizes) for part in parts]
+            yield [tuple(part[index] for part in split) for index in range(len(seeds))]
+
+    def check_exact(self, record: Record) -> None:
+        """Raise UserError for a record whose sum could not be exact: no machine may write it down or move by it."""
+        part = record.seeded if isinstance(record, Guided) else record
+        if isinstance(part, Seeded):
+            directions.check_exact(self.kind, part.coefficients, f"the record of round {record.round}")
+
+    def _check_follow(self, entries: Sequence[Entry], update: Update | None) -> None:
+        head = self.head
+        for entry in entries:
+            record = entry.record
+            if entry.chain != link(head, record).chain:
+                raise UserError(
+                    f"the record of round {record.round} does not follow the history these weights come from"
+                )
+            self.check_exact(record)
+            digest = update_digest(record)
+            if digest is not None and update is None:
+                raise NotKept(
+                    f"round {record.round} is a step by backpropagation whose gradient is not kept: it needs a "
+                    "checkpoint behind it to replay from, and there is none; keep-gradients = true keeps them"
+                )
+            if isinstance(record, Guided) and update and bytes.fromhex(tensors_digest(update)) != digest:
+                raise UserError(
+                    f"the guide at hand is not the one round {record.round} was taken with: go on with the machine, "
+                    "the threads and the versions it began with"
+                )
+            head = entry.chain
+
+    def _estimate(
+        self,
+        record: Record,
+        seeds: list[int],
+        name: str,
+        parameter: Tensor,
+        update: Update | None,
+        drawn: directions.Factors,
+    ) -> Callable[[int, int], Tensor]:
+        """The record's gradient estimate of some rows of one tensor, a float32 tensor to keep.
+
+        Of a seeded record: an exact sum, rounded once, times one float32.
+        """
+        if isinstance(record, Seeded):
+            shape, device, coefficients = tuple(parameter.shape), parameter.device, record.coefficients
+            if self.kind == "core":
+                total = directions.CoreSum(coefficients, shape, device, drawn)
+            else:
+                total = directions.WeightedSum(self.kind, seeds, coefficients, name, shape, device, drawn)
+            scale = ldexp(directions.unit(self.kind) / record.divisor, record.exponent)
+            return lambda start, stop: total.rows(start, stop).mul_(scale).to(device)
+        assert update is not None
+        gradient = update[name] if parameter.dim() else update[name].unsqueeze(0)
+        if isinstance(record, Guided):
+            noise = self._estimate(record.seeded, seeds, name, parameter, None, drawn) if seeds else None
+            return lambda start, stop: guided_estimate(
+                record, gradient[start:stop], noise and noise(start, stop).view(gradient[start:stop].shape)
+            )
+        return lambda start, stop: gradient[start:stop].to(torch.float32, copy=True)
+
+    def _rounded(self, moved: Tensor, name: str, round_: int, start: int) -> Tensor:
+        """float32 values that bfloat16 holds; start: how many entries of the tensor come before these."""
+        seed = directions.derive_seed("zofed-rounding", self.genesis["seed"], round_)
+        bits = directions.random_bits(seed, name, moved.shape, start).to(moved.device)
+        return optimizers.stochastic_round(moved, bits).to(torch.float32)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a checkpoint holds beside the weights: the optimizers' states, and the spread of the slopes."""
+        spread = torch.tensor([self.spread.mean_square, self.spread.weight], dtype=torch.float64)
+        state = self.optimizer.state_dict() | {"spread": spread}
+        if self.backprop_optimizer is not self.optimizer:
+            own = self.backprop_optimizer.state_dict()
+            state |= {f"{BACKPROP}{key}": value for key, value in own.items()}
+        return state
+
+    def fits(self, state: Mapping[str, Tensor]) -> bool:
+        """Whether `load` can take this state over: it has the keys, types and shapes that `state_dict` gives."""
+        rest = dict(state)
+        spread = rest.pop("spread", None)
+        own = {key.removeprefix(BACKPROP): rest.pop(key) for key in list(rest) if key.startswith(BACKPROP)}
+        shapes = {name: shape or (1,) for name, shape in self.shapes.items()}  # a scalar's moments are one row
+        is_apart = self.backprop_optimizer is not self.optimizer
+        return (
+            spread is not None
+            and (spread.dtype, tuple(spread.shape)) == (torch.float64, (2,))
+            and self.optimizer.fits(rest, shapes)
+            and (self.backprop_optimizer.fits(own, shapes) if is_apart else not own)
+        )
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor], state: dict[str, Tensor], *, round_: int, head: bytes) -> None:
+        """Take over a checkpoint, weights and `state_dict`: what applying all entries up to `head` gives."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+        state = dict(state)
+        self.spread = Spread(*state.pop("spread").tolist())
+        device = next(iter(self.parameters.values())).device
+        state = {key: value if key.endswith("powers") else value.to(device) for key, value in state.items()}
+        own = {key.removeprefix(BACKPROP): state.pop(key) for key in list(state) if key.startswith(BACKPROP)}
+        self.optimizer.load_state_dict(state)
+        if own:
+            self.backprop_optimizer.load_state_dict(own)
+        self.round, self.head = round_, head
+
+    def digest(self) -> str:
+        """SHA-256 of all weights and of the buffers saved with them, hex."""
+        return weights_digest(self.model)
+
+    def probe(self) -> bytes:
+        """8 bytes that tell two replicas apart: a hash of seeded positions of every trainable tensor.
+
+        Cheap enough for every round. It sees what moves many weights; a single flipped bit only the digest sees.
+        """
+        seed = directions.derive_seed("zofed-probe", self.genesis["seed"], self.round)
+        hashed = hashlib.blake2b(digest_size=8, person=b"zofed-probe")
+        for name, parameter in self.parameters.items():
+            chosen = directions.positions(seed, name, parameter.numel(), PROBE_POSITIONS)
+            hashed.update(raw_bytes(parameter.detach().reshape(-1)[torch.from_numpy(chosen).to(parameter.device)]))
+        return hashed.digest()
+
+
+def catch_up(worker: Worker, after: bytes, raw: bytes, updates: Mapping[bytes, Update] | None = None) -> bool:
+    """Replay the records that follow chain `after`; False when the worker does not stand on their way.
+
+    updates: what records that are no function of seeds need, by digest. Nothing is applied unless the way is whole.
+    """
+    try:
+        entries = linked(raw, after)
+    except ValueError:
+        return False
+    start = position(entries, after, worker.head)
+    held = updates or {}
+    if start is None or any(
+        (digest := update_digest(entry.record)) is not None and digest not in held for entry in entries[start:]
+    ):
+        return False
+    worker.replay(entries[start:], held.get)
+    return True
+
+
+def update_digest(record: Record) -> bytes | None:
+    """SHA-256 of the tensors a record needs beside itself, empty where it does not say; None: it needs none."""
+    if isinstance(record, Guided):
+        return record.guide
+    return (record.update if any(record.update) else b"") if isinstance(record, Dense) else None
+
+
+def guided_estimate(record: Guided, guide: Tensor, noise: Tensor | None) -> Tensor:
+    """A guided record's gradient estimate of some rows of a tensor: float32 of their shape.
+
+    guide: those rows of the guide, float32. noise: the estimate of the record's seeded part, overwritten.
+    """
+    keeps = guide.abs() >= record.threshold
+    estimate = (guide * keeps).mul_(record.kept)
+    if record.whole:
+        estimate.add_(guide * record.whole)
+    if noise is None:
+        return estimate
+    return estimate.add_(noise.mul_(~keeps) if record.masked else noise)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over all parameters by canonical name, hex, and all buffers that are saved; a tied tensor counts once."""
+    buffers = {directions.canonical_name(name): held for name, held in soundness.persistent_buffers(model).items()}
+    return tensors_digest(named_parameters(model) | buffers)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over named tensors: names sorted, dtype, shape and raw bytes. Hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's elements as they lie in memory, whatever its dtype."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

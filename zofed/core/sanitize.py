@@ -1,0 +1,85 @@
+"""What other machines say, made fit to use: text to print, draw and write; tables of counts; numbers within bounds.
+
+A node of a federation can send anything. All that it says passes here once, so that nothing behind needs to ask whether
+a text ends a line, moves a terminal's cursor or cannot be written, or whether a number is one that a record can hold.
+"""
+
+import json
+from collections import Counter
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from zofed.core.records import CLIENTS
+
+LONGEST_TEXT, LONGEST_NAME = 500, 100  # characters of one line of text, of a label or a source
+LARGEST_TABLE = 2**20  # characters of a table of counts
+LARGEST_COUNT = 2**40  # examples, documents
+NO_REASON = "no reason given"
+TABLES = ("counts", "names")  # texts that `counts` and `Classes.unpacked` read
+
+T = TypeVar("T")
+
+
+def text(raw: str, longest: int = LONGEST_TEXT) -> str:
+    """One printable line of at most `longest` characters: white space is one space, other invisible characters (control
+    characters, terminal escapes, marks of writing direction, lone surrogates) stand there as Python writes them."""
+    shown = "".join(_shown(character) for character in raw[: 2 * longest])
+    line = " ".join(shown.split())
+    return line if len(line) <= longest and len(raw) <= 2 * longest else line[: longest - 1] + "…"
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character.isspace():
+        return character
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def reason(raw: str | None) -> str:
+    """The last line of an error that is not blank, where a traceback names its cause."""
+    lines = (raw or "")[-4 * LONGEST_TEXT :].splitlines()
+    return next((line for line in map(text, reversed(lines)) if line), NO_REASON)
+
+
+def cleaned(content: T) -> T:
+    """A message whose texts are each one printable line, but for those that hold a table."""
+    found: Any = content
+    texts = {field.name: getattr(found, field.name) for field in fields(found) if field.name not in TABLES}
+    changed = {name: text(value) for name, value in texts.items() if isinstance(value, str) and value != text(value)}
+    return replace(found, **changed) if changed else content
+
+
+def json_object(raw: str | bytes) -> dict[str, Any] | None:
+    """The object that some JSON holds; None where it is no JSON, no object, or nested deeper than can be read."""
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def counts(raw: str) -> dict[str, int]:
+    """Documents by label or source, from JSON; empty where it is no table of names and numbers from 0 to 2^40."""
+    found = json_object(raw) if len(raw) <= LARGEST_TABLE else None
+    if not found or not all(type(value) is int and 0 <= value <= LARGEST_COUNT for value in found.values()):
+        return {}
+    table: Counter[str] = Counter()
+    for name, value in found.items():
+        table[text(name, LONGEST_NAME) or "no name"] += value
+    return dict(table)
+
+
+def misplaced(client: object, clients: object) -> str:
+    """What is wrong with a client's index among so many, with the remedy; empty where nothing is."""
+    if type(client) is int and type(clients) is int and 0 <= client < clients <= CLIENTS:
+        return ""
+    return (
+        f"partition-id = {brief(client)} of num-partitions = {brief(clients)}: give each of N nodes its own whole "
+        f"number, 0 to N - 1, and all the same N, at most {CLIENTS:,}"
+    )
+
+
+def brief(value: object) -> str:
+    """A value in a few characters; Python writes no integer of thousands of digits."""
+    if type(value) is int and abs(value) >= 10**20:
+        return f"about {'-' if value < 0 else ''}2^{value.bit_length()}"
+    return text(repr(value), LONGEST_NAME)

@@ -1,0 +1,1 @@
+"""Names and files to documents, examples and clients' shares."""

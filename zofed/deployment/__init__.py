@@ -1,0 +1,1 @@
+"""Keys, SuperLink, SuperNode and their processes on real machines."""

@@ -1,0 +1,62 @@
+"""How good a run's slopes were along its way: its journal is replayed, and backpropagation asked now and then."""
+
+import csv
+import io
+from pathlib import Path
+
+from zofed.base.errors import UserError
+from zofed.core import metrics
+from zofed.core.journal import read
+from zofed.core.slope_quality import diagnose
+from zofed.data import encoding
+from zofed.runs.run_folder import Row, RunFolder, read_table
+from zofed.training.finalize import base_worker
+from zofed.training.task import Task, prepare_process
+from zofed.training.trainer import replay
+
+FILE = "course.csv"
+COLUMNS: tuple[str, ...] = ("step", "signal_to_noise", "cosine", "expected_cosine")
+BATCHES = 4
+QUERIES = 64  # directions, at most, along which one look compares slopes
+
+
+def course(path: Path, points: int) -> list[dict[str, float]]:
+    """Signal to noise of the slopes and the estimate's cosine with the gradient at `points` steps, evenly spread.
+
+    Kept in the run's folder, so that it is measured once. Raises UserError where the journal does not replay from the
+    start, or for dense directions.
+    """
+    folder = RunFolder.open(path)
+    if not (rows := read_table(folder.path / FILE)):
+        rows = _measure(folder, points)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        folder.write_text(FILE, text.getvalue())
+    return [{name: float(row[name]) for name in COLUMNS} for row in rows]
+
+
+def _measure(folder: RunFolder, points: int) -> list[Row]:
+    worker, settings = base_worker(folder)
+    prepare_process(settings.threads)
+    task = Task.load(settings)
+    examples = task.shard(0, max(1, settings.clients))
+    records = [entry.record for entry in read(folder.journal).entries]
+    if not records:
+        raise UserError(f"{folder.journal} has no steps yet")
+    last = len(records) - 1  # the step after the last would be of no run
+    rows: list[Row] = []
+    for at in sorted({round(last * part / max(1, points - 1)) for part in range(points)}):
+        replay(worker, records[worker.round : at], folder.whole_update)
+
+        def loss_at(step: int):
+            batch = encoding.batch(examples, seed=settings.seed, client=0, step=step, batch_size=settings.batch_size)
+            return lambda: metrics.loss_of(worker.model, batch, settings.forward_dtype)
+
+        losses = [loss_at(at + 1 + extra) for extra in range(BATCHES)]
+        queries = min(QUERIES, settings.queries)
+        found = diagnose(worker, losses, queries, settings.estimator, settings.copies_per_pass)
+        values = (at, found.signal_to_noise, found.cosine, found.expected_cosine)
+        rows.append(dict(zip(COLUMNS, map(repr, values), strict=True)))
+    return rows

@@ -1,0 +1,189 @@
+"""One run of a sweep in a process of its own, forked from a process that has loaded the libraries once.
+
+Loading torch, transformers and what draws pictures takes seconds, a fork milliseconds. The process they are loaded in
+(Python's fork server) computes nothing, so that nothing is forked that must not be: no threads, no GPU.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from zofed.base.errors import UserError
+from zofed.config import Settings
+from zofed.experiments.sweep import Run
+from zofed.runs.run_folder import Row, RunFolder
+
+CENTRAL = ("zofed.training.central", "zofed.runs.pictures", "zofed.experiments.sweep_process")
+FEDERATED = ("zofed.federated.server", "zofed.federated.client", "zofed.federated.local_grid")
+PATIENCE = 20.0  # seconds a run that is told to end gets for the end of its step
+
+
+@dataclass
+class Process:
+    """A run under way. began: monotonic seconds. first_step: seconds from there to the end of its first step."""
+
+    run: Run
+    process: BaseProcess
+    pipe: Connection
+    slot: int
+    began: float = field(default_factory=time.monotonic)
+    first_step: float | None = None
+    steps: int | None = None  # of the run, once it knows
+    error: str | None = None
+    ended: bool = False
+
+    def hear(self) -> None:
+        """Take in what the process has to say; `ended` when that was its last word, `error` where it failed."""
+        try:
+            told = json.loads(self.pipe.recv_bytes())
+        except (EOFError, OSError):
+            self.process.join()
+            self.ended = True
+            code = self.process.exitcode or 0
+            if code and self.error is None:
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
+                self.error = f"its process {how} (out of memory, perhaps)"
+            return
+        self.first_step = told.get("first_step", self.first_step)
+        self.steps = told.get("steps", self.steps)
+        self.error = told.get("error", self.error)
+
+    def stop(self) -> None:
+        """Have it end as by Ctrl-C, or at once where it takes too long."""
+        self.process.terminate()
+        self.process.join(PATIENCE)
+        self.process.kill()
+        self.process.join()
+
+
+def prepare(runs: list[Run]) -> Any:
+    """What starts processes for such runs; the libraries begin to load with the first of them."""
+    context = multiprocessing.get_context("forkserver")
+    federated = any(run.settings.clients for run in runs)
+    context.set_forkserver_preload([*CENTRAL, *(FEDERATED if federated else ())])
+    return context
+
+
+def start(context: Any, run: Run, out: Path, log: Path, slot: int) -> Process:
+    """Begin a run in folder `out`, or go on with it, in a new process; what it prints is added to the file `log`.
+
+    slot: which of the parallel runs it is; with several GPUs runs that may choose (device = auto) take them in turn.
+    """
+    ours, theirs = context.Pipe()
+    written = run.settings.model_copy(update={"out": str(out)}).model_dump_json(by_alias=True)
+    process = context.Process(target=work, args=(theirs, written, str(log), time.monotonic(), slot))
+    process.start()
+    theirs.close()
+    return Process(run, process, ours, slot)
+
+
+def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> None:
+    """What the process does: the run, as `zofed train` or `zofed simulate` would; then it says how it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and is for the sweep to answer
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
+    with open(log, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    warnings.showwarning = lambda message, *_: print(f"zofed: warning: {message}", file=sys.stderr, flush=True)
+    settings, error = Settings.model_validate_json(written), ""
+
+    def show(row: Row) -> None:
+        nonlocal began
+        if row["step"] and began:
+            _tell(pipe, {"first_step": time.monotonic() - began})
+            began = 0.0
+
+    try:
+        choose_gpu(settings, slot)
+        carry_out(settings, show, lambda steps: _tell(pipe, {"steps": steps}))
+    except UserError as failure:
+        error = " ".join(str(failure).split())
+    except KeyboardInterrupt:
+        error = "interrupted"
+    except Exception as failure:  # a fault of zofed or of a library: one run's, never the sweep's
+        traceback.print_exc()
+        error = " ".join(f"{type(failure).__name__}: {failure} (see {log})".split())
+    if error:
+        print(f"zofed: {error}", file=sys.stderr, flush=True)
+        _tell(pipe, {"error": error})
+
+
+def carry_out(settings: Settings, show: Any, expect: Any = lambda _: None) -> None:
+    """The run of these settings in its folder: from its start, or from where it was cut.
+
+    show, expect: as `central.train` has them.
+    """
+    out = Path(settings.out)
+    if settings.clients:
+        from zofed.federated import client, server
+        from zofed.federated.local_grid import LocalGrid
+
+        server.run(LocalGrid(client.app, settings.clients, settings.model_dump(by_alias=True)), settings, "")
+        return
+    from zofed.training import central
+
+    if RunFolder(out).journal.exists():
+        central.resume(out, show, expect)
+    else:
+        central.train(settings, out, show, expect)
+
+
+def at_a_time(parallel: int | None, share: float) -> int:
+    """Runs at a time: `parallel`, 1 if not given; with a share of a GPU a run (above 0, at most 1) as many as fit.
+
+    Raises UserError for another share, and for one where there is no GPU.
+    """
+    if share == 0:
+        return parallel or 1
+    if not 0 < share <= 1:
+        raise UserError(f"--gpus-per-run {share:g}: give a share above 0, at most 1")
+    fit = device_count() * int(1 / share + 1e-9)
+    if not fit:
+        raise UserError(
+            f"--gpus-per-run {share:g}: no CUDA device is seen here: leave it out, and say how many with --parallel"
+        )
+    return min(parallel or fit, fit)
+
+
+def gpus(settings: Settings) -> int:
+    """GPUs that runs with such settings take in turn; 0: none, or the settings say which device."""
+    return device_count() if settings.device == "auto" and not settings.devices else 0
+
+
+def device_count() -> int:
+    import torch  # takes seconds to load
+
+    return torch.cuda.device_count()
+
+
+def choose_gpu(settings: Settings, slot: int) -> None:
+    """Where runs take several GPUs in turn, make the slot's own the one that `cuda` means in this process."""
+    import torch
+
+    if (count := gpus(settings)) > 1:
+        torch.cuda.set_device(slot % count)
+
+
+def _tell(pipe: Connection, what: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # nobody listens any more
+        pipe.send_bytes(json.dumps(what).encode())
+
+
+def _end_with(pipe: Connection) -> None:
+    """At the pipe's other end's end the sweep is gone, and so goes this process: whoever goes on must find it gone."""
+    with contextlib.suppress(EOFError, OSError):
+        pipe.recv_bytes()
+    os._exit(1)

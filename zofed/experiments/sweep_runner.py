@@ -1,0 +1,164 @@
+"""Carries a sweep out: so many runs at a time, what is finished skipped, what was cut resumed, what failed told."""
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import connection
+
+from zofed.experiments import sweep_process
+from zofed.experiments.sweep import Run, Sweep
+from zofed.experiments.sweep_folder import SweepFolder
+from zofed.experiments.sweep_process import Process
+from zofed.preflight.forecast import steps_within
+
+TICK = 0.5  # seconds between two looks at the running
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A run under way: steps done and to do, seconds since it began here."""
+
+    name: str
+    step: int
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A run that is over. loss: held-out at its end, nats, infinite if it diverged; error: empty unless it failed."""
+
+    name: str
+    loss: float
+    seconds: float
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """The state of a sweep. most: runs there will be, unless a tuning fails. left: seconds to go, None: not known yet.
+
+    skipped: runs that were complete before. ended: those of this time, in order.
+    """
+
+    most: int
+    skipped: int
+    ended: tuple[Ended, ...]
+    running: tuple[Running, ...]
+    left: float | None
+
+    @property
+    def over(self) -> int:
+        return self.skipped + len(self.ended)
+
+    @property
+    def failed(self) -> list[Ended]:
+        return [run for run in self.ended if run.error]
+
+
+@dataclass
+class Runner:
+    """One go at a sweep. tell: called with the board whenever something may have changed."""
+
+    sweep: Sweep
+    folder: SweepFolder
+    parallel: int
+    tell: Callable[[Board], None]
+    runs: dict[str, Run] = field(default_factory=dict, init=False)  # all that are known to be due, by name
+    losses: dict[str, float] = field(default_factory=dict, init=False)
+    ended: list[Ended] = field(default_factory=list, init=False)
+    first_steps: list[float] = field(default_factory=list, init=False)  # seconds from a run's start to its first step
+
+    def run(self) -> Board:
+        """All runs, each to its end. Raises UserError before the first where a folder holds another run."""
+        self._skipped = 0
+        self._waiting: deque[Run] = deque()
+        self._running: list[Process] = []
+        self._enter(self.sweep.first())
+        context = sweep_process.prepare(list(self.runs.values()))
+        try:
+            while self._waiting or self._running:
+                free = sorted(set(range(self.parallel)) - {process.slot for process in self._running})
+                while self._waiting and free:
+                    run = self._waiting.popleft()
+                    out, log = self.folder.run_path(run), self.folder.log(run)
+                    self._running.append(sweep_process.start(context, run, out, log, free.pop(0)))
+                self.tell(self.board())
+                for pipe in connection.wait([process.pipe for process in self._running], TICK):
+                    process = next(process for process in self._running if process.pipe is pipe)
+                    process.hear()
+                    if process.ended:
+                        self._end(process)
+        finally:
+            for process in self._running:
+                process.process.terminate()  # all at once, so that each can end its step
+            for process in self._running:
+                process.stop()
+            self._running.clear()
+            self._write()
+        self.tell(self.board())
+        return self.board()
+
+    def board(self) -> Board:
+        running = []
+        for process in self._running:
+            steps = process.steps or steps_within(process.run.settings)
+            seconds = time.monotonic() - process.began
+            running.append(Running(process.run.name, self.folder.steps_done(process.run), steps, seconds))
+        return Board(self.sweep.most, self._skipped, tuple(self.ended), tuple(running), self._left(running))
+
+    def _enter(self, runs: list[Run]) -> None:
+        """Note that these runs are due: skip the finished, queue the others."""
+        new = [run for run in runs if run.name not in self.runs]
+        for run in new:
+            self.folder.check_same(run)
+        for run in new:
+            self.runs[run.name] = run
+            loss = self.folder.loss(run)
+            if loss is None:
+                self._waiting.append(run)
+            else:
+                self.losses[run.name] = loss
+                self._skipped += 1
+        if new:
+            self._enter(self.sweep.later(self.losses))
+            self._write()
+
+    def _end(self, process: Process) -> None:
+        run = process.run
+        self._running.remove(process)
+        process.pipe.close()
+        if process.first_step is not None:
+            self.first_steps.append(process.first_step)
+        loss = self.folder.loss(run)
+        error = "" if loss is not None else process.error or "it ended without a summary"
+        loss = math.inf if loss is None else loss
+        self.ended.append(Ended(run.name, loss, time.monotonic() - process.began, error))
+        self.losses[run.name] = loss
+        self._enter(self.sweep.later(self.losses))
+        self._write()
+
+    def _write(self) -> None:
+        self.folder.write_failures({run.name: run.error for run in self.ended if run.error})
+        self.folder.write_summary(self.runs, {process.run.name for process in self._running})
+
+    def _left(self, running: list[Running]) -> float | None:
+        """Seconds to the end, from the mean of the runs so far; a running one counts by its share of steps."""
+        shares = [(run.seconds, min(1.0, run.step / run.steps)) for run in running]
+        known = [run.seconds for run in self.ended if not run.error] or [
+            seconds / share for seconds, share in shares if share > 0.02
+        ]
+        if not known:
+            return None
+        mean = statistics.fmean(known)
+        whole = self.sweep.most - self._skipped - len(self.ended) - len(running)
+        rest = sum(max(0.0, mean * (1 - share)) for _, share in shares)
+        return (whole * mean + rest) / min(self.parallel, max(1, whole + len(running)))
+
+    @property
+    def overhead(self) -> float | None:
+        """Median seconds from a run's start to the end of its first step; None where no run told."""
+        return statistics.median(self.first_steps) if self.first_steps else None

@@ -1,0 +1,1 @@
+"""Rounds over Flower: the only package that imports flwr."""

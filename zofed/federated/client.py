@@ -1,0 +1,307 @@
+"""The Flower client: one message in, one answer out.
+
+No state but a cache: one replica of the model per process, moved by replay to whatever history a message names. It
+serves every virtual client of a simulation, a long-lived worker and a process started for one message alike.
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from zofed import config
+from zofed.base import environment
+from zofed.base.errors import UserError
+from zofed.config import Settings
+from zofed.core import gradient_codec, metrics, sanitize, snapshots
+from zofed.core.aggregation import Measured
+from zofed.core.journal import differences, genesis_chain
+from zofed.core.replica import Update, catch_up, tensors_digest
+from zofed.data import partitions
+from zofed.data.classes import Classes
+from zofed.data.encoding import Examples
+from zofed.federated import messages, protocol
+from zofed.federated.protocol import NO_LOSS, Answer, Contribution, Plan
+from zofed.federated.wire import Evaluation, Final, Greeting, Introduction, Malformed
+from zofed.training import measurements
+from zofed.training.task import Task, prepare_process, with_absolute_paths
+
+UPDATES_KEPT = 2  # guides and updates that entries soon to come will name
+
+app = ClientApp()
+
+
+class Replica:
+    """This process's one copy of the model, and the data of the clients it has served."""
+
+    def __init__(self, settings: Settings, own: str, named: Classes) -> None:
+        prepare_process(settings.threads)
+        self.settings, self._own = settings, own
+        self.task = Task.own(settings, own, named) if own else Task.load(with_absolute_paths(settings), named or None)
+        self.worker = self.task.worker()
+        self.genesis = genesis_chain(self.worker.genesis)
+        self._parts: dict[tuple[int, int], tuple[Examples, Examples | None]] = {}
+        self._updates: dict[bytes, Update] = {}
+        self.is_unsound = False  # at the head of the last plan, but with other weights
+
+    def _share(self, context: Context) -> tuple[int, int]:
+        """Which share of the task's documents is the node's: all of its own file, or one part of the run's."""
+        return (0, 1) if self._own else place(context)
+
+    def parts(self, context: Context) -> tuple[Examples, Examples | None]:
+        """What the node trains and, with `client-held-out`, evaluates on."""
+        share = self._share(context)
+        if share not in self._parts:
+            self._parts[share] = self.task.client_parts(*share, self.settings.client_held_out)
+        return self._parts[share]
+
+    def counts(self, context: Context) -> dict[str, int]:
+        """Documents of the node's data by label or source."""
+        return partitions.counts(self.task.client_documents(*self._share(context)), self.settings.partition)
+
+    def catch_up(self, plan: Plan) -> bool:
+        """Move to the plan's head and weights; from the base, anew, when the plan brings the whole history.
+
+        False when this process cannot get there: the answer then tells the server, which sends everything.
+        """
+        try:
+            brought = [gradient_codec.decoded(raw, self.worker.shapes) for raw in gradient_codec.split(plan.updates)]
+        except ValueError as error:
+            return self._unreachable(plan, error)
+        for update in brought:
+            self.keep(update, len(brought))
+        if not plan.rebuild and not plan.snapshot and self._follow(plan):
+            return True
+        if plan.rebuild:
+            self.worker = self.task.worker()
+        if plan.snapshot:
+            try:
+                snapshots.restore(self.worker, plan.snapshot)
+            except ValueError as error:
+                return self._unreachable(plan, error)
+        elif plan.after != self.genesis:
+            return False
+        elif not plan.rebuild:
+            self.worker = self.task.worker()
+        return self._follow(plan)
+
+    def _unreachable(self, plan: Plan, error: ValueError) -> bool:
+        """Tell of updates or a snapshot that cannot be used; the answer will be that the replica is behind."""
+        self.is_unsound = False
+        print(f"round {plan.round} cannot be reached: {error}", file=sys.stderr, flush=True)
+        return False
+
+    def keep(self, update: Update, count: int = UPDATES_KEPT) -> None:
+        """Have an update or a guide at hand for the entry that names it. count: that are kept together, at least."""
+        digest = bytes.fromhex(tensors_digest(update))
+        self._updates.pop(digest, None)  # the newest stand last
+        self._updates[digest] = update
+        while len(self._updates) > max(UPDATES_KEPT, count):
+            del self._updates[next(iter(self._updates))]
+
+    def _follow(self, plan: Plan) -> bool:
+        arrived = catch_up(self.worker, plan.after, plan.entries, self._updates)
+        self.is_unsound = arrived and self.worker.probe() != plan.probe
+        return arrived and not self.is_unsound
+
+
+@lru_cache(maxsize=1)
+def _replica(written: str, own: str, named: Classes) -> Replica:
+    return Replica(Settings.model_validate_json(written), own, named)
+
+
+def replica(context: Context, asked: Plan | Greeting | None = None) -> Replica:
+    """This process's replica for a run's settings: built at their first message, kept until others come.
+
+    asked: tells the run's classes, by whose names the node numbers the labels it reads; None: the data tell.
+    """
+    try:
+        named = Classes.unpacked(asked.classes, asked.names) if asked else Classes.numbered(0)
+    except ValueError as error:
+        raise UserError(f"the server's message is damaged ({error}): give all machines the same zofed") from error
+    settings = config.resolve(dict(context.run_config))
+    protocol.check_settings(settings)
+    if device := context.node_config.get("device"):
+        settings = config.resolve(settings.model_dump(by_alias=True) | {"device": device})
+    own = str(context.node_config.get("dataset", ""))
+    return _replica(settings.model_dump_json(by_alias=True), own, named)
+
+
+def place(context: Context) -> tuple[int, int]:
+    """Index of this client and how many there are, from the node's configuration.
+
+    Raises UserError where one is missing or no whole number, or where the two are no place.
+    """
+    found = []
+    for key in ("partition-id", "num-partitions"):
+        value = context.node_config.get(key)
+        if value is None:
+            raise UserError(f"this node has no {key!r}: start it with --node-config 'partition-id=0 num-partitions=2'")
+        found.append(int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value) else value)
+    client, clients = found
+    if problem := sanitize.misplaced(client, clients):
+        raise UserError(problem)
+    return client, clients
+
+
+def capability(here: Replica, context: Context) -> str:
+    """`zo` where this client runs forward passes only, as its node or the run's settings say, else `fo`: it can both.
+
+    Raises UserError for another word in the node's configuration.
+    """
+    mode = str(context.node_config.get("mode", "fo")).lower()
+    if mode not in ("fo", "zo"):
+        raise UserError(f"mode = {mode!r} in this node's configuration: use fo or zo")
+    client, clients = place(context)
+    return "zo" if client >= clients - here.settings.zo_clients else mode
+
+
+def greet(greeting: Greeting, context: Context) -> Introduction:
+    """Say who this client is, or in one line why it cannot take part in the run."""
+    client = -1
+    try:
+        client, clients = place(context)
+        here = replica(context, greeting)
+        theirs = sanitize.json_object(greeting.genesis)
+        if theirs is None:
+            raise UserError("the server's greeting holds no genesis: give all machines the same zofed")
+        if different := differences(theirs, here.worker.genesis):
+            raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
+        examples = len(here.parts(context)[0]["labels"])
+        counts = json.dumps(here.counts(context))
+        return Introduction(
+            client, clients, examples, capability(here, context), here.worker.head, counts, "", environment.code()
+        )
+    except UserError as error:
+        return Introduction(client, 0, 0, "", b"", "", str(error), environment.code())
+
+
+def _report(plan: Plan, here: Replica, context: Context, work: Callable[[int, Examples], Any]) -> dict[str, Any]:
+    """The fields that all answers have; `found` is what the work gave, None where there was none to do or to give."""
+    began = time.monotonic()
+    client, _ = place(context)
+    examples = here.parts(context)[0]
+    found, problem = None, ""
+    arrived = here.catch_up(plan)
+    if arrived:
+        torch.set_num_threads(here.settings.threads)
+        try:
+            found = work(client, examples)
+        except ValueError:  # a loss or a gradient that is not finite
+            problem = "not_finite"
+    return {
+        "found": found,
+        "genesis": protocol.name_of(here.worker.genesis),
+        "round": plan.round,
+        "attempt": plan.attempt,
+        "client": client,
+        "head": b"" if arrived or here.is_unsound else here.worker.head,
+        "probe": here.worker.probe(),
+        "problem": problem,
+        "examples": len(examples["labels"]),
+        "milliseconds": round(1000 * (time.monotonic() - began)),
+    }
+
+
+def measure(plan: Plan, context: Context) -> Answer:
+    """Catch up and answer with integers: slopes, or the coefficients of a subspace."""
+    here = replica(context, plan)
+    settings = here.settings
+    by_backprop = capability(here, context) == "fo"
+
+    def work(client: int, examples: Examples) -> Measured:
+        worker = here.worker  # that of the plan's head
+        if plan.task == "coefficients":
+            total = settings.rounds
+            return measurements.coefficients(settings, worker, examples, client, total, by_backprop=by_backprop)
+        if plan.task == "guided":
+            guide = gradient_codec.decoded(plan.guide, here.worker.shapes)
+            here.keep(guide)
+            return measurements.guided_slopes(settings, worker, examples, client, guide)
+        return measurements.slopes(settings, worker, examples, client, plan.steps)
+
+    fields = _report(plan, here, context, work)
+    found: Measured | None = fields.pop("found")
+    if found is None:
+        return Answer(**fields, coefficients=(), exponent=0, loss=NO_LOSS)
+    loss = NO_LOSS if settings.losses_withheld else found.loss
+    return Answer(**fields, coefficients=found.coefficients, exponent=found.exponent, loss=loss)
+
+
+def backpropagate(plan: Plan, context: Context) -> Contribution:
+    """Catch up and answer with a gradient for a guide, or with the update of local training."""
+    here = replica(context, plan)
+    settings = here.settings
+
+    def work(client: int, examples: Examples) -> tuple[bytes, float]:
+        if plan.task == "gradient":
+            gradient, loss = measurements.gradient(settings, here.worker, examples, client)
+            return gradient_codec.compressed(gradient, settings.guide_rank), loss
+        update, loss = measurements.update(settings, here.worker, examples, client)
+        return gradient_codec.whole(update), loss
+
+    fields = _report(plan, here, context, work)
+    update, loss = fields.pop("found") or (b"", NO_LOSS)
+    return Contribution(**fields, update=update, loss=NO_LOSS if settings.losses_withheld else loss)
+
+
+def evaluate(plan: Plan, context: Context) -> Evaluation:
+    """Catch up and score the client's own held-out part, of which the same sample is read each time."""
+    here, (client, _) = replica(context, plan), place(context)
+    held_out = here.parts(context)[1]
+    if held_out is None or not here.catch_up(plan):
+        return Evaluation(client, here.worker.head, NO_LOSS, 0)
+    sample = here.task.sampled(held_out)
+    score = metrics.evaluate(here.worker.model, sample)
+    return Evaluation(client, here.worker.head, score.loss, len(sample["labels"]))
+
+
+def final(plan: Plan, context: Context) -> Final:
+    """Catch up and name the weights this client has."""
+    here = replica(context, plan)
+    arrived = here.catch_up(plan)
+    return Final(place(context)[0], here.worker.digest() if arrived or here.is_unsound else "", here.worker.head)
+
+
+@app.query("status")
+def on_status(message: Message, context: Context) -> Message:
+    try:
+        greeting = messages.unpack(Greeting, message.content)
+    except Malformed:
+        told = (
+            f"runs zofed {environment.code()}, which reads the server's messages otherwise: give all machines the same"
+        )
+        return _reply(message, Introduction(-1, 0, 0, "", b"", "", told, environment.code()))
+    return _reply(message, greet(greeting, context))
+
+
+@app.train("zo")
+def on_measure(message: Message, context: Context) -> Message:
+    return _reply(message, measure(messages.unpack(Plan, message.content), context))
+
+
+@app.train("fo")
+@app.train("guide")
+def on_backpropagate(message: Message, context: Context) -> Message:
+    return _reply(message, backpropagate(messages.unpack(Plan, message.content), context))
+
+
+@app.evaluate()
+def on_evaluate(message: Message, context: Context) -> Message:
+    return _reply(message, evaluate(messages.unpack(Plan, message.content), context))
+
+
+@app.query("digest")
+def on_digest(message: Message, context: Context) -> Message:
+    return _reply(message, final(messages.unpack(Plan, message.content), context))
+
+
+def _reply(message: Message, content: Answer | Contribution | Introduction | Evaluation | Final) -> Message:
+    return Message(content=messages.pack(content), reply_to=message)

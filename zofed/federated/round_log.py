@@ -1,0 +1,63 @@
+"""What the exchanges of a federation cost and found, on disk before their records: what its tables are made from.
+
+A central run asks a step again to write its line anew; clients are not asked twice. So what an exchange gave is written
+here, and made durable, before the journal takes its records: whatever becomes of the tables, their lines come back.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+
+from zofed.base.errors import DiskError
+from zofed.base.files import sync_folder
+from zofed.runs.tables import Row
+
+NAME = "rounds.log"  # beside the tables
+
+
+class RoundLog:
+    """Facts, a line each, its CRC-32 before the JSON, so that half a line or a spoilt one is left out.
+
+    exchanges: what was found out by asking for a round, by round. scores: the clients' own, by the round they are of.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / NAME
+        is_new = not path.exists()
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        if is_new:
+            sync_folder(folder)
+        self.exchanges: dict[int, Row] = {}
+        self.scores: dict[int, list[Row]] = {}
+        for fact in filter(None, map(_fact, path.read_bytes().split(b"\n"))):
+            self._note(fact)
+
+    def _note(self, fact: Row) -> None:
+        if "scores" in fact:
+            self.scores[fact["round"]] = fact["scores"]
+        else:
+            self.exchanges[fact["round"]] = fact
+
+    def write(self, *facts: Row) -> None:
+        """Keep facts, each with its `round`; durable when this returns. Raises DiskError where the disk takes none."""
+        lines = (json.dumps(fact, separators=(",", ":")).encode() for fact in facts)
+        raw = b"".join(b"\n%08x %s" % (zlib.crc32(line), line) for line in lines) + b"\n"
+        try:
+            if os.write(self._file, raw) != len(raw):
+                raise DiskError("cannot write the log of rounds: the disk is full; free some space")
+            os.fsync(self._file)
+        except OSError as error:
+            raise DiskError(f"cannot write the log of rounds: {error.strerror}; free some space") from error
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _fact(line: bytes) -> Row | None:
+    try:
+        crc, text = int(line[:8], 16), line[9:]
+        fact = json.loads(text) if zlib.crc32(text) == crc else None
+        return fact if isinstance(fact, dict) and isinstance(fact["round"], int) else None
+    except (ValueError, KeyError, RecursionError):
+        return None

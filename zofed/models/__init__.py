@@ -1,0 +1,1 @@
+"""Names and folders to a module, and what of it trains."""

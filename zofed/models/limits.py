@@ -1,0 +1,177 @@
+"""What a model can read: how long a block, which tokens, and no token that it should predict."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from zofed.base.errors import UserError
+from zofed.config import Settings
+from zofed.core import metrics
+from zofed.data import encoding
+from zofed.data.encoding import Document, Examples
+from zofed.data.tokenizers import PROBE
+from zofed.models.classifier import PooledClassifier
+
+SHORTEST = 2  # tokens of a block
+
+
+class Unreadable(UserError):  # noqa: N818
+    """Documents hold what the model cannot read; more of them would not help."""
+
+
+def entries(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows of an embedding that holds every id of the tokenizer; more than it counts where ids are left out."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def rows(config: Any) -> int | None:
+    """Rows of a model's token embedding, by its config; None where it does not tell."""
+    found = getattr(config.get_text_config(), "vocab_size", None)
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def positions(model: nn.Module) -> int | None:
+    """Tokens of the longest block that a model's config allows; None: no limit."""
+    config: Any = model.config
+    declared = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(declared, int) or declared <= 0:  # -1: XLNet's word for no limit
+        return None
+    for module in model.modules():
+        padding = getattr(module, "padding_idx", None)
+        if isinstance(padding, int) and len(getattr(module, "weight", ())) == declared != rows(config):
+            return declared - padding - 1  # a table of positions with an entry for padding counts from behind it
+    return declared
+
+
+def check_positions(model: nn.Module, settings: Settings) -> None:
+    """Raise UserError for a block longer than the positions the model's config allows."""
+    longest = positions(model)
+    if longest is not None and settings.block_size > longest:
+        raise _too_long(settings, longest)
+
+
+@torch.no_grad()
+def check_reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings, labels: int) -> None:
+    """Let the model score examples of the run's length. Raises UserError naming the longest that it can, if any.
+
+    No config tells this for every kind of model: where positions begin, what a classifier wants at a text's end.
+    """
+    config: Any = model.config
+    limit = rows(config)
+
+    def fails(size: int) -> Exception | None:
+        try:
+            examples = _examples(tokenizer, size, labels, limit)
+            if isinstance(model, PooledClassifier):  # whose encoder is what reads
+                model.encoder(**{name: examples[name] for name in ("input_ids", "attention_mask")})
+            else:
+                metrics.evaluate(model, examples, len(examples["labels"]))
+        except (MemoryError, torch.OutOfMemoryError, UserError):
+            raise
+        except Exception as error:  # whatever its layers raise
+            return error
+        return None
+
+    if labels and needs_end(config):
+        check_ends(_examples(tokenizer, settings.block_size, labels, limit), tokenizer, config, settings)
+    if (error := fails(settings.block_size)) is None:
+        return
+    if fails(SHORTEST) is not None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
+        raise UserError(
+            f"model {settings.model!r} ({type(model).__name__}) does not run on token ids alone ({reason}): give a "
+            f"model such as {'BERT, GPT-2 or Llama' if labels else 'GPT-2 or Llama'}"
+        ) from error
+    longest, failing = SHORTEST, settings.block_size
+    while failing - longest > 1:
+        middle = (longest + failing) // 2
+        longest, failing = (longest, middle) if fails(middle) else (middle, failing)
+    raise _too_long(settings, longest) from error
+
+
+@torch.no_grad()
+def check_causal(model: nn.Module, name: str) -> None:
+    """Refuse a model that reads the future, such as BERT: it would copy each next token instead of predicting it."""
+    first, second = (model(input_ids=torch.tensor([[0, token]])).logits[0, 0] for token in (0, 1))
+    if not torch.allclose(first, second, rtol=1e-4, atol=1e-6):
+        raise UserError(
+            f"model {name!r} ({type(model).__name__}) sees the tokens it should predict, so it is no language model: "
+            "set task to classification, or give a causal model such as GPT-2 or Llama"
+        )
+
+
+def check_tokens(
+    tokens: Examples, tokenizer: PreTrainedTokenizerBase, config: Any, settings: Settings, labels: int
+) -> None:
+    """Raise UserError where a model of this config cannot read these documents' tokens.
+
+    A tokenizer may have more entries than the embedding has rows, as long as no document uses them. config: None where
+    it is not known, or measured by the tokenizer.
+    """
+    if config is None:
+        return
+    if labels and needs_end(config) and settings.pooling == "auto" and not settings.freeze_encoder:
+        check_ends(tokens, tokenizer, config, settings)
+    limit, ids = rows(config), tokens["input_ids"]
+    if limit is None or int(ids.max()) < limit:
+        return
+    written = ids[ids != tokenizer.pad_token_id]
+    highest = int(written.max()) if len(written) else -1
+    is_padding = highest < limit  # then padding alone is above
+    highest = int(ids.max()) if is_padding else highest
+    token = tokenizer.convert_ids_to_tokens(highest)
+    told = f"the tokenizer has {entries(tokenizer)} entries but model {settings.model} only {limit}"
+    if is_padding:
+        raise Unreadable(
+            f"{told}, and it pads with {token!r}, id {highest}: set the pad_token in its tokenizer_config.json to a "
+            f"token below {limit}"
+        )
+    raise Unreadable(
+        f"{told}: set tokenizer to the one the model was made with, or take {token!r}, id {highest}, out of the "
+        "documents"
+    )
+
+
+def needs_end(config: Any) -> bool:
+    """Whether a classifier of this config reads each document's class at its end token: encoder-decoders do."""
+    return bool(config.is_encoder_decoder) and isinstance(config.eos_token_id, int)
+
+
+def check_ends(examples: Examples, tokenizer: PreTrainedTokenizerBase, config: Any, settings: Settings) -> None:
+    """Raise UserError where not every document has the end token, and equally often, at which its class is read."""
+    counts = (examples["input_ids"] == config.eos_token_id).sum(1)
+    fewest, most = int(counts.min()), int(counts.max())
+    if fewest == most > 0:
+        return
+    end = f"{tokenizer.convert_ids_to_tokens(config.eos_token_id)!r}, id {config.eos_token_id}"
+    told = f"model {settings.model!r} reads a document's class at the end token {end}"
+    if config.eos_token_id == tokenizer.pad_token_id:
+        raise Unreadable(f"{told}, with which this tokenizer also pads: give one whose pad_token is another")
+    if fewest == 0:
+        raise Unreadable(f"{told}, which this tokenizer does not write: set tokenizer to the model's own")
+    raise Unreadable(
+        f"{told}, but some documents have {fewest} of it and some {most}: take its text out of the documents"
+    )
+
+
+def _examples(tokenizer: PreTrainedTokenizerBase, size: int, labels: int, limit: int | None) -> Examples:
+    """Two examples of a run: of documents one short, one as long as can be."""
+    long = " ".join([PROBE] * size)
+    if labels:
+        found = encoding.classification_examples([Document(PROBE, "", 0), Document(long, "", 1)], tokenizer, size)
+    else:
+        found = encoding.language_model_examples([Document(long, "")] * 2, tokenizer, size)
+        found = {name: tensor[:1] for name, tensor in found.items()}
+    if limit:  # which tokens the run's own documents use is looked at there
+        ids = found["input_ids"].clamp(max=limit - 1)
+        found["input_ids"], found["labels"] = ids, found["labels"] if labels else ids
+    return found
+
+
+def _too_long(settings: Settings, longest: int) -> UserError:
+    return UserError(
+        f"block-size = {settings.block_size} is longer than the {longest} positions of model "
+        f"{settings.model}: set block-size to {longest} or less"
+    )

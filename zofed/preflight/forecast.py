@@ -1,0 +1,126 @@
+"""What a run will cost, from one short step: seconds, free memory, bytes of a round."""
+
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from zofed.config import Settings
+from zofed.core import metrics
+from zofed.core.estimators import forward_passes
+from zofed.core.journal import link
+from zofed.core.records import Seeded
+from zofed.core.replica import Worker
+from zofed.data.encoding import Examples
+from zofed.federated import protocol
+from zofed.training import measurements
+from zofed.training.modes import asker, steps_of
+from zofed.training.task import Task, device
+
+QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only one
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a short step tells. loss: of its batch. step: seconds of a whole step. steps: of the run. total: seconds of
+    all its steps and evaluations."""
+
+    loss: float
+    step: float
+    steps: int
+    total: float
+
+
+def free_bytes(settings: Settings) -> int | None:
+    """Bytes a new process may take: on the run's GPU, else in RAM and in this process's container; None: not told."""
+    chosen = device(settings)
+    if chosen.type == "cuda":
+        return torch.cuda.mem_get_info(chosen)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+    try:
+        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="utf-8") for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+
+
+def pace(task: Task, worker: Worker, examples: Examples, mode: str, count: int = 0) -> Pace:
+    """Take a short step in one mode, and tell from it how long a run takes. May move the worker.
+
+    count: how many examples the run has, where these are only some of them.
+    """
+    settings = task.settings
+    if mode != settings.mode:  # another mode may have other directions and optimizers
+        worker = replace(task, settings=settings.model_copy(update={"mode": mode})).worker()
+    queries = min(2, settings.queries)
+    trial = settings.model_copy(update={"mode": mode, "queries": queries, "subspace_interval": 1})
+    seconds, loss, moving = _timed(worker, examples, trial)
+    if seconds < QUICK_SECONDS:  # once more, warm, with as many queries as share a pass
+        trial = trial.model_copy(update={"queries": min(settings.queries, max(queries, settings.copies_per_pass))})
+        seconds, loss, moving = _timed(worker, examples, trial)
+    if mode == "subspace":
+        seconds *= settings.subspace_interval
+    elif mode != "fo":
+        of_all, of_trial = (forward_passes(settings.estimator, some.queries) for some in (settings, trial))
+        seconds *= of_all / of_trial
+    began = time.monotonic()
+    read = min(8, len(examples["labels"]))
+    metrics.evaluate(worker.model, {name: tensor[:read] for name, tensor in examples.items()})
+    evaluation = (time.monotonic() - began) / read * settings.eval_examples
+    count = steps_within(settings.model_copy(update={"mode": mode}), count or len(examples["labels"]))
+    replayed = moving if mode in ("zo", "subspace") else 0.0  # the replay that proves the run
+    total = count * (seconds + moving + replayed) + (count / settings.eval_interval + 2) * evaluation
+    return Pace(loss, seconds + moving, count, min(total, settings.max_seconds or total))
+
+
+def steps_within(settings: Settings, examples: int = 0) -> int:
+    """Steps or rounds of a run: those asked for, or as many as its budget of forward-equivalents about allows.
+
+    examples: how many the run has, by which `epochs` count; 0: not known, and `steps` stand for them.
+    """
+    count = settings.rounds if settings.clients else steps_of(settings, examples) if examples else settings.steps
+    if not settings.max_forward_equivalents:
+        return count
+    forward = measurements.passes(settings) * (measurements.examples_per_query(settings) or settings.batch_size)
+    backward = 3 * settings.gradient_accumulation * measurements.backprop_batch_size(settings)
+    cost = {
+        "zo": forward,
+        "fo": 3 * settings.gradient_accumulation * settings.batch_size,
+        "subspace": 3 * settings.subspace_interval * settings.batch_size,
+    }.get(settings.mode, forward + backward / settings.bp_interval)
+    return min(count, math.ceil(settings.max_forward_equivalents / (cost * max(1, settings.clients))))
+
+
+def _timed(worker: Worker, examples: Examples, settings: Settings) -> tuple[float, float, float]:
+    """(seconds of asking, loss, seconds of moving) of the worker's next step."""
+    began = time.monotonic()
+    step = asker(settings, worker, examples, settings.steps)(worker.round + 1)
+    asked = time.monotonic()
+    worker.apply(link(worker.head, step.record), step.update)
+    return asked - began, step.loss, time.monotonic() - asked
+
+
+def bytes_of_a_round(settings: Settings, worker: Worker) -> tuple[int, int]:
+    """(up, down) of each client in a zeroth-order round, as Flower serialises them."""
+    from zofed.federated import messages  # Flower takes a while to load
+
+    values = (2**17,) * settings.queries
+    clients = (0,) if settings.seeds == "shared" else tuple(range(max(1, settings.clients)))
+    record = Seeded(worker.round, settings.learning_rate, clients, settings.queries, values * len(clients), -17, 1.0)
+    plan = protocol.plan_for(worker, worker.head, [link(worker.head, record)], client=0)
+    answer = protocol.Answer(plan.genesis, plan.round, 1, 0, b"", plan.probe, "", 1.0, 1, 1, values, -17)
+    up, down = (messages.size(messages.pack(content)) for content in (answer, plan))
+    return up, down
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, to two digits or so."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

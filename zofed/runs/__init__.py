@@ -1,0 +1,1 @@
+"""One run's folder, tables and pictures."""

@@ -1,0 +1,324 @@
+"""A run's folder: settings, journal, metrics, checkpoints, summary, model; the same whichever way it ran."""
+
+import hashlib
+import json
+import platform
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+
+from zofed import __version__, config
+from zofed.base import arithmetic, shell
+from zofed.base.errors import DiskError, UserError
+from zofed.base.files import sync_file, sync_folder, write_whole
+from zofed.config import Settings
+from zofed.core.journal import Genesis, Journal, differences
+from zofed.core.replica import NotKept, tensors_digest
+from zofed.runs.tables import Row as Row
+from zofed.runs.tables import read_table as read_table
+
+METRICS = (
+    "timestamp", "epoch", "step", "mode", "scope", "q", "lr", "batch_size", "optimizer", "bp_interval", "loss",
+    "grad_norm", "eval_loss", "forward_passes", "backward_passes", "forward_equivalents", "tokens", "seconds", "bytes",
+    "cosine_kept", "cosine_direction", "share_kept",
+)  # fmt: skip
+EVALUATIONS = ("step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1")
+BEST = "best"  # name of the checkpoint with the lowest held-out loss
+
+WAY, NODES, ARITHMETIC = "way", "nodes", "arithmetic"  # what inputs.json says of a run beside what must not change
+# How a run runs, by the command that begins and continues it. The last of them is a federation on separate machines.
+CENTRAL, SIMULATED, DEPLOYED = "zofed train", "zofed simulate", "zofed run"
+RESTORE = "restore it from a copy"
+_OF_REFUSED = (
+    "settings.toml", "inputs.json", "journal.zofed", "metrics.csv", "evaluations.csv", "summary.json", "rounds.csv",
+    "clients.csv", "client_evaluations.csv", "partition.csv", "partition.png", "rounds.log", "members.json",
+)  # fmt: skip
+_OF_FEDERATIONS = ("rounds.csv", "clients.csv", "client_evaluations.csv", "partition.csv")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run. `path` is absolute."""
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, path: Path, settings: Settings, inputs: Mapping[str, Any], way: str = CENTRAL, nodes: int = 0
+    ) -> "RunFolder":
+        """A new folder for a run. Raises UserError when it cannot be written or holds something already.
+
+        inputs: what a resumed run must find unchanged. way: how it runs, one of CENTRAL, SIMULATED and DEPLOYED. nodes:
+        of a federation, how many the data are dealt out to. What a run killed before its first entry left is written
+        over, and what a run left that was refused before it.
+        """
+        path = config.absolute(path, "out")
+        folder = cls(path)
+        try:
+            if path.is_symlink() and not path.exists():
+                raise UserError(f"out = {str(path)!r} is a link to nowhere: remove it or choose another --out")
+            begun = ("settings.toml", "inputs.json")
+            folder._clear_refused()
+            if path.exists() and (
+                not path.is_dir() or any(p.name not in begun and not p.name.endswith(".new") for p in path.iterdir())
+            ):
+                remedy = f"continue it with {folder.go_on()}, or choose" if folder.journal.exists() else "choose"
+                raise UserError(f"out = {str(path)!r} is not empty: {remedy} another folder with --out")
+            path.mkdir(parents=True, exist_ok=True)
+            about = {WAY: way, ARITHMETIC: arithmetic.described(), **({NODES: nodes} if nodes else {})}
+            folder.write_text("inputs.json", json.dumps(dict(inputs) | about, indent=2, sort_keys=True) + "\n")
+            folder.write_text("settings.toml", config.to_toml(settings))
+            sync_folder(path.parent)
+        except OSError as error:
+            raise UserError(f"out = {str(path)!r} cannot be written: {error.strerror}; choose another --out") from error
+        return folder
+
+    def _clear_refused(self) -> None:
+        """Remove what a run left that failed before its first record, so that the same --out takes the mended command.
+
+        Anything else in the folder, a record or a writer at work, and all of it stays.
+        """
+        files = {self.path / name for name in _OF_REFUSED}
+        if not self.path.is_dir() or not set(self.path.iterdir()) <= files:
+            return
+        with suppress(UserError):  # a damaged summary or journal: the folder stays as it is
+            if self.summary().get("status") != "failed":
+                return
+            with Journal.open(self.journal) as journal:
+                if not journal.entries:
+                    for file in files:
+                        file.unlink(missing_ok=True)
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The folder of an earlier run. Raises UserError when it is none."""
+        folder = cls(config.absolute(path, "out"))
+        if not (folder.path / "settings.toml").is_file() or not folder.journal.is_file():
+            raise UserError(f"{folder.path} is not the folder of a run: it lacks settings.toml or journal.zofed")
+        return folder
+
+    @property
+    def way(self) -> str:
+        """How the run runs: CENTRAL, SIMULATED or DEPLOYED. A run of an earlier version tells it by its files alone."""
+        written = self.inputs().get(WAY)
+        if written in (CENTRAL, SIMULATED, DEPLOYED):
+            return written
+        return SIMULATED if any((self.path / name).exists() for name in _OF_FEDERATIONS) else CENTRAL
+
+    @property
+    def nodes(self) -> int:
+        """How many nodes a federated run's data are dealt out to; 0: not known, or a central run."""
+        written = self.inputs().get(NODES)
+        return written if isinstance(written, int) else 0
+
+    def go_on(self) -> str:
+        """The command that continues the run. NAME stands for a SuperLink, which the run's folder does not know."""
+        words = [*self.way.split(), *(["NAME"] if self.way == DEPLOYED else [])]
+        return shell.command(*words, "--resume", self.path)
+
+    def check_way(self, way: str) -> None:
+        """Raise UserError, with the command that continues the run, unless it runs this way."""
+        if not self.inputs():
+            raise UserError(f"{self.path / 'inputs.json'}, which tells what the run began with, is spoilt: {RESTORE}")
+        if self.way != way:
+            what = {CENTRAL: "a central run", SIMULATED: "a federated run", DEPLOYED: "a run on separate machines"}
+            told = f"{self.path} holds {what[self.way]}: continue it with {self.go_on()}"
+            raise UserError(f"{told}, or choose another folder with --out")
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.zofed"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def has_model(self) -> bool:
+        """Whether the trained model lies here, whole as far as its headers tell."""
+        try:
+            for path in (found := list(self.model.glob("*.safetensors"))):
+                with safe_open(path, "pt"):
+                    pass
+            return bool(found) and (self.model / "config.json").is_file()
+        except (OSError, SafetensorError):
+            return False
+
+    def settings(self) -> Settings:
+        return config.resolve(config.read_toml(self.path / "settings.toml"))
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a file so that a reader sees the old or the new one, never half of it."""
+        write_whole(self.path / name, text)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        self.write_text("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        return self._read_json("summary.json")
+
+    def inputs(self) -> dict[str, Any]:
+        return self._read_json("inputs.json")
+
+    def check_unchanged(self, inputs: Mapping[str, Any], genesis: Genesis, now: Genesis) -> None:
+        """Raise UserError unless a run can go on: from what it read, and from the journal's genesis, as they were.
+
+        inputs, now: what settings, data and model give today. Another processor or BLAS may go on, to weights that
+        the journal explains as well; that they may not be those of an undisturbed run is said.
+        """
+        recorded = self.inputs()
+        before = {key: value for key, value in recorded.items() if key not in (WAY, NODES, ARITHMETIC)}
+        if not before:
+            raise UserError(f"{self.path / 'inputs.json'}, which tells what the run began with, is spoilt: {RESTORE}")
+        different = [key for key in sorted(before | dict(inputs)) if before.get(key) != inputs.get(key)]
+        different += differences(genesis, now)
+        if different:
+            raise UserError(
+                f"{self.path} began with another {', '.join(different)} than its settings give today: "
+                "bring back the settings, data, tokenizer and model it began with"
+            )
+        if other := arithmetic.changed_since(recorded.get(ARITHMETIC)):
+            warnings.warn(
+                f"{self.path} goes on with other arithmetic ({other}): its steps from here may differ in the last bit "
+                "from those of a run that was not interrupted",
+                stacklevel=2,
+            )
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        """The object in a file; empty where there is none or it is spoilt."""
+        try:
+            found = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def save_update(self, digest: bytes, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the gradient or guide that a record names by its digest, whole on disk before this returns."""
+        self._save(self.path / "updates", digest.hex(), tensors, {})
+
+    def keep_updates(self, digests: Collection[bytes]) -> None:
+        """Let go of all gradients and guides but these."""
+        names = {self._update_path(digest).name for digest in digests}
+        for path in (self.path / "updates").glob("*.safetensors"):
+            if path.name not in names:
+                path.unlink()
+
+    def has_update(self, digest: bytes) -> bool:
+        """Whether there is a file for the gradient or guide of a digest, be it whole or not."""
+        return bool(digest) and self._update_path(digest).is_file()
+
+    def _update_path(self, digest: bytes) -> Path:
+        return self.path / "updates" / f"{digest.hex()}.safetensors"
+
+    def update(self, digest: bytes) -> dict[str, Tensor] | None:
+        """The gradient or guide of a digest, None where it was not kept or is damaged."""
+        found = read_checkpoint(self._update_path(digest), digest.hex()) if digest else None
+        return found and found[0]
+
+    def whole_update(self, digest: bytes) -> dict[str, Tensor] | None:
+        """As `update`, but raises NotKept, which names the file, where it is damaged."""
+        found = self.update(digest)
+        if found is None and self.has_update(digest):
+            raise NotKept(
+                f"{self._update_path(digest)}, a gradient that the replay needs, is damaged, and no checkpoint lies "
+                "behind its step: restore the file from a copy"
+            )
+        return found
+
+    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> None:
+        """Save tensors and facts whole or not at all; all but the newest `keep` go once the new one is on disk."""
+        self._save(self.path / "checkpoints", name, tensors, facts)
+        for old in self.checkpoints()[:-keep]:
+            old.unlink()
+
+    def save_best(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Keep what scored best so far, in place of what did before."""
+        self._save(self.path / "checkpoints", BEST, tensors, facts)
+
+    def best(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and facts of the best checkpoint. Raises UserError where there is none or it is damaged."""
+        path = self.path / "checkpoints" / f"{BEST}.safetensors"
+        found = read_checkpoint(path)
+        if found is None and path.exists():
+            raise UserError(f"{path} is damaged: {RESTORE}, or score the run's end, without --best")
+        if found is None:
+            raise UserError(f"{self.path} holds no best checkpoint: train with keep-best = true")
+        return found
+
+    def _save(self, folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        temporary = folder / f".{name}.new"
+        held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        digest, written = tensors_digest(held), json.dumps(facts)
+        try:
+            folder.mkdir(exist_ok=True)
+            save_file(held, temporary, {"facts": written, "digest": digest, "seal": _seal(digest, written)})
+            sync_file(temporary)
+            temporary.rename(folder / f"{name}.safetensors")
+            sync_folder(folder)
+        except (SafetensorError, OSError) as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise DiskError(f"cannot write {temporary}: {error}; free some space") from error
+
+    def sync_tables(self) -> None:
+        """Make durable all lines of all tables."""
+        for path in self.path.glob("*.csv"):
+            sync_file(path)
+        sync_folder(self.path)
+
+    def checkpoints(self) -> list[Path]:
+        """Files of all checkpoints to go on from, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
+
+
+def _seal(digest: str, facts: str) -> str:
+    """SHA-256, hex, over a checkpoint's facts and the digest of its tensors."""
+    return hashlib.sha256(f"{digest}\n{facts}".encode()).hexdigest()
+
+
+def read_checkpoint(path: Path, wanted: str = "") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts of a checkpoint file, or None where it is damaged.
+
+    wanted: the tensors' digest, hex; empty: the one in the file. A file of an earlier version has no seal over its
+    facts: whoever goes by them compares them with the journal.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        facts, digest = json.loads(about["facts"]), about["digest"]
+        if not isinstance(facts, dict) or about.get("seal", sealed := _seal(digest, about["facts"])) != sealed:
+            return None
+        tensors = load_file(path)
+        return (tensors, facts) if tensors_digest(tensors) == (wanted or digest) else None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that a result may depend on."""
+    packages = ("torch", "transformers", "numpy", "flwr", "safetensors", "tokenizers")
+    return {"zofed": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def peak_memory_bytes() -> int:
+    """Largest memory this process has held: on the GPU if it used one, else resident in RAM."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def timestamp() -> str:
+    """Now, in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,99 @@
+"""What one run found, read back from its folder, as far as the files of a killed process or another version go."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from zofed import config
+from zofed.base.errors import UserError
+from zofed.config import SETTINGS
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    """One run. settings: as written in its folder, defaults for what is not there. columns: of metrics.csv, by name.
+
+    arm, tunes: what its sweep says of it; empty and False for a run on its own.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    columns: Mapping[str, Array]
+    arm: str = ""
+    tunes: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def is_complete(self) -> bool:
+        return self.summary.get("status") == "completed"
+
+    @property
+    def has_diverged(self) -> bool:
+        return self.summary.get("status") == "diverged"
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the metrics tell less than the summary says the run cost."""
+        cost = self.summary.get("forward_equivalents")
+        return self.is_complete and cost is not None and self.total("forward_equivalents") != cost
+
+    @cached_property
+    def held_out(self) -> tuple[Array, Array]:
+        """(rows of the evaluations, their losses)."""
+        losses = self.columns.get("eval_loss", np.zeros(0))
+        rows = np.flatnonzero(np.isfinite(losses))
+        return rows, losses[rows]
+
+    @property
+    def end(self) -> float:
+        """Held-out loss at the end, nats; NaN of a run that has not ended or has diverged."""
+        return math.nan if self.has_diverged else float(self.summary.get("eval_loss_end", math.nan))
+
+    @property
+    def best(self) -> float:
+        """The lowest held-out loss of all evaluations, nats."""
+        return float(min(self.held_out[1], default=math.nan))
+
+    def total(self, column: str) -> float:
+        """The last value of a running sum of the metrics (passes, seconds, bytes); NaN where there is none."""
+        found = self.columns.get(column, np.zeros(0))
+        return float(found[-1]) if len(found) else math.nan
+
+
+NUMBERS = ("eval_loss_start", "eval_loss_end", "forward_equivalents", "seconds", "peak_memory_bytes")  # of a summary
+
+
+def read(path: Path) -> Result:
+    """The run in a folder. Raises UserError where it is none, is spoilt, or has not a line of metrics."""
+    run = RunFolder.open(path)
+    settings = {key: known.default for key, known in SETTINGS.items()} | config.read_toml(run.path / "settings.toml")
+    rows = read_table(run.path / "metrics.csv")
+    if not rows:
+        raise UserError(f"{run.path} has no line of metrics yet: let it run, or leave it out")
+    columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0] if name}
+    summary = run.summary()
+    for key in NUMBERS:
+        if not isinstance(value := summary.get(key), int | float | None):
+            spoilt = f"{run.path / 'summary.json'} is spoilt"
+            raise UserError(f"{spoilt}, {key} = {value!r} is no number: bring it back from a copy")
+    return Result(run.path, settings, summary, columns)
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan

@@ -1,0 +1,1 @@
+"""One machine's loop, and what each mode measures."""

@@ -1,0 +1,488 @@
+"""What a run's settings mean: its tokenizer, its documents and examples, its model."""
+
+import hashlib
+import json
+import math
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from zofed import config
+from zofed.base.environment import keep_freed_memory
+from zofed.base.errors import UserError
+from zofed.config import WITH_BACKPROP, Settings
+from zofed.core import metrics, replica
+from zofed.core.estimators import size_exponents
+from zofed.core.optimizers import Optimizer
+from zofed.core.replica import Worker
+from zofed.data import classes, documents, encoding, partitions, readers, subsets, tokenizers
+from zofed.data.classes import Classes
+from zofed.data.documents import Reading
+from zofed.data.encoding import Document, Examples
+from zofed.models import build, classifier, initial, limits, scopes
+
+SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The examples that every evaluation of a run reads, out of the `held_out` that there are.
+
+    bytes_per_token: UTF-8 bytes that one of their predicted tokens stands for, of a language model.
+    """
+
+    examples: Examples
+    held_out: int
+    bytes_per_token: float | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run's data and model, the same for whoever builds it from the same settings.
+
+    train: documents any client may hold a shard of; held_out: documents nobody trains on; backprop: those that
+    backpropagation sees beside zeroth order (instruct, calibrate). The labels of all are numbers of the run's classes;
+    named: those, None: as many as the documents show. readings: what was read of which data set.
+    """
+
+    settings: Settings
+    tokenizer: PreTrainedTokenizerBase
+    train: list[Document]
+    held_out: list[Document]
+    backprop: list[Document]
+    named: Classes | None = None
+    readings: tuple[Reading, ...] = ()
+
+    @classmethod
+    def load(cls, settings: Settings, named: Classes | None = None) -> "Task":
+        """Read tokenizer and documents. Raises UserError for what is missing or unusable.
+
+        named: the classes, where another has settled them: a run's server, for its clients.
+        """
+        classifier.check(settings)
+        tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
+        return cls.of(settings, tokenizer, documents.read(settings.dataset), named)
+
+    @classmethod
+    def of(
+        cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, found: Reading, named: Classes | None = None
+    ) -> "Task":
+        """A task whose tokenizer and documents were read already. Raises UserError for what is unusable."""
+        is_classifier = settings.task == "classification"
+        if is_classifier and named is None:
+            named = classes.of_training(found, settings.model, build.class_names(settings))
+        readings = [found]
+
+        def labelled(reading: Reading, key: str) -> list[Document]:
+            if not is_classifier or named is None:
+                return reading.documents
+            classes.check_labelled(reading, what := f"{key} = {reading.dataset!r}")
+            return classes.renumbered(reading, named, what)
+
+        def more(dataset: str, key: str) -> list[Document]:
+            readings.append(documents.read(dataset))
+            return labelled(readings[-1], key)
+
+        train = labelled(found, "dataset")
+        if settings.eval_dataset:
+            held_out = more(settings.eval_dataset, "eval-dataset")
+        else:
+            train, held_out = encoding.split_held_out(train, settings.held_out, settings.seed)
+        backprop = train
+        if settings.mode in WITH_BACKPROP and settings.bp_dataset:
+            backprop = more(settings.bp_dataset, "bp-dataset")
+        elif settings.mode in WITH_BACKPROP and settings.split_dataset_for_bp_zo:
+            train, backprop = encoding.split_held_out(
+                train, settings.split_dataset_for_bp_zo, settings.seed, "backprop"
+            )
+        return cls(settings, tokenizer, train, held_out, backprop, named if is_classifier else None, tuple(readings))
+
+    @classmethod
+    def to_score(cls, settings: Settings, share: float = 0.0) -> "Task":
+        """The task of a model that is scored and not trained: its held-out part alone need be there.
+
+        share: of the eval-dataset that is scored, split off by the seed; 0: all. Raises UserError as `load`.
+        """
+        if settings.eval_dataset and settings.task == "language-model":
+            tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
+            found = documents.read(settings.eval_dataset)
+            task = cls(settings, tokenizer, [], found.documents, [], readings=(found,))
+        else:
+            task = cls.load(settings)  # the training data say which classes there are
+        return (
+            replace(task, held_out=encoding.split_held_out(task.held_out, share, settings.seed)[1]) if share else task
+        )
+
+    @classmethod
+    def own(cls, settings: Settings, dataset: str, named: Classes | int = 0) -> "Task":
+        """The task of a node that reads its own `dataset` and needs none of the run's: client 0 of 1 holds it all.
+
+        Nothing is held out here; `client_parts` does. dataset: an absolute path or a known name. named: the run's
+        classes, of which a node may lack some, or how many they are where they are only numbers; 0: as many as the
+        documents show. Raises UserError naming the key for a file that is missing, a document without a label and a
+        label that is none of the classes.
+        """
+        classifier.check(settings)
+        found = partitions.own(dataset)
+        own, known = found.documents, Classes.numbered(named) if isinstance(named, int) else named
+        if settings.task == "classification":
+            what = f"node config dataset = {dataset!r}"
+            classes.check_labelled(found, what)
+            own = classes.renumbered(found, known if len(known) else classes.shown(found), what)
+        tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
+        return cls(settings, tokenizer, own, [], own, known if len(known) else None, (found,))
+
+    @property
+    def labels(self) -> int:
+        """Number of classes of a classification task, 0 for a language model."""
+        if self.settings.task == "language-model":
+            return 0
+        if self.named:
+            return len(self.named)
+        return 1 + max(document.label or 0 for document in (*self.train, *self.held_out, *self.backprop))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of a classification task, the name of each class; of a language model none."""
+        return (self.named or Classes.numbered(self.labels)).names if self.labels else ()
+
+    def told(self) -> str:
+        """Lines for people: what was read of which data set, and which classes there are."""
+        lines = [reading.told() for reading in self.readings]
+        if self.named:
+            lines.append(classes.told(self.named, [*self.train, *self.held_out]))
+        return "\n".join(f"data: {line}" for line in lines)
+
+    def check_held_out(self) -> None:
+        """Raise UserError when the held-out part is too short, before a run has written anything."""
+        _ = self.held_out_sample
+
+    def examples(self, documents: list[Document], cache: bool = True) -> Examples:
+        """Documents as the tensors the model reads. cache: keep and find them in the user's cache."""
+        return self._read_by_model(self._tokens(documents, cache), cache)
+
+    def _tokens(self, documents: list[Document], cache: bool = True) -> Examples:
+        size = self.settings.block_size
+        if self.labels:
+            found = encoding.classification_examples(documents, self.tokenizer, size)
+        elif not cache:
+            found = encoding.language_model_examples(documents, self.tokenizer, size)
+        else:
+            found = encoding.language_model_examples(
+                documents, self.tokenizer, size, encoding.default_cache(), self._tokenizer_digest
+            )
+        return found
+
+    @cached_property
+    def _model_config(self) -> Any:
+        """Read once: a process may serve a thousand clients."""
+        return build.saved_config(self.settings)
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        """Computed once: a process may serve a thousand clients."""
+        return encoding.tokenizer_digest(self.tokenizer)
+
+    def _read_by_model(self, tokens: Examples, cache: bool = True) -> Examples:
+        """The tokens; of a frozen encoder its features, computed once and kept beside the token caches.
+
+        Raises UserError where the model cannot read them.
+        """
+        limits.check_tokens(tokens, self.tokenizer, self._model_config, self.settings, self.labels)
+        if not self.settings.freeze_encoder:
+            return tokens
+        # Not the worker's model, which a shard does not know; this one goes when the features are there.
+        model = build.create_model(self.settings, self.tokenizer, self.labels)
+        assert isinstance(model, classifier.PooledClassifier)
+        chosen = device(self.settings)
+        depends_on = (
+            "features 1",
+            replica.tensors_digest(tokens),
+            replica.weights_digest(model.encoder),
+            json.dumps(build.describe(self.settings.model, model), sort_keys=True),
+            f"{chosen.type} {torch.get_num_threads()} {torch.__version__}",
+        )
+        nn.Module.to(model, chosen)
+        found = encoding.kept(
+            encoding.default_cache() if cache else None, depends_on, lambda: classifier.features(model, tokens)
+        )
+        return {"features": found, "labels": tokens["labels"]}
+
+    def client_documents(self, client: int, clients: int) -> list[Document]:
+        """The training documents of one client out of `clients`, by the setting partition."""
+        return partitions.deal(self.train, client, clients, self.settings)
+
+    def shard(self, client: int, clients: int) -> Examples:
+        """The examples of one client out of `clients`; disjoint from every other client's."""
+        found = self.client_documents(client, clients)
+        with _named(f"client {client} of {clients}" if clients > 1 else ""):
+            return self.examples(found)
+
+    def client_parts(self, client: int, clients: int, share: float) -> tuple[Examples, Examples | None]:
+        """(training, held-out) examples of one client: `share` of its documents, split off by the seed; 0: None.
+
+        Raises UserError where either part has not one example, or share is not in [0, 1).
+        """
+        if share == 0:
+            return self.shard(client, clients), None
+        found = self.client_documents(client, clients)
+        whose = f"client {client} of {clients}" if clients > 1 else "this client"
+        with _named(f"client-held-out = {share:g}, {whose}"):
+            train, held_out = encoding.split_held_out(found, share, self.settings.seed, "client held out")
+        with _named(f"training part of {whose}", "or lower client-held-out"):
+            examples = self.examples(train)
+        with _named(f"held-out part of {whose}", "or raise client-held-out"):
+            return examples, self.examples(held_out)
+
+    @cached_property
+    def held_out_sample(self) -> Sample:
+        """What the whole held-out part is scored by. Raises UserError where it has not one example."""
+        settings = self.settings
+        if settings.eval_dataset:
+            with _named(f"eval-dataset = {settings.eval_dataset!r}"):
+                return self._sample(self.held_out)
+        with _named("held-out part", f"or set held-out above {settings.held_out:g}"):
+            return self._sample(self.held_out)
+
+    @cached_property
+    def backprop_examples(self) -> Examples:
+        """What backpropagation sees. Raises UserError where its part of the data is smaller than one batch."""
+        settings = self.settings
+        need = settings.gradient_accumulation * (settings.bp_batch_size or settings.batch_size)
+        try:
+            found = self.examples(self.backprop)
+        except UserError as error:
+            raise UserError(f"backprop's part of the data: {error}") from error
+        if len(found["labels"]) < need and self.backprop is not self.train:
+            raise UserError(
+                f"backprop's part of the data has {len(found['labels'])} examples, less than one batch of {need}: "
+                "raise split-dataset-for-bp-zo, give more data, or lower bp-batch-size"
+            )
+        return found
+
+    def evaluate(self, model: nn.Module) -> metrics.Scores:
+        """Scores on samples of the held-out examples, the same in every evaluation of a run.
+
+        Of all of them, and of each source where there are several; of more than SOURCES only those of most documents.
+        """
+        whole, sources = self.held_out_sample, self._samples_by_source
+        of_sources = len({document.source for document in self.held_out})
+        coverage = metrics.Coverage(
+            len(whole.examples["labels"]), whole.held_out, len(sources), of_sources if of_sources > 1 else 0
+        )
+        return metrics.Scores(
+            _score(model, whole), {name: _score(model, own) for name, own in sources.items()}, coverage
+        )
+
+    @cached_property
+    def _samples_by_source(self) -> dict[str, Sample]:
+        """By the sources' names, rising; a source too short for one example is left out."""
+        counts = Counter(document.source for document in self.held_out)
+        largest = sorted(counts, key=lambda source: (-counts[source], source))[:SOURCES]
+        found = {}
+        for source in sorted(largest) if len(counts) > 1 else ():
+            try:
+                found[source] = self._sample([document for document in self.held_out if document.source == source])
+            except limits.Unreadable:
+                raise
+            except UserError:
+                continue
+        return found
+
+    def _sample(self, documents: list[Document]) -> Sample:
+        tokens = self._tokens(documents)
+        chosen = self._chosen(tokens)
+        examples, count = self._read_by_model(_at(tokens, chosen)), len(tokens["labels"])
+        if self.labels:
+            return Sample(examples, count)
+        size, digest = self.settings.block_size, self._tokenizer_digest
+        sizes = encoding.token_bytes(documents, self.tokenizer, size, encoding.default_cache(), digest)[chosen]
+        return Sample(examples, count, float(metrics.predicted_labels(sizes).double().mean()))
+
+    def sampled(self, examples: Examples) -> Examples:
+        """Those of a client's own held-out examples that its evaluations read, the same each time."""
+        return _at(examples, self._chosen(examples))
+
+    def _chosen(self, examples: Examples) -> Tensor:
+        return encoding.sample(len(examples["labels"]), self.settings.eval_examples, self.settings.seed)
+
+    def baselines(self) -> dict[str, float]:
+        """Losses (nats) of knowing nothing on the very examples that evaluations read.
+
+        Of uniform guesses, and of the training set's frequencies.
+        """
+        train, held_out = self._tokens(self.train), self.held_out_sample.examples
+        if self.labels:
+            return metrics.class_baselines(train["labels"], held_out["labels"], self.labels)
+        vocabulary = len(self.tokenizer)
+        return {"uniform": math.log(vocabulary), "unigram": encoding.unigram_loss(train, held_out, vocabulary)}
+
+    def inputs(self) -> dict[str, Any]:
+        """All that decides what the run's steps are, apart from the genesis: settings, and digests of what it reads."""
+        names = {"classes": list(self.class_names)} if self.labels else {}
+        return config.pinned(self.settings) | self.digests() | names
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the documents and of the tokenizer: what the run read."""
+        return {
+            "documents": encoding.documents_digest([*self.train, *self.held_out]),
+            **({"backprop": encoding.documents_digest(self.backprop)} if self.backprop is not self.train else {}),
+            **({"groups": self._groups_digest()} if self.settings.partition != "iid" else {}),
+            "tokenizer": self._tokenizer_digest,
+        }
+
+    def _groups_digest(self) -> str:
+        """SHA-256 of what decides who holds which document, which the texts do not tell."""
+        names = [partitions.group(document, self.settings.partition) for document in self.train]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+    def first_worker(self) -> Worker:
+        """`worker`, of whoever begins a run: says what the saved model lacks and the run draws."""
+        replica = self.worker()
+        if names := initial.drawn(replica.model):
+            print(build.told_drawn(names), flush=True)
+        return replica
+
+    def worker(self) -> Worker:
+        """A new replica at the base weights, on the run's device, with the genesis that pins it."""
+        return worker_of(self.settings, build.create_model(self.settings, self.tokenizer, self.labels))
+
+
+def worker_of(settings: Settings, model: build.Model) -> Worker:
+    """A replica of a model at its base weights, with the genesis that the settings give it, on their device."""
+    names = scopes.trainable_names(model, settings.scope)
+    if frozen := scopes.frozen_though_drawn(model, names):
+        warnings.warn(
+            f"scope = {settings.scope!r} leaves {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''} as drawn: "
+            "the model's folder lacks them, and they do not train; set scope to head, last-1 or full to train them",
+            stacklevel=2,
+        )
+    matrices = frozenset(scopes.inner_matrices(model, names))
+
+    def rule(name: Literal["sgd", "adamw", "mudamw"]) -> Optimizer:
+        orthogonal = matrices if name == "mudamw" else frozenset[str]()
+        return Optimizer(name, settings.momentum, settings.weight_decay, settings.cautious, orthogonal)
+
+    # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are.
+    outer = Optimizer("sgd", weight_decay=settings.weight_decay)
+    parameters = replica.named_parameters(model)
+    in_proportion = settings.mode != "fo" and settings.direction_sizes == "rms"
+    is_core = settings.mode == "subspace" and settings.subspace_variant == "core"
+    genesis = replica.make_genesis(
+        model,
+        build.describe(settings.model, model),
+        names,
+        seed=settings.seed,
+        kind="core" if is_core else settings.directions,
+        optimizer=outer if settings.mode == "subspace" else rule(settings.optimizer),
+        size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
+        backprop_optimizer=(
+            rule(settings.bp_optimizer or settings.optimizer) if settings.mode in WITH_BACKPROP else None
+        ),
+    )
+    return Worker(nn.Module.to(model, device(settings)), genesis)
+
+
+def _at(examples: Examples, positions: Tensor) -> Examples:
+    return {name: tensor[positions] for name, tensor in examples.items()}
+
+
+def _score(model: nn.Module, sample: Sample) -> metrics.Score:
+    return metrics.evaluate(model, sample.examples, bytes_per_token=sample.bytes_per_token)
+
+
+@contextmanager
+def _named(part: str, remedy: str = "") -> Iterator[None]:
+    """Say in a UserError's line whose data it speaks of, and a remedy more."""
+    try:
+        yield
+    except UserError as error:
+        told = f"{part}: {error}" if part else str(error)
+        if isinstance(error, limits.Unreadable):  # no other share of the documents mends that
+            raise limits.Unreadable(told) from error
+        raise UserError(f"{told}, {remedy}" if remedy else told) from error
+
+
+NAMES = {
+    "model": tuple(build.SIZES),
+    "dataset": documents.KNOWN_NAMES,
+    "bp_dataset": documents.KNOWN_NAMES,
+    "eval_dataset": documents.KNOWN_NAMES,
+    "tokenizer": tokenizers.KNOWN_NAMES,
+}
+
+
+def with_absolute_paths(settings: Settings) -> Settings:
+    """The settings with local paths absolute and a hub model's commit, so that they mean the same everywhere and later.
+
+    Raises UserError for a revision that is not there.
+    """
+    update = {key: absolute_path(key, getattr(settings, key)) for key in NAMES}
+    update["revision"] = build.commit(settings)
+    return settings.model_copy(update=update)
+
+
+def absolute_path(key: str, name: str) -> str:
+    """What the setting `key` of NAMES names, as an absolute path where it is on this machine; else the name."""
+    path = os.path.expanduser(name)
+    if key.endswith("dataset") and name and name not in NAMES[key] and (folder := subsets.find(name)):
+        return str(folder)
+    return os.path.abspath(path) if path and path not in NAMES[key] and os.path.exists(path) else name
+
+
+def check_absolute(settings: Settings) -> None:
+    """Raise UserError for data or a model named relative to a working folder that is not the user's.
+
+    For what Flower starts: `flwr run` unpacks an app and runs it in a folder of its own.
+    """
+    for key in NAMES:
+        name = getattr(settings, key)
+        if not name or name in NAMES[key] or os.path.isabs(os.path.expanduser(name)):
+            continue
+        if key.endswith("dataset"):
+            is_relative = os.sep in name or name.endswith(readers.SUFFIXES)
+        else:
+            is_relative = name.startswith(".") or name.count("/") > 1  # OWNER/NAME is of the hub
+        if is_relative:
+            raise UserError(
+                f"{key.replace('_', '-')} = {name!r} is a relative path, but Flower runs the app in a folder of its "
+                "own, not in yours: give the absolute path"
+            )
+
+
+def prepare_process(threads: int) -> None:
+    """Set what belongs to the process and not to a model: CPU threads, memory, the library's chatter."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def device(settings: Settings) -> torch.device:
+    """The device of a run, the first of several. Raises UserError for a CUDA device this machine does not have."""
+    return devices(settings)[0]
+
+
+def devices(settings: Settings) -> list[torch.device]:
+    """The devices that share a run's queries, mostly one. Raises UserError for one this machine does not have."""
+    if settings.device == "auto" and not settings.devices:
+        return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    key = "devices" if settings.devices else "device"
+    names = getattr(settings, key)
+    chosen = [torch.device(name.strip()) for name in names.split(",")]
+    if any(one.type == "cuda" and (one.index or 0) >= torch.cuda.device_count() for one in chosen):
+        raise UserError(
+            f"{key} = {names!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
+            f"set {key} to cpu{' or auto' if key == 'device' else ',cpu or to those it has'}"
+        )
+    return chosen
