@@ -4,9 +4,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from zofed.memory import keep_freed_memory
 
 from benchmarks import common
+from zofed.base.environment import keep_freed_memory
 from zofed.core import perturbed
 from zofed.core.journal import link
 from zofed.core.records import Seeded, to_integers

@@ -1,9 +1,9 @@
 """How fast records become weights, against drawing Gaussian directions anew as MeZO, FedKSeed and DeComFL do."""
 
 import torch
-from zofed.memory import keep_freed_memory
 
 from benchmarks import common
+from zofed.base.environment import keep_freed_memory
 from zofed.core.journal import Entry, link
 from zofed.core.records import Seeded
 from zofed.core.replica import Worker

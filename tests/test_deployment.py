@@ -22,7 +22,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.common.config import parse_config_args
 from flwr.supercore.task_identity import TaskIdentity
 
-from zofed import identity
+from zofed.base import environment
 from zofed.base.errors import UserError
 from zofed.deployment import keys, reachability, superlink, supervisor, warm_worker
 from zofed.deployment.reachability import Address
@@ -412,7 +412,7 @@ def test_a_message_that_fails_is_answered_with_an_error(capsys: pytest.CaptureFi
 
 def test_a_greeting_of_another_zofed_is_answered_with_who_this_is() -> None:
     told = messages.unpack(Introduction, warm_worker.reply_to(assignment(), "").content)
-    assert "give all machines the same" in told.problem and told.code == identity.code()
+    assert "give all machines the same" in told.problem and told.code == environment.code()
 
 
 def test_a_worker_is_of_the_bundle_that_the_project_makes() -> None:

@@ -35,7 +35,7 @@ from transformers import BertConfig, BertModel
 import zofed
 from zofed import config
 from zofed.base.errors import UserError
-from zofed.commands import cli
+from zofed.commands import cli, console
 from zofed.config import SETTINGS, Settings
 from zofed.data import catalog, encoding
 from zofed.experiments import sweep_file
@@ -324,7 +324,7 @@ def names_there_are() -> set[str]:
     found |= set(sweep_file.names())
     found |= {path.name for path in Path(sys.executable).parent.glob("flw*")}
     for folder, pattern in (("zofed", "*.py"), ("deploy", "*"), ("tests", "test_proxy.py")):
-        for path in (ROOT / folder).glob(pattern):
+        for path in filter(Path.is_file, (ROOT / folder).rglob(pattern)):
             found |= set(re.findall(r"[A-Za-z][\w-]*\w", path.read_text(encoding="utf-8")))
     return found
 
@@ -702,7 +702,7 @@ def wrong_file(span: str, words: str) -> str:
         return f"{span} does not exist"
     if "/" in span:
         return ""
-    places = (ROOT, ROOT / "zofed", ROOT / "docs", ROOT / "tests", ROOT / "benchmarks")
+    places = (ROOT, ROOT / "zofed", *(ROOT / "zofed").glob("*/"), ROOT / "docs", ROOT / "tests", ROOT / "benchmarks")
     if any(glob.glob(str(place / span)) for place in places) or span in words:
         return ""
     return f"{span} is neither in the repository nor named in the code"
@@ -711,7 +711,7 @@ def wrong_file(span: str, words: str) -> str:
 @functools.cache
 def code() -> str:
     """The text of zofed's modules, of what may be deployed, and of blocks in pages, which may write files."""
-    parts = [path.read_text(encoding="utf-8") for path in (ROOT / "zofed").glob("*.py")]
+    parts = [path.read_text(encoding="utf-8") for path in (ROOT / "zofed").rglob("*.py")]
     parts += [path.read_text(encoding="utf-8") for path in (ROOT / "deploy").iterdir()]
     return "\n".join([*parts, *(block.text for page in PAGES for block in blocks(page, "bash", "sh", "python"))])
 
@@ -868,4 +868,4 @@ def test_the_page_of_federations_has_every_reason() -> None:
 
 
 def test_what_a_run_says_it_leaves_is_explained() -> None:
-    assert set(cli.CONTENTS) <= {span.rstrip("/") for span in in_backticks("docs/formats.md")} | {"checkpoints"}
+    assert set(console.CONTENTS) <= {span.rstrip("/") for span in in_backticks("docs/formats.md")} | {"checkpoints"}

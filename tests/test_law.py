@@ -230,7 +230,7 @@ def test_a_replica_that_lost_its_state_catches_up_to_the_same_weights(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = federate(quick(), tmp_path / "whole", clients=2)
-    measure = client.local.slopes
+    measure = client.measurements.slopes
 
     def forgetful(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
         measured = measure(settings, worker, examples, index, *rest)
@@ -238,7 +238,7 @@ def test_a_replica_that_lost_its_state_catches_up_to_the_same_weights(
             client._replica.cache_clear()  # as if the next message met a new process
         return measured
 
-    monkeypatch.setattr(client.local, "slopes", forgetful)
+    monkeypatch.setattr(client.measurements, "slopes", forgetful)
     disturbed = federate(quick(), tmp_path / "disturbed", clients=2)
     assert disturbed["digest"] == whole["digest"]
     assert "behind" in [row["result"] for row in read_table(tmp_path / "disturbed" / "clients.csv")]
@@ -260,13 +260,13 @@ def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
     done: list[bool] = []
     clients: list[Worker] = []
     monkeypatch.setattr(Worker, "replay", faulty)
-    measure = client.local.slopes
+    measure = client.measurements.slopes
 
     def noting(settings: Settings, worker: Worker, *rest: Any) -> Any:
         clients.append(worker)
         return measure(settings, worker, *rest)
 
-    monkeypatch.setattr(client.local, "slopes", noting)
+    monkeypatch.setattr(client.measurements, "slopes", noting)
     disturbed = federate(quick(), tmp_path / "disturbed", clients=2)
     assert done
     results = [(row["round"], row["result"]) for row in read_table(tmp_path / "disturbed" / "clients.csv")]
@@ -280,7 +280,7 @@ def test_a_client_that_keeps_failing_ends_the_run_with_its_name(
     def broken(*_: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(client.local, "slopes", broken)
+    monkeypatch.setattr(client.measurements, "slopes", broken)
     with pytest.raises(UserError, match=r"round 1: clients \[0, 1\] gave no usable reply in 3 attempts"):
         federate(quick(), tmp_path / "run", clients=2)
     assert RunFolder(tmp_path / "run").summary()["status"] == "failed"
@@ -289,14 +289,14 @@ def test_a_client_that_keeps_failing_ends_the_run_with_its_name(
 def test_a_client_whose_loss_never_is_finite_means_that_training_diverged(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = client.local.slopes
+    measure = client.measurements.slopes
 
     def infinite(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
         if index == 1 and worker.round >= first - 1:
             raise ValueError("not finite")
         return measure(settings, worker, examples, index, *rest)
 
-    monkeypatch.setattr(client.local, "slopes", infinite)
+    monkeypatch.setattr(client.measurements, "slopes", infinite)
     first = 2
     told = (
         r"step 2 .* with learning-rate = .* and local-learning-rate = 0.5; start .* clients \[1\]: see clients.csv in"
@@ -313,14 +313,14 @@ def test_a_client_whose_loss_never_is_finite_means_that_training_diverged(
 def test_with_a_quorum_a_failing_client_is_left_out_and_its_absence_is_recorded(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = client.local.slopes
+    measure = client.measurements.slopes
 
     def failing(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
         if index == 1 and worker.round == 1:
             raise RuntimeError("out of memory")
         return measure(settings, worker, examples, index, *rest)
 
-    monkeypatch.setattr(client.local, "slopes", failing)
+    monkeypatch.setattr(client.measurements, "slopes", failing)
     summary = federate(quick(quorum=1, rounds=3), tmp_path / "run", clients=2)
     clients = [record.clients for record in seeded_of(tmp_path / "run")]
     assert clients == [(0, 1), (0,), (0, 1)]

@@ -135,7 +135,7 @@ def test_the_partition_is_the_same_on_every_machine() -> None:
     shares = dealt(found, 3, asked("dirichlet", 0.5, 8))
     assert [[found.index(document) for document in share] for share in shares] == GOLDEN
     code = (
-        "from zofed import config, partitions; from zofed.data.documents import Document;"
+        "from zofed import config; from zofed.data import partitions; from zofed.data.documents import Document;"
         "found = [Document(f'text {n}', 'test', n % 4) for n in range(24)];"
         "how = config.resolve({'partition': 'dirichlet', 'seed': 8});"
         "print([[found.index(d) for d in partitions.deal(found, c, 3, how)] for c in range(3)])"

@@ -236,7 +236,7 @@ def test_a_client_comes_back_from_its_own_steps_bit_for_bit(
     moved, digests = [], []
 
     def watched(name: str) -> None:
-        work = getattr(client.local, name)
+        work = getattr(client.measurements, name)
 
         def noting(settings: Settings, worker: Worker, *arguments: Any, **named: Any) -> Any:
             before, weight = worker.digest(), next(iter(worker.parameters.values()))
@@ -246,7 +246,7 @@ def test_a_client_comes_back_from_its_own_steps_bit_for_bit(
             digests.append((before, worker.digest()))
             return found
 
-        monkeypatch.setattr(client.local, name, noting)
+        monkeypatch.setattr(client.measurements, name, noting)
 
     watched("update" if way.get("mode") == "fo" else "slopes")
     run(start(quick(rounds=3, **way)))

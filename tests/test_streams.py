@@ -72,7 +72,7 @@ def test_output_that_finds_no_space_is_told_once(run: Run) -> None:
 
 def test_what_is_printed_on_closed_streams_lands_in_no_file(tmp_path: Path) -> None:
     code = f"""
-from zofed import streams
+from zofed.base import streams
 streams.prepare()
 with open({str(tmp_path / "first")!r}, "w") as file:
     print("lost", flush=True)

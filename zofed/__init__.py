@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "ZerothOrder": "training.zeroth_order",
     "replay": "training.zeroth_order",
+    "Optimizer": "core.optimizers",
+    "UserError": "base.errors",
     "create_model": "preflight.model_info",
     "get_model_info": "preflight.model_info",
     "list_available_models": "preflight.model_info",
