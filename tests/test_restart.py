@@ -14,8 +14,8 @@ import pytest
 from test_law import records_of
 from test_rounds import BACKPROP, SUBSPACE, Quick, Start, no_waiting, quick, results, run, start
 
-from zofed import config
 from zofed.base.errors import UserError
+from zofed.base.files import ROOT
 from zofed.config import Settings
 from zofed.core import journal
 from zofed.core.journal import Journal
@@ -201,7 +201,7 @@ def child(settings_file: str) -> None:
 def test_a_server_killed_at_any_moment_goes_on_to_the_same_weights(quick: Quick, tmp_path: Path) -> None:
     settings = quick(mode="calibrate", **BACKPROP, rounds=40, eval_interval=5, save_interval=3)
     chance, found = random.Random(3), {}
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(config.__file__).parents[1]), *sys.path])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     for name, kills in (("whole", 0), ("killed", 6)):
         out = tmp_path / name
         own = settings.model_copy(update={"out": str(out), "clients": 2})

@@ -1,5 +1,7 @@
 """Nothing that a person sets explicitly is ignored in silence."""
 
+import re
+import tomllib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -59,14 +61,40 @@ IDLE: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 def test_every_setting_says_when_it_acts_or_always_does() -> None:
-    conditional = {key for key, field in SETTINGS.items() if field.json_schema_extra}
-    assert conditional | ALWAYS == set(SETTINGS)
-    assert not conditional & ALWAYS
-    for key in conditional:
-        extra = SETTINGS[key].json_schema_extra
-        assert isinstance(extra, dict)
-        for condition in extra["acts_when"]:  # type: ignore[union-attr]
-            assert set(condition) <= {"run", *config.Settings.model_fields}  # type: ignore[arg-type]
+    conditions = {key: config.traits(field).acts_when for key, field in SETTINGS.items()}
+    assert {key for key, alternatives in conditions.items() if not alternatives} == ALWAYS
+    for alternatives in conditions.values():
+        for condition in alternatives:
+            assert set(condition) <= {"run", *config.Settings.model_fields}
+
+
+def test_every_setting_is_in_one_section_in_their_order() -> None:
+    by_section = [config.kebab(name) for section in config.SECTIONS.values() for name in section.model_fields]
+    assert by_section == list(SETTINGS)
+
+
+@pytest.mark.parametrize("command", ["train", "simulate", "models", "check"])
+def test_help_shows_the_first_settings_and_the_sections(zofed_command: Zofed, command: str) -> None:
+    status, out, _ = zofed_command(command, "--help")
+    assert status == 0 and len(out.splitlines()) < 90
+    shown = set(re.findall(r"^  --([a-z-]+)", out, re.MULTILINE)) & set(SETTINGS)
+    assert {"model", "learning-rate"} <= shown and 10 <= len(shown) <= 20
+    assert ("rounds" in shown, "steps" in shown) == (command != "train", command != "simulate")
+    if command != "models":
+        assert re.search(r"^  \[?FILE\]? +TOML file", out, re.MULTILINE), "arguments are explained"
+    for name in config.SECTIONS:
+        assert re.search(rf"^  {name}  ", out, re.MULTILINE)
+
+
+def test_a_section_of_settings_alone_is_shown(zofed_command: Zofed) -> None:
+    status, out, _ = zofed_command("settings", "subspace")
+    assert status == 0 and tomllib.loads(out) == {
+        "subspace-size": 1024,
+        "subspace-variant": "core",
+        "subspace-interval": 16,
+    }
+    status, _, errors = zofed_command("settings", "subspaces")
+    assert status == 2 and errors == "zofed: unknown section 'subspaces': did you mean 'subspace'?\n"
 
 
 @pytest.mark.parametrize(("run", "values", "key", "remedy"), IDLE, ids=[case[2] for case in IDLE])

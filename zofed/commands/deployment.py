@@ -11,7 +11,7 @@ from zofed import config
 from zofed.base import proxies, shell
 from zofed.base.errors import UserError
 from zofed.commands.console import console, tell_end
-from zofed.commands.options import settings_from, with_settings
+from zofed.commands.options import FederatedCommand, settings_from, with_settings
 from zofed.runs.run_folder import DEPLOYED, RunFolder
 
 Keys = Annotated[Path, typer.Option(help="folder that zofed keys init made")]
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
     app.command("superlink")(superlink)
     app.command("supernode")(supernode)
     app.command("worker")(worker)
-    app.command("run")(with_settings(run))
+    app.command("run", cls=FederatedCommand)(with_settings(run))
 
 
 def superlink(

@@ -15,7 +15,7 @@ from zofed import config
 from zofed.base import shell
 from zofed.base.errors import UserError
 from zofed.commands.console import Interrupted, console
-from zofed.commands.options import with_settings
+from zofed.commands.options import SettingsCommand, with_settings
 from zofed.runs import run_result
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ RunPath = Annotated[Path, typer.Argument(help="folder of a run")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command("sweep")(with_settings(sweep))
+    app.command("sweep", cls=SettingsCommand)(with_settings(sweep))
     app.add_typer(plot_app, name="plot")
     app.command("report")(report)
 

@@ -1,16 +1,77 @@
-"""An option for every setting, made from the one schema, and the settings that a command line gives."""
+"""An option for every setting, made from the one schema, and the settings that a command line gives.
+
+Help shows the settings that people need first, and the names of the sections that hold the others.
+"""
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import click
 import typer
+import typer.core
 
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import SETTINGS, Settings
+
+
+class _Help:
+    """Help of a command that takes every setting. run: how it runs them, config.CENTRAL or FEDERATED; empty: any."""
+
+    run = ""
+
+    def write_options(
+        self, parameters: Sequence[click.Parameter], ctx: click.Context, out: click.HelpFormatter
+    ) -> None:
+        """Arguments, options of the command's own, the first settings, and the sections."""
+        rows: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": [], "Settings to begin with": []}
+        for parameter in parameters:
+            key = max(parameter.opts, default="").removeprefix("--")
+            field = SETTINGS.get(key) if isinstance(parameter, click.Option) else None
+            if field and not (config.traits(field).first and config.acts_in(field, self.run)):
+                continue
+            own = "Options" if isinstance(parameter, click.Option) else "Arguments"
+            if record := parameter.get_help_record(ctx):
+                rows["Settings to begin with" if field else own].append(record)
+        rows[f"All {len(SETTINGS)} settings are options too: zofed settings SECTION shows those of"] = [
+            (name, config.summary(name)) for name in config.SECTIONS
+        ]
+        for heading, records in rows.items():
+            if records:
+                with out.section(heading):
+                    out.write_dl(records)
+
+
+class SettingsCommand(_Help, typer.core.TyperCommand):
+    """A command that takes every setting."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help of its parameters."""
+        self.write_options(self.get_params(ctx), ctx, formatter)
+
+
+class CentralCommand(SettingsCommand):
+    """One that runs them on this machine."""
+
+    run = config.CENTRAL
+
+
+class FederatedCommand(SettingsCommand):
+    """One that runs them in a federation."""
+
+    run = config.FEDERATED
+
+
+class SettingsGroup(_Help, typer.core.TyperGroup):
+    """A group of commands that takes every setting."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the help of its parameters, then its commands."""
+        self.write_options(self.get_params(ctx), ctx, formatter)
+        self.format_commands(ctx, formatter)
 
 
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:

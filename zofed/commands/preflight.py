@@ -10,18 +10,20 @@ from zofed import config
 from zofed.base import shell
 from zofed.base.errors import UserError
 from zofed.commands.console import console
-from zofed.commands.options import settings_from, with_settings
+from zofed.commands.options import CentralCommand, SettingsCommand, SettingsGroup, settings_from, with_settings
 
-models_app = typer.Typer(help="The models there are: parameters that train by scope, memory of a step by mode.")
+models_app = typer.Typer(
+    cls=SettingsGroup, help="The models there are: parameters that train by scope, memory of a step by mode."
+)
 SettingsFile = Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")]
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.add_typer(models_app, name="models")
-    app.command("check")(with_settings(check))
-    app.command("diagnose")(with_settings(diagnose))
-    app.command("memory")(with_settings(show_memory))
+    app.command("check", cls=SettingsCommand)(with_settings(check))
+    app.command("diagnose", cls=CentralCommand)(with_settings(diagnose))
+    app.command("memory", cls=CentralCommand)(with_settings(show_memory))
     app.command("settings")(show_settings)
 
 
@@ -146,6 +148,8 @@ def show_memory(
     console.print(f"in {budget:,} MiB: copies-per-pass = {found.proposed}")
 
 
-def show_settings() -> None:
+def show_settings(
+    section: Annotated[str, typer.Argument(help="only this section, such as model or zeroth-order; empty: all")] = "",
+) -> None:
     """Print every setting with its default: a TOML file to start from."""
-    print(config.documented_toml(), end="")
+    print(config.documented_toml(section), end="")

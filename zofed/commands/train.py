@@ -11,7 +11,7 @@ from rich.text import Text
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.commands.console import Interrupted, Reporter, brief, console, figure, how_to_go_on, tell_end, with_out
-from zofed.commands.options import settings_from, with_settings
+from zofed.commands.options import CentralCommand, FederatedCommand, SettingsCommand, settings_from, with_settings
 from zofed.runs import run_folder
 from zofed.runs.run_folder import RunFolder
 
@@ -21,9 +21,9 @@ QUICKSTART_ROUNDS = 150
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("quickstart")(quickstart)
-    app.command("train")(with_settings(train))
-    app.command("simulate")(with_settings(simulate))
-    app.command("eval")(with_settings(evaluate))
+    app.command("train", cls=CentralCommand)(with_settings(train))
+    app.command("simulate", cls=FederatedCommand)(with_settings(simulate))
+    app.command("eval", cls=SettingsCommand)(with_settings(evaluate))
 
 
 def train(

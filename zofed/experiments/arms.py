@@ -21,11 +21,9 @@ from zofed.experiments.sweep import Sweep, shown
 from zofed.runs.run_result import Result, read
 
 # Settings that say where and how a run went, not what it found.
-ASIDE = (
-    "seed", "out", "device", "devices", "controls", "save-interval", "keep-checkpoints", "keep-best", "tensorboard",
-)  # fmt: skip
+ASIDE = {key for key, field in SETTINGS.items() if not config.traits(field).shapes_result}
 # Settings without which two held-out losses are not of the same thing.
-SCORED_BY = ("task", "dataset", "eval-dataset", "held-out", "block-size", "tokenizer", "eval-examples")
+SCORED_BY = {key for key, field in SETTINGS.items() if config.traits(field).scores}
 SHORT = ("mode", "optimizer", "dataset", "model", "instruct-kind")  # whose value alone tells what it is
 
 Array = np.ndarray[Any, Any]

@@ -1,0 +1,22 @@
+"""Every setting: its section, type, limits and default, what it is and when it acts."""
+
+from zofed.config.fields import CENTRAL, FEDERATED, Unlike, acts_in, kebab, traits
+from zofed.config.settings import (
+    LONGEST_SHOWN,
+    SECTIONS,
+    SETTINGS,
+    Settings,
+    changed,
+    pinned,
+    resolve,
+    unknown,
+    without_effect,
+)
+from zofed.config.toml import absolute, documented_toml, read_toml, summary, to_toml
+from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
+
+__all__ = [
+    "CENTRAL", "FEDERATED", "LONGEST_SHOWN", "SECTIONS", "SETTINGS", "WITH_BACKPROP", "ZEROTH_ORDER", "Settings",
+    "Unlike", "absolute", "acts_in", "changed", "documented_toml", "kebab", "pinned", "read_toml", "resolve", "summary",
+    "to_toml", "traits", "unknown", "without_effect",
+]  # fmt: skip

@@ -1,0 +1,228 @@
+"""Settings of federations, of what a run leaves, and of the machine, section by section."""
+
+from typing import Literal
+
+from zofed.config.fields import CENTRAL, FEDERATED, Section, Unlike, setting, when
+from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
+
+
+class Federation(Section):
+    """Who takes part, and what each does in a round."""
+
+    clients: int = setting(
+        0,
+        "clients a federated run waits for; 0: all nodes that are there (zofed simulate: makes 2)",
+        ge=0,
+        acts_when=when(run=FEDERATED),
+        pins=False,
+        first=True,
+    )
+    participation: float = setting(
+        1.0, "clients asked in each round: a share up to 1, or a number above it", gt=0, acts_when=when(run=FEDERATED)
+    )
+    quorum: int = setting(0, "replies a round needs; 0: all clients asked", ge=0, acts_when=when(run=FEDERATED))
+    partition: Literal["iid", "dirichlet", "source"] = setting(
+        "iid",
+        "how clients share the documents; dirichlet: skewed by label, else topic or source; source: each "
+        "client one, or whole ones",
+        acts_when=when(run=FEDERATED),
+    )
+    dirichlet_alpha: float = setting(
+        0.5,
+        "evenness of a dirichlet partition; small: one label each",
+        gt=0,
+        acts_when=when(run=FEDERATED, partition="dirichlet"),
+    )
+    seeds: Literal["distinct", "shared"] = setting(
+        "distinct",
+        "distinct: each client measures directions of its own; shared: all the same (zo)",
+        acts_when=when(run=FEDERATED, mode=ZEROTH_ORDER),
+    )
+    local_steps: int = setting(
+        1,
+        "steps a client takes on its own in each round (zo, fo)",
+        ge=1,
+        le=1024,
+        acts_when=when({"mode": ZEROTH_ORDER}, mode="fo", run=FEDERATED),
+    )
+    local_learning_rate: float = setting(
+        0.0,
+        "step size of plain SGD there; 0: as learning-rate",
+        ge=0,
+        acts_when=when(
+            {"mode": ZEROTH_ORDER, "local_steps": Unlike((1,))},
+            {"mode": "fo", "run": FEDERATED, "local_steps": Unlike((1,))},
+            mode="zo",
+            run=FEDERATED,
+            steps_per_message=Unlike((1,)),
+        ),
+    )
+    steps_per_message: int = setting(
+        1, "rounds asked for in one exchange (zo)", ge=1, le=1024, acts_when=when(run=FEDERATED, mode="zo")
+    )
+    proximal: float = setting(
+        0.0,
+        "pull of a client's local steps towards the round's start (fo)",
+        ge=0,
+        acts_when=when(run=FEDERATED, mode="fo", local_steps=Unlike((1,))),
+    )
+    zo_clients: int = setting(
+        0,
+        "so many clients, the last ones, run forward passes only, besides nodes that say mode = zo",
+        ge=0,
+        acts_when=when(run=FEDERATED),
+    )
+    client_held_out: float = setting(
+        0.0,
+        "share of its data on which each client evaluates; 0: only the server does",
+        ge=0,
+        lt=1,
+        acts_when=when(run=FEDERATED),
+    )
+    round_timeout: float = setting(
+        600.0,
+        "seconds after which a round stops waiting for replies",
+        gt=0,
+        acts_when=when({"run": FEDERATED}, devices=Unlike(("",))),
+        pins=False,
+    )
+    node_timeout: float = setting(
+        60.0, "seconds a federated run waits for its nodes to appear", gt=0, acts_when=when(run=FEDERATED), pins=False
+    )
+
+
+class Aggregation(Section):
+    """How answers become one, and what is checked and sent."""
+
+    merge: Literal["mean", "trimmed", "median"] = setting(
+        "mean",
+        "how answers along the same directions, or updates, become one; the others bear liars",
+        acts_when=when(run=FEDERATED),
+    )
+    trim: float = setting(
+        0.2,
+        "share of the answers that trimmed leaves out at either end",
+        gt=0,
+        lt=0.5,
+        acts_when=when(run=FEDERATED, merge="trimmed"),
+    )
+    weighting: Literal["equal", "examples"] = setting(
+        "equal",
+        "what a client counts in the merge: all alike, or by its examples up to example-cap",
+        acts_when=when(run=FEDERATED, merge="mean"),
+    )
+    example_cap: int = setting(
+        10_000,
+        "examples a client can count with at most",
+        ge=1,
+        acts_when=when(run=FEDERATED, merge="mean", weighting="examples"),
+    )
+    clip_slopes: float = setting(
+        10.0,
+        "bound on a client's slopes, times the size common among the clients; 0: none",
+        ge=0,
+        le=1e9,
+        acts_when=when(run=FEDERATED, mode=Unlike(("fo",))),
+    )
+    largest_update: float = setting(
+        0.0,
+        "largest norm of a client's update or gradient; 0: any (fo)",
+        ge=0,
+        acts_when=when(run=FEDERATED, mode=("fo", *WITH_BACKPROP)),
+    )
+    guide_source: Literal["clients", "server"] = setting(
+        "clients",
+        "who backpropagates: clients that can, or the server on bp-dataset (instruct, calibrate)",
+        acts_when=when(run=FEDERATED, mode=WITH_BACKPROP),
+    )
+    guide_rank: int = setting(
+        4,
+        "singular factors of each matrix that a guide keeps on its way; 0: all of it",
+        ge=0,
+        le=1024,
+        acts_when=when(run=FEDERATED, mode=WITH_BACKPROP),
+    )
+    coefficient_bits: int = setting(
+        18,
+        "bits of the largest slope or coefficient on its way; 6: a byte each, 18: three",
+        ge=3,
+        le=18,
+        acts_when=when(mode=Unlike(("fo",))),
+    )
+    losses_withheld: bool = setting(False, "clients report no losses", acts_when=when(run=FEDERATED))
+    digest_interval: int = setting(
+        50,
+        "rounds between checks of every client's whole weights; 0: the end",
+        ge=0,
+        acts_when=when(run=FEDERATED),
+        pins=False,
+    )
+    link_megabits: float = setting(
+        10.0,
+        "speed of a client's link, to choose snapshot or replay by",
+        gt=0,
+        acts_when=when(run=FEDERATED),
+        pins=False,
+    )
+
+
+class Output(Section):
+    """What is evaluated, kept and reported."""
+
+    eval_interval: int = setting(20, "steps or rounds between evaluations on the held-out part", ge=1, pins=False)
+    eval_examples: int = setting(
+        256, "held-out examples each evaluation reads, at most: a sample by the seed", ge=1, pins=False, scores=True
+    )
+    eval_dataset: str = setting("", "evaluate on this data set; empty: on the held-out part", pins=False, scores=True)
+    save_interval: int = setting(
+        50, "steps between checkpoints; 0: none (a zo run needs none)", ge=0, pins=False, shapes_result=False
+    )
+    keep_checkpoints: int = setting(
+        2,
+        "newest checkpoints that stay",
+        ge=1,
+        acts_when=when(save_interval=Unlike((0,))),
+        pins=False,
+        shapes_result=False,
+    )
+    keep_best: bool = setting(
+        False, "also keep the weights with the lowest held-out loss: zofed eval --best", pins=False, shapes_result=False
+    )
+    keep_gradients: bool = setting(
+        False,
+        "keep every gradient and guide beside the journal, so that it replays in every mode (large)",
+        acts_when=when(mode=("fo", *WITH_BACKPROP)),
+    )
+    controls: bool = setting(
+        False, "after the run, also report random slopes of the same size", pins=False, shapes_result=False
+    )
+    tensorboard: bool = setting(
+        False,
+        "also write the metrics for TensorBoard, in the run's folder (the extra zofed[tensorboard])",
+        pins=False,
+        shapes_result=False,
+    )
+
+
+class Machine(Section):
+    """Where it computes."""
+
+    device: str = setting(
+        "auto",
+        "auto, cpu, cuda or cuda:N",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        acts_when=when(devices=""),
+        pins=False,
+        shapes_result=False,
+        first=True,
+    )
+    devices: str = setting(
+        "",
+        "instead of device: several, as cuda:0,cuda:1 or cpu,cpu, each with a process that measures its "
+        "share of the queries (zo, central); the first is the run's own",
+        pattern=r"^((cpu|cuda(:\d+)?)(, ?(cpu|cuda(:\d+)?))*)?$",
+        acts_when=when(run=CENTRAL, mode="zo"),
+        pins=False,
+        shapes_result=False,
+    )
+    threads: int = setting(1, "CPU threads of each process (part of the result)", ge=1, le=1024)

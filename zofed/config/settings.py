@@ -1,0 +1,202 @@
+"""Every setting in one schema, for the command line, TOML files and Flower; and what is wrong with some values."""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+from zofed.base.errors import UserError
+from zofed.config.federation_sections import Aggregation, Federation, Machine, Output
+from zofed.config.fields import CENTRAL, FEDERATED, Condition, Section, Unlike, kebab, traits
+from zofed.config.training_sections import (
+    Backpropagation,
+    Data,
+    Instruct,
+    Model,
+    Optimizer,
+    Run,
+    Subspace,
+    ZerothOrder,
+)
+from zofed.core import directions
+
+LONGEST_SHOWN = 200  # characters of a wrong value in its message
+OBJECTIVES = ("loss", "accuracy", "f1")
+# By name, in the order in which a person meets them.
+SECTIONS: dict[str, type[Section]] = {
+    "run": Run,
+    "model": Model,
+    "data": Data,
+    "zeroth-order": ZerothOrder,
+    "optimizer": Optimizer,
+    "backpropagation": Backpropagation,
+    "instruct": Instruct,
+    "subspace": Subspace,
+    "federation": Federation,
+    "aggregation": Aggregation,
+    "output": Output,
+    "machine": Machine,
+}
+
+
+class Settings(
+    Machine,
+    Output,
+    Aggregation,
+    Federation,
+    Subspace,
+    Instruct,
+    Backpropagation,
+    Optimizer,
+    ZerothOrder,
+    Data,
+    Model,
+    Run,
+):
+    """The settings of one run. The fields of the last base come first."""
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _any_case(cls, value: Any) -> Any:
+        return value.lower() if isinstance(value, str) else value
+
+
+SETTINGS: dict[str, FieldInfo] = {kebab(name): field for name, field in Settings.model_fields.items()}
+
+
+def resolve(values: Mapping[str, Any]) -> Settings:
+    """The settings that `values` (kebab-case keys) and the defaults give.
+
+    Raises UserError, one line that names every wrong key or value with its limit and remedy.
+    """
+    try:
+        settings = Settings.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError("; ".join(_explain(problem) for problem in error.errors())) from None
+    if clashes := _clashes(settings):
+        raise UserError("; ".join(clashes))
+    return settings
+
+
+def _clashes(settings: Settings) -> list[str]:
+    """What is wrong with settings that are each within their limits."""
+    found = []
+    if settings.schedule == "cosine" and settings.min_learning_rate > settings.learning_rate:
+        found.append(
+            f"min-learning-rate = {settings.min_learning_rate:g} is above learning-rate = {settings.learning_rate:g}: "
+            "lower it"
+        )
+    if settings.objective not in OBJECTIVES and not re.fullmatch(r"[\w.]+:\w+", settings.objective):
+        found.append(f"{unknown(settings.objective, list(OBJECTIVES), 'objective')}, or module:function")
+    if settings.objective != "loss" and settings.mode != "zo":
+        found.append(f"objective = {settings.objective!r} takes mode = zo: backprop follows the loss alone")
+    if settings.devices and settings.mode != "zo":
+        found.append(f"devices = {settings.devices!r} takes mode = zo: {settings.mode} runs on one; set device")
+    if settings.bp_dataset and settings.split_dataset_for_bp_zo:
+        found.append("bp-dataset and split-dataset-for-bp-zo both say where backprop's data come from: leave one out")
+    if settings.mode == "instruct":
+        if settings.blend and settings.instruct_weighting == "raw":
+            found.append(
+                "blend = true takes a gradient and an estimate in one unit: set instruct-weighting to projected or "
+                "unbiased, or blend to false"
+            )
+        if settings.instruct_weighting == "unbiased" and settings.queries < 2:
+            found.append(f"instruct-weighting = 'unbiased' takes 2 queries or more, not {settings.queries}")
+        if settings.dtype == "bfloat16":
+            found.append("mode = 'instruct' shifts weights by less than bfloat16 can hold: set dtype to float32")
+    if settings.mode == "subspace":
+        if settings.clip_norm:
+            found.append(f"clip-norm = {settings.clip_norm:g}: a subspace has no gradient to clip; leave it out")
+        side = math.isqrt(settings.subspace_size)
+        if settings.subspace_variant == "core" and side * side != settings.subspace_size:
+            found.append(
+                f"subspace-size = {settings.subspace_size} is no square, as the variant core needs: take {side**2} or "
+                f"{(side + 1) ** 2}"
+            )
+        if settings.subspace_variant == "diagonal" and not directions.terms(settings.directions):
+            found.append(f"directions = {settings.directions!r} have no factors to train along: take rank1")
+    return found
+
+
+def without_effect(settings: Settings, keys: Iterable[str], run: str = "") -> list[str]:
+    """A sentence for each of the keys whose setting has no effect beside the others, with what makes it act.
+
+    run: how the settings are run, CENTRAL or FEDERATED; empty: it is not known, and no condition fails by it.
+    """
+    found = []
+    for key in keys:
+        field = SETTINGS[key]
+        alternatives = traits(field).acts_when
+        if alternatives and not any(_holds(condition, settings, run) for condition in alternatives):
+            value = _written(getattr(settings, _attribute(key)))
+            words = ", or with ".join(map(_in_words, alternatives))
+            found.append(f"{key} = {value} has no effect here: it acts with {words}")
+    return found
+
+
+def _attribute(key: str) -> str:
+    return key.replace("-", "_")
+
+
+def _holds(condition: Condition, settings: Settings, run: str) -> bool:
+    def holds(name: str, wanted: Any) -> bool:
+        value = run if name == "run" else getattr(settings, name)
+        if isinstance(wanted, Unlike):
+            return value not in wanted.values
+        return value in wanted if isinstance(wanted, tuple) else value == wanted
+
+    return all(holds(name, wanted) for name, wanted in condition.items() if name != "run" or run)
+
+
+def _in_words(condition: Condition) -> str:
+    ways = {CENTRAL: "zofed train", FEDERATED: "a federation (zofed simulate, zofed run, flwr run)"}
+
+    def words(name: str, wanted: Any) -> str:
+        if name == "run":
+            return ways[wanted]
+        if isinstance(wanted, Unlike):
+            return f"{kebab(name)} other than {' or '.join(map(_written, wanted.values))}"
+        return f"{kebab(name)} = {' or '.join(map(_written, wanted if isinstance(wanted, tuple) else (wanted,)))}"
+
+    return " and ".join(words(*pair) for pair in condition.items())
+
+
+def _written(value: Any) -> str:
+    """A value as a person types it."""
+    return str(value).lower() if isinstance(value, bool) else repr(value) if value == "" else f"{value}"
+
+
+def changed(settings: Settings) -> list[str]:
+    """Keys of the settings that are not at their defaults."""
+    return [key for key, field in SETTINGS.items() if getattr(settings, _attribute(key)) != field.default]
+
+
+def _explain(problem: Any) -> str:
+    key = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden":
+        return unknown(key, list(SETTINGS), "setting")
+    field = SETTINGS[key]
+    limit = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    given = repr(problem["input"])
+    given = given if len(given) <= LONGEST_SHOWN else f"{given[:LONGEST_SHOWN]}... ({len(given)} characters)"
+    return f"{key} = {given}: {limit}; the default is {field.default!r} ({field.description})"
+
+
+def unknown(name: str, known: list[str], what: str) -> str:
+    """The sentence for a name that does not exist: what was meant, or what there is."""
+    if len(name) > LONGEST_SHOWN:
+        return f"unknown {what} {name[:LONGEST_SHOWN]!r}...: {len(name)} characters are too long, give a shorter name"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    meant = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
+    return f"unknown {what} {name!r}: {meant}"
+
+
+def pinned(settings: Settings) -> dict[str, Any]:
+    """The settings that decide what a run's steps are, by key; the length too where the rate follows it."""
+    lengths = ("steps", "rounds", "epochs") if settings.schedule == "cosine" else ()
+    values = settings.model_dump(by_alias=True)
+    return {key: value for key, value in values.items() if traits(SETTINGS[key]).pins or key in lengths}
