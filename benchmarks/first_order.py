@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 from zofed import config
 from zofed.core.journal import Journal
 from zofed.data import encoding
-from zofed.training.modes import asker
+from zofed.training.steps import asker
 from zofed.training.task import Task, prepare_process
 
 OPTIMIZERS = ("sgd", "adamw")

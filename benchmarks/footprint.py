@@ -55,7 +55,7 @@ def _steps(settings: Any, tokenizer: Any) -> None:
 
     from zofed.core.journal import link
     from zofed.models import build
-    from zofed.training.modes import asker
+    from zofed.training.steps import asker
     from zofed.training.task import worker_of
 
     model = build.create_model(settings, tokenizer)

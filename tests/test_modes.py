@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from test_law import federate, ignore, records_of
 from torch import Tensor, nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
+from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.core import directions, journal, metrics, subspace
@@ -26,9 +27,9 @@ from zofed.core.replica import Worker, update_digest, weights_digest
 from zofed.data import documents, encoding
 from zofed.federated import client, protocol
 from zofed.runs.run_folder import RunFolder, read_table
-from zofed.training import central, measurements, schedules, scoring
+from zofed.training import central, measurements, modes, schedules, scoring
 from zofed.training.finalize import replay_run
-from zofed.training.modes import Steps, asker
+from zofed.training.steps import Steps, asker
 from zofed.training.task import Task, prepare_process
 
 Quick = Callable[..., Settings]
@@ -907,3 +908,25 @@ def test_the_command_refuses_in_one_line(
         errors = capfd.readouterr().err
         assert ended.value.code == 2 and "Traceback" not in errors and len(errors.splitlines()) == 1, errors
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_every_mode_of_the_settings_is_one_class() -> None:
+    assert tuple(modes.MODES) == get_args(config.Settings.model_fields["mode"].annotation)
+
+
+@pytest.mark.parametrize(
+    ("mode", "asked", "examples", "cost"),
+    [
+        ("zo", ["slopes"] * 4, 6, 4 * 6),
+        ("fo", ["update"] * 4, 2 * 6, 3 * 2 * 6),
+        ("instruct", ["guided", "slopes", "slopes", "guided"], 6, 4 * 6 + 3 * 2 * 5 / 3),
+        ("calibrate", ["slopes", "slopes", "gradient", "slopes"], 6, 4 * 6 + 3 * 2 * 5 / 3),
+        ("subspace", ["coefficients"] * 4, 7 * 6, 3 * 7 * 6),
+    ],
+)
+def test_a_mode_says_what_it_asks_and_what_that_costs(mode: str, asked: list[str], examples: int, cost: float) -> None:
+    """3 queries one-sided are 4 passes of 6 examples; a backward pass counts two."""
+    values = {"mode": mode, "batch-size": 6, "queries": 3, "bp-interval": 3, "bp-batch-size": 5}
+    own = modes.mode_of(config.resolve(values | {"gradient-accumulation": 2, "subspace-interval": 7}))
+    assert [own.ask(round_) for round_ in (1, 2, 3, 4)] == asked
+    assert (own.examples_of_a_step, own.cost) == (examples, cost)

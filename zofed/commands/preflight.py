@@ -41,21 +41,22 @@ def list_models(context: typer.Context, *, options: dict[str, str]) -> None:
     from zofed.data import hub
     from zofed.models import build
     from zofed.preflight import model_info
+    from zofed.training.modes import MODES
     from zofed.training.task import prepare_process, with_absolute_paths
 
     prepare_process(1)
     settings = settings_from(None, options)
     names = [settings.model] if "model" in options else list(build.SIZES)
     parameters = Table("model", "positions", *model_info.SCOPES, box=None, pad_edge=False)
-    memory = Table("model", "weights", *model_info.MODES, box=None, pad_edge=False)
+    memory = Table("model", "weights", *MODES, box=None, pad_edge=False)
     for name in names:
         chosen = settings.model_copy(update={"model": name})
-        found = model_info.info(with_absolute_paths(chosen), model_info.MODES)
+        found = model_info.info(with_absolute_paths(chosen), tuple(MODES))
         counts = (f"{found.by_scope[scope]:,}" if scope in found.by_scope else "-" for scope in model_info.SCOPES)
         parameters.add_row(name, str(found.positions or "-"), *counts)
         if found.memory:
-            peaks = [found.memory[mode].peak for mode in model_info.MODES]
-            weights = found.memory[model_info.MODES[0]].weights
+            peaks = [found.memory[mode].peak for mode in MODES]
+            weights = found.memory[next(iter(MODES))].weights
             memory.add_row(name, *(f"{size / 2**20:,.0f}" for size in (weights, *peaks)))
         else:
             console.print(f"memory cannot be predicted for {name}: {found.unpredictable}", markup=False, soft_wrap=True)
@@ -95,9 +96,10 @@ def check(
     """Look at everything a run needs, in seconds and without writing a file: versions, data, model, memory, time."""
     settings = settings_from(file, options, None if all_modes else config.FEDERATED if "clients" in options else "")
     from zofed.preflight import check as checks
+    from zofed.training.modes import MODES
 
     faults = []
-    for line in checks.check(settings, checks.TRAINABLE_MODES if all_modes else (settings.mode,)):
+    for line in checks.check(settings, tuple(MODES) if all_modes else (settings.mode,)):
         console.print(f"{line.verdict:5}{line.what:16}{line.told}", markup=False)
         faults += [line.what] if line.verdict == "fix" else []
     if faults:

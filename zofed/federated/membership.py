@@ -22,6 +22,7 @@ from zofed.data.documents import random_order
 from zofed.federated import messages
 from zofed.federated.places import Places
 from zofed.federated.wire import Greeting, Introduction, Malformed
+from zofed.training.modes import mode_of
 
 POLL_SECONDS = 0.05
 QUIET_SECONDS = 1.0  # "all nodes that are there": no new one came for so long
@@ -141,20 +142,19 @@ class Members:
 
     def _check_capabilities(self) -> None:
         able = self.able()
-        mode = self.settings.mode
-        from_clients = mode in ("instruct", "calibrate") and self.settings.guide_source == "clients"
-        if (mode == "fo" or from_clients) and not able:
+        needed = mode_of(self.settings).backpropagating_clients
+        if needed != "none" and not able:
             raise UserError(
-                f"mode = {mode!r} needs a client that can backpropagate, and all {len(self.found)} say mode = zo in "
-                "their node configuration: use mode zo or subspace"
-                + (", or guide-source = server" if from_clients else "")
+                f"mode = {self.settings.mode!r} needs a client that can backpropagate, and all {len(self.found)} say "
+                "mode = zo in their node configuration: use mode zo or subspace"
+                + (", or guide-source = server" if needed == "some" else "")
             )
         self._leave_out_unable()
 
     def _leave_out_unable(self) -> None:
         """Where all clients backpropagate, do without those that cannot, for good."""
         left = sorted(set(self.found) - set(self.able()))
-        if self.settings.mode == "fo" and left:
+        if mode_of(self.settings).backpropagating_clients == "all" and left:
             print(f"clients {left} say mode = zo and cannot train by backpropagation: left out", flush=True)
             for client in left:
                 self._refuse(client, f"client {client} says mode = zo")

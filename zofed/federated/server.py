@@ -6,7 +6,7 @@ import os
 import statistics
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from zofed.runs.run_folder import DEPLOYED, SIMULATED, RunFolder
 from zofed.runs.tables import Row
 from zofed.training import guided, measurements, schedules, step_records
 from zofed.training.finalize import draw, finish, status_kept
+from zofed.training.modes import Ask, mode_of
 from zofed.training.task import Task, check_absolute, prepare_process, with_absolute_paths
 from zofed.training.trainer import SUMS, Step, Trainer, diverged
 
@@ -82,7 +83,7 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings.model_copy(update={"out": str(out)})))
     task.check_held_out()
-    if settings.guide_source == "server" and settings.mode in ("instruct", "calibrate"):
+    if settings.guide_source == "server" and mode_of(settings).helps_zeroth_order:
         if not settings.bp_dataset:
             raise UserError("guide-source = 'server' backpropagates on public data: set bp-dataset to it")
         _ = task.backprop_examples
@@ -207,17 +208,14 @@ class Server:
         self.members.look()
         self.traffic.begin()
         self.slope_size = None
-        settings = self.settings
-        mode, interval = settings.mode, settings.bp_interval
-        if mode == "fo":
-            return self._first_order(round_)
-        if mode == "subspace":
-            return self._in_subspace(round_)
-        if mode == "calibrate" and round_ % interval == 0:
-            return self._calibrated(round_)
-        if mode == "instruct" and (round_ - 1) % interval == 0:
-            return self._guided(round_)
-        return self._zeroth_order(round_)
+        answers: dict[Ask, Callable[[int], Step | Sequence[Step]]] = {
+            "slopes": self._zeroth_order,
+            "coefficients": self._in_subspace,
+            "gradient": self._calibrated,
+            "guided": self._guided,
+            "update": self._first_order,
+        }
+        return answers[mode_of(self.settings).ask(round_)](round_)
 
     def _step_again(self, round_: int) -> Step:
         """Killed between the journal and the tables: what was announced is not asked again."""
@@ -402,7 +400,7 @@ class Server:
             update=update,
             forward_passes=forward,
             backward_passes=backward,
-            forward_equivalents=forward * per_pass + (2 if settings.mode == "subspace" else 3) * extra,
+            forward_equivalents=forward * per_pass + (2 if mode_of(settings).trains_coefficients else 3) * extra,
             tokens=seen * settings.block_size,
             bytes=self.traffic.now.up + self.traffic.now.down,
             facts=facts or {},

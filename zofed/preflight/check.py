@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -20,9 +20,9 @@ from zofed.models import build, initial, limits
 from zofed.preflight.forecast import bytes_of_a_round, duration, free_bytes, pace
 from zofed.preflight.model_info import ModelInfo, info
 from zofed.runs import run_folder
+from zofed.training.modes import MODES
 from zofed.training.task import Task, device, prepare_process, with_absolute_paths
 
-TRAINABLE_MODES: tuple[str, ...] = get_args(Settings.model_fields["mode"].annotation)
 SAMPLED = 500_000  # characters that are tokenised to count blocks; the rest is taken to be like them
 
 Verdict = Literal["ok", "fix", "note"]
@@ -212,7 +212,7 @@ def _model(
 def bytes_needed(of: ModelInfo, mode: str) -> int:
     """The most that a run in a mode holds at once: in a step, in an evaluation, in the replay that proves it."""
     memory = of.memory[mode]
-    end = 2 * (memory.weights + memory.state) if mode == "zo" else 0
+    end = 0 if MODES[mode].has_gradients else 2 * (memory.weights + memory.state)
     return max(memory.peak, memory.peak - memory.step + memory.evaluation, end)
 
 

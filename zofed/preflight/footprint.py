@@ -21,8 +21,8 @@ from zofed.core.optimizers import Optimizer
 from zofed.core.pass_memory import bytes_of, peak_bytes
 from zofed.core.replica import BLOCK, named_parameters
 from zofed.core.subspace import frozen
+from zofed.training.modes import MODES
 
-MODES = ("zo", "fo", "instruct", "calibrate", "subspace")
 EVALUATED_TOGETHER = 32  # examples; what metrics.evaluate takes at once
 
 
@@ -42,6 +42,16 @@ class Footprint:
     def peak(self) -> int:
         """The most a step holds."""
         return self.weights + self.state + self.step
+
+
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """Bytes of a model's passes, as `modes.Passes` has them."""
+
+    gradient: int
+    forward: Callable[[], int]
+    backward: Callable[[], int]
+    subspace: Callable[[], int]
 
 
 def footprints(
@@ -87,17 +97,15 @@ def footprints(
             own = _loss(outline, settings, own_size or settings.batch_size, "weights")
             return max(peak_bytes(_backward(own, parameters)), gradient + move)
 
-        steps: dict[str, Callable[[], int]] = {
-            "zo": forward,
-            "fo": backward,
-            "instruct": lambda: max(backward(), forward() + 2 * gradient),
-            "calibrate": lambda: max(backward(), forward()),
-            "subspace": lambda: max(peak_bytes(_subspace(loss, parameters, settings)), move),
+        def subspace() -> int:
+            return max(peak_bytes(_subspace(loss, parameters, settings)), move)
+
+        passes = _Passes(gradient, forward, backward, subspace)
+        found = {name: MODES[name](settings) for name in modes}
+        return {
+            name: Footprint(whole, state * mode.optimizer_states, mode.step_bytes(passes), evaluation)
+            for name, mode in found.items()
         }
-        guided = 2 if settings.bp_interval > 1 else 1
-        times = {"calibrate": 2, "instruct": guided, "subspace": 0}
-        states = {mode: state * times.get(mode, 1) for mode in modes}
-        return {mode: Footprint(whole, states[mode], steps[mode](), evaluation) for mode in modes}
 
 
 def _forward(loss: perturbed.Loss, parameters: Mapping[str, Tensor], settings: Settings) -> int:

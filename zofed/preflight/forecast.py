@@ -9,14 +9,13 @@ import torch
 
 from zofed.config import Settings
 from zofed.core import metrics
-from zofed.core.estimators import forward_passes
 from zofed.core.journal import link
 from zofed.core.records import Seeded
 from zofed.core.replica import Worker
 from zofed.data.encoding import Examples
 from zofed.federated import protocol
-from zofed.training import measurements
-from zofed.training.modes import asker, steps_of
+from zofed.training.modes import mode_of
+from zofed.training.steps import asker, steps_of
 from zofed.training.task import Task, device
 
 QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only one
@@ -64,17 +63,14 @@ def pace(task: Task, worker: Worker, examples: Examples, mode: str, count: int =
     if seconds < QUICK_SECONDS:  # once more, warm, with as many queries as share a pass
         trial = trial.model_copy(update={"queries": min(settings.queries, max(queries, settings.copies_per_pass))})
         seconds, loss, moving = _timed(worker, examples, trial)
-    if mode == "subspace":
-        seconds *= settings.subspace_interval
-    elif mode != "fo":
-        of_all, of_trial = (forward_passes(settings.estimator, some.queries) for some in (settings, trial))
-        seconds *= of_all / of_trial
+    asked = settings.model_copy(update={"mode": mode})
+    seconds *= mode_of(asked).longer_than(trial)
     began = time.monotonic()
     read = min(8, len(examples["labels"]))
     metrics.evaluate(worker.model, {name: tensor[:read] for name, tensor in examples.items()})
     evaluation = (time.monotonic() - began) / read * settings.eval_examples
-    count = steps_within(settings.model_copy(update={"mode": mode}), count or len(examples["labels"]))
-    replayed = moving if mode in ("zo", "subspace") else 0.0  # the replay that proves the run
+    count = steps_within(asked, count or len(examples["labels"]))
+    replayed = 0.0 if mode_of(asked).has_gradients else moving  # the replay that proves the run
     total = count * (seconds + moving + replayed) + (count / settings.eval_interval + 2) * evaluation
     return Pace(loss, seconds + moving, count, min(total, settings.max_seconds or total))
 
@@ -87,14 +83,8 @@ def steps_within(settings: Settings, examples: int = 0) -> int:
     count = settings.rounds if settings.clients else steps_of(settings, examples) if examples else settings.steps
     if not settings.max_forward_equivalents:
         return count
-    forward = measurements.passes(settings) * (measurements.examples_per_query(settings) or settings.batch_size)
-    backward = 3 * settings.gradient_accumulation * measurements.backprop_batch_size(settings)
-    cost = {
-        "zo": forward,
-        "fo": 3 * settings.gradient_accumulation * settings.batch_size,
-        "subspace": 3 * settings.subspace_interval * settings.batch_size,
-    }.get(settings.mode, forward + backward / settings.bp_interval)
-    return min(count, math.ceil(settings.max_forward_equivalents / (cost * max(1, settings.clients))))
+    cost = mode_of(settings).cost * max(1, settings.clients)
+    return min(count, math.ceil(settings.max_forward_equivalents / cost))
 
 
 def _timed(worker: Worker, examples: Examples, settings: Settings) -> tuple[float, float, float]:

@@ -14,7 +14,8 @@ from zofed.data import encoding, hub
 from zofed.models import build, limits, scopes
 from zofed.models.classifier import PooledClassifier
 from zofed.preflight import footprint
-from zofed.preflight.footprint import MODES, Footprint
+from zofed.preflight.footprint import Footprint
+from zofed.training.modes import MODES
 from zofed.training.task import with_absolute_paths
 
 SCOPES = ("full", "reduced", "last-1", "norms", "biases", "head")
@@ -50,7 +51,7 @@ def list_available_models() -> list[str]:
     return [*build.SIZES, *hub.cached()]
 
 
-def get_model_info(name: str, *, modes: tuple[str, ...] = MODES, **settings: Any) -> ModelInfo:
+def get_model_info(name: str, *, modes: tuple[str, ...] = tuple(MODES), **settings: Any) -> ModelInfo:
     """What a model holds and takes; no weights are read.
 
     name: a size, a folder or a hub id. modes: those whose memory is wanted. settings: of the run, as of `zofed train`

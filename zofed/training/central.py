@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zofed.base.errors import UserError
-from zofed.config import WITH_BACKPROP, Settings
+from zofed.config import Settings
 from zofed.core import directions, metrics, pass_memory
 from zofed.core.journal import Journal
 from zofed.core.replica import Worker
@@ -20,7 +20,8 @@ from zofed.runs.run_folder import CENTRAL, RunFolder
 from zofed.runs.tables import Row
 from zofed.training import device_pool
 from zofed.training.finalize import finish, status_kept
-from zofed.training.modes import asker, steps_of
+from zofed.training.modes import mode_of
+from zofed.training.steps import asker, steps_of
 from zofed.training.task import Task, prepare_process, with_absolute_paths
 from zofed.training.trainer import Totals, Trainer, sure_lines
 
@@ -77,7 +78,7 @@ def _run(
     print(task.told(), flush=True)
     total = steps_of(settings, len(examples["labels"]))
     expect(total)
-    backprop_examples = task.backprop_examples if settings.mode in WITH_BACKPROP else None
+    backprop_examples = task.backprop_examples if mode_of(settings).helps_zeroth_order else None
     trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
         with (

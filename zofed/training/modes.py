@@ -1,156 +1,225 @@
-"""How each mode asks: the one difference between the ways to train on a single machine."""
+"""One class a mode: what a round asks, what a step costs, what a run needs to go on, what replays.
 
-import math
-from collections.abc import Callable
+Central training, the server, forecasts, footprints and tables ask here; nothing else tells modes apart by their names.
+A new mode is a class and a row of `MODES`, and, where it asks what no other does, a method of `steps.Steps` and of the
+server.
+"""
 
-from zofed.base.errors import UserError
+from typing import ClassVar, Literal, Protocol
+
 from zofed.config import Settings
-from zofed.core.estimators import Split
-from zofed.core.records import Dense
-from zofed.core.replica import Worker, tensors_digest
-from zofed.data.encoding import Examples
-from zofed.training import guided as instruct
-from zofed.training import measurements, schedules, step_records
-from zofed.training.trainer import Step, diverged
+from zofed.core.estimators import forward_passes
+from zofed.training import measurements
+
+# What a round asks: slopes along seeded directions; coefficients of seeded directions, trained; a gradient, which is
+# the step; a gradient, and slopes along directions that it shapes; an update of clients that train on their own.
+Ask = Literal["slopes", "coefficients", "gradient", "guided", "update"]
 
 
-def steps_of(settings: Settings, count: int) -> int:
-    """How many steps a central run takes: those asked for, or enough to see its `count` examples `epochs` times."""
-    if not settings.epochs:
-        return settings.steps
-    batches = {"fo": settings.gradient_accumulation, "subspace": settings.subspace_interval}.get(settings.mode)
-    seen = batches * settings.batch_size if batches else measurements.examples_seen(settings)
-    return max(1, math.ceil(settings.epochs * count / seen))
+class Passes(Protocol):
+    """Bytes that the passes of one model hold, each found when it is first wanted."""
+
+    @property
+    def gradient(self) -> int: ...  # all that trains, in its own type
+    def forward(self) -> int: ...
+    def backward(self) -> int: ...
+    def subspace(self) -> int: ...
 
 
-def asker(
-    settings: Settings,
-    worker: Worker,
-    examples: Examples,
-    total: int,
-    backprop_examples: Examples | None = None,
-    split: Split | None = None,
-) -> Callable[[int], Step]:
-    """What asks one round of a mode, out of `total`.
+class Mode:
+    """What the modes have in common: those of zeroth order, unless a class says otherwise."""
 
-    examples: what zeroth order sees; backprop_examples: what backpropagation sees, None: the same. split: measures
-    shares of a step's queries in several places (zo).
-    """
-    steps = Steps(settings, worker, examples, total, backprop_examples or examples, split)
-    mode, interval = settings.mode, settings.bp_interval
+    # A journal holds only digests of gradients: a mode that has some goes on from checkpoints; the others are replayed
+    # from the journal alone, as the end of a run proves.
+    has_gradients: ClassVar[bool] = False
+    # A gradient stands beside zeroth order, with data, a batch size and an optimizer of its own.
+    helps_zeroth_order: ClassVar[bool] = False
+    measures_slopes: ClassVar[bool] = True
+    trains_coefficients: ClassVar[bool] = False
 
-    def ask(round_: int) -> Step:
-        try:
-            if mode == "fo" or (mode == "calibrate" and round_ % interval == 0):
-                return steps.first_order(round_)
-            if mode == "instruct" and (round_ - 1) % interval == 0:
-                return steps.guided(round_)
-            return steps.in_subspace(round_) if mode == "subspace" else steps.zeroth_order(round_)
-        except ValueError as error:
-            told = diverged(round_, settings)
-            if ":" in settings.objective:  # a function of the user's, which may have raised it
-                raise UserError(f"{told}, or mend objective = {settings.objective!r}: {error}") from error
-            raise told from error
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
 
-    return ask
+    def ask(self, round_: int) -> Ask:
+        """What a round asks."""
+        return "slopes"
 
+    @property
+    def bp_interval(self) -> int:
+        """Rounds from one gradient in a record to the next; 0: there is none."""
+        return self.settings.bp_interval if self.helps_zeroth_order else 0
 
-class Steps:
-    """Steps of every kind for one worker. All raise ValueError when a loss or a gradient is not finite."""
+    @property
+    def backpropagating_clients(self) -> Literal["none", "some", "all"]:
+        """Whose node must be able to backpropagate in a federation."""
+        return "some" if self.helps_zeroth_order and self.settings.guide_source == "clients" else "none"
 
-    def __init__(
-        self,
-        settings: Settings,
-        worker: Worker,
-        examples: Examples,
-        total: int,
-        backprop_examples: Examples,
-        split: Split | None,
-    ) -> None:
-        self.settings, self.worker, self.total, self.split = settings, worker, total, split
-        self.examples, self.backprop_examples = examples, backprop_examples
+    @property
+    def direction_kind(self) -> str:
+        """The kind of the directions that its records move along."""
+        return self.settings.directions
 
-    def zeroth_order(self, round_: int) -> Step:
-        """A federated round with this machine as its only client."""
+    @property
+    def examples_of_a_step(self) -> int:
+        """Training examples that a step reads on one client, as `epochs` counts them."""
+        return measurements.examples_seen(self.settings)
+
+    @property
+    def cost(self) -> float:
+        """Forward-equivalents of a step on one client, in the mean: examples run forward, a backward counting two."""
         settings = self.settings
-        measured = measurements.slopes(settings, self.worker, self.examples, 0, split=self.split)
-        seen = measurements.examples_seen(settings)
-        return Step(
-            record=step_records.record_of(settings, self.worker, {0: measured}, self.total),
-            loss=measured.loss,
-            epoch=self._epoch(round_, seen),
-            batch_size=seen,
-            forward_passes=measured.forward_passes,
-            forward_equivalents=measured.sequences,
-            tokens=seen * settings.block_size,
-        )
+        forward = measurements.passes(settings) * (measurements.examples_per_query(settings) or settings.batch_size)
+        if not self.helps_zeroth_order:
+            return forward
+        backward = 3 * settings.gradient_accumulation * measurements.backprop_batch_size(settings)
+        return forward + backward / settings.bp_interval
 
-    def first_order(self, round_: int) -> Step:
-        """One gradient by backpropagation."""
-        settings = self.settings
-        update, loss = measurements.gradient(settings, self.worker, self.backprop_examples, 0)
-        digest = bytes.fromhex(tensors_digest(update)) if settings.keep_gradients else bytes(32)
-        passes, size = settings.gradient_accumulation, measurements.backprop_batch_size(settings)
-        return Step(
-            record=Dense(round_, schedules.backprop_rate(settings, round_, self.total), digest),
-            loss=loss,
-            epoch=self._epoch(round_, passes * size, self.backprop_examples),
-            batch_size=size,
-            update=update,
-            forward_passes=passes,
-            backward_passes=passes,
-            forward_equivalents=3 * passes * size,
-            tokens=passes * size * settings.block_size,
-        )
+    def longer_than(self, trial: Settings) -> float:
+        """How many times as long as a step of `trial` (fewer queries, one inner step) a step of the settings takes."""
+        of_all, of_trial = (forward_passes(some.estimator, some.queries) for some in (self.settings, trial))
+        return of_all / of_trial
 
-    def guided(self, round_: int) -> Step:
-        """A gradient by backpropagation, and slopes along the directions that it shapes."""
-        settings = self.settings
-        gradient, backprop_loss = measurements.gradient(settings, self.worker, self.backprop_examples, 0)
-        guide = instruct.on_grid(gradient)
-        loss, own_examples = measurements.query_loss(settings, self.worker, self.examples, round_, 0)
-        found, guidance = instruct.guided(
-            self.worker,
-            loss,
-            guide,
-            instruct.Shape.of(settings),
-            measurements.seeds_of(settings, self.worker, round_, 0),
-            round_=round_,
-            rate=schedules.backprop_rate(settings, round_, self.total),
-            examples=own_examples,
-        )
-        passes, size = settings.gradient_accumulation, measurements.backprop_batch_size(settings)
-        seen = measurements.examples_seen(settings) if found.forward_passes else 0
-        per_pass = measurements.examples_per_query(settings) or settings.batch_size
-        return Step(
-            record=instruct.clipped(found.record, guidance, settings.clip_norm),
-            loss=backprop_loss if math.isnan(found.loss) else found.loss,
-            epoch=self._epoch(round_, measurements.examples_seen(settings)),
-            batch_size=size,
-            update=guide,
-            forward_passes=passes + found.forward_passes,
-            backward_passes=passes,
-            forward_equivalents=3 * passes * size + found.forward_passes * per_pass,
-            tokens=(passes * size + seen) * settings.block_size,
-            facts=dict(guidance.facts),
-        )
+    def step_bytes(self, passes: Passes) -> int:
+        """The most that a step holds beside weights and optimizer state."""
+        return passes.forward()
 
-    def in_subspace(self, round_: int) -> Step:
-        """Coefficients of this round's own directions, trained by backpropagation on one batch after the other."""
-        settings = self.settings
-        measured = measurements.coefficients(settings, self.worker, self.examples, 0, self.total)
-        rate, count = measurements.subspace_rate(settings, round_, self.total), settings.subspace_interval
-        seen = count * settings.batch_size
-        return Step(
-            record=step_records.subspace_record(settings, round_, rate, {0: measured}),
-            loss=measured.loss,
-            epoch=self._epoch(round_, seen),
-            batch_size=settings.batch_size,
-            forward_passes=count,
-            backward_passes=count,
-            forward_equivalents=3 * seen,
-            tokens=seen * settings.block_size,
-        )
+    @property
+    def optimizer_states(self) -> int:
+        """How many optimizers keep a state of the size of what trains."""
+        return 1
 
-    def _epoch(self, round_: int, seen: int, examples: Examples | None = None) -> float:
-        return round_ * seen / len((examples or self.examples)["labels"])
+
+class ZerothOrder(Mode):
+    """Forward passes only."""
+
+
+class FirstOrder(Mode):
+    """Backpropagation."""
+
+    has_gradients = True
+    measures_slopes = False
+
+    def ask(self, round_: int) -> Ask:
+        """An update, in every round."""
+        return "update"
+
+    @property
+    def bp_interval(self) -> int:
+        """Every round."""
+        return 1
+
+    @property
+    def backpropagating_clients(self) -> Literal["none", "some", "all"]:
+        """All."""
+        return "all"
+
+    @property
+    def examples_of_a_step(self) -> int:
+        """Those of all its batches."""
+        return self.settings.gradient_accumulation * self.settings.batch_size
+
+    @property
+    def cost(self) -> float:
+        """A forward and a backward pass of each example."""
+        return 3 * self.examples_of_a_step
+
+    def longer_than(self, trial: Settings) -> float:
+        """As long."""
+        return 1.0
+
+    def step_bytes(self, passes: Passes) -> int:
+        """Those of backpropagation."""
+        return passes.backward()
+
+
+class Instruct(Mode):
+    """A gradient now and then, and slopes along directions that it shapes; zeroth order in between."""
+
+    has_gradients = True
+    helps_zeroth_order = True
+
+    def ask(self, round_: int) -> Ask:
+        """The first round of each interval begins with a gradient."""
+        return "guided" if (round_ - 1) % self.settings.bp_interval == 0 else "slopes"
+
+    def step_bytes(self, passes: Passes) -> int:
+        """Slopes along a guide take a saved copy of what trains, and the gradient as guide."""
+        return max(passes.backward(), passes.forward() + 2 * passes.gradient)
+
+    @property
+    def optimizer_states(self) -> int:
+        """Two, where both kinds of step occur."""
+        return 2 if self.settings.bp_interval > 1 else 1
+
+
+class Calibrate(Mode):
+    """Zeroth order with a step of backpropagation now and then."""
+
+    has_gradients = True
+    helps_zeroth_order = True
+
+    def ask(self, round_: int) -> Ask:
+        """The last round of each interval is a gradient."""
+        return "gradient" if round_ % self.settings.bp_interval == 0 else "slopes"
+
+    def step_bytes(self, passes: Passes) -> int:
+        """The larger of the two kinds of step."""
+        return max(passes.backward(), passes.forward())
+
+    @property
+    def optimizer_states(self) -> int:
+        """One for either kind of step."""
+        return 2
+
+
+class Subspace(Mode):
+    """Backpropagation to the coefficients of seeded directions, which are all that is sent."""
+
+    measures_slopes = False
+    trains_coefficients = True
+
+    def ask(self, round_: int) -> Ask:
+        """Coefficients, in every round."""
+        return "coefficients"
+
+    @property
+    def direction_kind(self) -> str:
+        """`core`: pairs of left and right factors."""
+        return "core" if self.settings.subspace_variant == "core" else self.settings.directions
+
+    @property
+    def examples_of_a_step(self) -> int:
+        """Those of all its inner steps."""
+        return self.settings.subspace_interval * self.settings.batch_size
+
+    @property
+    def cost(self) -> float:
+        """A forward and a backward pass of each example."""
+        return 3 * self.examples_of_a_step
+
+    def longer_than(self, trial: Settings) -> float:
+        """By its inner steps."""
+        return self.settings.subspace_interval / trial.subspace_interval
+
+    def step_bytes(self, passes: Passes) -> int:
+        """Those of backpropagation to the coefficients: no gradient of weights."""
+        return passes.subspace()
+
+    @property
+    def optimizer_states(self) -> int:
+        """None: what the coefficients keep is small."""
+        return 0
+
+
+MODES: dict[str, type[Mode]] = {
+    "zo": ZerothOrder,
+    "fo": FirstOrder,
+    "instruct": Instruct,
+    "calibrate": Calibrate,
+    "subspace": Subspace,
+}
+
+
+def mode_of(settings: Settings) -> Mode:
+    """The mode of some settings."""
+    return MODES[settings.mode](settings)

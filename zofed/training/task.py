@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from zofed import config
 from zofed.base.environment import keep_freed_memory
 from zofed.base.errors import UserError
-from zofed.config import WITH_BACKPROP, Settings
+from zofed.config import Settings
 from zofed.core import metrics, replica
 from zofed.core.estimators import size_exponents
 from zofed.core.optimizers import Optimizer
@@ -30,6 +30,7 @@ from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
 from zofed.models import build, classifier, initial, limits, scopes
+from zofed.training.modes import mode_of
 
 SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
 
@@ -99,9 +100,9 @@ class Task:
         else:
             train, held_out = encoding.split_held_out(train, settings.held_out, settings.seed)
         backprop = train
-        if settings.mode in WITH_BACKPROP and settings.bp_dataset:
+        if mode_of(settings).helps_zeroth_order and settings.bp_dataset:
             backprop = more(settings.bp_dataset, "bp-dataset")
-        elif settings.mode in WITH_BACKPROP and settings.split_dataset_for_bp_zo:
+        elif mode_of(settings).helps_zeroth_order and settings.split_dataset_for_bp_zo:
             train, backprop = encoding.split_held_out(
                 train, settings.split_dataset_for_bp_zo, settings.seed, "backprop"
             )
@@ -376,19 +377,18 @@ def worker_of(settings: Settings, model: build.Model) -> Worker:
     # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are.
     outer = Optimizer("sgd", weight_decay=settings.weight_decay)
     parameters = replica.named_parameters(model)
-    in_proportion = settings.mode != "fo" and settings.direction_sizes == "rms"
-    is_core = settings.mode == "subspace" and settings.subspace_variant == "core"
+    mode = mode_of(settings)
+    has_directions = mode.measures_slopes or mode.trains_coefficients
+    in_proportion = has_directions and settings.direction_sizes == "rms"
     genesis = replica.make_genesis(
         model,
         build.describe(settings.model, model),
         names,
         seed=settings.seed,
-        kind="core" if is_core else settings.directions,
-        optimizer=outer if settings.mode == "subspace" else rule(settings.optimizer),
+        kind=mode.direction_kind,
+        optimizer=outer if mode.trains_coefficients else rule(settings.optimizer),
         size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
-        backprop_optimizer=(
-            rule(settings.bp_optimizer or settings.optimizer) if settings.mode in WITH_BACKPROP else None
-        ),
+        backprop_optimizer=(rule(settings.bp_optimizer or settings.optimizer) if mode.helps_zeroth_order else None),
     )
     return Worker(nn.Module.to(model, device(settings)), genesis)
 

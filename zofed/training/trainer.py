@@ -18,6 +18,7 @@ from zofed.core.records import Guided, Record, Seeded, Skipped
 from zofed.core.replica import NotKept, Update, Worker, update_digest
 from zofed.runs.run_folder import EVALUATIONS, METRICS, RunFolder, read_checkpoint, timestamp
 from zofed.runs.tables import Row, Table, keep_rows, sure_rows
+from zofed.training.modes import mode_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ Ask = Callable[[int], Step | Sequence[Step]]
 Evaluate = Callable[[torch.nn.Module], Scores]
 
 # Modes whose journal does not replay from the start unless gradients are kept beside it.
-NEEDS_CHECKPOINTS = ("fo", "instruct", "calibrate")
 SUMS = ("forward_passes", "backward_passes", "forward_equivalents", "tokens", "bytes")
 
 
@@ -264,18 +264,16 @@ class Trainer:
         table.write(row)
 
     def _row(self, round_: int, totals: Totals, step: Step | None = None, norm: float | None = None) -> Row:
-        settings = self.settings
+        settings, mode = self.settings, mode_of(self.settings)
         row: Row = {
             "timestamp": timestamp(),
             "step": round_,
             "mode": settings.mode,
             "scope": settings.scope,
-            "q": 0 if settings.mode in ("fo", "subspace") else settings.queries,
+            "q": settings.queries if mode.measures_slopes else 0,
             "batch_size": settings.batch_size,
             "optimizer": settings.optimizer,
-            "bp_interval": {"fo": 1, "instruct": settings.bp_interval, "calibrate": settings.bp_interval}.get(
-                settings.mode, 0
-            ),
+            "bp_interval": mode.bp_interval,
             "grad_norm": norm,
         }
         if step is not None:
@@ -288,7 +286,7 @@ class Trainer:
         """Whether a round ends with a checkpoint."""
         interval = self.settings.save_interval
         return bool(interval) and (
-            round_ % interval == 0 or (is_last and self.settings.mode in NEEDS_CHECKPOINTS and round_ > 0)
+            round_ % interval == 0 or (is_last and mode_of(self.settings).has_gradients and round_ > 0)
         )
 
     def _save_checkpoint(self, round_: int) -> None:
