@@ -27,10 +27,10 @@ $(STAMP): pyproject.toml requirements.txt requirements-dev.txt
 	@touch $(STAMP)
 
 test: $(STAMP) ## run the fast tests, JOBS=2 at a time
-	$(VENV)/bin/pytest -n $(JOBS) --dist loadfile
+	$(VENV)/bin/pytest -n $(JOBS) --dist loadfile --durations=10
 
 test-slow: $(STAMP) ## run the slow tests: Flower with Ray, processes killed, real data
-	$(VENV)/bin/pytest -m slow
+	$(VENV)/bin/pytest -m slow --durations=25
 
 # What a forward pass computes depends on the instructions that torch uses and on MKL's mode; equalities must not.
 test-processors: $(STAMP) ## run the tests of equal bits with other instruction sets and another mode of MKL
