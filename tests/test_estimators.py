@@ -527,7 +527,7 @@ def test_the_loss_along_directions_is_that_of_weights_moved_along_all_of_them(na
     (slopes,) = torch.autograd.grad(value, coefficients)
     with torch.no_grad():
         assert float(perturbed.along(loss, parameters, kind, SEEDS, coefficients)) == pytest.approx(float(value))
-    with estimators.kept(parameters):
+    with estimators.weights_restored(parameters):
         with torch.no_grad():
             for key, parameter in parameters.items():
                 for seed, coefficient in zip(SEEDS, coefficients.tolist(), strict=True):

@@ -92,8 +92,8 @@ def test_memory_grows_with_the_copies_as_told_and_a_budget_is_kept() -> None:
     def loss() -> Tensor:
         return F.cross_entropy(model(X), Y)
 
-    one, _ = pass_memory.bytes_by_copies(loss, parameters, "rank1")
-    copies = pass_memory.propose_copies(loss, parameters, "rank1", 10 * one)
+    one, further = pass_memory.bytes_by_copies(loss, parameters, "rank1")
+    copies = pass_memory.copies_within(10 * one, one, further)
     assert copies > 5
 
     def run() -> None:
@@ -101,7 +101,7 @@ def test_memory_grows_with_the_copies_as_told_and_a_budget_is_kept() -> None:
 
     assert 0.8 * 10 * one < pass_memory.peak_bytes(run) <= 1.05 * 10 * one
     with pytest.raises(UserError, match="smaller batch-size"):
-        pass_memory.propose_copies(loss, parameters, "rank1", one - 1)
+        pass_memory.copies_within(one - 1, one, further)
 
 
 def test_peak_bytes_counts_what_lives_together() -> None:

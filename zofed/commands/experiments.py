@@ -1,7 +1,6 @@
 """Commands of experiments: `zofed sweep`, `zofed plot`, `zofed report`."""
 
 import math
-import statistics
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -108,8 +107,7 @@ def sweep(
         )
     for run in failed:
         console.print(f"  {run.name}: {run.error}", markup=False)
-    if runner.first_steps:
-        median = statistics.median(runner.first_steps)
+    if (median := runner.overhead) is not None:
         console.print(f"from a run's start to its first step {median:.2f} s (median of {len(runner.first_steps)})")
     report_it = shell.command("zofed", "report", folder.path)
     console.print(f"results in {folder.path / 'summary.csv'}; next: {report_it}", markup=False)

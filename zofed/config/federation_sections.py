@@ -96,7 +96,7 @@ class Aggregation(Section):
 
     merge: Literal["mean", "trimmed", "median"] = setting(
         "mean",
-        "how answers along the same directions, or updates, become one; the others bear liars",
+        "how clients' answers are aggregated; trimmed and median tolerate malicious clients",
         acts_when=when(run=FEDERATED),
     )
     trim: float = setting(
@@ -108,18 +108,18 @@ class Aggregation(Section):
     )
     weighting: Literal["equal", "examples"] = setting(
         "equal",
-        "what a client counts in the merge: all alike, or by its examples up to example-cap",
+        "weight of a client in the mean: all equal, or by its number of examples, up to example-cap",
         acts_when=when(run=FEDERATED, merge="mean"),
     )
     example_cap: int = setting(
         10_000,
-        "examples a client can count with at most",
+        "largest number of examples that a client is weighted by",
         ge=1,
         acts_when=when(run=FEDERATED, merge="mean", weighting="examples"),
     )
     clip_slopes: float = setting(
         10.0,
-        "bound on a client's slopes, times the size common among the clients; 0: none",
+        "limit of a client's slopes, in multiples of the typical size among clients; 0: none",
         ge=0,
         le=1e9,
         acts_when=when(run=FEDERATED, mode=Unlike(("fo",))),
@@ -159,7 +159,7 @@ class Aggregation(Section):
     )
     link_megabits: float = setting(
         10.0,
-        "speed of a client's link, to choose snapshot or replay by",
+        "speed of a client's link in Mbit/s, by which the server chooses snapshot or replay",
         gt=0,
         acts_when=when(run=FEDERATED),
         pins=False,

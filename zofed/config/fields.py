@@ -1,4 +1,4 @@
-"""How a setting is declared: value, limits, what it is, when it acts, and what else the rest of zofed asks of it."""
+"""How a setting is declared: default, limits, description, when it acts, and what resume and results ask of it."""
 
 import unicodedata
 from collections.abc import Mapping
@@ -28,9 +28,9 @@ CENTRAL, FEDERATED = "central", "federated"  # the ways to run, which a conditio
 class Traits:
     """What is known of a setting beside its value and limits.
 
-    acts_when: it has an effect only where one of these holds; empty: always. pins: a run that goes on must find it
-    unchanged. shapes_result: not only where and how a run goes. scores: losses of two values are not of the same
-    thing. first: among those that a person needs first.
+    acts_when: it acts only where one of these holds; empty: always. pins: a resumed run must find it unchanged.
+    shapes_result: it decides what a run finds, not only where and how it computes. scores: held-out losses at two of
+    its values cannot be compared. first: one of those that a person needs first.
     """
 
     acts_when: tuple[Condition, ...] = ()
@@ -62,7 +62,7 @@ def setting(
 
 
 def traits(field: FieldInfo) -> Traits:
-    """What `setting` was told of a field."""
+    """The traits that `setting` gave a field."""
     extra = field.json_schema_extra
     assert isinstance(extra, dict)
     return extra["traits"]  # type: ignore[return-value]

@@ -74,7 +74,7 @@ class Model(Section):
     scope: str = setting(
         "full", "what trains: full, reduced, norms, biases, head, last-K, or a regular expression of names", first=True
     )
-    dtype: Literal["float32", "bfloat16"] = setting("float32", "type the weights are kept and run in")
+    dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the weights, and of computing with them")
     forward_dtype: Literal["weights", "bfloat16"] = setting(
         "weights", "type of the forward passes; bfloat16: autocast (part of the result)"
     )
@@ -183,7 +183,7 @@ class Optimizer(Section):
         "mudamw leaves out entries whose step points up the present gradient",
         acts_when=when({"optimizer": "mudamw"}, mode=WITH_BACKPROP, bp_optimizer="mudamw"),
     )
-    schedule: Literal["constant", "cosine"] = setting("constant", "course of the rates after the warm-up")
+    schedule: Literal["constant", "cosine"] = setting("constant", "learning-rate schedule after the warm-up")
     warmup_steps: int = setting(0, "steps over which the rates rise linearly from 0", ge=0)
     min_learning_rate: float = setting(0.0, "rate at which cosine ends", ge=0, acts_when=when(schedule="cosine"))
     clip_norm: float = setting(0.0, "largest norm of a step's gradient estimate; 0: no limit", ge=0)

@@ -164,7 +164,7 @@ def forward_passes(points: Points, queries: int) -> int:
 
 
 @contextmanager
-def kept(parameters: Parameters) -> Iterator[Parameters]:
+def weights_restored(parameters: Parameters) -> Iterator[Parameters]:
     """A saved copy of the parameters; on leaving, every bit of them is as before.
 
     Restoring from a copy, never by subtraction: adding and subtracting the same step rounds, and the weights drift.
@@ -193,7 +193,7 @@ def materialised_losses(
     The weights are shifted in place; memory: one extra copy of the parameters.
     """
     rows: list[list[Tensor]] = []
-    with kept(parameters) as saved:
+    with weights_restored(parameters) as saved:
         for query, seed in enumerate(seeds):
             ask = asked(loss, examples, query)
             rows.append([])
@@ -228,7 +228,7 @@ def unused(seen: Collection[int], loss: Loss, parameters: Parameters, examples: 
 def _is_used(loss: Loss, parameters: Parameters, name: str, examples: Any) -> bool:
     """Whether the loss changes when every entry of a parameter does."""
     one = {name: parameters[name]}
-    with torch.no_grad(), kept(one):
+    with torch.no_grad(), weights_restored(one):
         ask = asked(loss, examples, 0)
         before = ask()
         one[name].mul_(1.5).add_(0.5)

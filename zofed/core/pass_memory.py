@@ -89,11 +89,3 @@ def copies_within(budget: int, one: int, further: int) -> int:
             f"{budget / 2**20:,.0f} MiB: take a smaller batch-size or block-size"
         )
     return min(LARGEST, 1 + (budget - one) // further)
-
-
-def propose_copies(loss: Loss, parameters: Mapping[str, Tensor], kind: directions.Kind, budget: int) -> int:
-    """The largest `copies_per_pass` whose pass takes at most `budget` bytes beside the weights.
-
-    Raises UserError when not even one copy fits.
-    """
-    return copies_within(budget, *bytes_by_copies(loss, parameters, kind))

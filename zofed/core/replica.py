@@ -296,8 +296,8 @@ class Worker:
             size = self.sizes.get(name, 1.0)
             for start in range(0, len(whole), at_once):
                 some = slice(start, min(start + at_once, len(whole)))
-                kept = whole[some]
-                weight = kept.to(torch.float32)  # float32 weights themselves, else a copy
+                now = whole[some]
+                weight = now.to(torch.float32)  # float32 weights themselves, else a copy
                 for index, ((record, rule, corrections), estimate) in enumerate(zip(steps, estimates, strict=True)):
                     state = {moment: tensor[some] for moment, tensor in moments[id(rule)].items()}
                     gradient = estimate(some.start, some.stop).view(weight.shape)
@@ -305,10 +305,10 @@ class Worker:
                     squares[index] += float(torch.dot(flat, flat))
                     own = size if isinstance(record, Seeded) else 1.0
                     rule.move(name, weight, gradient, state, record.rate, corrections, own)
-                    if kept.dtype != torch.float32:
+                    if now.dtype != torch.float32:
                         weight = self._rounded(weight, name, record.round, some.start * columns)
-                if kept.dtype != torch.float32:
-                    kept.copy_(weight)
+                if now.dtype != torch.float32:
+                    now.copy_(weight)
         for record in moving:
             if isinstance(record, Seeded):
                 self.spread = self.spread.after(record.coefficients, record.exponent)

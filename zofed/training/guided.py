@@ -22,9 +22,9 @@ from zofed.core.estimators import (
     Parameters,
     asked,
     degrees_of_freedom,
-    kept,
     materialised_losses,
     scalar,
+    weights_restored,
 )
 from zofed.core.perturbed import Loss
 from zofed.core.records import Guided, Seeded, estimate_norm, to_integers
@@ -289,7 +289,7 @@ def _line(
     step = shape.step / math.sqrt(own.kept_square)
     ask = asked(loss, batch, 0)
     ends = []
-    with torch.no_grad(), kept(worker.parameters) as saved, perturbed.in_pieces():
+    with torch.no_grad(), weights_restored(worker.parameters) as saved, perturbed.in_pieces():
         for length in (step, -step):
             _write(worker.parameters, saved, own, length)
             ends.append(float(scalar(ask())))
@@ -327,7 +327,7 @@ def _record(
 @contextmanager
 def _guide_written(worker: Worker, own: Guidance, length: float) -> Iterator[None]:
     """While active, the weights are shifted by length * g_S."""
-    with kept(worker.parameters) as saved:
+    with weights_restored(worker.parameters) as saved:
         _write(worker.parameters, saved, own, length)
         yield
 
@@ -363,7 +363,7 @@ def _masked_losses(
     """Losses at w + step * (g_S + sigma n_i), n_i zero where the guide is kept: float (seeds, steps)."""
     rows = []
     unit = directions.unit(worker.kind) * own.noise
-    with kept(worker.parameters) as saved, perturbed.in_pieces():
+    with weights_restored(worker.parameters) as saved, perturbed.in_pieces():
         for query, seed in enumerate(seeds):
             ask = asked(loss, batch, query)
             rows.append([])

@@ -13,7 +13,14 @@ from torch import Tensor
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.core import directions, gradient_codec, metrics, records, subspace
 from zofed.core.aggregation import Measured
-from zofed.core.estimators import Estimate, FiniteDifference, Split, degrees_of_freedom, forward_passes, kept
+from zofed.core.estimators import (
+    Estimate,
+    FiniteDifference,
+    Split,
+    degrees_of_freedom,
+    forward_passes,
+    weights_restored,
+)
 from zofed.core.optimizers import Optimizer
 from zofed.core.perturbed import Loss
 from zofed.core.replica import Update, Worker
@@ -34,7 +41,7 @@ def slopes(
     plan = [(worker.round + 1 + step, local) for step in range(steps) for local in range(settings.local_steps)]
     found: list[Estimate] = []
     spread = worker.spread
-    with kept(worker.parameters) if len(plan) > 1 else nullcontext():
+    with weights_restored(worker.parameters) if len(plan) > 1 else nullcontext():
         for index, (round_, local) in enumerate(plan):
             loss, own = query_loss(settings, worker, examples, round_, client, local)
             seeds = seeds_of(settings, worker, round_, client, local)
@@ -173,7 +180,7 @@ def update(settings: Settings, worker: Worker, examples: Examples, client: int) 
     rate = settings.local_learning_rate or settings.learning_rate
     losses = batches(settings, worker, examples, client, settings.local_steps, settings.batch_size)
     met = []
-    with kept(worker.parameters) as start:
+    with weights_restored(worker.parameters) as start:
         for loss in losses:
             change, value = worker.gradient(loss)
             met.append(value)
