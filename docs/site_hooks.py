@@ -14,11 +14,18 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 BLOCK = re.compile(r"^\[tool\.flwr\.app\.config\]\n(.*?)^# --- end", re.MULTILINE | re.DOTALL)
+SECTION = re.compile(r"^# (\S+): (.*)\n((?:\S+ = .*\n)+)", re.MULTILINE)
 SETTING = re.compile(r"^(\S+) = (.*?)  # (.*)$", re.MULTILINE)
 SETTINGS_HEAD = """# Settings
 
 One schema for the options of the commands (`--learning-rate 0.03`), TOML files (`zofed train settings.toml`) and
-Flower's run config. `zofed settings` prints them as a TOML file to start from. (zo) and the like: modes that read it.
+Flower's run config. `zofed settings` prints them as a TOML file to start from, `zofed settings SECTION` those of one
+section. (zo) and the like: modes that read it.
+"""
+TABLE_HEAD = """
+## {}
+
+{}.
 
 | setting | default | what it is |
 | --- | --- | --- |
@@ -40,8 +47,11 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the page of settings, and every file outside docs/ that a page links to, and those that these link to."""
     block = BLOCK.search((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert block, "pyproject.toml has no block of settings"
-    rows = (f"| `{key}` | `{value}` | {about} |\n" for key, value, about in SETTING.findall(block[1]))
-    files.append(File.generated(config, "settings.md", content=SETTINGS_HEAD + "".join(rows)))
+    content = SETTINGS_HEAD
+    for name, about, lines in SECTION.findall(block[1]):
+        content += TABLE_HEAD.format(name, about[0].upper() + about[1:])
+        content += "".join(f"| `{key}` | `{value}` | {what} |\n" for key, value, what in SETTING.findall(lines))
+    files.append(File.generated(config, "settings.md", content=content))
     waiting = [file.src_uri for file in files.documentation_pages()]
     waiting += [name for name in pages_of(config.nav) if (ROOT / name).is_file()]
     while waiting:
