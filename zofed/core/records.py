@@ -134,7 +134,7 @@ _GUIDED = struct.Struct("<32sddd?")  # guide, threshold, kept, whole, masked
 
 
 def encode(record: Record) -> bytes:
-    """The record's bytes: u8 kind, the round, then what its kind has; integers as `compact` has them.
+    """The record's bytes: u8 kind, the round, then what its kind has; integers as `varint` has them.
 
     A seeded record: f64 rate and divisor, a byte that tells whether f64 privacy follows, then the integers exponent,
     local steps, queries, number of clients, their indices less the one before each, and the coefficients. `decode`

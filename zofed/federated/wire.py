@@ -1,7 +1,7 @@
 """Plans and answers as bytes, as few as will do: no field is named, small numbers take one byte.
 
 content   u8 kind | its fields in order
-int       as `compact` has it
+int       as `varint` has it
 float     float32, little endian: what is measured, not what weights move by
 str       its length as an int, UTF-8; bytes likewise
 sequence  of integers: its length as an int, then the integers

@@ -125,7 +125,7 @@ def finish(
 
 
 def draw(name: str, *arguments: Any) -> None:
-    """Draw one of the pictures of `plots`. None ends a run: what kept one from being drawn is told."""
+    """Draw one of the pictures of `pictures`. None ends a run: what kept one from being drawn is told."""
     try:
         from zofed.runs import pictures  # pictures need pandas and matplotlib, which clients never load
 

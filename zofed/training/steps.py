@@ -9,8 +9,7 @@ from zofed.core.estimators import Split
 from zofed.core.records import Dense
 from zofed.core.replica import Worker, tensors_digest
 from zofed.data.encoding import Examples
-from zofed.training import guided as instruct
-from zofed.training import measurements, schedules, step_records
+from zofed.training import guided, measurements, schedules, step_records
 from zofed.training.modes import Ask, mode_of
 from zofed.training.trainer import Step, diverged
 
@@ -109,13 +108,13 @@ class Steps:
         """A gradient by backpropagation, and slopes along the directions that it shapes."""
         settings = self.settings
         gradient, backprop_loss = measurements.gradient(settings, self.worker, self.backprop_examples, 0)
-        guide = instruct.on_grid(gradient)
+        guide = guided.on_grid(gradient)
         loss, own_examples = measurements.query_loss(settings, self.worker, self.examples, round_, 0)
-        found, guidance = instruct.guided(
+        found, guidance = guided.guided(
             self.worker,
             loss,
             guide,
-            instruct.Shape.of(settings),
+            guided.Shape.of(settings),
             measurements.seeds_of(settings, self.worker, round_, 0),
             round_=round_,
             rate=schedules.backprop_rate(settings, round_, self.total),
@@ -125,7 +124,7 @@ class Steps:
         seen = measurements.examples_seen(settings) if found.forward_passes else 0
         per_pass = measurements.examples_per_query(settings) or settings.batch_size
         return Step(
-            record=instruct.clipped(found.record, guidance, settings.clip_norm),
+            record=guided.clipped(found.record, guidance, settings.clip_norm),
             loss=backprop_loss if math.isnan(found.loss) else found.loss,
             epoch=self._epoch(round_, measurements.examples_seen(settings)),
             batch_size=size,
