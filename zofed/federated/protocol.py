@@ -1,8 +1,8 @@
 """A federated round as plain functions: what a plan asks, what an answer says, whether to believe it.
 
 The server plans a round and sends the plan with the journal entries a client lacks; the client catches up by replaying
-them, does its part (`measurements`) and answers; the server checks every answer against a closed list of reasons and merges
-the good ones into records (`step_records`). Nothing here knows Flower.
+them, does its part (`measurements`) and answers; the server checks every answer against a closed list of reasons and
+merges the good ones into records (`step_records`). Nothing here knows Flower.
 """
 
 import math
