@@ -50,8 +50,11 @@ def test_what_flower_keeps_private_is_used_in_two_modules_alone() -> None:
 def test_a_stranger_sees_the_architecture_from_ls() -> None:
     entries = [path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"]
     assert len(entries) <= 15, sorted(entries)
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     for path in PACKAGE.glob("*/__init__.py"):
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{path} says in one sentence what its package is"
+        sentence = ast.get_docstring(ast.parse(path.read_text()))
+        modules = sorted(module.stem for module in path.parent.glob("*.py") if module != path)
+        assert f"| `zofed/{path.parent.name}/` | {sentence} | {', '.join(modules)} |" in page
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from zofed.core.replica import Worker, update_digest, weights_digest
 from zofed.data import documents, encoding
 from zofed.federated import client, protocol
 from zofed.runs.run_folder import RunFolder, read_table
-from zofed.training import central, measurements, modes, schedules, scoring
+from zofed.training import central, measurements, modes, schedules, scoring, tasks
 from zofed.training.finalize import replay_run
 from zofed.training.steps import Steps, asker
 from zofed.training.task import Task, prepare_process
@@ -910,8 +910,9 @@ def test_the_command_refuses_in_one_line(
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
 
-def test_every_mode_of_the_settings_is_one_class() -> None:
+def test_every_mode_and_every_task_of_the_settings_is_one_class() -> None:
     assert tuple(modes.MODES) == get_args(config.Settings.model_fields["mode"].annotation)
+    assert tuple(tasks.TASKS) == get_args(config.Settings.model_fields["task"].annotation)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from rich.table import Table
 from zofed import config
 from zofed.base import shell
 from zofed.config import Settings
-from zofed.core.metrics import Coverage
+from zofed.core.metrics import Coverage, losses_among
 from zofed.runs.run_folder import RunFolder, timestamp
 from zofed.runs.tables import Row
 
@@ -103,9 +103,8 @@ def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:
     end = summary["eval_loss_end"]
     table.add_row("start", f"{summary['eval_loss_start']:.4f}")
     table.add_row("end", f"{end:.4f}")
-    for name, loss in summary["baselines"].items():
-        if not name.endswith("accuracy"):
-            table.add_row(f"baseline {name}", f"{loss:.4f}  {'passed' if end < loss else 'not passed'}")
+    for name, loss in losses_among(summary["baselines"]).items():
+        table.add_row(f"baseline {name}", f"{loss:.4f}  {'passed' if end < loss else 'not passed'}")
     for name, loss in summary["controls"].items():
         table.add_row(f"control {name.replace('_', ' ')}", f"{loss:.4f}")
     console.print(table)

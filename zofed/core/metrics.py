@@ -16,6 +16,7 @@ from zofed.core.perturbed import in_pieces
 
 Examples = dict[str, Tensor]
 
+SCORE = "accuracy"  # of the measures the one that people rank models by, where a task has it
 MEASURES = ("loss", "perplexity", "bits_per_byte", "accuracy", "f1")
 IGNORED_LABEL = -100  # of a token or document that no loss counts
 
@@ -49,6 +50,11 @@ class Score:
         """All that is known and finite, by the names of MEASURES: what files can hold."""
         found = {name: getattr(self, name) for name in MEASURES}
         return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+
+def losses_among(baselines: Mapping[str, float]) -> dict[str, float]:
+    """Those of the baselines that are losses, in nats: not the shares of right answers."""
+    return {name: value for name, value in baselines.items() if not name.endswith(SCORE)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,9 +167,7 @@ def _accuracies(arms: Sequence[Arm]) -> list[str]:
     """Which arm classifies best, and by how much, in per cent and points of it; nothing where none classifies."""
     scores = {
         arm.name: {
-            int(r.settings["seed"]): 100 * r.summary["accuracy"]
-            for r in arm.results
-            if r.is_complete and "accuracy" in r.summary
+            int(result.settings["seed"]): 100 * result.score for result in arm.results if math.isfinite(result.score)
         }
         for arm in arms
     }

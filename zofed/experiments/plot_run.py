@@ -9,6 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from zofed.base.errors import UserError
 from zofed.core import journal
+from zofed.core.metrics import losses_among
 from zofed.core.records import Guided, Seeded
 from zofed.experiments.plot_arms import smoothed
 from zofed.runs import plot_style as style
@@ -30,12 +31,9 @@ def quick(result: Result, path: Path) -> Path:
         loss.plot(steps[seen], smoothed(training[seen]), color="0.35", lw=1.6, label="training, smoothed")
     rows, losses = result.held_out
     loss.plot(steps[rows], losses, **style.stroke(0).line(), label="held out")
-    for name, level in result.summary.get("baselines", {}).items():
-        if not name.endswith("accuracy"):
-            loss.axhline(level, color="0.3", lw=1, ls=":")
-            loss.annotate(
-                name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize="small"
-            )
+    for name, level in losses_among(result.summary.get("baselines", {})).items():
+        loss.axhline(level, color="0.3", lw=1, ls=":")
+        loss.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize="small")
     loss.set(xlabel="step", ylabel="loss (nats)")
     loss.legend(frameon=False, fontsize="small")
     if "lr" in result.columns:

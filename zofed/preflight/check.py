@@ -132,7 +132,7 @@ def _data(task: Task) -> tuple[Examples, int, Line]:
         raise UserError(f"held-out part: {error}, or set held-out above {task.settings.held_out:g}") from error
     smallest = min((task.client_documents(client, clients) for client in range(clients)), key=_size)
     _count(task, smallest)  # the client that holds least needs one example, too
-    what = f"documents of {task.labels} classes" if task.labels else f"blocks of {size} tokens"
+    what = task.type.named(size, task.labels)
     told = f"{len(task.train)} documents, about {blocks:,} {what}; held out {len(task.held_out)}, about {held:,}"
     if blocks < task.settings.batch_size:
         return (
@@ -151,7 +151,7 @@ def _count(task: Task, part: list[Document]) -> tuple[Examples, int]:
         some += 1
     examples = task.examples(part[:some], cache=False)
     count = len(examples["labels"])
-    return examples, len(part) if task.labels else round(count * total / max(1, characters))
+    return examples, len(part) if task.type.has_one_example_a_document else round(count * total / max(1, characters))
 
 
 def _size(part: list[Document]) -> int:

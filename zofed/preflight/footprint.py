@@ -22,6 +22,7 @@ from zofed.core.pass_memory import bytes_of, peak_bytes
 from zofed.core.replica import BLOCK, named_parameters
 from zofed.core.subspace import frozen
 from zofed.training.modes import MODES
+from zofed.training.tasks import TASKS
 
 EVALUATED_TOGETHER = 32  # examples; what metrics.evaluate takes at once
 
@@ -186,10 +187,7 @@ def _move(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> int:
 
 def _loss(model: nn.Module, settings: Settings, examples: int, forward_dtype: str) -> perturbed.Loss:
     """The loss of a batch of zeros, of the shapes a run has."""
-    ids = torch.zeros(examples, settings.block_size, dtype=torch.int64)
-    batch = {"input_ids": ids, "labels": ids}
-    if settings.task == "classification":
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
+    batch = TASKS[settings.task].blank(examples, settings.block_size)
     return lambda: metrics.loss_of(model, batch, forward_dtype)
 
 

@@ -17,6 +17,7 @@ from zofed.preflight import footprint
 from zofed.preflight.footprint import Footprint
 from zofed.training.modes import MODES
 from zofed.training.task import with_absolute_paths
+from zofed.training.tasks import TASKS
 
 SCOPES = ("full", "reduced", "last-1", "norms", "biases", "head")
 CLASSES = 2  # of a classifier whose data nobody has looked at
@@ -76,7 +77,7 @@ def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> M
     """`get_model_info` of a run's settings; labels: classes, where the task is classification."""
     tokenizer_name = build.tokenizer_name(settings)
     tokenizer = encoding.load_tokenizer(tokenizer_name)
-    outline = build.outline(settings, tokenizer, labels if settings.task == "classification" else 0)
+    outline = build.outline(settings, tokenizer, labels if TASKS[settings.task].has_classes else 0)
     parameters = named_parameters(outline)
     by_scope = {}
     for scope in SCOPES:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from zofed.core.metrics import losses_among
 from zofed.data import partitions
 from zofed.runs import plot_style as style
 from zofed.runs import run_result
@@ -26,7 +27,7 @@ def plot_loss(folder: RunFolder, baselines: Mapping[str, float]) -> Path:
     seen = np.flatnonzero(np.isfinite(training))
     place.plot(steps[seen], training[seen], color="0.7", lw=1, label="training")
     place.plot(steps[rows], held_out, **style.stroke(0).line(), label="held-out")
-    for index, (name, loss) in enumerate((k, v) for k, v in baselines.items() if not k.endswith("accuracy")):
+    for index, (name, loss) in enumerate(losses_among(baselines).items()):
         place.axhline(loss, color="0.35", lw=1, ls=("--", "-.", ":")[index % 3])
         place.annotate(f"{name} {loss:.2f}", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     place.set(xlabel="step", ylabel="loss (nats)")

@@ -12,6 +12,7 @@ import numpy as np
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import SETTINGS
+from zofed.core.metrics import SCORE
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import read_table
 
@@ -61,6 +62,11 @@ class Result:
     def end(self) -> float:
         """Held-out loss at the end, nats; NaN of a run that has not ended or has diverged."""
         return math.nan if self.has_diverged else float(self.summary.get("eval_loss_end", math.nan))
+
+    @property
+    def score(self) -> float:
+        """The share of right answers at the end, of a task that has some; NaN of another, or where it has not ended."""
+        return float(self.summary.get(SCORE, math.nan)) if self.is_complete else math.nan
 
     @property
     def best(self) -> float:

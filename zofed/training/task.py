@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import os
 import warnings
 from collections import Counter
@@ -31,6 +30,7 @@ from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
 from zofed.models import build, classifier, initial, limits, scopes
 from zofed.training.modes import mode_of
+from zofed.training.tasks import TASKS, TaskType
 
 SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
 
@@ -79,13 +79,12 @@ class Task:
         cls, settings: Settings, tokenizer: PreTrainedTokenizerBase, found: Reading, named: Classes | None = None
     ) -> "Task":
         """A task whose tokenizer and documents were read already. Raises UserError for what is unusable."""
-        is_classifier = settings.task == "classification"
-        if is_classifier and named is None:
-            named = classes.of_training(found, settings.model, build.class_names(settings))
+        kind = TASKS[settings.task]
+        named = (named or kind.classes(settings, found)) if kind.has_classes else None
         readings = [found]
 
         def labelled(reading: Reading, key: str) -> list[Document]:
-            if not is_classifier or named is None:
+            if named is None:
                 return reading.documents
             classes.check_labelled(reading, what := f"{key} = {reading.dataset!r}")
             return classes.renumbered(reading, named, what)
@@ -106,7 +105,7 @@ class Task:
             train, backprop = encoding.split_held_out(
                 train, settings.split_dataset_for_bp_zo, settings.seed, "backprop"
             )
-        return cls(settings, tokenizer, train, held_out, backprop, named if is_classifier else None, tuple(readings))
+        return cls(settings, tokenizer, train, held_out, backprop, named, tuple(readings))
 
     @classmethod
     def to_score(cls, settings: Settings, share: float = 0.0) -> "Task":
@@ -114,12 +113,12 @@ class Task:
 
         share: of the eval-dataset that is scored, split off by the seed; 0: all. Raises UserError as `load`.
         """
-        if settings.eval_dataset and settings.task == "language-model":
+        if settings.eval_dataset and not TASKS[settings.task].needs_training_data_to_score:
             tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
             found = documents.read(settings.eval_dataset)
             task = cls(settings, tokenizer, [], found.documents, [], readings=(found,))
         else:
-            task = cls.load(settings)  # the training data say which classes there are
+            task = cls.load(settings)
         return (
             replace(task, held_out=encoding.split_held_out(task.held_out, share, settings.seed)[1]) if share else task
         )
@@ -136,7 +135,7 @@ class Task:
         classifier.check(settings)
         found = partitions.own(dataset)
         own, known = found.documents, Classes.numbered(named) if isinstance(named, int) else named
-        if settings.task == "classification":
+        if TASKS[settings.task].has_classes:
             what = f"node config dataset = {dataset!r}"
             classes.check_labelled(found, what)
             own = classes.renumbered(found, known if len(known) else classes.shown(found), what)
@@ -144,9 +143,14 @@ class Task:
         return cls(settings, tokenizer, own, [], own, known if len(known) else None, (found,))
 
     @property
+    def type(self) -> TaskType:
+        """What the setting `task` is."""
+        return TASKS[self.settings.task]
+
+    @property
     def labels(self) -> int:
         """Number of classes of a classification task, 0 for a language model."""
-        if self.settings.task == "language-model":
+        if not self.type.has_classes:
             return 0
         if self.named:
             return len(self.named)
@@ -173,16 +177,8 @@ class Task:
         return self._read_by_model(self._tokens(documents, cache), cache)
 
     def _tokens(self, documents: list[Document], cache: bool = True) -> Examples:
-        size = self.settings.block_size
-        if self.labels:
-            found = encoding.classification_examples(documents, self.tokenizer, size)
-        elif not cache:
-            found = encoding.language_model_examples(documents, self.tokenizer, size)
-        else:
-            found = encoding.language_model_examples(
-                documents, self.tokenizer, size, encoding.default_cache(), self._tokenizer_digest
-            )
-        return found
+        folder, digest = (encoding.default_cache(), self._tokenizer_digest) if cache else (None, "")
+        return self.type.examples(documents, self.tokenizer, self.settings.block_size, folder, digest)
 
     @cached_property
     def _model_config(self) -> Any:
@@ -304,11 +300,11 @@ class Task:
         tokens = self._tokens(documents)
         chosen = self._chosen(tokens)
         examples, count = self._read_by_model(_at(tokens, chosen)), len(tokens["labels"])
-        if self.labels:
+        folder, digest = encoding.default_cache(), self._tokenizer_digest
+        sizes = self.type.token_bytes(documents, self.tokenizer, self.settings.block_size, folder, digest)
+        if sizes is None:
             return Sample(examples, count)
-        size, digest = self.settings.block_size, self._tokenizer_digest
-        sizes = encoding.token_bytes(documents, self.tokenizer, size, encoding.default_cache(), digest)[chosen]
-        return Sample(examples, count, float(metrics.predicted_labels(sizes).double().mean()))
+        return Sample(examples, count, float(metrics.predicted_labels(sizes[chosen]).double().mean()))
 
     def sampled(self, examples: Examples) -> Examples:
         """Those of a client's own held-out examples that its evaluations read, the same each time."""
@@ -318,15 +314,9 @@ class Task:
         return encoding.sample(len(examples["labels"]), self.settings.eval_examples, self.settings.seed)
 
     def baselines(self) -> dict[str, float]:
-        """Losses (nats) of knowing nothing on the very examples that evaluations read.
-
-        Of uniform guesses, and of the training set's frequencies.
-        """
+        """What knowing nothing scores on the very examples that evaluations read: losses in nats, and shares."""
         train, held_out = self._tokens(self.train), self.held_out_sample.examples
-        if self.labels:
-            return metrics.class_baselines(train["labels"], held_out["labels"], self.labels)
-        vocabulary = len(self.tokenizer)
-        return {"uniform": math.log(vocabulary), "unigram": encoding.unigram_loss(train, held_out, vocabulary)}
+        return self.type.baselines(train, held_out, len(self.tokenizer), self.labels)
 
     def inputs(self) -> dict[str, Any]:
         """All that decides what the run's steps are, apart from the genesis: settings, and digests of what it reads."""

@@ -1,0 +1,145 @@
+"""One class a task: how documents become examples, which classes they have, what knowing nothing scores.
+
+Nothing else of training, federations, pictures and forecasts tells tasks apart by their names; `models` does, which
+makes a module for each. A new task is a class and a row of `TASKS`.
+"""
+
+import math
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from zofed.config import Settings
+from zofed.core import metrics
+from zofed.data import classes, encoding
+from zofed.data.classes import Classes
+from zofed.data.documents import Reading
+from zofed.data.encoding import Document, Examples
+from zofed.models import build
+
+
+class TaskType:
+    """What every task says of itself."""
+
+    has_classes: ClassVar[bool] = False  # documents have labels, which a run numbers
+    has_one_example_a_document: ClassVar[bool] = False
+    needs_training_data_to_score: ClassVar[bool] = False  # for what scored data alone do not show
+
+    def classes(self, settings: Settings, found: Reading) -> Classes | None:
+        """The classes of a run that begins with this training data; None: it has none. Raises UserError."""
+        return None
+
+    def examples(
+        self,
+        documents: list[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        cache: Path | None = None,
+        tokenizer_digest: str = "",
+    ) -> Examples:
+        """Documents as the tensors that a model reads. cache: folder to keep them in, by the tokenizer's digest too."""
+        raise NotImplementedError
+
+    def token_bytes(
+        self,
+        documents: list[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        cache: Path | None,
+        tokenizer_digest: str,
+    ) -> Tensor | None:
+        """UTF-8 bytes that each token of the examples stands for; None: scores do not count bytes."""
+        return None
+
+    def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
+        """Losses (nats) of knowing nothing on the held-out examples; a name that ends in `accuracy`: a share."""
+        raise NotImplementedError
+
+    def blank(self, examples: int, block_size: int) -> Examples:
+        """A batch of zeros, of the shapes that a run has."""
+        raise NotImplementedError
+
+    def named(self, block_size: int, classes: int) -> str:
+        """What its examples are, for people."""
+        raise NotImplementedError
+
+
+class LanguageModelling(TaskType):
+    """Predict the next token, in blocks of documents' tokens."""
+
+    def examples(
+        self,
+        documents: list[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        cache: Path | None = None,
+        tokenizer_digest: str = "",
+    ) -> Examples:
+        """Blocks of `block_size` tokens."""
+        return encoding.language_model_examples(documents, tokenizer, block_size, cache, tokenizer_digest)
+
+    def token_bytes(
+        self,
+        documents: list[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        cache: Path | None,
+        tokenizer_digest: str,
+    ) -> Tensor | None:
+        """Of each token of each block."""
+        return encoding.token_bytes(documents, tokenizer, block_size, cache, tokenizer_digest)
+
+    def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
+        """Of uniform guesses, and of the training tokens' frequencies."""
+        return {"uniform": math.log(vocabulary), "unigram": encoding.unigram_loss(train, held_out, vocabulary)}
+
+    def blank(self, examples: int, block_size: int) -> Examples:
+        """Tokens and labels."""
+        ids = torch.zeros(examples, block_size, dtype=torch.int64)
+        return {"input_ids": ids, "labels": ids}
+
+    def named(self, block_size: int, classes: int) -> str:
+        """Blocks."""
+        return f"blocks of {block_size} tokens"
+
+
+class Classification(TaskType):
+    """Predict the label of each document."""
+
+    has_classes = True
+    has_one_example_a_document = True
+    needs_training_data_to_score = True  # they say which classes there are
+
+    def classes(self, settings: Settings, found: Reading) -> Classes | None:
+        """Those of the model's own head, else those that the data show."""
+        return classes.of_training(found, settings.model, build.class_names(settings))
+
+    def examples(
+        self,
+        documents: list[Document],
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+        cache: Path | None = None,
+        tokenizer_digest: str = "",
+    ) -> Examples:
+        """Each document padded or cut to `block_size` tokens; nothing is cached."""
+        return encoding.classification_examples(documents, tokenizer, block_size)
+
+    def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
+        """Of uniform guesses, and of the training labels' frequencies; the accuracy of the most frequent label."""
+        return metrics.class_baselines(train["labels"], held_out["labels"], classes)
+
+    def blank(self, examples: int, block_size: int) -> Examples:
+        """Tokens, mask and one label a document."""
+        ids = torch.zeros(examples, block_size, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
+
+    def named(self, block_size: int, classes: int) -> str:
+        """Documents."""
+        return f"documents of {classes} classes"
+
+
+TASKS: dict[str, TaskType] = {"language-model": LanguageModelling(), "classification": Classification()}
