@@ -11,7 +11,7 @@ from zofed import config
 from zofed.base import proxies, shell
 from zofed.base.errors import UserError
 from zofed.commands.console import console, tell_end
-from zofed.commands.options import FederatedCommand, settings_from, with_settings
+from zofed.commands.options import FederatedCommand, resumed, settings_from, with_settings
 from zofed.runs.run_folder import DEPLOYED, RunFolder
 
 Keys = Annotated[Path, typer.Option(help="folder that zofed keys init made")]
@@ -140,11 +140,7 @@ def run(
     from zofed.deployment import superlink as deployment
     from zofed.training.task import NAMES, absolute_path
 
-    if resume is not None and (file or options):
-        raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
-    if resume is not None:
-        folder = RunFolder.open(resume)
-        folder.check_way(DEPLOYED)
+    if folder := resumed(resume, file, options, DEPLOYED):
         settings = folder.settings().model_copy(update={"out": str(folder.path)})
     else:
         settings = settings_from(file, options, config.FEDERATED)

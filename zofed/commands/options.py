@@ -16,6 +16,7 @@ import typer.core
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import SETTINGS, Settings
+from zofed.runs.run_folder import RunFolder
 
 
 class _Help:
@@ -113,6 +114,20 @@ def _metavar(annotation: Any) -> str:
 
 def _default(value: Any) -> str:
     return "" if value == "" else f" [{str(value).lower() if isinstance(value, bool) else value}]"
+
+
+def resumed(folder: Path | None, file: Path | None, options: dict[str, str], way: str) -> RunFolder | None:
+    """The run that --resume names; None where it names none. way: how it must have begun, by its command.
+
+    Raises UserError where settings are given beside it, and for a folder that holds no such run.
+    """
+    if folder is None:
+        return None
+    if file or options:
+        raise UserError(f"--resume {folder} goes on with the run's own settings: give no others")
+    found = RunFolder.open(folder)
+    found.check_way(way)
+    return found
 
 
 def settings_from(file: Path | None, options: dict[str, str], run: str | None = None) -> Settings:

@@ -11,7 +11,14 @@ from rich.text import Text
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.commands.console import Interrupted, Reporter, brief, console, figure, how_to_go_on, tell_end, with_out
-from zofed.commands.options import CentralCommand, FederatedCommand, SettingsCommand, settings_from, with_settings
+from zofed.commands.options import (
+    CentralCommand,
+    FederatedCommand,
+    SettingsCommand,
+    resumed,
+    settings_from,
+    with_settings,
+)
 from zofed.runs import run_folder
 from zofed.runs.run_folder import RunFolder
 
@@ -33,11 +40,7 @@ def train(
     options: dict[str, str],
 ) -> None:
     """Train on this machine alone: by forward passes (zo), backpropagation (fo), or both (see --mode)."""
-    if resume is not None and (file or options):
-        raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
-    if resume is not None:
-        folder = RunFolder.open(resume)
-        folder.check_way(run_folder.CENTRAL)
+    if folder := resumed(resume, file, options, run_folder.CENTRAL):
         settings, out = folder.settings(), folder.path
     else:
         settings = settings_from(file, options, config.CENTRAL)
@@ -50,7 +53,7 @@ def train(
         with Reporter(settings.steps, "step") as reporter:
             summary = (
                 central.resume(out, reporter, reporter.expect)
-                if resume
+                if folder
                 else central.train(settings, out, reporter, reporter.expect)
             )
     except KeyboardInterrupt:
@@ -65,11 +68,7 @@ def simulate(
     options: dict[str, str],
 ) -> None:
     """Run a federation in this one process, without Ray or a SuperLink: the same apps, the same results."""
-    if resume is not None and (file or options):
-        raise UserError(f"--resume {resume} goes on with the run's own settings: give no others")
-    if resume is not None:
-        folder = RunFolder.open(resume)
-        folder.check_way(run_folder.SIMULATED)
+    if folder := resumed(resume, file, options, run_folder.SIMULATED):
         settings, nodes = folder.settings().model_copy(update={"out": str(folder.path)}), folder.nodes
     else:
         settings = with_out(settings_from(file, options, config.FEDERATED), "simulated")

@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from zofed.base.errors import UserError
-from zofed.config import WITH_BACKPROP, Settings
+from zofed.config import Settings
 from zofed.core import directions, metrics, perturbed
 from zofed.core.optimizers import Optimizer
 from zofed.core.pass_memory import bytes_of, peak_bytes
 from zofed.core.replica import BLOCK, named_parameters
 from zofed.core.subspace import frozen
-from zofed.training.modes import MODES
+from zofed.training.measurements import backprop_batch_size
+from zofed.training.modes import MODES, Passes
 from zofed.training.tasks import TASKS
 
 EVALUATED_TOGETHER = 32  # examples; what metrics.evaluate takes at once
@@ -43,16 +44,6 @@ class Footprint:
     def peak(self) -> int:
         """The most a step holds."""
         return self.weights + self.state + self.step
-
-
-@dataclass(frozen=True, slots=True)
-class _Passes:
-    """Bytes of a model's passes, as `modes.Passes` has them."""
-
-    gradient: int
-    forward: Callable[[], int]
-    backward: Callable[[], int]
-    subspace: Callable[[], int]
 
 
 def footprints(
@@ -94,14 +85,13 @@ def footprints(
 
         @cache
         def backward() -> int:
-            own_size = settings.bp_batch_size if settings.mode in WITH_BACKPROP else 0
-            own = _loss(outline, settings, own_size or settings.batch_size, "weights")
+            own = _loss(outline, settings, backprop_batch_size(settings), "weights")
             return max(peak_bytes(_backward(own, parameters)), gradient + move)
 
         def subspace() -> int:
             return max(peak_bytes(_subspace(loss, parameters, settings)), move)
 
-        passes = _Passes(gradient, forward, backward, subspace)
+        passes = Passes(gradient, forward, backward, subspace)
         found = {name: MODES[name](settings) for name in modes}
         return {
             name: Footprint(whole, state * mode.optimizer_states, mode.step_bytes(passes), evaluation)

@@ -5,7 +5,9 @@ A new mode is a class and a row of `MODES`, and, where it asks what no other doe
 server.
 """
 
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from zofed.config import Settings
 from zofed.core.estimators import forward_passes
@@ -16,14 +18,17 @@ from zofed.training import measurements
 Ask = Literal["slopes", "coefficients", "gradient", "guided", "update"]
 
 
-class Passes(Protocol):
-    """Bytes that the passes of one model hold, each found when it is first wanted."""
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """Bytes that the passes of one model hold, each found when it is first wanted.
 
-    @property
-    def gradient(self) -> int: ...  # all that trains, in its own type
-    def forward(self) -> int: ...
-    def backward(self) -> int: ...
-    def subspace(self) -> int: ...
+    gradient: of all that trains, in its own type.
+    """
+
+    gradient: int
+    forward: Callable[[], int]
+    backward: Callable[[], int]
+    subspace: Callable[[], int]
 
 
 class Mode:

@@ -30,7 +30,7 @@ from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
 from zofed.models import build, classifier, initial, limits, scopes
 from zofed.training.modes import mode_of
-from zofed.training.tasks import TASKS, TaskType
+from zofed.training.tasks import TASKS, Encoder, TaskType
 
 SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
 
@@ -177,8 +177,13 @@ class Task:
         return self._read_by_model(self._tokens(documents, cache), cache)
 
     def _tokens(self, documents: list[Document], cache: bool = True) -> Examples:
-        folder, digest = (encoding.default_cache(), self._tokenizer_digest) if cache else (None, "")
-        return self.type.examples(documents, self.tokenizer, self.settings.block_size, folder, digest)
+        return self.type.examples(documents, self._encoder(cache))
+
+    def _encoder(self, cache: bool = True) -> Encoder:
+        encoder = Encoder(self.tokenizer, self.settings.block_size)
+        if not (cache and self.type.keeps_tokens):
+            return encoder
+        return replace(encoder, cache=encoding.default_cache(), digest=self._tokenizer_digest)
 
     @cached_property
     def _model_config(self) -> Any:
@@ -300,8 +305,7 @@ class Task:
         tokens = self._tokens(documents)
         chosen = self._chosen(tokens)
         examples, count = self._read_by_model(_at(tokens, chosen)), len(tokens["labels"])
-        folder, digest = encoding.default_cache(), self._tokenizer_digest
-        sizes = self.type.token_bytes(documents, self.tokenizer, self.settings.block_size, folder, digest)
+        sizes = self.type.token_bytes(documents, self._encoder())
         if sizes is None:
             return Sample(examples, count)
         return Sample(examples, count, float(metrics.predicted_labels(sizes[chosen]).double().mean()))

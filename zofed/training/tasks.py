@@ -5,6 +5,8 @@ makes a module for each. A new task is a class and a row of `TASKS`.
 """
 
 import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -21,76 +23,63 @@ from zofed.data.encoding import Document, Examples
 from zofed.models import build
 
 
-class TaskType:
+@dataclass(frozen=True, slots=True)
+class Encoder:
+    """How documents become tokens. cache: folder to keep them in, by the tokenizer's digest too; None: they are not."""
+
+    tokenizer: PreTrainedTokenizerBase
+    block_size: int
+    cache: Path | None = None
+    digest: str = ""
+
+
+class TaskType(ABC):
     """What every task says of itself."""
 
     has_classes: ClassVar[bool] = False  # documents have labels, which a run numbers
     has_one_example_a_document: ClassVar[bool] = False
     needs_training_data_to_score: ClassVar[bool] = False  # for what scored data alone do not show
+    keeps_tokens: ClassVar[bool] = False  # in the user's cache, which takes the tokenizer's digest
 
     def classes(self, settings: Settings, found: Reading) -> Classes | None:
         """The classes of a run that begins with this training data; None: it has none. Raises UserError."""
         return None
 
-    def examples(
-        self,
-        documents: list[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        block_size: int,
-        cache: Path | None = None,
-        tokenizer_digest: str = "",
-    ) -> Examples:
-        """Documents as the tensors that a model reads. cache: folder to keep them in, by the tokenizer's digest too."""
-        raise NotImplementedError
+    @abstractmethod
+    def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
+        """Documents as the tensors that a model reads."""
 
-    def token_bytes(
-        self,
-        documents: list[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        block_size: int,
-        cache: Path | None,
-        tokenizer_digest: str,
-    ) -> Tensor | None:
+    def token_bytes(self, documents: list[Document], encoder: Encoder) -> Tensor | None:
         """UTF-8 bytes that each token of the examples stands for; None: scores do not count bytes."""
         return None
 
+    @abstractmethod
     def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
         """Losses (nats) of knowing nothing on the held-out examples; a name that ends in `accuracy`: a share."""
-        raise NotImplementedError
 
+    @abstractmethod
     def blank(self, examples: int, block_size: int) -> Examples:
         """A batch of zeros, of the shapes that a run has."""
-        raise NotImplementedError
 
+    @abstractmethod
     def named(self, block_size: int, classes: int) -> str:
         """What its examples are, for people."""
-        raise NotImplementedError
 
 
 class LanguageModelling(TaskType):
     """Predict the next token, in blocks of documents' tokens."""
 
-    def examples(
-        self,
-        documents: list[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        block_size: int,
-        cache: Path | None = None,
-        tokenizer_digest: str = "",
-    ) -> Examples:
-        """Blocks of `block_size` tokens."""
-        return encoding.language_model_examples(documents, tokenizer, block_size, cache, tokenizer_digest)
+    keeps_tokens = True
 
-    def token_bytes(
-        self,
-        documents: list[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        block_size: int,
-        cache: Path | None,
-        tokenizer_digest: str,
-    ) -> Tensor | None:
+    def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
+        """Blocks of `block_size` tokens."""
+        return encoding.language_model_examples(
+            documents, encoder.tokenizer, encoder.block_size, encoder.cache, encoder.digest
+        )
+
+    def token_bytes(self, documents: list[Document], encoder: Encoder) -> Tensor | None:
         """Of each token of each block."""
-        return encoding.token_bytes(documents, tokenizer, block_size, cache, tokenizer_digest)
+        return encoding.token_bytes(documents, encoder.tokenizer, encoder.block_size, encoder.cache, encoder.digest)
 
     def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
         """Of uniform guesses, and of the training tokens' frequencies."""
@@ -117,16 +106,9 @@ class Classification(TaskType):
         """Those of the model's own head, else those that the data show."""
         return classes.of_training(found, settings.model, build.class_names(settings))
 
-    def examples(
-        self,
-        documents: list[Document],
-        tokenizer: PreTrainedTokenizerBase,
-        block_size: int,
-        cache: Path | None = None,
-        tokenizer_digest: str = "",
-    ) -> Examples:
+    def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
         """Each document padded or cut to `block_size` tokens; nothing is cached."""
-        return encoding.classification_examples(documents, tokenizer, block_size)
+        return encoding.classification_examples(documents, encoder.tokenizer, encoder.block_size)
 
     def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
         """Of uniform guesses, and of the training labels' frequencies; the accuracy of the most frequent label."""
