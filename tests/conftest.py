@@ -38,6 +38,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 
 @pytest.fixture(autouse=True)
+def whole_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that refuses its settings shortens every later traceback of its process, which here goes on."""
+    monkeypatch.setattr(sys, "tracebacklimit", 1000, raising=False)
+
+
+@pytest.fixture(autouse=True)
 def pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures take a third of the time of a run this small: only tests marked `pictures` have them drawn."""
     if request.node.get_closest_marker("pictures") is None:
