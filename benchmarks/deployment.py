@@ -36,7 +36,7 @@ from zofed.runs.run_folder import RunFolder, read_table
 
 Values = dict[str, Any]
 
-TINY: Values = {"queries": 8, "device": "cpu", "save-interval": 0, "eval-interval": 1000, "coefficient-bits": 6}
+TINY: Values = {"queries": 8, "device": "cpu", "save-interval": 0, "eval-interval": 1000, "quantization-bits": 6}
 STARTED_S = 90.0  # a SuperLink and its nodes are up after 15 s; a loaded machine gets more
 
 

@@ -61,12 +61,12 @@ ARMS: dict[str, tuple[float, float, Values]] = {
     "zo, 16 local steps": (
         0.01,
         2,
-        {"mode": "zo", "queries": 16, "local-steps": 16, "batch-size": 4, "coefficient-bits": 6},
+        {"mode": "zo", "queries": 16, "local-steps": 16, "batch-size": 4, "quantization-bits": 6},
     ),
     "instruct, server's guide": (
         0.1,
         4,
-        {"mode": "instruct", "bp-interval": 2, "queries": 16, "guide-source": "server", "optimizer": "sgd"},
+        {"mode": "instruct", "bp-interval": 2, "queries": 16, "gradient-source": "server", "optimizer": "sgd"},
     ),
     "instruct, clients' guide": (0.1, 4, {"mode": "instruct", "bp-interval": 2, "queries": 16, "optimizer": "sgd"}),
 }
@@ -75,18 +75,18 @@ for count in (256, 1024, 4096, 16384):
         ARMS[f"subspace core {count}, {width} bits"] = (
             3e-3,
             3,
-            SUBSPACE | {"subspace-size": count, "coefficient-bits": width},
+            SUBSPACE | {"subspace-size": count, "quantization-bits": width},
         )
 for count in (256, 1024):
     ARMS[f"subspace diagonal {count}, 6 bits"] = (
         3e-3,
         3,
-        SUBSPACE | {"subspace-size": count, "subspace-variant": "diagonal", "coefficient-bits": 6},
+        SUBSPACE | {"subspace-size": count, "subspace-variant": "diagonal", "quantization-bits": 6},
     )
 ARMS["subspace core 1024, 6 bits, forward passes only"] = (
     1e-3,
     4,
-    SUBSPACE | {"subspace-size": 1024, "coefficient-bits": 6, "queries": 16, "forward-only": True},
+    SUBSPACE | {"subspace-size": 1024, "quantization-bits": 6, "queries": 16, "forward-only": True},
 )
 LORA = ("LoRA, FedAvg, rank 1", "LoRA, FedAvg, rank 4")
 FERRET = {f"Ferret's way, {count} coefficients": count for count in (1024, 4096, 16384)}
@@ -170,10 +170,10 @@ def _values(out: Path, size: str, arm: str, rate: float, seed: int) -> Values:
         "eval-interval": 1,
         "eval-examples": 128 if size == "1M" else 48,
         "save-interval": 1000,
-        "digest-interval": 0,
+        "weight-check-interval": 0,
         "device": "cpu",
     }
-    if own.get("guide-source") == "server":
+    if own.get("gradient-source") == "server":
         values["bp-dataset"] = str(_real(PUBLIC))
     return values | {key: value for key, value in own.items() if key != "forward-only"}
 
@@ -492,10 +492,10 @@ def settings(out: Path, seeds: Sequence[int]) -> None:
                     ends, costs = [], []
                     for seed in seeds:
                         values = {
-                            "dataset": "sample-dclm", "partition": partition, "dirichlet-alpha": 0.1, "seeds": kind,
-                            "local-steps": local, "rounds": steps // local, "queries": 16, "batch-size": 4,
-                            "block-size": 64, "learning-rate": rate, "seed": seed, "eval-interval": 1000,
-                            "eval-examples": 256, "save-interval": 0, "digest-interval": 0, "device": "cpu",
+                            "dataset": "sample-dclm", "partition": partition, "dirichlet-alpha": 0.1,
+                            "direction-seeds": kind, "local-steps": local, "rounds": steps // local, "queries": 16,
+                            "batch-size": 4, "block-size": 64, "learning-rate": rate, "seed": seed,
+                            "eval-interval": 1000, "eval-examples": 256, "save-interval": 0, "weight-check-interval": 0, "device": "cpu",
                         }  # fmt: skip
                         name = f"{clients}-{partition}-{kind}-{local}"
                         summary = federate(values, out / "settings" / name / f"{rate:g}-{seed}", clients)
@@ -524,13 +524,13 @@ def bits(out: Path, seeds: Sequence[int]) -> None:
                     {
                         "dataset": "sample-dclm",
                         "mode": mode,
-                        "coefficient-bits": count,
+                        "quantization-bits": count,
                         "seed": seed,
                         "device": "cpu",
                         "eval-interval": 1000,
                         "eval-examples": 256,
                         "save-interval": 0,
-                        "digest-interval": 0,
+                        "weight-check-interval": 0,
                         **own,
                     },
                     out / "bits" / f"{mode}-{count}" / str(seed),
@@ -549,14 +549,14 @@ def bits(out: Path, seeds: Sequence[int]) -> None:
 SST2: dict[str, Values] = {
     "FedAvg, 8 local steps": {"mode": "fo", "local-steps": 8, "rounds": 60, "learning-rate": 0.3},
     "zo, shared seeds, 8 queries": {
-        "seeds": "shared", "queries": 8, "rounds": 1000, "learning-rate": 0.01, "coefficient-bits": 6,
+        "direction-seeds": "shared", "queries": 8, "rounds": 1000, "learning-rate": 0.01, "quantization-bits": 6,
     },
     "zo, distinct seeds, 4 queries, 8 local steps": {
-        "queries": 4, "local-steps": 8, "rounds": 300, "learning-rate": 0.01, "coefficient-bits": 6,
+        "queries": 4, "local-steps": 8, "rounds": 300, "learning-rate": 0.01, "quantization-bits": 6,
     },
     "subspace core 64": {
         "mode": "subspace", "subspace-size": 64, "subspace-interval": 8, "optimizer": "adamw", "rounds": 150,
-        "learning-rate": 0.03, "coefficient-bits": 6,
+        "learning-rate": 0.03, "quantization-bits": 6,
     },
 }  # fmt: skip
 
@@ -575,8 +575,8 @@ def sst2(out: Path, encoder: Path, seeds: Sequence[int]) -> None:
                 "task": "classification", "model": str(encoder), "freeze-encoder": True, "block-size": 128,
                 "dataset": str(_real("sst2") / "train.tsv"), "eval-dataset": str(_real("sst2") / "dev.tsv"),
                 "eval-examples": 1000, "batch-size": 32, "partition": "dirichlet", "dirichlet-alpha": 0.5,
-                "seed": seed, "eval-interval": max(1, own["rounds"] // 50), "save-interval": 0, "digest-interval": 0,
-                "device": "cpu",
+                "seed": seed, "eval-interval": max(1, own["rounds"] // 50), "save-interval": 0,
+                "weight-check-interval": 0, "device": "cpu",
             }  # fmt: skip
             folder = out / "sst2" / name.translate(str.maketrans(" ,", "__")) / str(seed)
             federate(values | own, folder, clients)

@@ -49,7 +49,7 @@ Alter = Callable[[int, Answer, random.Random], Answer | None]  # client, its ans
 
 BASE: Values = {
     "dataset": "sample-dclm", "block-size": 32, "batch-size": 2, "queries": 8, "eval-interval": 1000, "device": "cpu",
-    "eval-examples": 128, "save-interval": 0, "digest-interval": 0, "learning-rate": 0.02,
+    "eval-examples": 128, "save-interval": 0, "weight-check-interval": 0, "learning-rate": 0.02,
 }  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def costs(folder: Path) -> None:
         (10, "shared", 8, 18), (10, "shared", 8, 6), (10, "distinct", 8, 18), (10, "distinct", 8, 6),
         (32, "distinct", 8, 18), (10, "distinct", 32, 6),
     ):  # fmt: skip
-        federate(folder / "run", clients, rounds=40, seeds=kind, queries=queries, coefficient_bits=bits)
+        federate(folder / "run", clients, rounds=40, direction_seeds=kind, queries=queries, quantization_bits=bits)
         rounds = read_table(folder / "run" / "rounds.csv")[1:]
         replies = read_table(folder / "run" / "clients.csv")
         computing: Counter[str] = Counter()
@@ -171,7 +171,7 @@ def recovery(folder: Path, count: int) -> None:
     for index in range(count):
         name, at = names[index % 4], chance.randrange(1, 20)
         with _flipped_bit(at, chance) as rebuilt:
-            summary = federate(folder / "run", 3, rounds=20, digest_interval=5, **OPTIMIZERS[name])
+            summary = federate(folder / "run", 3, rounds=20, weight_check_interval=5, **OPTIMIZERS[name])
         healed += set(summary["client_digests"].values()) == {summary["digest"]}  # slopes may come from wrong weights
         found += bool(rebuilt)
     print(f"one bit flipped in one weight: found by the next check in {found} of {count}, healed in {healed}")
@@ -428,7 +428,7 @@ def absence(folder: Path, seeds: Sequence[int], only: str) -> None:
     ):
         if only not in name:
             continue
-        told = several(alter, seeds=kind, merge=rule, clip_slopes=limit)
+        told = several(alter, direction_seeds=kind, merge=rule, clip_slopes=limit)
         print(f"| {name} | {kind} | {rule}{f', clipped at {limit:g}' if limit else ''} | {told} |", flush=True)
 
 

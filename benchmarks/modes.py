@@ -27,7 +27,13 @@ from zofed.training import central
 
 Values = dict[str, Any]
 
-GUIDED: Values = {"mode": "instruct", "bp-interval": 1, "queries": 16, "zo-data": "per-query", "zo-query-batch-size": 2}
+GUIDED: Values = {
+    "mode": "instruct",
+    "bp-interval": 1,
+    "queries": 16,
+    "query-batches": "per-query",
+    "query-batch-size": 2,
+}
 BACKPROP: Values = {"batch-size": 2, "bp-batch-size": 2, "optimizer": "mudamw"}
 # Name: first rate to try, settings. A guided step costs 6 + 64 examples run forward, a backward pass counting two; with
 # 64 queries 6 + 256.
@@ -35,21 +41,21 @@ ARMS: dict[str, tuple[float, Values]] = {
     "fo": (1e-2, {"mode": "fo"}),
     "fo, accumulated to equal cost": (1e-2, {"mode": "fo", "gradient-accumulation": 12}),
     "fo, more steps to equal cost": (3e-3, {"mode": "fo", "length": 12}),
-    "guide alone": (1e-2, GUIDED | {"instruct-kind": "guide-only", "blend": False}),
+    "guide alone": (1e-2, GUIDED | {"instruct-kind": "guide-only", "instruct-blend": False}),
     "instruct hybrid": (1e-2, GUIDED | {"instruct-kind": "hybrid"}),
     "instruct hybrid-rank1": (1e-2, GUIDED),
     "instruct hybrid-rank1, 64 queries": (1e-2, GUIDED | {"queries": 64}),
     "instruct hybrid-rank1, 64 queries share 128 examples": (
         1e-2,
-        GUIDED | {"queries": 64, "zo-data": "shared", "batch-size": 128, "length": 0.2},
+        GUIDED | {"queries": 64, "query-batches": "shared", "batch-size": 128, "length": 0.2},
     ),
-    "instruct hybrid-rank1, queries share 2 examples": (1e-2, GUIDED | {"zo-data": "shared"}),
-    "instruct hybrid-rank1, not blended": (1e-2, GUIDED | {"blend": False}),
-    "instruct hybrid-rank1, raw": (1e-2, GUIDED | {"blend": False, "instruct-weighting": "raw"}),
+    "instruct hybrid-rank1, queries share 2 examples": (1e-2, GUIDED | {"query-batches": "shared"}),
+    "instruct hybrid-rank1, not blended": (1e-2, GUIDED | {"instruct-blend": False}),
+    "instruct hybrid-rank1, raw": (1e-2, GUIDED | {"instruct-blend": False, "instruct-weighting": "raw"}),
     "instruct hybrid-rank1, unbiased": (1e-2, GUIDED | {"instruct-weighting": "unbiased"}),
     "instruct cosine": (1e-2, GUIDED | {"instruct-kind": "cosine"}),
     "line": (1e-2, GUIDED | {"instruct-kind": "line"}),
-    "idea: guide from other documents": (1e-2, GUIDED | {"split-dataset-for-bp-zo": 0.5}),
+    "idea: guide from other documents": (1e-2, GUIDED | {"bp-data-fraction": 0.5}),
     "idea: few coordinates kept": (1e-2, GUIDED | {"instruct-cosine-target": 0.3, "instruct-weighting": "unbiased"}),
     "idea: a guide for ten steps": (1e-2, GUIDED | {"bp-interval": 10, "bp-batch-size": 20}),
     "calibrate": (

@@ -63,7 +63,7 @@ ARMS = {
     "last-norm": Arm(  # one pass through the encoder a step, whatever the queries: only what is above it differs
         "last norm of the encoder, head on mean",
         {"pooling": "mean", "scope": LAST_NORM, "block-size": 40, "batch-size": 16, "queries": 32}
-        | {"copies-per-pass": 64},
+        | {"perturbations-per-pass": 64},
         200,
         {"zo": RATES[2:4], "fo": RATES[4:6]},
         2,

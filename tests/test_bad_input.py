@@ -101,12 +101,12 @@ WRONG_VALUES = [
     ("queries", "0", "greater than or equal to 1"),
     ("queries", "16385", "less than or equal to 16384"),
     ("queries", "1.5", "valid integer"),
-    ("copies-per-pass", "0", "greater than or equal to 1"),
-    ("copies-per-pass", "4097", "less than or equal to 4096"),
+    ("perturbations-per-pass", "0", "greater than or equal to 1"),
+    ("perturbations-per-pass", "4097", "less than or equal to 4096"),
     ("directions", "rank0", "match pattern"),
     ("directions", "rank100", "match pattern"),
-    ("direction-sizes", "rank1", "'equal' or 'rms'"),
-    ("estimator", "central", "'two-point' or 'one-sided'"),
+    ("direction-scale", "rank1", "'equal' or 'rms'"),
+    ("finite-difference", "central", "'two-point' or 'one-sided'"),
     ("forward-dtype", "float16", "'weights' or 'bfloat16'"),
     ("steps", "0", "greater than or equal to 1"),
     ("rounds", "-2", "greater than or equal to 1"),
@@ -114,7 +114,7 @@ WRONG_VALUES = [
     ("batch-size", "0", "greater than or equal to 1"),
     ("block-size", "1", "greater than or equal to 2"),
     ("epsilon", "0", "greater than or equal to 0.000001"),
-    ("held-out", "1", "less than 1"),
+    ("held-out-fraction", "1", "less than 1"),
     ("momentum", "1", "less than 1"),
     ("seed", str(2**63), "less than"),
     ("threads", "0", "greater than or equal to 1"),
@@ -652,7 +652,7 @@ def test_output_to_a_pipe_has_no_colour_no_bar_and_no_library_chatter(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("learning-rate", "0.5"), ("batch-size", "3"), ("queries", "4"), ("epsilon", "0.1"), ("held-out", "0.3")],
+    [("learning-rate", "0.5"), ("batch-size", "3"), ("queries", "4"), ("epsilon", "0.1"), ("held-out-fraction", "0.3")],
 )
 def test_edited_settings_that_the_base_does_not_show_stop_a_resume(
     refused: Refused, copy_of: Callable[[str], Path], key: str, value: str
@@ -712,7 +712,7 @@ def test_a_held_out_part_shorter_than_a_block_is_refused_before_anything_is_writ
     documents = encoding.load_documents(str(tmp_path / "data.jsonl"))
     seed = next(seed for seed in range(99) if encoding.split_held_out(documents, 0.1, seed)[1][0].text == "a")
     sizes = ["--dataset", tmp_path / "data.jsonl", "--seed", seed, "--out", tmp_path / "run"]
-    refused(*command, *small(command[0]), *sizes, value="one block of 16", remedy="held-out")
+    refused(*command, *small(command[0]), *sizes, value="one block of 16", remedy="held-out-fraction")
 
 
 def test_too_many_clients_leave_no_folder(refused: Refused, runs: dict[str, Path], tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def watched(settings: Settings) -> int:
         {},
         {"optimizer": "adamw", "scope": "reduced"},
         {"optimizer": "mudamw"},
-        {"momentum": 0.9, "estimator": "two-point", "copies-per-pass": 3},
-        {"queries": 40, "copies-per-pass": 16, "directions": "rank2"},
+        {"momentum": 0.9, "finite-difference": "two-point", "perturbations-per-pass": 3},
+        {"queries": 40, "perturbations-per-pass": 16, "directions": "rank2"},
         {"directions": "rademacher", "queries": 2},
         {"dtype": "bfloat16", "forward-dtype": "bfloat16"},
     ],
@@ -192,7 +192,7 @@ def test_a_pickle_is_found_beside_missing_data(quick: Callable[..., Settings], t
         ({"task": "classification"}, "data", "set task to language-model"),
         ({"clients": 41}, "data", "use fewer clients"),
         ({"clients": 2, "quorum": 3}, "federation", "set it to clients = 2 or less"),
-        ({"clients": 2, "merge": "median"}, "federation", "set seeds to shared"),
+        ({"clients": 2, "aggregation": "median"}, "federation", "set direction-seeds to shared"),
     ],
 )
 def test_a_fault_is_told_with_its_remedy(

@@ -166,7 +166,7 @@ def test_perturbed_copies_share_a_pass_and_agree_with_copies_alone(
 
 FROZEN = [{"model": name, "freeze_encoder": True} for name in ("bert", "gpt2", "llama", "tiny")]
 LAW = [*FROZEN, {"model": "bert", "freeze_encoder": True, "dtype": "bfloat16", "epsilon": 1e-2}]
-LAW += [{"model": "gpt2", "freeze_encoder": True, "pooling": "last-token", "direction_sizes": "rms"}]
+LAW += [{"model": "gpt2", "freeze_encoder": True, "pooling": "last-token", "direction_scale": "rms"}]
 LAW += [{"model": "bert", "pooling": "pooler"}, {"model": "bert", "pooling": "mean", "scope": "last-1"}]
 LAW += [{"model": "tiny", "pooling": "last-token"}]
 
@@ -439,7 +439,7 @@ def test_a_real_frozen_encoder_learns_real_sentiment(tmp_path: Path) -> None:
         "dataset": str(Path(real) / "sst2" / "dev.tsv"),
         "model": str(Path(found.submodule_search_locations[0]) / "model"),
         "freeze-encoder": True,
-        "held-out": 0.3,
+        "held-out-fraction": 0.3,
         "steps": 500,
         "batch-size": 32,
         "learning-rate": 0.1,

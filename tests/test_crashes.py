@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from zofed import config
+from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.data import documents
 from zofed.federated import client, server
@@ -28,7 +29,7 @@ from zofed.training.trainer import Trainer
 WAYS: dict[str, dict[str, Any]] = {
     "zo": {},
     "fo": {"mode": "fo", "optimizer": "adamw", "learning-rate": 1e-3},
-    "federated": {"clients": 2, "client-held-out": 0.2, "steps-per-message": 2},
+    "federated": {"clients": 2, "client-held-out-fraction": 0.2, "steps-per-message": 2},
 }
 TABLES = ("metrics.csv", "evaluations.csv", "rounds.csv", "clients.csv", "client_evaluations.csv", "partition.csv")
 MOMENTS = (0, 3, 6)  # rounds behind whose checkpoint, or line, the folder is caught; then at the end
@@ -100,7 +101,7 @@ class Undisturbed:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 digest = carried_out(self.way, self.settings, out)["digest"]
-        except config.UserError as error:
+        except UserError as error:
             return f"refused: {what}: {error}"
         except Exception as error:
             return f"traceback: {what}: {type(error).__name__}: {error}"

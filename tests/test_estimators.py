@@ -57,7 +57,7 @@ def moved_losses(loss: Loss, parameters: Parameters, epsilon: float, kind: Kind 
 def two_point(
     loss: Loss, parameters: Parameters, kind: Kind, seeds: Sequence[int], epsilon: float, copies: int
 ) -> Estimate:
-    return FiniteDifference(kind, epsilon, copies_per_pass=copies).slopes(loss, parameters, seeds)
+    return FiniteDifference(kind, epsilon, perturbations_per_pass=copies).slopes(loss, parameters, seeds)
 
 
 class Plain(nn.Module):

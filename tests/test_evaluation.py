@@ -88,7 +88,7 @@ def test_coin_flips_sorted_by_label_score_about_chance(quick: Quick, tmp_path: P
 
 
 def test_baselines_and_bits_a_byte_are_of_the_examples_that_are_scored(quick: Quick) -> None:
-    settings = quick(eval_examples=3, held_out=0.5, seed=4)
+    settings = quick(eval_examples=3, held_out_fraction=0.5, seed=4)
     found = Task.load(settings)
     everything = found.examples(found.held_out)["labels"]
     chosen = encoding.sample(len(everything), 3, 4)
@@ -106,7 +106,12 @@ def test_baselines_and_bits_a_byte_are_of_the_examples_that_are_scored(quick: Qu
 
 def test_clients_evaluate_on_a_sample_of_their_own_and_tell_its_size(quick: Quick, tmp_path: Path, coins: Path) -> None:
     settings = quick(
-        task="classification", dataset=str(coins), client_held_out=0.5, eval_examples=40, rounds=1, eval_interval=1
+        task="classification",
+        dataset=str(coins),
+        client_held_out_fraction=0.5,
+        eval_examples=40,
+        rounds=1,
+        eval_interval=1,
     )
     federate(settings, tmp_path / "run", 2)
     rows = read_table(tmp_path / "run" / "client_evaluations.csv")
@@ -370,7 +375,10 @@ def test_without_other_data_a_run_is_scored_on_what_scored_it(runs: dict[str, Pa
         assert found.scores.whole.loss == pytest.approx(summary["eval_loss_end"], rel=1e-6) and not found.note
         assert summary["evaluated"]["examples"] == found.scores.coverage.examples
     assert scoring.score_run(runs["with eval"], {}).data == str(runs["eval"])
-    assert scoring.score_run(runs["run"], {}).data == f"the held-out part of {runs['train']} (held-out = 0.1, seed 0)"
+    assert (
+        scoring.score_run(runs["run"], {}).data
+        == f"the held-out part of {runs['train']} (held-out-fraction = 0.1, seed 0)"
+    )
 
 
 def test_data_that_a_run_trained_on_are_told(runs: dict[str, Path]) -> None:
@@ -379,10 +387,15 @@ def test_data_that_a_run_trained_on_are_told(runs: dict[str, Path]) -> None:
     assert found.scores.whole.loss == pytest.approx(loss_on(runs["run"], whole, limit=10**9), rel=1e-5)
     assert found.scores.coverage.examples == found.scores.coverage.held_out > 256
     assert "trained on" in found.note
-    own = scoring.score_run(runs["run"], {"dataset": str(runs["train"]), "held-out": "0.1"})
+    own = scoring.score_run(runs["run"], {"dataset": str(runs["train"]), "held-out-fraction": "0.1"})
     assert own.scores == scoring.score_run(runs["run"], {}).scores and not own.note
-    assert "trained on" in scoring.score_run(runs["run"], {"dataset": str(runs["train"]), "held-out": "0.3"}).note
-    assert "trained on" in scoring.score_run(runs["with eval"], {"dataset": str(runs["train"]), "held-out": "0.1"}).note
+    assert (
+        "trained on" in scoring.score_run(runs["run"], {"dataset": str(runs["train"]), "held-out-fraction": "0.3"}).note
+    )
+    assert (
+        "trained on"
+        in scoring.score_run(runs["with eval"], {"dataset": str(runs["train"]), "held-out-fraction": "0.1"}).note
+    )
     assert "trained on" in scoring.score_run(runs["with eval"], {"eval-dataset": ""}).note
 
 
@@ -399,9 +412,13 @@ def test_a_run_is_scored_on_other_data_where_its_own_are_gone(runs: dict[str, Pa
     ("run", "changes", "wanted"),
     [
         ("run", ["--dataset", "other", "--eval-dataset", "eval"], "both name what to score: give one"),
-        ("run", ["--eval-dataset", "eval", "--held-out", "0.2"], "scored as a whole: leave out --held-out"),
-        ("with eval", ["--held-out", "0.2"], "scored on all of its eval-dataset"),
-        ("run", ["--held-out", "0.3"], "above the run's 0.1"),
+        (
+            "run",
+            ["--eval-dataset", "eval", "--held-out-fraction", "0.2"],
+            "scored as a whole: leave out --held-out-fraction",
+        ),
+        ("with eval", ["--held-out-fraction", "0.2"], "scored on all of its eval-dataset"),
+        ("run", ["--held-out-fraction", "0.3"], "above the run's 0.1"),
         ("run", ["--learning-rate", "0.1", "--clients", "3"], "--learning-rate, --clients would change no score"),
         ("run", ["--model", "tiny"], "--model would change no score"),
         ("run", ["--seed", "3"], "--seed would change no score"),
@@ -423,7 +440,7 @@ def test_a_saved_model_is_scored_on_all_of_the_data_named(runs: dict[str, Path],
     wanted = loss_on(runs["run"], encoding.load_documents(str(runs["other"])))
     status, told, errors = zofed_command("eval", model, "--dataset", runs["other"], *common)
     assert status == 0 and f"all of {runs['other']}" in told and f"{wanted:.4f}" in told, errors
-    status, told, errors = zofed_command("eval", model, "--dataset", runs["other"], "--held-out", 0.5, *common)
-    assert status == 0 and f"the held-out part of {runs['other']} (held-out = 0.5, seed 0)" in told, errors
+    status, told, errors = zofed_command("eval", model, "--dataset", runs["other"], "--held-out-fraction", 0.5, *common)
+    assert status == 0 and f"the held-out part of {runs['other']} (held-out-fraction = 0.5, seed 0)" in told, errors
     status, told, errors = zofed_command("eval", model, *common, "--eval-examples", 4)
     assert status == 0 and "the held-out part of sample-dclm" in told and ": 4 of " in told, errors

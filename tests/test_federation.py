@@ -431,16 +431,18 @@ def chosen_settings(**changes: Any) -> config.Settings:
 
 
 @pytest.mark.parametrize("points", get_args(Points))
-@pytest.mark.parametrize("normalise", [False, True])
-def test_the_record_of_a_round_follows_the_settings_and_the_worker(points: Points, normalise: bool) -> None:
-    chosen = chosen_settings(estimator=points, normalise=normalise, clip_slopes=0.0)
+@pytest.mark.parametrize("normalize_slopes", [False, True])
+def test_the_record_of_a_round_follows_the_settings_and_the_worker(points: Points, normalize_slopes: bool) -> None:
+    chosen = chosen_settings(finite_difference=points, normalize_slopes=normalize_slopes, clip_slopes=0.0)
     worker = standing_at(4)
     answers = {4: measured((9, -8, 7), -12), 1: measured((1, 2**17, 3), -17)}
     record = step_records.record_of(chosen, worker, answers, 8)
     assert (record.round, record.queries, record.clients) == (5, 3, (1, 4))
     assert record.rate == schedules.learning_rate(chosen, 5, 8) < 0.5
     degrees = 2 * (3 if points == "two-point" else 2)
-    expected = degrees * worker.spread.after(record.coefficients, record.exponent).value if normalise else degrees
+    expected = (
+        degrees * worker.spread.after(record.coefficients, record.exponent).value if normalize_slopes else degrees
+    )
     assert record.divisor == expected
     assert worker.spread != Spread()
     assert worker.spread == standing_at(4).spread, "a record is made before it is applied, and changes nothing"
@@ -453,7 +455,7 @@ def test_one_query_of_one_point_is_divided_by_one() -> None:
 
 def test_several_rounds_of_one_exchange_are_the_rounds_asked_one_by_one() -> None:
     """Each with its own rate, its own part of the integers and the spread that those before leave."""
-    chosen = chosen_settings(normalise=True, clip_slopes=0.0, clip_norm=0.0)
+    chosen = chosen_settings(normalize_slopes=True, clip_slopes=0.0, clip_norm=0.0)
     answers = {0: measured(range(1, 10), -12), 5: measured(range(-40, -31), -12)}
     made = step_records.records_of(chosen, standing_at(4), answers, 9, 3)
     assert [record.round for record in made] == [5, 6, 7]
@@ -468,7 +470,12 @@ def test_several_rounds_of_one_exchange_are_the_rounds_asked_one_by_one() -> Non
 @pytest.mark.parametrize("seeds", ["distinct", "shared"])
 def test_local_steps_are_summed_and_each_is_a_mean_over_all_directions(seeds: str) -> None:
     chosen = chosen_settings(
-        local_steps=2, seeds=seeds, normalise=False, estimator="two-point", clip_slopes=0.0, clip_norm=0.0
+        local_steps=2,
+        direction_seeds=seeds,
+        normalize_slopes=False,
+        finite_difference="two-point",
+        clip_slopes=0.0,
+        clip_norm=0.0,
     )
     answers = {0: measured((1, 2, 3, 4, 5, 6), -10), 2: measured((3, 4, 5, 6, 7, 8), -10)}
     record = step_records.record_of(chosen, standing_at(0), answers, 9)
@@ -483,11 +490,13 @@ def test_local_steps_are_summed_and_each_is_a_mean_over_all_directions(seeds: st
 
 def test_the_norm_of_an_estimate_is_clipped() -> None:
     answers = {0: measured((100, -200, 300), 0)}
-    whole = step_records.record_of(chosen_settings(normalise=False), standing_at(0), answers, 9)
+    whole = step_records.record_of(chosen_settings(normalize_slopes=False), standing_at(0), answers, 9)
     parameters = sum(parameter.numel() for parameter in worker_of().parameters.values())
     norm = records.estimate_norm(whole, parameters)
     for limit in (norm / 7, norm * 2):
-        record = step_records.record_of(chosen_settings(normalise=False, clip_norm=limit), standing_at(0), answers, 9)
+        record = step_records.record_of(
+            chosen_settings(normalize_slopes=False, clip_norm=limit), standing_at(0), answers, 9
+        )
         assert records.estimate_norm(record, parameters) == pytest.approx(min(norm, limit), rel=1e-12)
         assert replace(record, divisor=whole.divisor) == whole
 
@@ -498,10 +507,17 @@ def test_updates_are_merged_by_capped_examples_or_robustly() -> None:
         step_records.merged_updates(chosen_settings(**changes), found)["weight"][0, 0]
     )
     assert value() == pytest.approx(5.0)
-    assert value(weighting="examples", example_cap=40) == pytest.approx((2 * 10 + 5 * 30 + 8 * 40) / 80)
-    assert value(merge="median", seeds="shared") == 5.0
+    assert value(weighting="examples", max_examples=40) == pytest.approx((2 * 10 + 5 * 30 + 8 * 40) / 80)
+    assert value(aggregation="median", direction_seeds="shared") == 5.0
     wild = found | {2: (update_of(1e30), 1)}
-    assert float(step_records.merged_updates(chosen_settings(merge="trimmed", seeds="shared"), wild)["bias"][0]) == 5.0
+    assert (
+        float(
+            step_records.merged_updates(chosen_settings(aggregation="trimmed", direction_seeds="shared"), wild)["bias"][
+                0
+            ]
+        )
+        == 5.0
+    )
     ordered = dict(sorted(found.items()))
     one, other = (step_records.merged_updates(chosen_settings(weighting="examples"), way) for way in (found, ordered))
     assert tensors_digest(one) == tensors_digest(other)

@@ -192,7 +192,13 @@ def test_a_thousand_forged_slopes_are_refused_each_for_its_reason(
 ) -> None:
     monkeypatch.setattr(membership, "PATIENCE", 10**9)
     settings = quick(
-        quorum=1, rounds=112, eval_interval=112, save_interval=0, link_megabits=1e-6, queries=QUERIES, merge="mean"
+        quorum=1,
+        rounds=112,
+        eval_interval=112,
+        save_interval=0,
+        link_megabits=1e-6,
+        queries=QUERIES,
+        aggregation="mean",
     )
     grid, settings = hostile(start, settings, 10)
     chance, names = random.Random(11), Counter[str]()
@@ -220,7 +226,7 @@ def test_forged_updates_are_refused_each_for_its_reason(
 ) -> None:
     monkeypatch.setattr(membership, "PATIENCE", 10**9)
     settings = quick(
-        mode=mode, quorum=1, rounds=6, largest_update=100.0, learning_rate=0.01, bp_interval=1, link_megabits=1e-6
+        mode=mode, quorum=1, rounds=6, max_update_norm=100.0, learning_rate=0.01, bp_interval=1, link_megabits=1e-6
     )
     grid, settings = hostile(start, settings, 4)
     ways = list(UPDATES)
@@ -244,7 +250,7 @@ def test_forged_updates_are_refused_each_for_its_reason(
 @pytest.mark.first(1)
 @pytest.mark.parametrize("seeds", ["distinct", "shared"])
 def test_a_claim_of_a_million_million_examples_counts_up_to_the_cap(quick: Quick, start: Start, seeds: str) -> None:
-    settings = quick(quorum=1, weighting="examples", example_cap=10, seeds=seeds, rounds=2)
+    settings = quick(quorum=1, weighting="examples", max_examples=10, direction_seeds=seeds, rounds=2)
     summaries = []
     for claim in (10, 10**12):
         grid, own = hostile(start, settings, 2, name=f"claims {claim}")
@@ -425,7 +431,9 @@ REASONS = ["", " \n\t ", "\n", ESCAPES, "x" * 10**6, "\x00"]
 
 def test_no_reason_of_a_failure_ends_the_run(quick: Quick, start: Start, capfd: pytest.CaptureFixture[str]) -> None:
     """Of a greeting, of a round, of a score, of the last check."""
-    grid, settings = start(quick(quorum=1, rounds=1, eval_interval=1, client_held_out=0.3), 1 + 2 * len(REASONS))
+    grid, settings = start(
+        quick(quorum=1, rounds=1, eval_interval=1, client_held_out_fraction=0.3), 1 + 2 * len(REASONS)
+    )
 
     def alter(index: int, message: Message, reply: Message) -> Message:
         greets = message.metadata.message_type == "query.status"
@@ -511,7 +519,9 @@ def test_no_reply_that_chance_spoils_ends_the_run(
 ) -> None:
     """Of all kinds: bytes changed, cut, added, exchanged for another kind's; numbers and texts of any size."""
     chance, kinds = random.Random(5), Counter[str]()
-    settings = quick(quorum=1, rounds=3, eval_interval=1, client_held_out=0.3, digest_interval=1, link_megabits=1e-6)
+    settings = quick(
+        quorum=1, rounds=3, eval_interval=1, client_held_out_fraction=0.3, weight_check_interval=1, link_megabits=1e-6
+    )
     grid, settings = start(settings, 8)
     numbers = (0, 1, -1, 2**31, 2**32, -(2**63), 2**63 - 1)
     floats, texts = (

@@ -59,13 +59,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16": BFLOAT16,
     "bfloat16 passes": {"forward_dtype": "bfloat16", "epsilon": 1e-2},
     "last block": {"scope": "last-1"},
-    "not normalised": {"normalise": False},
-    "two-point": {"estimator": "two-point"},
-    "sizes": {"direction_sizes": "rms"},
+    "not normalised": {"normalize_slopes": False},
+    "two-point": {"finite_difference": "two-point"},
+    "sizes": {"direction_scale": "rms"},
     "all": BFLOAT16
-    | {"normalise": True, "estimator": "one-sided", "direction_sizes": "rms", "directions": "rank4"}
+    | {"normalize_slopes": True, "finite_difference": "one-sided", "direction_scale": "rms", "directions": "rank4"}
     | {"optimizer": "mudamw", "learning_rate": 1e-3, "cautious": True, "weight_decay": 0.01},
-    "all dense": {"normalise": True, "estimator": "one-sided", "direction_sizes": "rms", "directions": "gaussian"}
+    "all dense": {
+        "normalize_slopes": True,
+        "finite_difference": "one-sided",
+        "direction_scale": "rms",
+        "directions": "gaussian",
+    }
     | {"momentum": 0.9, "forward_dtype": "bfloat16", "epsilon": 1e-2},
 }
 
@@ -136,7 +141,7 @@ def test_a_way_is_another_way_in_its_genesis_or_in_its_records(quick: Quick, tmp
 
 
 def test_a_normalised_run_writes_the_spread_into_its_divisors(quick: Quick, tmp_path: Path) -> None:
-    central.train(quick(normalise=True, estimator="one-sided"), tmp_path / "run", ignore)
+    central.train(quick(normalize_slopes=True, finite_difference="one-sided"), tmp_path / "run", ignore)
     spread, divisors = Spread(), []
     for record in seeded_of(tmp_path / "run"):
         spread = spread.after(record.coefficients, record.exponent)

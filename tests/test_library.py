@@ -39,7 +39,7 @@ def train(model: nn.Module, steps: int, **more: Any) -> Any:
 def test_a_module_learns_and_its_journal_rebuilds_the_weights(tmp_path: Path, points: Any) -> None:
     model = net()
     before = float(F.cross_entropy(model(X), Y).detach())
-    zo = train(model, 60, journal=tmp_path / "run.zofed", points=points)
+    zo = train(model, 60, journal=tmp_path / "run.zofed", finite_difference=points)
     assert float(F.cross_entropy(model(X), Y).detach()) < before - 0.03
     assert zofed.replay(net(), tmp_path / "run.zofed") == zo.digest()
     assert zo.estimate.forward_passes == (24 if points == "two-point" else 13)
@@ -142,7 +142,7 @@ def test_the_commands_tell_what_to_set(command: str) -> None:
     options = ["--block-size", "16", "--batch-size", "2", "--queries", "4", "--device", "cpu"]
     run = [sys.executable, "-c", "from zofed.commands.cli import main; main()", command, *options]
     told = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert ("epsilon = " if command == "diagnose" else "copies-per-pass = ") in told
+    assert ("epsilon = " if command == "diagnose" else "perturbations-per-pass = ") in told
 
 
 @pytest.mark.slow

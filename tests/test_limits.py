@@ -215,7 +215,7 @@ def test_memory_and_diagnosis_of_a_model_whose_copies_cannot_share_a_pass(
         central.memory_of_passes(settings, memory.weights)
     options = ["--model", settings.model, "--dataset", "sample-dclm", "--block-size", 16, "--device", "cpu"]
     status, out, _ = zofed_command("memory", *options)
-    assert status == 0 and "copies-per-pass changes nothing" in " ".join(out.split())
+    assert status == 0 and "perturbations-per-pass changes nothing" in " ".join(out.split())
 
 
 @pytest.mark.slow

@@ -40,14 +40,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "fo": {"mode": "fo", "optimizer": "mudamw", "clip_norm": 0.5, "gradient_accumulation": 2},
     "calibrate": {"mode": "calibrate", "bp_optimizer": "adamw", "bp_learning_rate": 1e-3, "momentum": 0.5},
     "hybrid": {"mode": "instruct", "instruct_kind": "hybrid", "directions": "rademacher", "optimizer": "mudamw"},
-    "hybrid-rank1": {"mode": "instruct", "direction_sizes": "rms", "schedule": "cosine", "warmup_steps": 2},
-    "raw": {"mode": "instruct", "instruct_weighting": "raw", "blend": False, "bp_optimizer": "adamw"},
+    "hybrid-rank1": {"mode": "instruct", "direction_scale": "rms", "schedule": "cosine", "warmup_steps": 2},
+    "raw": {"mode": "instruct", "instruct_weighting": "raw", "instruct_blend": False, "bp_optimizer": "adamw"},
     "cosine": {"mode": "instruct", "instruct_kind": "cosine", "instruct_weighting": "unbiased", "clip_norm": 0.1},
-    "guide-only": {"mode": "instruct", "instruct_kind": "guide-only", "split_dataset_for_bp_zo": 0.5},
-    "line": {"mode": "instruct", "instruct_kind": "line", "zo_data": "per-query", "bp_batch_size": 3},
+    "guide-only": {"mode": "instruct", "instruct_kind": "guide-only", "bp_data_fraction": 0.5},
+    "line": {"mode": "instruct", "instruct_kind": "line", "query_batches": "per-query", "bp_batch_size": 3},
     "core": SUBSPACE | {"weight_decay": 0.1},
     "core to rate zero": SUBSPACE | {"schedule": "cosine"},
-    "diagonal": SUBSPACE | {"subspace_variant": "diagonal", "directions": "rank2", "direction_sizes": "rms"},
+    "diagonal": SUBSPACE | {"subspace_variant": "diagonal", "directions": "rank2", "direction_scale": "rms"},
 }
 
 
@@ -253,7 +253,9 @@ def test_a_clipped_gradient_has_the_norm_and_its_direction(quick: Quick, mode: s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [{}, {"normalise": False}, {"estimator": "two-point", "normalise": False}])
+@pytest.mark.parametrize(
+    "overrides", [{}, {"normalize_slopes": False}, {"finite_difference": "two-point", "normalize_slopes": False}]
+)
 def test_a_clipped_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]) -> None:
     settings = quick(queries=8, **overrides)
     plain, _, worker = steps_of(settings)
@@ -265,7 +267,7 @@ def test_a_clipped_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]
 
 
 @pytest.mark.first(1)
-@pytest.mark.parametrize("overrides", [{}, {"instruct_kind": "hybrid"}, {"blend": False}])
+@pytest.mark.parametrize("overrides", [{}, {"instruct_kind": "hybrid"}, {"instruct_blend": False}])
 def test_a_clipped_guided_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]) -> None:
     settings = quick(mode="instruct", queries=8, **overrides)
     plain, _, worker = steps_of(settings)
@@ -282,7 +284,12 @@ def test_a_clipped_guided_estimate_has_the_norm(quick: Quick, overrides: dict[st
 def test_calibrate_keeps_two_optimizers_apart(quick: Quick) -> None:
     """Heavy-ball SGD for slopes and AdamW for gradients, each as if the other were not there."""
     settings = quick(
-        mode="calibrate", bp_interval=2, momentum=0.5, bp_optimizer="adamw", bp_learning_rate=1e-3, normalise=False
+        mode="calibrate",
+        bp_interval=2,
+        momentum=0.5,
+        bp_optimizer="adamw",
+        bp_learning_rate=1e-3,
+        normalize_slopes=False,
     )
     steps, task, worker = steps_of(settings)
     ask = asker(task.settings, worker, steps.examples, 6, steps.backprop_examples)
@@ -461,8 +468,8 @@ def test_a_budget_of_seconds_stops_once_for_the_row_the_loop_and_a_resumption(
     ("overrides", "seen"),
     [
         ({}, 2),
-        ({"zo_data": "per-query"}, 6),
-        ({"zo_data": "per-query", "zo_query_batch_size": 5}, 15),
+        ({"query_batches": "per-query"}, 6),
+        ({"query_batches": "per-query", "query_batch_size": 5}, 15),
         ({"mode": "fo", "gradient_accumulation": 3}, 6),
         ({"mode": "subspace", "subspace_interval": 7}, 14),
         ({"mode": "instruct", "gradient_accumulation": 3}, 2),
@@ -485,7 +492,7 @@ def test_a_run_of_epochs_stopped_by_a_budget_says_so(quick: Quick, tmp_path: Pat
 
 
 def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = quick(zo_data="per-query", zo_query_batch_size=3, queries=4)
+    settings = quick(query_batches="per-query", query_batch_size=3, queries=4)
     steps, _, worker = steps_of(settings)
     _, own = measurements.query_loss(settings, worker, steps.examples, 1, 0)
     assert own and own["input_ids"].shape == (4, 3, 16)
@@ -499,7 +506,7 @@ def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.Mo
         batch = {name: tensor[query] for name, tensor in own.items()}
         found = worker.ask(lambda batch=batch: metrics.loss_of(worker.model, batch), [seed], settings.epsilon, 1)
         slopes.append(found.slopes[0])
-    two_point = settings.model_copy(update={"estimator": "two-point"})
+    two_point = settings.model_copy(update={"finite_difference": "two-point"})
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot run for many")
         measured = measurements.slopes(two_point, worker, steps.examples, 0)
@@ -513,17 +520,17 @@ def texts(documents: list[Any]) -> set[str]:
 
 @pytest.mark.parametrize("mode", ["instruct", "calibrate"])
 def test_split_data_share_no_document(quick: Quick, mode: str) -> None:
-    task = Task.load(quick(mode=mode, split_dataset_for_bp_zo=0.25))
+    task = Task.load(quick(mode=mode, bp_data_fraction=0.25))
     parts = [texts(task.train), texts(task.backprop), texts(task.held_out)]
     assert len(set.union(*parts)) == sum(map(len, parts)) == 40
     assert len(task.backprop) == 9
     shared = Task.load(quick(mode=mode))
     assert shared.backprop is shared.train
-    assert Task.load(quick(mode="zo", split_dataset_for_bp_zo=0.25)).train == shared.train
+    assert Task.load(quick(mode="zo", bp_data_fraction=0.25)).train == shared.train
 
 
 def test_backprop_sees_its_own_part_and_zeroth_order_the_other(quick: Quick) -> None:
-    settings = quick(mode="calibrate", split_dataset_for_bp_zo=0.5, batch_size=4)
+    settings = quick(mode="calibrate", bp_data_fraction=0.5, batch_size=4)
     steps, task, worker = steps_of(settings)
     seen: list[Tensor] = []
     handle = worker.model.register_forward_pre_hook(
@@ -562,7 +569,7 @@ def test_other_data_for_backprop_and_evaluation_are_pinned(quick: Quick, corpus:
 
 
 def test_a_part_for_backprop_smaller_than_a_batch_is_refused(quick: Quick, tmp_path: Path) -> None:
-    settings = quick(mode="instruct", split_dataset_for_bp_zo=0.03, bp_batch_size=500)
+    settings = quick(mode="instruct", bp_data_fraction=0.03, bp_batch_size=500)
     with pytest.raises(UserError, match="less than one batch of 500"):
         central.train(settings, tmp_path / "run", ignore)
 
@@ -693,10 +700,10 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FEDERATED: dict[str, dict[str, Any]] = {
-    "per-query": {"zo_data": "per-query", "zo_query_batch_size": 3},
+    "per-query": {"query_batches": "per-query", "query_batch_size": 3},
     "cosine": {"schedule": "cosine", "warmup_steps": 2, "clip_norm": 0.5},
     "f1": {"task": "classification", "objective": "f1", "epsilon": 0.05, "batch_size": 8},
-    "accuracy": {"task": "classification", "objective": "accuracy", "epsilon": 0.05, "zo_data": "per-query"},
+    "accuracy": {"task": "classification", "objective": "accuracy", "epsilon": 0.05, "query_batches": "per-query"},
 }
 
 
@@ -792,7 +799,7 @@ def test_the_final_weights_are_scored_once_and_the_summary_tells_that_score(
 
 @pytest.mark.usefixtures("two_sources")
 def test_a_language_model_is_scored_in_perplexity_and_bits_a_byte(quick: Quick, tmp_path: Path) -> None:
-    settings = quick(steps=1, eval_examples=10_000, held_out=0.3)
+    settings = quick(steps=1, eval_examples=10_000, held_out_fraction=0.3)
     summary = central.train(settings, tmp_path / "run", ignore)
     task = Task.load(settings)
     model = replay_run(RunFolder(tmp_path / "run"))[0].model
@@ -838,7 +845,7 @@ def test_the_best_weights_are_kept_and_scored_apart_from_the_last(quick: Quick, 
         ({"bp_interval": 0}, "bp-interval = 0.*greater than or equal to 1"),
         ({"mode": "subspace", "subspace_size": 10}, "subspace-size = 10 is no square.*take 9 or 16"),
         ({"mode": "subspace", "subspace_variant": "diagonal", "directions": "gaussian"}, "no factors"),
-        ({"mode": "instruct", "instruct_weighting": "raw"}, "blend = true"),
+        ({"mode": "instruct", "instruct_weighting": "raw"}, "instruct-blend = true"),
         ({"mode": "instruct", "instruct_weighting": "unbiased", "queries": 1}, "takes 2 queries"),
         ({"mode": "instruct", "dtype": "bfloat16"}, "set dtype to float32"),
         ({"objective": "acuracy"}, "did you mean 'accuracy'"),
@@ -846,8 +853,8 @@ def test_the_best_weights_are_kept_and_scored_apart_from_the_last(quick: Quick, 
         ({"objective": "a:b:c"}, "or module:function"),
         ({"objective": "f1", "mode": "fo"}, "takes mode = zo"),
         ({"schedule": "cosine", "min_learning_rate": 0.1}, "min-learning-rate = 0.1 is above"),
-        ({"bp_dataset": "pydoc", "split_dataset_for_bp_zo": 0.5}, "leave one out"),
-        ({"split_dataset_for_bp_zo": 1.0}, "less than 1"),
+        ({"bp_dataset": "pydoc", "bp_data_fraction": 0.5}, "leave one out"),
+        ({"bp_data_fraction": 1.0}, "less than 1"),
         ({"instruct_cosine_target": 1.0}, "less than 1"),
         ({"subspace_size": 65537}, "less than or equal to 65536"),
     ],
@@ -898,7 +905,7 @@ def test_the_command_refuses_in_one_line(
     common = ["zofed", "train", "--dataset", str(corpus), "--block-size", "16", "--out", str(tmp_path / "run")]
     for extra in (
         ["--objective", "nowhere:function"],
-        ["--mode", "instruct", "--split-dataset-for-bp-zo", "0.03", "--bp-batch-size", "999"],
+        ["--mode", "instruct", "--bp-data-fraction", "0.03", "--bp-batch-size", "999"],
         ["--mode", "calibrate", "--bp-dataset", str(tmp_path / "none.jsonl")],
         ["--eval-dataset", str(tmp_path / "none.jsonl")],
     ):

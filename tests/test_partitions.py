@@ -297,8 +297,8 @@ def test_a_thousand_clients_of_one_process_cost_one_digest_of_the_tokenizer(
 def test_a_part_of_less_than_one_example_is_told(quick: Callable[..., Settings]) -> None:
     task = Task.load(quick())
     for share in (-0.1, 1.0):
-        assert "client-held-out" in complaint(lambda s=share: task.client_parts(0, 2, s))
-    assert "client-held-out" in complaint(lambda: task.client_parts(3, len(task.train), 0.5))
+        assert "client-held-out-fraction" in complaint(lambda s=share: task.client_parts(0, 2, s))
+    assert "client-held-out-fraction" in complaint(lambda: task.client_parts(3, len(task.train), 0.5))
     long = Task.load(quick(block_size=512))
     assert "held-out part of client 0 of 4" in complaint(lambda: long.client_parts(0, 4, 0.01))
     assert "training part of client 0 of 4" in complaint(lambda: long.client_parts(0, 4, 0.99))

@@ -35,7 +35,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     for mode, seed in itertools.product(("zo", "fo"), (0, 1)):
         settings = config.resolve(common | {"mode": mode, "seed": seed})
         central.train(settings, folder / f"{mode}-{seed}", lambda row: None)
-    values = common | {"clients": 3, "participation": 0.7, "out": str(folder / "federated"), "client-held-out": 0.2}
+    values = common | {
+        "clients": 3,
+        "participation": 0.7,
+        "out": str(folder / "federated"),
+        "client-held-out-fraction": 0.2,
+    }
     server.run(LocalGrid(client.app, 3, values), config.resolve(values), "")
     return folder
 

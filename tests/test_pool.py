@@ -103,13 +103,13 @@ def as_number(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 WAYS: dict[str, dict[str, Any]] = {
-    "one-sided": {"queries": 7, "copies_per_pass": 2},
-    "two-point": {"queries": 7, "copies_per_pass": 3, "estimator": "two-point"},
-    "fewer passes than devices": {"queries": 7, "copies_per_pass": 4},
-    "per-query data": {"queries": 5, "copies_per_pass": 2, "zo_data": "per-query", "zo_query_batch_size": 1},
+    "one-sided": {"queries": 7, "perturbations_per_pass": 2},
+    "two-point": {"queries": 7, "perturbations_per_pass": 3, "finite_difference": "two-point"},
+    "fewer passes than devices": {"queries": 7, "perturbations_per_pass": 4},
+    "per-query data": {"queries": 5, "perturbations_per_pass": 2, "query_batches": "per-query", "query_batch_size": 1},
     "rademacher": {"directions": "rademacher", "queries": 4},
     "cannot batch": {"queries": 4, "objective": "test_pool:as_number"},
-    "bfloat16, sizes": {"dtype": "bfloat16", "epsilon": 1e-2, "direction_sizes": "rms", "copies_per_pass": 1},
+    "bfloat16, sizes": {"dtype": "bfloat16", "epsilon": 1e-2, "direction_scale": "rms", "perturbations_per_pass": 1},
 }
 
 
@@ -134,7 +134,7 @@ def test_any_number_of_devices_gives_the_same_records(
 
 
 def test_only_new_records_cross_the_pipe(quick: Quick, tmp_path: Path, near: list[NearPipe]) -> None:
-    central.train(quick(devices="cpu,cpu", copies_per_pass=1), tmp_path / "run", ignore)
+    central.train(quick(devices="cpu,cpu", perturbations_per_pass=1), tmp_path / "run", ignore)
     sizes = [len(journal.bodies([entry])) for entry in journal.read(RunFolder(tmp_path / "run").journal).entries]
     assert near[0].sizes == [device_pool._REQUEST.size + size for size in (0, *sizes[:-1])]
 
@@ -150,8 +150,8 @@ def test_a_run_goes_on_with_another_number_of_devices(
         if row["step"] == 5:
             raise KeyboardInterrupt
 
-    whole = central.train(quick(queries=4, copies_per_pass=1), tmp_path / "whole", ignore)
-    settings = quick(queries=4, copies_per_pass=1, devices=before)
+    whole = central.train(quick(queries=4, perturbations_per_pass=1), tmp_path / "whole", ignore)
+    settings = quick(queries=4, perturbations_per_pass=1, devices=before)
     with pytest.raises(KeyboardInterrupt):
         central.train(settings, tmp_path / "cut", cut)
     with_devices(tmp_path / "cut", after)
@@ -170,7 +170,7 @@ def with_devices(run: Path, devices: str) -> None:
 def test_where_one_cannot_batch_none_does(
     quick: Quick, tmp_path: Path, near: list[NearPipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = quick(steps=2, queries=5, copies_per_pass=2, devices="cpu,cpu,cpu")
+    settings = quick(steps=2, queries=5, perturbations_per_pass=2, devices="cpu,cpu,cpu")
     monkeypatch.setattr(sys.modules[__name__], "refusing", {0})
     with pytest.warns(UserWarning, match="it looks at its numbers") as told:
         several = central.train(settings, tmp_path / "several", ignore)
@@ -187,7 +187,9 @@ def test_where_one_cannot_batch_none_does(
 
 def test_idle_devices_are_told_once(quick: Quick, tmp_path: Path, near: list[NearPipe]) -> None:
     with pytest.warns(UserWarning, match="1 of 3 devices stay idle: 5 queries fill whole passes 3 at a time") as told:
-        central.train(quick(steps=2, queries=5, copies_per_pass=3, devices="cpu,cpu,cpu"), tmp_path / "run", ignore)
+        central.train(
+            quick(steps=2, queries=5, perturbations_per_pass=3, devices="cpu,cpu,cpu"), tmp_path / "run", ignore
+        )
     assert len(told) == 1
     assert near[0].sizes and not near[1].sizes
 
@@ -195,7 +197,7 @@ def test_idle_devices_are_told_once(quick: Quick, tmp_path: Path, near: list[Nea
 def test_a_diverged_run_is_told_as_on_one_device(quick: Quick, tmp_path: Path, near: list[NearPipe]) -> None:
     told = []
     for devices in ("", "cpu,cpu"):
-        settings = quick(learning_rate=1e30, devices=devices, copies_per_pass=1, eval_interval=100)
+        settings = quick(learning_rate=1e30, devices=devices, perturbations_per_pass=1, eval_interval=100)
         with pytest.raises(UserError) as error:
             central.train(settings, tmp_path / f"run {devices}", ignore)
         told.append(str(error.value))
@@ -210,7 +212,7 @@ def test_a_replica_that_went_wrong_is_found(quick: Quick, tmp_path: Path, near: 
                 next(iter(near[0].worker.parameters.values())).mul_(1.001)
 
     with pytest.raises(UserError, match="its weights are not the run's"):
-        central.train(quick(devices="cpu,cpu", copies_per_pass=1), tmp_path / "run", spoil)
+        central.train(quick(devices="cpu,cpu", perturbations_per_pass=1), tmp_path / "run", spoil)
 
 
 @pytest.mark.parametrize("queries", [1, 5, 8, 32])
@@ -263,7 +265,7 @@ def test_a_device_that_is_not_there_is_refused(quick: Quick, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_told_and_the_run_goes_on(quick: Quick, tmp_path: Path) -> None:
     """Real processes: their losses are those of one device up to the kill, and after it."""
-    way = {"queries": 7, "copies_per_pass": 2, "steps": 4}
+    way = {"queries": 7, "perturbations_per_pass": 2, "steps": 4}
     alone = central.train(quick(**way), tmp_path / "alone", ignore)
 
     def kill(row: Row) -> None:
@@ -311,7 +313,7 @@ def test_a_process_that_hangs_is_told_after_the_timeout_and_ended(
     run = tmp_path / "run"
     told = rf"^process 1 of 2, on cpu, has not answered for round-timeout = {waited:g} seconds .*--resume {run}$"
     with pytest.raises(UserError, match=told.replace("+", r"\+")):
-        central.train(quick(devices="cpu,cpu,cpu", copies_per_pass=1, round_timeout=asked), run, ignore)
+        central.train(quick(devices="cpu,cpu,cpu", perturbations_per_pass=1, round_timeout=asked), run, ignore)
     assert waits == [waited]
     assert ended == ["killed", "joined"] * 2
     assert RunFolder(run).summary()["status"] == "failed"
@@ -328,7 +330,7 @@ def test_a_process_that_fails_says_why(quick: Quick, tmp_path: Path, monkeypatch
     monkeypatch.setattr(Task, "digests", lambda self: {"documents": "as they were before"})
     run = tmp_path / "run"
     with pytest.raises(UserError, match="process 1 of 1, on cpu, failed: it read other data than the run"):
-        central.train(quick(devices="cpu,cpu", copies_per_pass=1), run, ignore)
+        central.train(quick(devices="cpu,cpu", perturbations_per_pass=1), run, ignore)
     assert multiprocessing.active_children() == []
 
 
@@ -360,7 +362,7 @@ def is_alive(pid: int) -> bool:
 def test_no_process_outlives_the_run(corpus: Path, tmp_path: Path, ending: str) -> None:
     run = tmp_path / "run"
     command = [sys.executable, "-c", "from zofed.commands.cli import main; main()", "train", "--dataset", str(corpus)]
-    command += ["--steps", "100000", "--queries", "4", "--copies-per-pass", "1", "--devices", "cpu,cpu,cpu"]
+    command += ["--steps", "100000", "--queries", "4", "--perturbations-per-pass", "1", "--devices", "cpu,cpu,cpu"]
     command += ["--eval-examples", "4", "--save-interval", "0", "--out", str(run)]
     command += ["--block-size", "64", "--batch-size", "256"] if ending == "killed in a pass" else ["--block-size", "16"]
     rows = 0 if ending in ("interrupted at the start", "killed in a pass") else 3

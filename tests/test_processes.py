@@ -97,7 +97,7 @@ DIRECTIONS = ("rank1", "rank4", "rademacher", "gaussian")
 # What backpropagation found is kept in files, and moves the weights portably like any record.
 MODES = {
     "hybrid": {"mode": "instruct", "instruct-kind": "hybrid", "bp-interval": 2, **RULES["adamw"], "scope": "last-1"},
-    "hybrid-rank1": {"mode": "instruct", "bp-interval": 3, **RULES["mudamw"], "zo-data": "per-query"},
+    "hybrid-rank1": {"mode": "instruct", "bp-interval": 3, **RULES["mudamw"], "query-batches": "per-query"},
     "cosine": {"mode": "instruct", "instruct-kind": "cosine", "instruct-weighting": "unbiased", **RULES["momentum"]},
     "calibrate": {"mode": "calibrate", "bp-interval": 3, "bp-optimizer": "mudamw", "bp-learning-rate": 1e-3},
     "first order": {"mode": "fo", **RULES["adamw"]},
@@ -115,7 +115,7 @@ def portable_runs(corpus: Path) -> dict[str, Settings]:
         is_bfloat16, is_normalised = (row + column) % 2 == 1, (row // 2 + column // 2) % 2 == 1
         values = {"learning-rate": 0.01, **values, "directions": kind, "queries": 3, "steps": 50}
         values |= {"dtype": "bfloat16", "epsilon": 1e-2} if is_bfloat16 else {}
-        values |= {"normalise": True, "direction-sizes": "rms"} if is_normalised else {}
+        values |= {"normalize-slopes": True, "direction-scale": "rms"} if is_normalised else {}
         values |= {"cautious": True} if rule == "mudamw" and column % 2 else {}
         values |= {"scope": "last-1"} if kind in ("rademacher", "gaussian") or is_bfloat16 else {}  # the slow ones
         runs[f"{rule}-{kind}"] = config.resolve(values)

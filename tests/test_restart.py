@@ -150,7 +150,7 @@ def test_a_server_of_every_mode_goes_on_to_the_same_weights(
         ({"learning_rate": 0.02}, "learning-rate"),
         ({"queries": 4}, "queries"),
         ({"seed": 5}, "seed"),
-        ({"seeds": "shared"}, "seeds"),
+        ({"direction_seeds": "shared"}, "direction-seeds"),
         ({"local_steps": 2}, "local-steps"),
         ({"participation": 0.5}, "participation"),
         ({"mode": "fo"}, "mode"),

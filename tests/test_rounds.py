@@ -145,11 +145,11 @@ BACKPROP = {"bp_interval": 2, "bp_learning_rate": 0.1}
 MIXED = ("fo", "zo", "fo")
 WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "zo": ({}, ()),
-    "zo shared": ({"seeds": "shared", "local_steps": 2}, ()),
-    "zo shared trimmed": ({"seeds": "shared", "merge": "trimmed"}, ()),
-    "zo shared median": ({"seeds": "shared", "merge": "median", "steps_per_message": 4}, ()),
+    "zo shared": ({"direction_seeds": "shared", "local_steps": 2}, ()),
+    "zo shared trimmed": ({"direction_seeds": "shared", "aggregation": "trimmed"}, ()),
+    "zo shared median": ({"direction_seeds": "shared", "aggregation": "median", "steps_per_message": 4}, ()),
     "zo local steps": ({"local_steps": 3, "momentum": 0.5}, ()),
-    "zo by examples": ({"weighting": "examples", "example_cap": 5}, ()),
+    "zo by examples": ({"weighting": "examples", "max_examples": 5}, ()),
     "zo adamw": ({"optimizer": "adamw", "learning_rate": 1e-3}, ()),
     "fo": ({"mode": "fo", "learning_rate": 0.1}, ()),
     "fo mixed": ({"mode": "fo", "optimizer": "adamw", "learning_rate": 1e-3}, MIXED),
@@ -157,7 +157,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "calibrate": ({"mode": "calibrate", **BACKPROP, "optimizer": "mudamw"}, ()),
     "calibrate mixed": ({"mode": "calibrate", **BACKPROP}, MIXED),
     "instruct": ({"mode": "instruct", **BACKPROP}, ()),
-    "instruct mixed": ({"mode": "instruct", **BACKPROP, "guide_rank": 0}, MIXED),
+    "instruct mixed": ({"mode": "instruct", **BACKPROP, "gradient_rank": 0}, MIXED),
     "core": (SUBSPACE, ()),
     "core mixed": (SUBSPACE, MIXED),
     "diagonal": (SUBSPACE | {"subspace_variant": "diagonal", "subspace_size": 6}, ()),
@@ -184,7 +184,7 @@ def test_every_way_of_training_ends_with_one_model(
 
 @pytest.mark.parametrize("mode", ["instruct", "calibrate"])
 def test_the_server_makes_the_guide_from_public_data(quick: Quick, start: Start, corpus: Path, mode: str) -> None:
-    way = {"mode": mode, **BACKPROP, "guide_source": "server", "bp_dataset": str(corpus), "rounds": 4}
+    way = {"mode": mode, **BACKPROP, "gradient_source": "server", "bp_dataset": str(corpus), "rounds": 4}
     grid, settings = start(quick(**way), 2)
     for index in range(2):
         grid.context(index).node_config["mode"] = "zo"
@@ -208,7 +208,7 @@ def test_clients_that_cannot_backpropagate_are_named(quick: Quick, start: Start,
 ALONE: dict[str, dict[str, Any]] = {
     "zo": {},
     "local steps": {"local_steps": 3},
-    "local steps shared": {"local_steps": 3, "seeds": "shared", "local_learning_rate": 0.003},
+    "local steps shared": {"local_steps": 3, "direction_seeds": "shared", "local_learning_rate": 0.003},
     "subspace": SUBSPACE,
     "diagonal": SUBSPACE | {"subspace_variant": "diagonal"},
 }
@@ -259,7 +259,7 @@ def test_a_client_comes_back_from_its_own_steps_bit_for_bit(
 def test_clients_measure_their_own_directions_or_the_same(
     quick: Quick, start: Start, tmp_path: Path, seeds: str
 ) -> None:
-    run(start(quick(seeds=seeds, rounds=2, merge="mean")))
+    run(start(quick(direction_seeds=seeds, rounds=2, aggregation="mean")))
     for record in seeded_of(tmp_path / "run"):
         assert record.clients == ((0, 1) if seeds == "distinct" else (0,))
         assert len(set(record.seeds(0))) == len(record.coefficients) == (4 if seeds == "distinct" else 2)
@@ -359,7 +359,7 @@ def test_where_all_are_needed_nobody_is_paused(quick: Quick) -> None:
 LATE: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.5},
     "adamw": {"optimizer": "adamw", "learning_rate": 1e-3},
-    "mudamw": {"optimizer": "mudamw", "learning_rate": 1e-3, "normalise": True},
+    "mudamw": {"optimizer": "mudamw", "learning_rate": 1e-3, "normalize_slopes": True},
     "calibrate": {"mode": "calibrate", **BACKPROP, "optimizer": "adamw", "learning_rate": 1e-3},
     "instruct": {"mode": "instruct", **BACKPROP},
     "fo": {"mode": "fo", "optimizer": "adamw", "learning_rate": 1e-3},
@@ -512,7 +512,7 @@ def test_a_flipped_bit_that_the_probe_sees_is_healed_in_its_round(quick: Quick, 
 def test_a_flipped_bit_that_the_probe_misses_is_healed_at_the_next_digest(
     quick: Quick, start: Start, interval: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    grid, settings = start(quick(digest_interval=interval))
+    grid, settings = start(quick(weight_check_interval=interval))
     done = flipping(grid, 3, seen=False)
     assert_one_model(run((grid, settings)), [0, 1])
     assert done
@@ -671,7 +671,7 @@ def test_a_loss_that_is_withheld_is_told_nowhere(quick: Quick, start: Start, way
 
 
 def test_clients_evaluate_on_their_own_held_out_part(quick: Quick, start: Start) -> None:
-    grid, settings = start(quick(client_held_out=0.3, eval_interval=3))
+    grid, settings = start(quick(client_held_out_fraction=0.3, eval_interval=3))
     summary = run((grid, settings))
     rows = read_table(Path(settings.out) / "client_evaluations.csv")
     assert [(row["round"], row["client"]) for row in rows] == [(r, c) for r in ("0", "3", "6") for c in ("0", "1")]
@@ -686,8 +686,8 @@ def test_clients_that_do_not_evaluate_leave_no_table_of_it(quick: Quick, start: 
 
 
 def test_an_update_that_is_too_large_names_the_setting(quick: Quick, start: Start) -> None:
-    grid, settings = start(quick(mode="fo", largest_update=1e-9))
-    with pytest.raises(UserError, match=r"'too_large': 6.* raise largest-update = 1e-09, or set quorum below"):
+    grid, settings = start(quick(mode="fo", max_update_norm=1e-9))
+    with pytest.raises(UserError, match=r"'too_large': 6.* raise max-update-norm = 1e-09, or set quorum below"):
         run((grid, settings))
 
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.commands.options import settings_from
 from zofed.config import CENTRAL, FEDERATED, SETTINGS
 from zofed.experiments import sweep_file
+from zofed.training import central
 
 Zofed = Callable[..., tuple[int, str, str]]
 
@@ -29,15 +31,15 @@ IDLE: list[tuple[str, dict[str, Any], str, str]] = [
     (CENTRAL, {"rounds": 5}, "rounds", "zofed simulate"),
     (CENTRAL, {"clients": 2}, "clients", "zofed simulate"),
     (CENTRAL, {"participation": 0.5}, "participation", "a federation"),
-    (CENTRAL, {"merge": "median"}, "merge", "a federation"),
+    (CENTRAL, {"aggregation": "median"}, "aggregation", "a federation"),
     (CENTRAL, {"mode": "fo", "local-steps": 3}, "local-steps", "mode = zo or instruct or calibrate"),
     (FEDERATED, {"steps": 5}, "steps", "zofed train"),
     (FEDERATED, {"epochs": 2}, "epochs", "zofed train"),
     (CENTRAL, {"steps": 5, "epochs": 2}, "steps", "epochs = 0"),
     (CENTRAL, {"optimizer": "adamw", "momentum": 0.9}, "momentum", "optimizer = sgd"),
     (CENTRAL, {"cautious": True}, "cautious", "optimizer = mudamw"),
-    (FEDERATED, {"trim": 0.3}, "trim", "merge = trimmed"),
-    (FEDERATED, {"example-cap": 3}, "example-cap", "weighting = examples"),
+    (FEDERATED, {"trim": 0.3}, "trim", "aggregation = trimmed"),
+    (FEDERATED, {"max-examples": 3}, "max-examples", "weighting = examples"),
     (FEDERATED, {"dirichlet-alpha": 0.1}, "dirichlet-alpha", "partition = dirichlet"),
     (FEDERATED, {"proximal": 0.1, "mode": "fo"}, "proximal", "local-steps other than 1"),
     (FEDERATED, {"local-learning-rate": 0.1}, "local-learning-rate", "local-steps other than 1"),
@@ -47,16 +49,21 @@ IDLE: list[tuple[str, dict[str, Any], str, str]] = [
     (CENTRAL, {"mode": "subspace", "directions": "rank2"}, "directions", "subspace-variant = diagonal"),
     (CENTRAL, {"bp-interval": 3}, "bp-interval", "mode = instruct or calibrate"),
     (CENTRAL, {"gradient-accumulation": 3}, "gradient-accumulation", "mode = fo"),
-    (CENTRAL, {"zo-query-batch-size": 3}, "zo-query-batch-size", "zo-data = per-query"),
-    (CENTRAL, {"mode": "calibrate", "blend": False}, "blend", "mode = instruct"),
+    (CENTRAL, {"query-batch-size": 3}, "query-batch-size", "query-batches = per-query"),
+    (CENTRAL, {"mode": "calibrate", "instruct-blend": False}, "instruct-blend", "mode = instruct"),
     (CENTRAL, {"subspace-size": 4}, "subspace-size", "mode = subspace"),
     (CENTRAL, {"min-learning-rate": 1e-3}, "min-learning-rate", "schedule = cosine"),
-    (CENTRAL, {"directions": "gaussian", "copies-per-pass": 2}, "copies-per-pass", "directions other than"),
+    (
+        CENTRAL,
+        {"directions": "gaussian", "perturbations-per-pass": 2},
+        "perturbations-per-pass",
+        "directions other than",
+    ),
     (CENTRAL, {"save-interval": 0, "keep-checkpoints": 3}, "keep-checkpoints", "save-interval other than 0"),
-    (CENTRAL, {"eval-dataset": "pydoc", "held-out": 0.2}, "held-out", "eval-dataset = ''"),
+    (CENTRAL, {"eval-dataset": "pydoc", "held-out-fraction": 0.2}, "held-out-fraction", "eval-dataset = ''"),
     (CENTRAL, {"pooling": "mean"}, "pooling", "task = classification"),
     (CENTRAL, {"devices": "cpu,cpu", "device": "cpu"}, "device", "devices = ''"),
-    (FEDERATED, {"mode": "instruct", "bp-dataset": "pydoc"}, "bp-dataset", "guide-source = server"),
+    (FEDERATED, {"mode": "instruct", "bp-dataset": "pydoc"}, "bp-dataset", "gradient-source = server"),
 ]
 
 
@@ -110,12 +117,12 @@ def test_a_setting_without_effect_is_told_with_what_makes_it_act(
     ("run", "values"),
     [
         (CENTRAL, {"mode": "instruct", "optimizer": "adamw", "bp-optimizer": "sgd", "momentum": 0.9}),
-        (CENTRAL, {"local-steps": 3, "local-learning-rate": 0.1, "coefficient-bits": 6}),
+        (CENTRAL, {"local-steps": 3, "local-learning-rate": 0.1, "quantization-bits": 6}),
         (CENTRAL, {"mode": "fo", "bp-learning-rate": 0.1, "gradient-accumulation": 2}),
         (CENTRAL, {"mode": "instruct", "bp-dataset": "pydoc", "instruct-noise-scale": 0.2}),
         (FEDERATED, {"mode": "subspace", "queries": 3, "epsilon": 1e-3}),
         (FEDERATED, {"steps-per-message": 4, "local-learning-rate": 0.1, "clients": 2, "rounds": 3}),
-        (FEDERATED, {"mode": "fo", "local-steps": 2, "proximal": 0.1, "merge": "trimmed", "trim": 0.3}),
+        (FEDERATED, {"mode": "fo", "local-steps": 2, "proximal": 0.1, "aggregation": "trimmed", "trim": 0.3}),
         ("", {"rounds": 3, "steps": 3, "clients": 2}),
     ],
 )
@@ -158,16 +165,52 @@ def test_what_is_typed_without_effect_is_refused(
 
 def test_a_file_that_serves_several_runs_is_told_in_one_warning(tmp_path: Path) -> None:
     file = tmp_path / "both.toml"
-    file.write_text('steps = 5\nrounds = 5\nmomentum = 0.0\ntrim = 0.2\nmerge = "median"\n')
+    file.write_text('steps = 5\nrounds = 5\nmomentum = 0.0\ntrim = 0.2\naggregation = "median"\n')
     with pytest.warns(UserWarning) as told:
         assert settings_from(file, {}, CENTRAL).steps == 5
     (line,) = [str(one.message) for one in told]
-    assert line.startswith(f"{file}: rounds = 5 has no effect here") and "merge = median has no effect" in line
+    assert line.startswith(f"{file}: rounds = 5 has no effect here") and "aggregation = median has no effect" in line
     assert "steps" not in line and "trim" not in line and "\n" not in line
     with pytest.warns(UserWarning, match=r"both.toml: steps = 5 has no effect here: it acts with zofed train"):
-        settings_from(file, {"seeds": "shared"}, FEDERATED)
+        settings_from(file, {"direction-seeds": "shared"}, FEDERATED)
     with pytest.raises(UserError, match=r"^rounds = 7 has no effect here"):
         settings_from(file, {"rounds": "7"}, CENTRAL)
+
+
+@pytest.mark.parametrize(("old", "new"), config.RENAMED.items())
+def test_a_former_name_is_answered_with_the_present_one(
+    zofed_command: Zofed, tmp_path: Path, old: str, new: str
+) -> None:
+    file = tmp_path / "old.toml"
+    file.write_text(f"{old} = {tomli_w.dumps({'x': SETTINGS[new].default}).partition(' = ')[2]}")
+    with pytest.raises(UserError, match=rf"^setting '{old}' is now called '{new}': write {new} instead$"):
+        settings_from(file, {}, CENTRAL)
+    status, _, errors = zofed_command("train", f"--{old}", "1", "--out", tmp_path / "run")
+    assert (status, errors) == (2, f"zofed: --{old} is now called --{new}\n")
+    assert old not in SETTINGS and not (tmp_path / "run").exists()
+
+
+def test_a_run_of_a_version_with_other_names_goes_on(quick: Callable[..., Any], tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def interrupt(row: Any) -> None:
+        steps.append(row["step"])
+        if row["step"] == 2:
+            raise KeyboardInterrupt
+
+    settings = quick(steps=4, finite_difference="two-point", direction_scale="rms")
+    whole = central.train(settings, tmp_path / "whole", lambda _: None)
+    with pytest.raises(KeyboardInterrupt):
+        central.train(settings, tmp_path / "run", interrupt)
+    for name in ("settings.toml", "inputs.json"):
+        file = tmp_path / "run" / name
+        text = file.read_text()
+        for old, new in config.RENAMED.items():
+            text = re.sub(rf'^(\s*"?){new}("?[: ])', rf"\1{old}\2", text, flags=re.MULTILINE)
+        assert "estimator" in text and "finite-difference" not in text
+        file.write_text(text)
+    again = central.resume(tmp_path / "run", lambda row: steps.append(row["step"]))
+    assert again["digest"] == whole["digest"] and steps[-1] == 4
 
 
 def test_a_sweep_tells_what_acts_in_none_of_its_runs(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def plain(model: nn.Module) -> Callable[[], Tensor]:
 
 
 def slopes(model: nn.Module, loss: Callable[..., Any], examples: Any = None, **more: Any) -> tuple[float, ...]:
-    zo = zofed.ZerothOrder(model, seed=5, **{"queries": 6, "points": "two-point"} | more)
+    zo = zofed.ZerothOrder(model, seed=5, **{"queries": 6, "finite_difference": "two-point"} | more)
     zo.ask(loss, 0.05, examples)
     assert zo.estimate is not None
     return zo.estimate.slopes
@@ -494,7 +494,7 @@ def test_the_check_runs_once_and_changes_no_number() -> None:
         calls += 1
         return plain(model)()
 
-    zo = zofed.ZerothOrder(model, seed=5, queries=6, copies_per_pass=6)
+    zo = zofed.ZerothOrder(model, seed=5, queries=6, perturbations_per_pass=6)
     counts = []
     for _ in range(3):
         start = calls

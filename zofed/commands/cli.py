@@ -92,7 +92,9 @@ def main() -> None:
         message, status = str(error), 2
     except click.NoSuchOption as error:
         known = [*(f"--{key}" for key in SETTINGS), "--resume", "--help"]
-        message, status = config.unknown(error.option_name, known, "option"), 2
+        renamed = config.RENAMED.get(error.option_name.removeprefix("--"))
+        message = f"{error.option_name} is now called --{renamed}" if renamed else ""
+        message, status = message or config.unknown(error.option_name, known, "option"), 2
     except click.ClickException as error:
         message, status = f"{error.format_message()} See zofed --help", 2
     except OSError as error:

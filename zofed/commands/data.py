@@ -195,7 +195,9 @@ def show_partition(
     partition: Annotated[str, typer.Option(help="iid, dirichlet or source")] = "iid",
     dirichlet_alpha: Annotated[float, typer.Option(help="evenness of dirichlet; small: one label each")] = 0.5,
     seed: Annotated[int, typer.Option(help="the seed of the run")] = 0,
-    held_out: Annotated[float, typer.Option(help="share of the documents that no client gets, as in the run")] = 0.1,
+    held_out_fraction: Annotated[
+        float, typer.Option(help="share of the documents that no client gets, as in the run")
+    ] = 0.1,
     out: Annotated[Path, typer.Option(help="folder for partition.csv and partition.png; replaced")] = Path(),
 ) -> None:
     """Show how a federated run deals its training documents out to clients: a table, and a picture of it."""
@@ -203,9 +205,15 @@ def show_partition(
     from zofed.data import documents, partitions
     from zofed.runs import pictures
 
-    given = {"partition": partition, "dirichlet-alpha": dirichlet_alpha, "seed": seed, "held-out": held_out}
-    settings = config.resolve(given)
-    found, _ = documents.split_held_out(documents.load_documents(name), settings.held_out, settings.seed)
+    settings = config.resolve(
+        {
+            "partition": partition,
+            "dirichlet-alpha": dirichlet_alpha,
+            "seed": seed,
+            "held-out-fraction": held_out_fraction,
+        }
+    )
+    found, _ = documents.split_held_out(documents.load_documents(name), settings.held_out_fraction, settings.seed)
     shares = {client: partitions.deal(found, client, clients, settings) for client in range(clients)}
     counts = {client: partitions.counts(share, partition) for client, share in shares.items()}
     characters = {client: sum(len(document.text) for document in share) for client, share in shares.items()}

@@ -134,7 +134,7 @@ def show_memory(
     *,
     options: dict[str, str],
 ) -> None:
-    """Memory of a zeroth-order step, and the largest copies-per-pass that fits a budget."""
+    """Memory of a zeroth-order step, and the largest perturbations-per-pass that fits a budget."""
     from zofed.training.central import memory_of_passes
 
     found = memory_of_passes(settings_from(file, options), budget * 2**20)
@@ -143,11 +143,11 @@ def show_memory(
     if not found.is_batched:
         console.print(
             "each direction is written into the weights: the pass above counts a second copy of what trains, and "
-            "copies-per-pass changes nothing"
+            "perturbations-per-pass changes nothing"
         )
         return
     console.print(f"each further copy       {found.further / 2**20:10,.1f} MiB more")
-    console.print(f"in {budget:,} MiB: copies-per-pass = {found.proposed}")
+    console.print(f"in {budget:,} MiB: perturbations-per-pass = {found.proposed}")
 
 
 def show_settings(

@@ -3,6 +3,7 @@
 from zofed.config.fields import CENTRAL, FEDERATED, Unlike, acts_in, kebab, traits
 from zofed.config.settings import (
     LONGEST_SHOWN,
+    RENAMED,
     SECTIONS,
     SETTINGS,
     Settings,
@@ -10,13 +11,14 @@ from zofed.config.settings import (
     pinned,
     resolve,
     unknown,
+    with_present_names,
     without_effect,
 )
-from zofed.config.toml import absolute, documented_toml, read_toml, summary, to_toml
+from zofed.config.toml import absolute, documented_toml, read_own_toml, read_toml, summary, to_toml
 from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
 
 __all__ = [
-    "CENTRAL", "FEDERATED", "LONGEST_SHOWN", "SECTIONS", "SETTINGS", "WITH_BACKPROP", "ZEROTH_ORDER", "Settings",
-    "Unlike", "absolute", "acts_in", "changed", "documented_toml", "kebab", "pinned", "read_toml", "resolve", "summary",
-    "to_toml", "traits", "unknown", "without_effect",
+    "CENTRAL", "FEDERATED", "LONGEST_SHOWN", "RENAMED", "SECTIONS", "SETTINGS", "WITH_BACKPROP", "ZEROTH_ORDER",
+    "Settings", "Unlike", "absolute", "acts_in", "changed", "documented_toml", "kebab", "pinned", "read_own_toml",
+    "read_toml", "resolve", "summary", "to_toml", "traits", "unknown", "with_present_names", "without_effect",
 ]  # fmt: skip

@@ -33,7 +33,7 @@ class Federation(Section):
         gt=0,
         acts_when=when(run=FEDERATED, partition="dirichlet"),
     )
-    seeds: Literal["distinct", "shared"] = setting(
+    direction_seeds: Literal["distinct", "shared"] = setting(
         "distinct",
         "distinct: each client measures directions of its own; shared: all the same (zo)",
         acts_when=when(run=FEDERATED, mode=ZEROTH_ORDER),
@@ -66,13 +66,13 @@ class Federation(Section):
         ge=0,
         acts_when=when(run=FEDERATED, mode="fo", local_steps=Unlike((1,))),
     )
-    zo_clients: int = setting(
+    forward_only_clients: int = setting(
         0,
         "so many clients, the last ones, run forward passes only, besides nodes that say mode = zo",
         ge=0,
         acts_when=when(run=FEDERATED),
     )
-    client_held_out: float = setting(
+    client_held_out_fraction: float = setting(
         0.0,
         "share of its data on which each client evaluates; 0: only the server does",
         ge=0,
@@ -94,7 +94,7 @@ class Federation(Section):
 class Aggregation(Section):
     """How answers become one, and what is checked and sent."""
 
-    merge: Literal["mean", "trimmed", "median"] = setting(
+    aggregation: Literal["mean", "trimmed", "median"] = setting(
         "mean",
         "how clients' answers are aggregated; trimmed and median tolerate malicious clients",
         acts_when=when(run=FEDERATED),
@@ -104,18 +104,18 @@ class Aggregation(Section):
         "share of the answers that trimmed leaves out at either end",
         gt=0,
         lt=0.5,
-        acts_when=when(run=FEDERATED, merge="trimmed"),
+        acts_when=when(run=FEDERATED, aggregation="trimmed"),
     )
     weighting: Literal["equal", "examples"] = setting(
         "equal",
-        "weight of a client in the mean: all equal, or by its number of examples, up to example-cap",
-        acts_when=when(run=FEDERATED, merge="mean"),
+        "weight of a client in the mean: all equal, or by its number of examples, up to max-examples",
+        acts_when=when(run=FEDERATED, aggregation="mean"),
     )
-    example_cap: int = setting(
+    max_examples: int = setting(
         10_000,
         "largest number of examples that a client is weighted by",
         ge=1,
-        acts_when=when(run=FEDERATED, merge="mean", weighting="examples"),
+        acts_when=when(run=FEDERATED, aggregation="mean", weighting="examples"),
     )
     clip_slopes: float = setting(
         10.0,
@@ -124,25 +124,25 @@ class Aggregation(Section):
         le=1e9,
         acts_when=when(run=FEDERATED, mode=Unlike(("fo",))),
     )
-    largest_update: float = setting(
+    max_update_norm: float = setting(
         0.0,
         "largest norm of a client's update or gradient; 0: any (fo)",
         ge=0,
         acts_when=when(run=FEDERATED, mode=("fo", *WITH_BACKPROP)),
     )
-    guide_source: Literal["clients", "server"] = setting(
+    gradient_source: Literal["clients", "server"] = setting(
         "clients",
         "who backpropagates: clients that can, or the server on bp-dataset (instruct, calibrate)",
         acts_when=when(run=FEDERATED, mode=WITH_BACKPROP),
     )
-    guide_rank: int = setting(
+    gradient_rank: int = setting(
         4,
         "singular factors of each matrix that a guide keeps on its way; 0: all of it",
         ge=0,
         le=1024,
         acts_when=when(run=FEDERATED, mode=WITH_BACKPROP),
     )
-    coefficient_bits: int = setting(
+    quantization_bits: int = setting(
         18,
         "bits of the largest slope or coefficient on its way; 6: a byte each, 18: three",
         ge=3,
@@ -150,7 +150,7 @@ class Aggregation(Section):
         acts_when=when(mode=Unlike(("fo",))),
     )
     losses_withheld: bool = setting(False, "clients report no losses", acts_when=when(run=FEDERATED))
-    digest_interval: int = setting(
+    weight_check_interval: int = setting(
         50,
         "rounds between checks of every client's whole weights; 0: the end",
         ge=0,

@@ -66,6 +66,34 @@ class Settings(
 
 
 SETTINGS: dict[str, FieldInfo] = {kebab(name): field for name, field in Settings.model_fields.items()}
+# Former names of settings, of which a person is told the present one, and in which older runs wrote theirs down.
+RENAMED = {
+    "blend": "instruct-blend",
+    "client-held-out": "client-held-out-fraction",
+    "coefficient-bits": "quantization-bits",
+    "copies-per-pass": "perturbations-per-pass",
+    "digest-interval": "weight-check-interval",
+    "direction-sizes": "direction-scale",
+    "estimator": "finite-difference",
+    "example-cap": "max-examples",
+    "guide-rank": "gradient-rank",
+    "guide-source": "gradient-source",
+    "guide-step": "instruct-step",
+    "held-out": "held-out-fraction",
+    "largest-update": "max-update-norm",
+    "merge": "aggregation",
+    "normalise": "normalize-slopes",
+    "seeds": "direction-seeds",
+    "split-dataset-for-bp-zo": "bp-data-fraction",
+    "zo-clients": "forward-only-clients",
+    "zo-data": "query-batches",
+    "zo-query-batch-size": "query-batch-size",
+}
+
+
+def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier version wrote down by the names of its settings, by those of today; other keys as they are."""
+    return {RENAMED.get(key, key): value for key, value in values.items()}
 
 
 def resolve(values: Mapping[str, Any]) -> Settings:
@@ -96,13 +124,13 @@ def _clashes(settings: Settings) -> list[str]:
         found.append(f"objective = {settings.objective!r} takes mode = zo: backprop follows the loss alone")
     if settings.devices and settings.mode != "zo":
         found.append(f"devices = {settings.devices!r} takes mode = zo: {settings.mode} runs on one; set device")
-    if settings.bp_dataset and settings.split_dataset_for_bp_zo:
-        found.append("bp-dataset and split-dataset-for-bp-zo both say where backprop's data come from: leave one out")
+    if settings.bp_dataset and settings.bp_data_fraction:
+        found.append("bp-dataset and bp-data-fraction both say where backprop's data come from: leave one out")
     if settings.mode == "instruct":
-        if settings.blend and settings.instruct_weighting == "raw":
+        if settings.instruct_blend and settings.instruct_weighting == "raw":
             found.append(
-                "blend = true takes a gradient and an estimate in one unit: set instruct-weighting to projected or "
-                "unbiased, or blend to false"
+                "instruct-blend = true takes a gradient and an estimate in one unit: set instruct-weighting to "
+                "projected or unbiased, or instruct-blend to false"
             )
         if settings.instruct_weighting == "unbiased" and settings.queries < 2:
             found.append(f"instruct-weighting = 'unbiased' takes 2 queries or more, not {settings.queries}")
@@ -177,6 +205,8 @@ def changed(settings: Settings) -> list[str]:
 
 def _explain(problem: Any) -> str:
     key = str(problem["loc"][0])
+    if problem["type"] == "extra_forbidden" and key in RENAMED:
+        return f"setting {key!r} is now called {RENAMED[key]!r}: write {RENAMED[key]} instead"
     if problem["type"] == "extra_forbidden":
         return unknown(key, list(SETTINGS), "setting")
     field = SETTINGS[key]

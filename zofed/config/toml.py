@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from zofed.base.errors import UserError
 from zofed.config.fields import kebab
-from zofed.config.settings import SECTIONS, SETTINGS, Settings, unknown
+from zofed.config.settings import SECTIONS, SETTINGS, Settings, unknown, with_present_names
 
 
 def absolute(path: str | Path, key: str) -> Path:
@@ -30,6 +30,11 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number too long to read, nesting too deep
         encoding = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise UserError(f"settings file {path} is not valid TOML: {error}{encoding}") from error
+
+
+def read_own_toml(path: Path) -> dict[str, Any]:
+    """The settings that a run wrote down, by their present names, whichever version wrote them."""
+    return with_present_names(read_toml(path))
 
 
 def to_toml(settings: Settings) -> str:

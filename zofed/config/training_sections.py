@@ -90,7 +90,7 @@ class Data(Section):
         scores=True,
         first=True,
     )
-    held_out: float = setting(
+    held_out_fraction: float = setting(
         0.1,
         "share of the documents kept for evaluation, never trained on",
         gt=0,
@@ -126,35 +126,35 @@ class ZerothOrder(Section):
         pattern=f"^({directions.KIND_PATTERN})$",
         acts_when=when({"mode": ZEROTH_ORDER}, mode="subspace", subspace_variant="diagonal"),
     )
-    direction_sizes: Literal["equal", "rms"] = setting(
+    direction_scale: Literal["equal", "rms"] = setting(
         "equal",
         "rms: each tensor's directions and steps in proportion to its weights at the start (zo)",
         acts_when=when(mode=(*ZEROTH_ORDER, "subspace")),
     )
-    estimator: Literal["two-point", "one-sided"] = setting(
+    finite_difference: Literal["two-point", "one-sided"] = setting(
         "one-sided",
         "one-sided: a pass a query and 1 for all, slopes centred; two-point: 2 a query (zo)",
         acts_when=when(mode=ZEROTH_ORDER),
     )
-    normalise: bool = setting(
+    normalize_slopes: bool = setting(
         True, "divide each step by the running spread of the slopes (zo)", acts_when=when(mode=ZEROTH_ORDER)
     )
-    zo_data: Literal["shared", "per-query"] = setting(
+    query_batches: Literal["shared", "per-query"] = setting(
         "shared",
         "shared: all directions see one batch; per-query: each sees examples of its own",
         acts_when=when(mode=ZEROTH_ORDER),
     )
-    zo_query_batch_size: int = setting(
+    query_batch_size: int = setting(
         0,
         "examples of a query's own (per-query); 0: batch-size",
         ge=0,
         le=2**20,
-        acts_when=when(mode=ZEROTH_ORDER, zo_data="per-query"),
+        acts_when=when(mode=ZEROTH_ORDER, query_batches="per-query"),
     )
     objective: str = setting(
         "loss", "what zo lowers: loss, accuracy or f1 (as 1 - score), or module:function of (model, batch)"
     )
-    copies_per_pass: int = setting(
+    perturbations_per_pass: int = setting(
         8,
         "perturbed copies that share one forward pass (rankR; part of the result)",
         ge=1,
@@ -223,10 +223,10 @@ class Backpropagation(Section):
     bp_dataset: str = setting(
         "",
         "other data for backprop (instruct, calibrate); empty: the same",
-        acts_when=when({"mode": WITH_BACKPROP, "run": CENTRAL}, mode=WITH_BACKPROP, guide_source="server"),
+        acts_when=when({"mode": WITH_BACKPROP, "run": CENTRAL}, mode=WITH_BACKPROP, gradient_source="server"),
         pins=False,
     )
-    split_dataset_for_bp_zo: float = setting(
+    bp_data_fraction: float = setting(
         0.0,
         "share of the documents that backprop alone sees (instruct, calibrate); 0: shared",
         ge=0,
@@ -262,10 +262,10 @@ class Instruct(Section):
         gt=0,
         acts_when=when(mode="instruct", instruct_kind=("hybrid", "hybrid-rank1")),
     )
-    blend: bool = setting(
+    instruct_blend: bool = setting(
         True, "mean of the guided estimate and the backprop gradient (instruct)", acts_when=when(mode="instruct")
     )
-    guide_step: float = setting(
+    instruct_step: float = setting(
         0.01, "Euclidean length of the finite difference along a guide", gt=0, acts_when=when(mode="instruct")
     )
 

@@ -49,13 +49,14 @@ class FiniteDifference:
     stochastic approximation using a simultaneous perturbation gradient approximation", IEEE TAC 1992); `one-sided`,
     (loss(w + epsilon z) - loss(w)) / epsilon with one loss(w) for all, less the mean over the directions, which takes
     out epsilon/2 times the Hessian's trace: nearly twice the directions for the same passes. sizes: what multiplies
-    each parameter's direction, 1 where absent. copies_per_pass: perturbed copies in one forward pass (low-rank kinds).
+    each parameter's direction, 1 where absent. perturbations_per_pass: perturbed copies in one forward pass, of
+    low-rank kinds.
     """
 
     kind: directions.Kind
     epsilon: float
     points: Points = "two-point"
-    copies_per_pass: int = 8
+    perturbations_per_pass: int = 8
     sizes: Mapping[str, float] | None = None
 
     def slopes(
@@ -117,7 +118,7 @@ class FiniteDifference:
         """The smallest number of queries that fills whole forward passes."""
         if not (batched and directions.terms(self.kind)):
             return 1
-        return self.copies_per_pass // math.gcd(self.copies_per_pass, len(self._steps))
+        return self.perturbations_per_pass // math.gcd(self.perturbations_per_pass, len(self._steps))
 
     @property
     def _steps(self) -> tuple[float, ...]:
@@ -128,7 +129,7 @@ class FiniteDifference:
     ) -> Tensor:
         try:
             return perturbed.losses(
-                loss, parameters, self.kind, seeds, steps, self.copies_per_pass, self.sizes, examples
+                loss, parameters, self.kind, seeds, steps, self.perturbations_per_pass, self.sizes, examples
             )
         except perturbed.Unseen as error:
             hidden = [name for name in error.names if _is_used(loss, parameters, name, examples)]

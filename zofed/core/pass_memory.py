@@ -79,7 +79,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def copies_within(budget: int, one: int, further: int) -> int:
-    """The largest `copies_per_pass` whose pass takes at most `budget` bytes, from what `bytes_by_copies` found.
+    """The largest `perturbations_per_pass` whose pass takes at most `budget` bytes, from what `bytes_by_copies` found.
 
     Raises UserError when not even one copy fits.
     """

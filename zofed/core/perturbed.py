@@ -326,24 +326,24 @@ def losses(
     kind: directions.Kind,
     seeds: Sequence[int],
     steps: Sequence[float],
-    copies_per_pass: int,
+    perturbations_per_pass: int,
     sizes: Mapping[str, float] | None = None,
     examples: Any = None,
 ) -> Tensor:
     """loss(w + step * z) for the direction z of each seed and each step: float32 or float64 (seeds, steps), on the CPU.
 
     loss: scalar of one batch, built of torch calls on the given parameters. kind: rankR. sizes: what multiplies the
-    direction of each parameter, 1 where absent. copies_per_pass: perturbed copies that share one pass; more are faster
-    until the activations of all leave the cache or the memory. examples: one batch for every seed, tensors with the
-    seeds along their first dimension, each handed to `loss`; None for a loss of no arguments. Raises CannotBatch when
-    the loss cannot run so, Unseen when it never used one of the parameters.
+    direction of each parameter, 1 where absent. perturbations_per_pass: perturbed copies that share one pass; more are
+    faster until the activations of all leave the cache or the memory. examples: one batch for every seed, tensors with
+    the seeds along their first dimension, each handed to `loss`; None for a loss of no arguments. Raises CannotBatch
+    when the loss cannot run so, Unseen when it never used one of the parameters.
     """
     pairs = [(query, step) for query in range(len(seeds)) for step in steps]
     found, seen = [], set[int]()
     drawn: list[Factors] = []
     first = last = 0
-    for start in range(0, len(pairs), copies_per_pass):
-        some = pairs[start : start + copies_per_pass]
+    for start in range(0, len(pairs), perturbations_per_pass):
+        some = pairs[start : start + perturbations_per_pass]
         if some[-1][0] >= last:  # draw on from the first query of this pass
             first, last = some[0][0], max(some[0][0] + QUERIES_AT_ONCE, some[-1][0] + 1)
             drawn = list(_factors(kind, seeds[first:last], parameters, sizes))

@@ -145,7 +145,7 @@ class Worker:
         loss: Loss,
         seeds: Sequence[int],
         epsilon: float,
-        copies_per_pass: int,
+        perturbations_per_pass: int,
         points: Points = "two-point",
         examples: Any = None,
         split: Split | None = None,
@@ -157,7 +157,7 @@ class Worker:
         measures shares of the queries in several places; None: all here.
         """
         arithmetic.warn_if_not_reproducible()
-        how = FiniteDifference(self.kind, epsilon, points, copies_per_pass, self.sizes)
+        how = FiniteDifference(self.kind, epsilon, points, perturbations_per_pass, self.sizes)
 
         def slopes(batched: bool) -> Estimate:
             found = how.slopes(loss, self.parameters, seeds, examples, batched=batched, split=split)

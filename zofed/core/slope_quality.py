@@ -46,7 +46,7 @@ def diagnose(
     losses: Sequence[Callable[[], Tensor]],
     queries: int,
     points: Points = "two-point",
-    copies_per_pass: int = 8,
+    perturbations_per_pass: int = 8,
 ) -> Diagnosis:
     """Compare finite differences along `queries` directions with exact slopes, and those with the gradient.
 
@@ -74,7 +74,11 @@ def diagnose(
         expected_cosine=math.sqrt(queries / parameters),
         errors=tuple(
             _error(
-                worker, losses[0], seeds, first, FiniteDifference(kind, epsilon, points, copies_per_pass, worker.sizes)
+                worker,
+                losses[0],
+                seeds,
+                first,
+                FiniteDifference(kind, epsilon, points, perturbations_per_pass, worker.sizes),
             )
             for epsilon in EPSILONS
         ),

@@ -19,7 +19,7 @@ from zofed.runs.run_result import Result
 LONGEST_TICK = 44  # characters of a line
 HEIGHT, LINE = 3.6, 0.21  # inches of a panel, and of a line of names beside it
 MAPS = 4  # heat maps in one picture
-ZO_SETTINGS = ("queries", "epsilon", "batch-size", "zo-query-batch-size", "optimizer")
+ZO_SETTINGS = ("queries", "epsilon", "batch-size", "query-batch-size", "optimizer")
 ZO_RUNS = 6  # runs whose slopes are looked at along their way
 ALIKE = 0.005  # by which cosines of all arms may differ and still be one line
 GUIDED = ("cosine_kept", "cosine_direction")

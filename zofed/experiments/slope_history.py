@@ -56,7 +56,7 @@ def _measure(folder: RunFolder, points: int) -> list[Row]:
 
         losses = [loss_at(at + 1 + extra) for extra in range(BATCHES)]
         queries = min(QUERIES, settings.queries)
-        found = diagnose(worker, losses, queries, settings.estimator, settings.copies_per_pass)
+        found = diagnose(worker, losses, queries, settings.finite_difference, settings.perturbations_per_pass)
         values = (at, found.signal_to_noise, found.cosine, found.expected_cosine)
         rows.append(dict(zip(COLUMNS, map(repr, values), strict=True)))
     return rows

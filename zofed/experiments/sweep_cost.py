@@ -18,7 +18,7 @@ LIBRARIES = 80 * 2**20
 START_AND_END = 1.0  # seconds of a run beside its steps and evaluations: fork, data, replay, pictures
 # Settings that change neither the seconds nor the bytes of a run.
 FREE = ("seed", "learning_rate", "bp_learning_rate", "local_learning_rate", "min_learning_rate", "epsilon", "momentum",
-        "weight_decay", "dirichlet_alpha", "guide_step", "out")  # fmt: skip
+        "weight_decay", "dirichlet_alpha", "instruct_step", "out")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,7 +114,7 @@ class SweepFolder:
         file = self.run_path(run) / "settings.toml"
         if not file.exists():
             return
-        before, now = config.read_toml(file), with_absolute_paths(run.settings).model_dump(by_alias=True)
+        before, now = config.read_own_toml(file), with_absolute_paths(run.settings).model_dump(by_alias=True)
         for key, value in now.items():
             if key != "out" and before.get(key, value) != value:
                 raise UserError(

@@ -56,10 +56,10 @@ class Replica:
         return (0, 1) if self._own else place(context)
 
     def parts(self, context: Context) -> tuple[Examples, Examples | None]:
-        """What the node trains and, with `client-held-out`, evaluates on."""
+        """What the node trains and, with `client-held-out-fraction`, evaluates on."""
         share = self._share(context)
         if share not in self._parts:
-            self._parts[share] = self.task.client_parts(*share, self.settings.client_held_out)
+            self._parts[share] = self.task.client_parts(*share, self.settings.client_held_out_fraction)
         return self._parts[share]
 
     def counts(self, context: Context) -> dict[str, int]:
@@ -160,7 +160,7 @@ def capability(here: Replica, context: Context) -> str:
     if mode not in ("fo", "zo"):
         raise UserError(f"mode = {mode!r} in this node's configuration: use fo or zo")
     client, clients = place(context)
-    return "zo" if client >= clients - here.settings.zo_clients else mode
+    return "zo" if client >= clients - here.settings.forward_only_clients else mode
 
 
 def greet(greeting: Greeting, context: Context) -> Introduction:
@@ -243,7 +243,7 @@ def backpropagate(plan: Plan, context: Context) -> Contribution:
     def work(client: int, examples: Examples) -> tuple[bytes, float]:
         if plan.task == "gradient":
             gradient, loss = measurements.gradient(settings, here.worker, examples, client)
-            return gradient_codec.compressed(gradient, settings.guide_rank), loss
+            return gradient_codec.compressed(gradient, settings.gradient_rank), loss
         update, loss = measurements.update(settings, here.worker, examples, client)
         return gradient_codec.whole(update), loss
 

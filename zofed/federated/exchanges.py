@@ -81,7 +81,7 @@ class Exchanges:
 
         def judge(reply: Message, plan: Plan) -> tuple[Any, Contribution, str]:
             answer = messages.unpack(Contribution, reply.content)
-            limit = self.settings.largest_update
+            limit = self.settings.max_update_norm
             update, reason = protocol.check_update(answer, plan, self.worker, limit)
             return (update, answer), answer, reason or "used"
 
@@ -134,7 +134,7 @@ class Exchanges:
             if set(results) == {"not_finite", "used"} and round_ > 1:
                 where = f"; it is so of clients {missing}: see clients.csv in {self.folder}"
                 raise diverged(round_, self.settings, where)
-            limit = f"raise largest-update = {self.settings.largest_update:g}, " if "too_large" in results else ""
+            limit = f"raise max-update-norm = {self.settings.max_update_norm:g}, " if "too_large" in results else ""
             raise UserError(
                 f"round {round_}: clients {missing} gave no usable reply in {ATTEMPTS} attempts ({results}): see "
                 f"clients.csv in {self.folder}, {limit}or set quorum below the number of clients"

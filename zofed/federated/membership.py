@@ -147,7 +147,7 @@ class Members:
             raise UserError(
                 f"mode = {self.settings.mode!r} needs a client that can backpropagate, and all {len(self.found)} say "
                 "mode = zo in their node configuration: use mode zo or subspace"
-                + (", or guide-source = server" if needed == "some" else "")
+                + (", or gradient-source = server" if needed == "some" else "")
             )
         self._leave_out_unable()
 

@@ -221,12 +221,18 @@ def check_settings(settings: Settings) -> None:
             f"instruct-kind = {settings.instruct_kind!r} does not run in a federation: take hybrid, hybrid-rank1 or "
             "cosine, or use zofed train"
         )
-    if settings.merge != "mean" and settings.seeds == "distinct" and settings.mode in ("zo", "calibrate", "instruct"):
+    if (
+        settings.aggregation != "mean"
+        and settings.direction_seeds == "distinct"
+        and settings.mode in ("zo", "calibrate", "instruct")
+    ):
         raise UserError(
-            f"merge = {settings.merge!r} compares clients along the same directions: set seeds to shared, or merge to "
-            "mean"
+            f"aggregation = {settings.aggregation!r} compares clients along the same directions: set direction-seeds "
+            "to shared, or aggregation to mean"
         )
-    if settings.seeds == "shared" and settings.mode == "instruct":
-        raise UserError("seeds = 'shared' does not run with mode = 'instruct': set seeds to distinct")
+    if settings.direction_seeds == "shared" and settings.mode == "instruct":
+        raise UserError(
+            "direction-seeds = 'shared' does not run with mode = 'instruct': set direction-seeds to distinct"
+        )
     if settings.steps_per_message > 1 and settings.mode != "zo":
         raise UserError(f"steps-per-message = {settings.steps_per_message} takes mode = zo, not {settings.mode}: set 1")

@@ -74,18 +74,18 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
     out = config.absolute(settings.out or Path.home() / "zofed-runs" / name, "out")
     if settings.out and not Path(os.path.expanduser(settings.out)).is_absolute():
         raise UserError(f"out = {settings.out!r}: the server's working folder is not yours, give an absolute path")
-    if settings.seeds == "shared" and settings.local_steps > 1:
+    if settings.direction_seeds == "shared" and settings.local_steps > 1:
         warnings.warn(
-            f"seeds = 'shared' with local-steps = {settings.local_steps}: the noise of the clients does not average "
-            "out; set seeds to distinct",
+            f"direction-seeds = 'shared' with local-steps = {settings.local_steps}: the noise of the clients does not "
+            "average out; set direction-seeds to distinct",
             stacklevel=2,
         )
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings.model_copy(update={"out": str(out)})))
     task.check_held_out()
-    if settings.guide_source == "server" and mode_of(settings).helps_zeroth_order:
+    if settings.gradient_source == "server" and mode_of(settings).helps_zeroth_order:
         if not settings.bp_dataset:
-            raise UserError("guide-source = 'server' backpropagates on public data: set bp-dataset to it")
+            raise UserError("gradient-source = 'server' backpropagates on public data: set bp-dataset to it")
         _ = task.backprop_examples
     worker = task.first_worker()
     earlier = (
@@ -319,10 +319,10 @@ class Server:
     def _guide(self, round_: int) -> tuple[bytes, bytes, Update, float, int] | None:
         """(encoded, digest, decoded, loss, backward passes) of the round's gradient, from clients or on public data."""
         settings = self.settings
-        if settings.guide_source == "server":
+        if settings.gradient_source == "server":
             try:
                 gradient, loss = measurements.gradient(settings, self.worker, self.task.backprop_examples, 0)
-                raw = gradient_codec.compressed(gradient, settings.guide_rank)
+                raw = gradient_codec.compressed(gradient, settings.gradient_rank)
             except ValueError as error:
                 raise diverged(round_, settings) from error
             passes = settings.gradient_accumulation
@@ -331,7 +331,7 @@ class Server:
             if not found:
                 return None
             merged = step_records.merged_updates(settings, {c: (own, a.examples) for c, (own, a) in found.items()})
-            raw = gradient_codec.compressed(merged, settings.guide_rank)
+            raw = gradient_codec.compressed(merged, settings.gradient_rank)
             loss = self._mean_loss(answer for _, answer in found.values())
             passes = settings.gradient_accumulation * len(found)
         update = gradient_codec.decoded(raw, self.worker.shapes)
@@ -421,13 +421,13 @@ class Server:
     def _show(self, row: Row) -> None:
         round_, now = row["step"], self.traffic.now
         held_out = f"  held-out {row['eval_loss']:.4f}" if row.get("eval_loss") is not None else ""
-        if held_out and self.settings.client_held_out and not self.settings.losses_withheld:
+        if held_out and self.settings.client_held_out_fraction and not self.settings.losses_withheld:
             held_out += self.exchanges.evaluations(round_)
         if round_ == 0:
             print(f"round 0{held_out}", flush=True)
             return
         self.traffic.tell(row, self.slope_size)
-        interval = self.settings.digest_interval
+        interval = self.settings.weight_check_interval
         if interval and round_ % interval == 0 and round_ < self.settings.rounds:
             self._rebuild(self._wrong(self.exchanges.digests(self.members.there())))
         used, asked = now.results["used"], max(1, now.asked)

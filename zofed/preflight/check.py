@@ -129,7 +129,9 @@ def _data(task: Task) -> tuple[Examples, int, Line]:
     except limits.Unreadable:
         raise
     except UserError as error:
-        raise UserError(f"held-out part: {error}, or set held-out above {task.settings.held_out:g}") from error
+        raise UserError(
+            f"held-out part: {error}, or set held-out-fraction above {task.settings.held_out_fraction:g}"
+        ) from error
     smallest = min((task.client_documents(client, clients) for client in range(clients)), key=_size)
     _count(task, smallest)  # the client that holds least needs one example, too
     what = task.type.named(size, task.labels)
@@ -225,7 +227,7 @@ def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
         mend = (
             "take a smaller batch-size, block-size or model, or mode zo"
             if mode != "zo"
-            else ("take a smaller copies-per-pass, batch-size, block-size or model")
+            else ("take a smaller perturbations-per-pass, batch-size, block-size or model")
         )
         return Line("fix", "memory", f"{told}, but {_mib(free)} are free: {mend}")
     if 2 * peak > free:

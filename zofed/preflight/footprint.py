@@ -101,11 +101,11 @@ def footprints(
 
 def _forward(loss: perturbed.Loss, parameters: Mapping[str, Tensor], settings: Settings) -> int:
     """F: what a zeroth-order pass holds, with the factors of all the directions that are drawn together."""
-    steps = (settings.epsilon, -settings.epsilon)[: 2 if settings.estimator == "two-point" else 1]
+    steps = (settings.epsilon, -settings.epsilon)[: 2 if settings.finite_difference == "two-point" else 1]
     if directions.terms(settings.directions):
         drawn = min(settings.queries, perturbed.QUERIES_AT_ONCE)
-        asked = min(drawn, -(-settings.copies_per_pass // len(steps)))
-        seeds, copies = list(range(asked)), settings.copies_per_pass
+        asked = min(drawn, -(-settings.perturbations_per_pass // len(steps)))
+        seeds, copies = list(range(asked)), settings.perturbations_per_pass
         try:
             one = peak_bytes(lambda: perturbed.losses(loss, parameters, settings.directions, seeds, steps, copies))
         except perturbed.CannotBatch:

@@ -61,7 +61,9 @@ def pace(task: Task, worker: Worker, examples: Examples, mode: str, count: int =
     trial = settings.model_copy(update={"mode": mode, "queries": queries, "subspace_interval": 1})
     seconds, loss, moving = _timed(worker, examples, trial)
     if seconds < QUICK_SECONDS:  # once more, warm, with as many queries as share a pass
-        trial = trial.model_copy(update={"queries": min(settings.queries, max(queries, settings.copies_per_pass))})
+        trial = trial.model_copy(
+            update={"queries": min(settings.queries, max(queries, settings.perturbations_per_pass))}
+        )
         seconds, loss, moving = _timed(worker, examples, trial)
     asked = settings.model_copy(update={"mode": mode})
     seconds *= mode_of(asked).longer_than(trial)
@@ -101,7 +103,7 @@ def bytes_of_a_round(settings: Settings, worker: Worker) -> tuple[int, int]:
     from zofed.federated import messages  # Flower takes a while to load
 
     values = (2**17,) * settings.queries
-    clients = (0,) if settings.seeds == "shared" else tuple(range(max(1, settings.clients)))
+    clients = (0,) if settings.direction_seeds == "shared" else tuple(range(max(1, settings.clients)))
     record = Seeded(worker.round, settings.learning_rate, clients, settings.queries, values * len(clients), -17, 1.0)
     plan = protocol.plan_for(worker, worker.head, [link(worker.head, record)], client=0)
     answer = protocol.Answer(plan.genesis, plan.round, 1, 0, b"", plan.probe, "", 1.0, 1, 1, values, -17)

@@ -156,7 +156,7 @@ class RunFolder:
             return False
 
     def settings(self) -> Settings:
-        return config.resolve(config.read_toml(self.path / "settings.toml"))
+        return config.resolve(config.read_own_toml(self.path / "settings.toml"))
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file so that a reader sees the old or the new one, never half of it."""
@@ -179,6 +179,7 @@ class RunFolder:
         """
         recorded = self.inputs()
         before = {key: value for key, value in recorded.items() if key not in (WAY, NODES, ARITHMETIC)}
+        before = config.with_present_names(before)
         if not before:
             raise UserError(f"{self.path / 'inputs.json'}, which tells what the run began with, is spoilt: {RESTORE}")
         different = [key for key in sorted(before | dict(inputs)) if before.get(key) != inputs.get(key)]

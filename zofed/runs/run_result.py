@@ -85,7 +85,9 @@ NUMBERS = ("eval_loss_start", "eval_loss_end", "forward_equivalents", "seconds",
 def read(path: Path) -> Result:
     """The run in a folder. Raises UserError where it is none, is spoilt, or has not a line of metrics."""
     run = RunFolder.open(path)
-    settings = {key: known.default for key, known in SETTINGS.items()} | config.read_toml(run.path / "settings.toml")
+    settings = {key: known.default for key, known in SETTINGS.items()} | config.read_own_toml(
+        run.path / "settings.toml"
+    )
     rows = read_table(run.path / "metrics.csv")
     if not rows:
         raise UserError(f"{run.path} has no line of metrics yet: let it run, or leave it out")

@@ -99,7 +99,7 @@ def diagnosis(settings: Settings, batches: int) -> Diagnosis:
         return lambda: metrics.loss_of(worker.model, batch, settings.forward_dtype)
 
     losses = [loss_at(step) for step in range(1, batches + 1)]
-    return diagnose(worker, losses, settings.queries, settings.estimator, settings.copies_per_pass)
+    return diagnose(worker, losses, settings.queries, settings.finite_difference, settings.perturbations_per_pass)
 
 
 @dataclass(frozen=True)

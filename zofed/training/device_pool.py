@@ -114,7 +114,7 @@ class Pool:
             self._told_idle = True
             warnings.warn(
                 f"{places - busy} of {places} devices stay idle: {queries} queries fill whole passes {together} at a "
-                "time; raise queries or lower copies-per-pass (both are part of the result)",
+                "time; raise queries or lower perturbations-per-pass (both are part of the result)",
                 stacklevel=2,
             )
 

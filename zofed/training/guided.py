@@ -45,19 +45,19 @@ class Shape:
     noise_scale: float
     step: float
     epsilon: float
-    copies_per_pass: int
+    perturbations_per_pass: int
 
     @classmethod
     def of(cls, settings: Settings) -> "Shape":
         return cls(
             settings.instruct_kind,
             settings.instruct_weighting,
-            settings.blend,
+            settings.instruct_blend,
             settings.instruct_cosine_target,
             settings.instruct_noise_scale,
-            settings.guide_step,
+            settings.instruct_step,
             settings.epsilon,
-            settings.copies_per_pass,
+            settings.perturbations_per_pass,
         )
 
 
@@ -225,7 +225,7 @@ def slopes(worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Seque
     else:
 
         def run(batched: bool) -> Tensor:
-            copies = shape.copies_per_pass if batched else None
+            copies = shape.perturbations_per_pass if batched else None
             return torch.cat([_side(worker, loss, own, seeds, end, batch, copies) for end in (step, -step)], 1)
 
         found = worker.batched_or_not(run, loss, batch)
@@ -294,7 +294,9 @@ def _line(
             _write(worker.parameters, saved, own, length)
             ends.append(float(scalar(ask())))
     slope = (ends[0] - ends[1]) / (2 * step)
-    how = FiniteDifference(worker.kind, shape.epsilon, "two-point", shape.copies_per_pass)  # as long as the record's
+    how = FiniteDifference(
+        worker.kind, shape.epsilon, "two-point", shape.perturbations_per_pass
+    )  # as long as the record's
     plain = worker.batched_or_not(
         lambda batched: how.slopes(loss, worker.parameters, seeds, batch, batched=batched), loss, batch
     )

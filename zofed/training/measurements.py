@@ -45,17 +45,17 @@ def slopes(
         for index, (round_, local) in enumerate(plan):
             loss, own = query_loss(settings, worker, examples, round_, client, local)
             seeds = seeds_of(settings, worker, round_, client, local)
-            how = (settings.epsilon, settings.copies_per_pass, settings.estimator)
+            how = (settings.epsilon, settings.perturbations_per_pass, settings.finite_difference)
             found.append(worker.ask(loss, seeds, *how, own, split))
             coefficients, exponent = records.to_integers(found[-1].slopes)
             spread = spread.after(coefficients, exponent)
             if index + 1 < len(plan):
-                divisor = degrees_of_freedom(settings.estimator, settings.queries)
+                divisor = degrees_of_freedom(settings.finite_difference, settings.queries)
                 rate = settings.local_learning_rate or settings.learning_rate
-                size = divisor * spread.value if settings.normalise else divisor
+                size = divisor * spread.value if settings.normalize_slopes else divisor
                 _move(worker, seeds, coefficients, math.ldexp(rate / size, exponent))
     coefficients, exponent = records.to_integers(
-        [slope for one in found for slope in one.slopes], settings.coefficient_bits
+        [slope for one in found for slope in one.slopes], settings.quantization_bits
     )
     passes = sum(one.forward_passes for one in found)
     return Measured(
@@ -85,13 +85,15 @@ def raw_losses(
     """Losses at the shifted weights of some of a round's queries, as `slopes` meets them: (queries, steps)."""
     round_ = worker.round + 1
     loss, own = query_loss(settings, worker, examples, round_, client)
-    how = FiniteDifference(worker.kind, settings.epsilon, settings.estimator, settings.copies_per_pass, worker.sizes)
+    how = FiniteDifference(
+        worker.kind, settings.epsilon, settings.finite_difference, settings.perturbations_per_pass, worker.sizes
+    )
     return how.losses(loss, worker.parameters, seeds_of(settings, worker, round_, client), own, some, batched=batched)
 
 
 def seeds_of(settings: Settings, worker: Worker, round_: int, client: int, local: int = 0) -> list[int]:
     """Seeds of the directions of one client, or of all where they share them, in one local step of a round."""
-    own = 0 if settings.seeds == "shared" else client
+    own = 0 if settings.direction_seeds == "shared" else client
     return directions.local_step_seeds(worker.genesis["seed"], round_, own, local, settings.queries)
 
 
@@ -117,14 +119,14 @@ def query_loss(
 
 def examples_per_query(settings: Settings) -> int:
     """Examples that each query has of its own; 0: all share one batch."""
-    return (settings.zo_query_batch_size or settings.batch_size) if settings.zo_data == "per-query" else 0
+    return (settings.query_batch_size or settings.batch_size) if settings.query_batches == "per-query" else 0
 
 
 def passes(settings: Settings) -> int:
     """Forward passes of one local step of zeroth order."""
     if examples_per_query(settings):
         return 2 * settings.queries
-    return forward_passes(settings.estimator, settings.queries)
+    return forward_passes(settings.finite_difference, settings.queries)
 
 
 def examples_seen(settings: Settings) -> int:
@@ -139,7 +141,7 @@ def guided_slopes(settings: Settings, worker: Worker, examples: Examples, client
     seeds = seeds_of(settings, worker, round_, client)
     found = guided.slopes(worker, loss, guided.guidance(guide, shape), shape, seeds, own)
     sequences = found.forward_passes * (examples_per_query(settings) or settings.batch_size)
-    integers = records.to_integers(found.values, settings.coefficient_bits)
+    integers = records.to_integers(found.values, settings.quantization_bits)
     return Measured(*integers, found.loss, found.forward_passes, sequences, len(examples["labels"]))
 
 
@@ -225,7 +227,7 @@ def coefficients(
     )
     ways = None if by_backprop else subspace.Probing(settings.queries, settings.epsilon, worker.genesis["seed"], client)
     trained = subspace.trained(*asked, probing=ways)
-    integers, exponent = records.to_integers([-value for value in trained.coefficients], settings.coefficient_bits)
+    integers, exponent = records.to_integers([-value for value in trained.coefficients], settings.quantization_bits)
     passes = count if by_backprop else 2 * settings.queries * count
     return Measured(integers, exponent, trained.loss, passes, passes * settings.batch_size, len(examples["labels"]))
 

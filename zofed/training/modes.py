@@ -57,7 +57,7 @@ class Mode:
     @property
     def backpropagating_clients(self) -> Literal["none", "some", "all"]:
         """Whose node must be able to backpropagate in a federation."""
-        return "some" if self.helps_zeroth_order and self.settings.guide_source == "clients" else "none"
+        return "some" if self.helps_zeroth_order and self.settings.gradient_source == "clients" else "none"
 
     @property
     def direction_kind(self) -> str:
@@ -81,7 +81,7 @@ class Mode:
 
     def longer_than(self, trial: Settings) -> float:
         """How many times as long as a step of `trial` (fewer queries, one inner step) a step of the settings takes."""
-        of_all, of_trial = (forward_passes(some.estimator, some.queries) for some in (self.settings, trial))
+        of_all, of_trial = (forward_passes(some.finite_difference, some.queries) for some in (self.settings, trial))
         return of_all / of_trial
 
     def step_bytes(self, passes: Passes) -> int:

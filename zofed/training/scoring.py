@@ -18,7 +18,7 @@ OF_A_RUN = (
     "dataset",
     "eval-dataset",
     "eval-examples",
-    "held-out",
+    "held-out-fraction",
     "block-size",
     "tokenizer",
     "device",
@@ -80,8 +80,10 @@ def _check(changes: Mapping[str, Any], known: tuple[str, ...]) -> None:
     data, eval_data = changes.get("dataset"), changes.get("eval-dataset")
     if data and eval_data:
         raise UserError(f"--dataset {data} and --eval-dataset {eval_data} both name what to score: give one of them")
-    if eval_data and "held-out" in changes:
-        raise UserError(f"--eval-dataset {eval_data} is scored as a whole: leave out --held-out, or say --dataset")
+    if eval_data and "held-out-fraction" in changes:
+        raise UserError(
+            f"--eval-dataset {eval_data} is scored as a whole: leave out --held-out-fraction, or say --dataset"
+        )
 
 
 def _named(changes: Mapping[str, Any]) -> str:
@@ -92,20 +94,21 @@ def _named(changes: Mapping[str, Any]) -> str:
 def _note(own: Settings, settings: Settings, changes: Mapping[str, Any]) -> str:
     """What the user must know of the documents that a run is scored on. Raises UserError where they cannot be meant."""
     named = _named(changes)
-    is_wider = settings.held_out > own.held_out
+    is_wider = settings.held_out_fraction > own.held_out_fraction
     if not named and settings.eval_dataset:
-        if "held-out" in changes:
+        if "held-out-fraction" in changes:
             raise UserError(
-                f"held-out = {settings.held_out:g}, but the run is scored on all of its eval-dataset, "
-                f"{settings.eval_dataset!r}: leave out --held-out, or name other data with --dataset"
+                f"held-out-fraction = {settings.held_out_fraction:g}, but the run is scored on all of its eval-dataset "
+                f"{settings.eval_dataset!r}: leave out --held-out-fraction, or name other data with --dataset"
             )
         return ""
     if not named and not own.eval_dataset and is_wider:
         raise UserError(
-            f"held-out = {settings.held_out:g} is above the run's {own.held_out:g}, and it trained on the rest: take "
-            f"{own.held_out:g} or less, or name the data with --dataset to score all of them"
+            f"held-out-fraction = {settings.held_out_fraction:g} is above the run's {own.held_out_fraction:g}, and it "
+            f"trained on the rest: take {own.held_out_fraction:g} or less, or name the data with --dataset to score "
+            "all of them"
         )
-    is_held_out = not own.eval_dataset and not is_wider and (not named or "held-out" in changes)
+    is_held_out = not own.eval_dataset and not is_wider and (not named or "held-out-fraction" in changes)
     scored = absolute_path("dataset", named) if named else own.dataset
     if scored == own.bp_dataset or (scored == own.dataset and not is_held_out):
         return "the run trained on documents of these data, so this is no held-out score"
@@ -114,9 +117,10 @@ def _note(own: Settings, settings: Settings, changes: Mapping[str, Any]) -> str:
 
 def _described(settings: Settings, changes: Mapping[str, Any]) -> str:
     data = _named(changes) or settings.eval_dataset
-    if data and not ("held-out" in changes and _named(changes)):
+    if data and not ("held-out-fraction" in changes and _named(changes)):
         return f"all of {data}" if _named(changes) and "eval-examples" not in changes else data
-    return f"the held-out part of {data or settings.dataset} (held-out = {settings.held_out:g}, seed {settings.seed})"
+    share = f"held-out-fraction = {settings.held_out_fraction:g}"
+    return f"the held-out part of {data or settings.dataset} ({share}, seed {settings.seed})"
 
 
 def _scores(settings: Settings, changes: Mapping[str, Any], best_of: RunFolder | None = None) -> metrics.Scores:
@@ -124,7 +128,7 @@ def _scores(settings: Settings, changes: Mapping[str, Any], best_of: RunFolder |
     prepare_process(settings.threads)
     if _named(changes) and "eval-examples" not in changes:
         settings = settings.model_copy(update={"eval_examples": sys.maxsize})
-    share = settings.held_out if _named(changes) and "held-out" in changes else 0.0
+    share = settings.held_out_fraction if _named(changes) and "held-out-fraction" in changes else 0.0
     task = Task.to_score(with_absolute_paths(settings), share)
     worker = task.worker()
     if best_of:

@@ -27,10 +27,10 @@ def records_of(settings: Settings, worker: Worker, found: Mapping[int, Slopes], 
         record = seeded(
             round_,
             schedules.learning_rate(settings, round_, total),
-            merged_slopes(settings, part, shared=settings.seeds == "shared", usual=spread.value),
+            merged_slopes(settings, part, shared=settings.direction_seeds == "shared", usual=spread.value),
             settings.queries,
-            settings.estimator,
-            spread if settings.normalise else None,
+            settings.finite_difference,
+            spread if settings.normalize_slopes else None,
             settings.local_steps,
         )
         spread = spread.after(record.coefficients, record.exponent)
@@ -66,11 +66,11 @@ def merged_slopes(
     return aggregation.merged(
         found,
         shared=shared,
-        rule=settings.merge if shared else "mean",
+        rule=settings.aggregation if shared else "mean",
         trim=settings.trim,
         limit=settings.clip_slopes,
-        largest_weight=settings.example_cap if settings.weighting == "examples" else 0,
-        bits=settings.coefficient_bits,
+        largest_weight=settings.max_examples if settings.weighting == "examples" else 0,
+        bits=settings.quantization_bits,
         usual=usual,
     )
 
@@ -82,9 +82,9 @@ def merged_updates(settings: Settings, found: Mapping[int, tuple[Update, int]]) 
     itself is journalled and sent.
     """
     clients = sorted(found)
-    if settings.merge != "mean":
-        return gradient_codec.robust_mean([found[client][0] for client in clients], settings.merge, settings.trim)
-    cap = settings.example_cap if settings.weighting == "examples" else 1
+    if settings.aggregation != "mean":
+        return gradient_codec.robust_mean([found[client][0] for client in clients], settings.aggregation, settings.trim)
+    cap = settings.max_examples if settings.weighting == "examples" else 1
     weights = [max(1, min(found[client][1], cap)) for client in clients]
     total: Update = {}
     for client, weight in zip(clients, weights, strict=True):

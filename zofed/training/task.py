@@ -97,14 +97,12 @@ class Task:
         if settings.eval_dataset:
             held_out = more(settings.eval_dataset, "eval-dataset")
         else:
-            train, held_out = encoding.split_held_out(train, settings.held_out, settings.seed)
+            train, held_out = encoding.split_held_out(train, settings.held_out_fraction, settings.seed)
         backprop = train
         if mode_of(settings).helps_zeroth_order and settings.bp_dataset:
             backprop = more(settings.bp_dataset, "bp-dataset")
-        elif mode_of(settings).helps_zeroth_order and settings.split_dataset_for_bp_zo:
-            train, backprop = encoding.split_held_out(
-                train, settings.split_dataset_for_bp_zo, settings.seed, "backprop"
-            )
+        elif mode_of(settings).helps_zeroth_order and settings.bp_data_fraction:
+            train, backprop = encoding.split_held_out(train, settings.bp_data_fraction, settings.seed, "backprop")
         return cls(settings, tokenizer, train, held_out, backprop, named, tuple(readings))
 
     @classmethod
@@ -239,11 +237,11 @@ class Task:
             return self.shard(client, clients), None
         found = self.client_documents(client, clients)
         whose = f"client {client} of {clients}" if clients > 1 else "this client"
-        with _named(f"client-held-out = {share:g}, {whose}"):
+        with _named(f"client-held-out-fraction = {share:g}, {whose}"):
             train, held_out = encoding.split_held_out(found, share, self.settings.seed, "client held out")
-        with _named(f"training part of {whose}", "or lower client-held-out"):
+        with _named(f"training part of {whose}", "or lower client-held-out-fraction"):
             examples = self.examples(train)
-        with _named(f"held-out part of {whose}", "or raise client-held-out"):
+        with _named(f"held-out part of {whose}", "or raise client-held-out-fraction"):
             return examples, self.examples(held_out)
 
     @cached_property
@@ -253,7 +251,7 @@ class Task:
         if settings.eval_dataset:
             with _named(f"eval-dataset = {settings.eval_dataset!r}"):
                 return self._sample(self.held_out)
-        with _named("held-out part", f"or set held-out above {settings.held_out:g}"):
+        with _named("held-out part", f"or set held-out-fraction above {settings.held_out_fraction:g}"):
             return self._sample(self.held_out)
 
     @cached_property
@@ -268,7 +266,7 @@ class Task:
         if len(found["labels"]) < need and self.backprop is not self.train:
             raise UserError(
                 f"backprop's part of the data has {len(found['labels'])} examples, less than one batch of {need}: "
-                "raise split-dataset-for-bp-zo, give more data, or lower bp-batch-size"
+                "raise bp-data-fraction, give more data, or lower bp-batch-size"
             )
         return found
 
@@ -373,7 +371,7 @@ def worker_of(settings: Settings, model: build.Model) -> Worker:
     parameters = replica.named_parameters(model)
     mode = mode_of(settings)
     has_directions = mode.measures_slopes or mode.trains_coefficients
-    in_proportion = has_directions and settings.direction_sizes == "rms"
+    in_proportion = has_directions and settings.direction_scale == "rms"
     genesis = replica.make_genesis(
         model,
         build.describe(settings.model, model),

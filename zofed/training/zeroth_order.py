@@ -10,7 +10,7 @@ replay(same_model_before_training, "run.zofed")                      # the same 
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -34,11 +34,11 @@ class ZerothOrder:
     trainable: names of the parameters that train, or a scope as the setting of that name takes it (`norms`, `last-2`, a
     regular expression searched in the names); all by default. directions: `rank1` or `rankR` (batched, fast),
     `rademacher` or `gaussian` (written into the weights). queries: directions a step. epsilon: step per coordinate.
-    points: `two-point` or `one-sided`. normalise: divide steps by the running spread of the slopes. in_proportion:
-    directions and steps of each tensor in proportion to its weights. optimizer: the rule for the moves.
-    copies_per_pass: perturbed copies in one forward pass. journal: a file to write every record to before it is
-    applied; where it exists already, its records are replayed first and the run goes on from there. description:
-    anything JSON can hold, kept in the journal.
+    finite_difference: `two-point` or `one-sided`. normalize_slopes: divide steps by the running spread of the slopes.
+    direction_scale: `equal`, or `rms`: directions and steps of each tensor in proportion to its weights. optimizer: the
+    rule for the steps. perturbations_per_pass: perturbed copies in one forward pass. journal: a file to write every
+    record to before it is applied; where it exists already, its records are replayed first and the run continues from
+    there. description: anything JSON can hold, kept in the journal.
 
     Raises UserError for settings out of their limits, or a journal of another run.
     """
@@ -52,11 +52,11 @@ class ZerothOrder:
         directions: str = "rank1",
         queries: int = 16,
         epsilon: float = 3e-4,
-        points: Points = "one-sided",
-        normalise: bool = True,
-        in_proportion: bool = False,
+        finite_difference: Points = "one-sided",
+        normalize_slopes: bool = True,
+        direction_scale: Literal["equal", "rms"] = "equal",
         optimizer: Optimizer | None = None,
-        copies_per_pass: int = 8,
+        perturbations_per_pass: int = 8,
         journal: str | Path | None = None,
         description: Mapping[str, Any] | None = None,
     ) -> None:
@@ -71,10 +71,18 @@ class ZerothOrder:
             raise UserError(f"the module has no parameter {wrong[0]!r}: known are {known}, ...")
         if not re.fullmatch(KIND_PATTERN, directions):
             raise UserError(f"directions = {directions!r}: use rank1, rank2, ... rank99, rademacher or gaussian")
-        if queries < 1 or not epsilon > 0 or copies_per_pass < 1:
+        if queries < 1 or not epsilon > 0 or perturbations_per_pass < 1:
             raise UserError(
-                f"queries = {queries}, epsilon = {epsilon:g}, copies_per_pass = {copies_per_pass}: all must be above 0"
+                f"queries = {queries}, epsilon = {epsilon:g}, perturbations_per_pass = {perturbations_per_pass}: all "
+                "must be above 0"
             )
+        for key, value, choices in (
+            ("finite_difference", finite_difference, get_args(Points)),
+            ("direction_scale", direction_scale, ("equal", "rms")),
+        ):
+            if value not in choices:
+                raise UserError(f"{key} = {value!r}: use {' or '.join(choices)}")
+        in_proportion = direction_scale == "rms"
         exponents = size_exponents({name: parameters[name] for name in names}) if in_proportion else None
         genesis = make_genesis(
             model,
@@ -86,9 +94,9 @@ class ZerothOrder:
             size_exponents=exponents,
         )
         self.worker = Worker(model, genesis)
-        self.queries, self.epsilon, self.normalise = queries, epsilon, normalise
-        self.points: Points = points
-        self.copies_per_pass = copies_per_pass
+        self.queries, self.epsilon, self.normalize_slopes = queries, epsilon, normalize_slopes
+        self.finite_difference: Points = finite_difference
+        self.perturbations_per_pass = perturbations_per_pass
         self.journal = self._opened(Path(journal)) if journal is not None else None
         self.estimate: Estimate | None = None
 
@@ -115,10 +123,12 @@ class ZerothOrder:
         """
         worker = self.worker
         seeds = direction_seeds(worker.genesis["seed"], worker.round + 1, 0, self.queries)
-        self.estimate = worker.ask(loss, seeds, self.epsilon, self.copies_per_pass, self.points, examples)
-        spread = worker.spread if self.normalise else None
+        self.estimate = worker.ask(
+            loss, seeds, self.epsilon, self.perturbations_per_pass, self.finite_difference, examples
+        )
+        spread = worker.spread if self.normalize_slopes else None
         found = aggregation.merged({0: Measured.of(self.estimate)}, shared=False)
-        return seeded(worker.round + 1, rate, found, self.queries, self.points, spread)
+        return seeded(worker.round + 1, rate, found, self.queries, self.finite_difference, spread)
 
     def apply(self, record: Seeded) -> float:
         """Write the record to the journal, then move the weights by it. Returns the norm of the gradient estimate.
