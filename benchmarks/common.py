@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from zofed.core.optimizers import Optimizer
 from zofed.core.replica import Worker, make_genesis
-from zofed.models import build, scopes
+from zofed.models import precision, scopes
 
 SIZES = {"20M": {"n_embd": 256, "n_layer": 6, "n_head": 4}, "124M": {}}
 Loss = Callable[[], Tensor]
@@ -34,8 +34,8 @@ def worker_of(model: nn.Module, kind: str = "rank1", scope: str = "full", optimi
 
 
 def fused(model: GPT2LMHeadModel) -> nn.Module:
-    """The model as `zofed.models.build` hands it out: float32, the activation in one pass."""
-    return build.ready(model, "float32")
+    """The model as `zofed.models.spec` hands it out: float32, the activation in one pass."""
+    return precision.ready(model, "float32")
 
 
 def batch_of(shape: tuple[int, int], device: str = "cpu") -> Tensor:

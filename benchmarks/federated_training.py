@@ -495,7 +495,8 @@ def settings(out: Path, seeds: Sequence[int]) -> None:
                             "dataset": "sample-dclm", "partition": partition, "dirichlet-alpha": 0.1,
                             "direction-seeds": kind, "local-steps": local, "rounds": steps // local, "queries": 16,
                             "batch-size": 4, "block-size": 64, "learning-rate": rate, "seed": seed,
-                            "eval-interval": 1000, "eval-examples": 256, "save-interval": 0, "weight-check-interval": 0, "device": "cpu",
+                            "eval-interval": 1000, "eval-examples": 256, "save-interval": 0,
+                            "weight-check-interval": 0, "device": "cpu",
                         }  # fmt: skip
                         name = f"{clients}-{partition}-{kind}-{local}"
                         summary = federate(values, out / "settings" / name / f"{rate:g}-{seed}", clients)

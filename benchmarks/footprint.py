@@ -35,12 +35,12 @@ def measure(given: dict[str, Any]) -> int:
     """High-water mark of this process, less its size after the imports, once a model was made and moved twice."""
     from zofed import config
     from zofed.data import encoding
-    from zofed.models import build
+    from zofed.models import spec
     from zofed.training.task import prepare_process
 
     settings = config.resolve(given | {"device": "cpu"})
     prepare_process(1)
-    tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
+    tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
     _steps(
         config.resolve({"model": "tiny", "mode": settings.mode, "device": "cpu"}), encoding.load_tokenizer("shipped")
     )
@@ -54,11 +54,11 @@ def _steps(settings: Any, tokenizer: Any) -> None:
     import torch
 
     from zofed.core.journal import link
-    from zofed.models import build
+    from zofed.models import spec
     from zofed.training.steps import asker
     from zofed.training.task import worker_of
 
-    model = build.create_model(settings, tokenizer)
+    model = spec.create_model(settings, tokenizer)
     shape = (2 * settings.batch_size, settings.block_size)
     ids = torch.randint(0, len(tokenizer), shape, generator=torch.Generator().manual_seed(1))
     worker = worker_of(settings, model)

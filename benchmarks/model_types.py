@@ -24,7 +24,7 @@ from zofed.core.estimators import FiniteDifference, asked, scalar
 from zofed.core.perturbed import Loss
 from zofed.core.replica import Worker
 from zofed.data import encoding
-from zofed.models import build, scopes
+from zofed.models import scopes, spec
 from zofed.training.task import prepare_process, worker_of
 
 EPSILON, QUERIES, COPIES = 0.01, 4, 8
@@ -71,7 +71,7 @@ def measure(task: str, kind: str) -> Row:
             settings = config.resolve(
                 chosen | {"block-size": TOKENS, "queries": QUERIES, "device": "cpu", "directions": "rank1"}
             )
-            model = build.create_model(settings, tokenizer, 2 if task == "classifier" else 0)
+            model = spec.create_model(settings, tokenizer, 2 if task == "classifier" else 0)
             scope, why = "full", ""
             try:
                 outcome, error, why = _outcome(worker_of(settings, model), model, task, False)

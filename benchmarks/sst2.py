@@ -32,7 +32,7 @@ from zofed.core.records import Dense
 from zofed.data import encoding
 from zofed.data.documents import random_order
 from zofed.data.encoding import Document, Examples
-from zofed.models import build
+from zofed.models import spec
 from zofed.training import measurements, step_records
 from zofed.training.task import Task, prepare_process
 
@@ -116,7 +116,7 @@ def measure(base: Settings, arm: Arm, mode: Mode, train_documents: list[Document
         update = {"mode": mode, "learning_rate": rate, "seed": seed}
         return Task(base.model_copy(update=update), tokenizer, train_documents, dev, train_documents)
 
-    tokenizer = encoding.load_tokenizer(build.tokenizer_name(base))
+    tokenizer = encoding.load_tokenizer(spec.tokenizer_name(base))
     everything = task_of(1.0, 0).examples(train_documents)  # features once for all rates and seeds
     order = torch.from_numpy(random_order(len(train_documents), "validation", 0).copy())
     held, rest = order[: round(VALIDATION * len(order))], order[round(VALIDATION * len(order)) :]

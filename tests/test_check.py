@@ -14,7 +14,7 @@ from zofed.config import Settings
 from zofed.core.journal import link
 from zofed.core.pass_memory import peak_bytes
 from zofed.data import encoding
-from zofed.models import build
+from zofed.models import spec
 from zofed.preflight import check, footprint, model_info
 from zofed.runs.run_folder import peak_memory_bytes
 from zofed.training import modes
@@ -30,7 +30,7 @@ Zofed = Callable[..., tuple[int, str, str]]
 def watched(settings: Settings) -> int:
     """Bytes of weights and optimizer, and the most that a real second step's tensors take besides."""
     tokenizer = encoding.load_tokenizer("shipped")
-    model = build.create_model(settings, tokenizer)
+    model = spec.create_model(settings, tokenizer)
     ids = torch.randint(0, 512, (settings.batch_size, settings.block_size), generator=torch.Generator().manual_seed(1))
     worker = worker_of(settings, model)
     ask = asker(settings, worker, {"input_ids": ids, "labels": ids}, 10)
@@ -109,7 +109,7 @@ def test_parameters_are_counted_by_scope() -> None:
 
 def test_a_model_by_name_is_that_of_a_run() -> None:
     same, other = (zofed.create_model("tiny", seed=seed).state_dict() for seed in (3, 4))
-    run = build.create_model(config.resolve({"seed": 3}), encoding.load_tokenizer("shipped")).state_dict()
+    run = spec.create_model(config.resolve({"seed": 3}), encoding.load_tokenizer("shipped")).state_dict()
     assert all(torch.equal(same[name], run[name]) for name in run)
     assert not torch.equal(other["transformer.wte.weight"], run["transformer.wte.weight"])
     classifier = zofed.create_model("tiny", labels=3, dtype="bfloat16")

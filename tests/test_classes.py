@@ -17,7 +17,7 @@ from zofed.data.documents import read
 from zofed.data.tokenizers import load_tokenizer
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
-from zofed.models import build
+from zofed.models.spec import ModelSpec
 from zofed.training.task import Task
 
 WORDS = {"neg": "bad and sad", "neu": "a plain table", "pos": "good and bright"}
@@ -191,7 +191,7 @@ def test_a_run_tells_what_it_read_and_its_model_keeps_the_names(
     assert written["id2label"] == {"0": "neg", "1": "neu", "2": "pos"}
     assert written["label2id"] == {"neg": 0, "neu": 1, "pos": 2}
     how = config.resolve(QUICK | {"model": str(run / "model")})
-    assert build.class_names(how) == ("neg", "neu", "pos")
+    assert ModelSpec.of(how).class_names() == ("neg", "neu", "pos")
     assert labels(task(lines(tmp_path / "c.label", "pos", "neg", each=2), model=str(run / "model")))[0] in (0, 2)
     assert zofed_command("train", "--resume", run)[0] == 0
 

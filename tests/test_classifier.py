@@ -33,8 +33,7 @@ from zofed.core.replica import weights_digest
 from zofed.data import encoding
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
-from zofed.models import build as models
-from zofed.models import classifier
+from zofed.models import classifier, spec
 from zofed.models.classifier import PooledClassifier
 from zofed.preflight import model_info
 from zofed.runs.run_folder import Row, RunFolder
@@ -415,14 +414,14 @@ def test_a_pooled_model_is_rebuilt_from_its_description(
     for name, freeze in (("bert", True), ("gpt2", False), ("tiny", True)):
         place = str(folders.get(name, name))
         model = built(classify(model=place, pooling="last-token", freeze_encoder=freeze, seed=5))[0]
-        description = json.loads(json.dumps(models.describe(place, model)))
+        description = json.loads(json.dumps(spec.describe(place, model)))
         assert "/" not in json.dumps(description), "no path of any machine"
-        again = models.rebuild(description, 5, "float32", "" if name == "tiny" else place)
+        again = spec.rebuild(description, 5, "float32", "" if name == "tiny" else place)
         assert isinstance(again, PooledClassifier) and again.pooling == "last-token"
         assert (
             weights_digest(again)
             == weights_digest(model)
-            != weights_digest(models.rebuild(description, 6, "float32", "" if name == "tiny" else place))
+            != weights_digest(spec.rebuild(description, 6, "float32", "" if name == "tiny" else place))
         )
 
 

@@ -34,7 +34,7 @@ from zofed.core import perturbed
 from zofed.core.estimators import FiniteDifference
 from zofed.core.replica import TRAINABLE_DTYPES, weights_digest
 from zofed.data import encoding
-from zofed.models import build as models
+from zofed.models import spec
 from zofed.runs.run_folder import RunFolder
 from zofed.training import central
 from zofed.training.finalize import replay_run
@@ -73,7 +73,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def create(folder: Path, dtype: str, labels: int = 0) -> Any:
     task = "classification" if labels else "language-model"
     values = {"device": "cpu", "block-size": 16, "dtype": dtype, "model": str(folder), "task": task}
-    return models.create_model(config.resolve(values), encoding.load_tokenizer(str(folder)), labels)
+    return spec.create_model(config.resolve(values), encoding.load_tokenizer(str(folder)), labels)
 
 
 def types(model: nn.Module) -> dict[str, torch.dtype]:

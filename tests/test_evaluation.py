@@ -339,13 +339,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory, coins: Path) -> dict[str, Pat
 
 def loss_on(run: Path, some: list[Document], limit: int = 256) -> float:
     """Of a run's model, by the library's own loss."""
-    from zofed.models import build
+    from zofed.models import spec
 
     settings = RunFolder.open(run).settings().model_copy(update={"model": str(run / "model")})
     found = Task.load(settings)
     examples = found.examples(some)
     chosen = encoding.sample(len(examples["labels"]), limit, 0)
-    model = build.create_model(settings, found.tokenizer, found.labels)
+    model = spec.create_model(settings, found.tokenizer, found.labels)
     with torch.no_grad():
         return float(model(**{name: tensor[chosen] for name, tensor in examples.items()}).loss)
 

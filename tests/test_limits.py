@@ -41,8 +41,7 @@ from zofed.config import Settings
 from zofed.core import perturbed
 from zofed.data import encoding
 from zofed.data.tokenizers import SHIPPED_TOKENIZER
-from zofed.models import build as models
-from zofed.models import limits
+from zofed.models import limits, spec
 from zofed.training import central
 from zofed.training.task import Task
 
@@ -60,7 +59,7 @@ def folder_of(model: PreTrainedModel, folder: Path, tokenizer: Any = None) -> st
 
 def create(model: str, size: int, task: str = "classification") -> Any:
     settings = config.resolve({"device": "cpu", "block-size": size, "task": task, "model": model})
-    return models.create_model(settings, encoding.load_tokenizer(model), 2 if task == "classification" else 0)
+    return spec.create_model(settings, encoding.load_tokenizer(model), 2 if task == "classification" else 0)
 
 
 @pytest.mark.parametrize(

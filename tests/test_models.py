@@ -30,9 +30,11 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.core.replica import weights_digest
 from zofed.data import encoding
-from zofed.models import build
-from zofed.models.build import create_model, describe, ready, rebuild, true_count
-from zofed.models.scopes import trainable_names
+from zofed.models import spec
+from zofed.models.precision import ready
+from zofed.models.scopes import trainable_names, true_count
+from zofed.models.sources import Fresh
+from zofed.models.spec import create_model, describe, rebuild
 
 VOCABULARY = 512
 GPT2 = GPT2Config(vocab_size=VOCABULARY, n_layer=2, n_head=2, n_embd=16, n_positions=32, bos_token_id=0, eos_token_id=0)
@@ -68,7 +70,7 @@ def saved(model: PreTrainedModel, folder: Path) -> str:
     return str(folder)
 
 
-def on_meta(kind: Callable[[Any], nn.Module], model_config: Any, *_: object) -> nn.Module:
+def on_meta(kind: Callable[[Any], nn.Module], model_config: Any) -> nn.Module:
     """The model's shapes without its memory."""
     with torch.device("meta"):
         return kind(model_config)
@@ -87,17 +89,17 @@ def on_meta(kind: Callable[[Any], nn.Module], model_config: Any, *_: object) -> 
 def test_each_named_size_has_its_known_number_of_parameters(
     monkeypatch: pytest.MonkeyPatch, name: str, parameters: int
 ) -> None:
-    monkeypatch.setattr(build, "_fresh", on_meta)
+    monkeypatch.setattr(Fresh, "create", lambda source, config, *kind, **_: on_meta(source.kind(*kind), config))
     chosen = settings(model=name)
-    model = create_model(chosen, encoding.load_tokenizer(build.tokenizer_name(chosen)))
+    model = create_model(chosen, encoding.load_tokenizer(spec.tokenizer_name(chosen)))
     assert true_count(model) == parameters
 
 
 def test_a_named_size_brings_its_tokenizer_a_folder_its_own_and_a_setting_overrides_both(tmp_path: Path) -> None:
-    assert build.tokenizer_name(settings(model="tiny")) == "shipped"
-    assert build.tokenizer_name(settings(model="20M")) == "gpt2"
-    assert build.tokenizer_name(settings(model="20M", tokenizer="shipped")) == "shipped"
-    assert build.tokenizer_name(settings(model=str(tmp_path))) == str(tmp_path)
+    assert spec.tokenizer_name(settings(model="tiny")) == "shipped"
+    assert spec.tokenizer_name(settings(model="20M")) == "gpt2"
+    assert spec.tokenizer_name(settings(model="20M", tokenizer="shipped")) == "shipped"
+    assert spec.tokenizer_name(settings(model=str(tmp_path))) == str(tmp_path)
 
 
 def test_fresh_weights_are_a_function_of_the_seed(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -24,7 +24,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core.replica import weights_digest
 from zofed.data import encoding, hub
-from zofed.models import build
+from zofed.models import sources, spec
 from zofed.runs.run_folder import RunFolder
 from zofed.training import central
 from zofed.training.finalize import replay_run
@@ -66,17 +66,17 @@ def settings(**values: Any) -> Settings:
 
 
 def digest_of(folder: Path) -> str:
-    return weights_digest(build.create_model(settings(model=str(folder)), encoding.load_tokenizer("shipped")))
+    return weights_digest(spec.create_model(settings(model=str(folder)), encoding.load_tokenizer("shipped")))
 
 
 @pytest.mark.first(2)
 @pytest.mark.parametrize(("revision", "commit"), [("", FIRST), ("better", SECOND), (SECOND, SECOND), (FIRST, FIRST)])
 def test_a_revision_names_a_commit_and_its_weights(cache: Path, revision: str, commit: str) -> None:
     chosen = settings(revision=revision)
-    assert build.commit(chosen) == commit
-    model = build.create_model(chosen, encoding.load_tokenizer(build.tokenizer_name(chosen)))
+    assert sources.commit(chosen.model, chosen.revision) == commit
+    model = spec.create_model(chosen, encoding.load_tokenizer(spec.tokenizer_name(chosen)))
     assert weights_digest(model) == digest_of(cache / "snapshots" / commit)
-    assert build.tokenizer_name(chosen) == str(cache / "snapshots" / commit)
+    assert spec.tokenizer_name(chosen) == str(cache / "snapshots" / commit)
     info = zofed.get_model_info(ID, revision=revision, modes=("zo",))
     assert (info.revision, info.entries, info.vocabulary, info.positions) == (commit, 512, 512, 64)
 
@@ -109,8 +109,8 @@ def test_a_folder_of_that_name_comes_before_the_hub(
     write_model(tmp_path / ID, seed=5)
     monkeypatch.chdir(tmp_path)
     chosen = settings()
-    assert build.commit(chosen) == ""
-    model = build.create_model(chosen, encoding.load_tokenizer("shipped"))
+    assert sources.commit(chosen.model, chosen.revision) == ""
+    model = spec.create_model(chosen, encoding.load_tokenizer("shipped"))
     assert weights_digest(model) == digest_of(tmp_path / ID)
 
 

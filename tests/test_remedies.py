@@ -20,7 +20,7 @@ from zofed.commands import cli
 from zofed.core import journal
 from zofed.data import encoding
 from zofed.federated.round_log import RoundLog
-from zofed.models import build
+from zofed.models import spec
 from zofed.runs import run_folder
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Table
@@ -202,8 +202,8 @@ DISK: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the journal": lambda patch: patch.setattr(journal, "_sync_data", full),
     "a table": full_table,
     "a checkpoint": lambda patch: patch.setattr(run_folder, "save_file", full_for_safetensors),
-    "the model": lambda patch: patch.setattr(build, "save", full_for_safetensors),
-    "the model's tokenizer": lambda patch: patch.setattr(build, "save", full),
+    "the model": lambda patch: patch.setattr(spec, "save", full_for_safetensors),
+    "the model's tokenizer": lambda patch: patch.setattr(spec, "save", full),
     "the summary": lambda patch: patch.setattr(RunFolder, "write_text", at_the_end(RunFolder.write_text)),
 }
 

@@ -33,8 +33,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core.replica import weights_digest
 from zofed.data import encoding
-from zofed.models import build as models
-from zofed.models import initial
+from zofed.models import initial, limits, spec
 from zofed.training import central
 
 SHAPE: dict[str, Any] = {"vocab_size": 512, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -63,7 +62,7 @@ def saved(model: PreTrainedModel, folder: Path, change: Change = dict, **written
 
 def classifier(folder: Path, tokenizer: PreTrainedTokenizerBase, labels: int = 2, **values: Any) -> Any:
     settings = {"device": "cpu", "block-size": 16, "task": "classification", "model": str(folder)} | values
-    return models.create_model(config.resolve(settings), tokenizer, labels)
+    return spec.create_model(config.resolve(settings), tokenizer, labels)
 
 
 def renamed(old: str, new: str) -> Change:
@@ -100,7 +99,7 @@ def test_an_embedding_stored_under_the_output_layers_name_is_found_by_a_classifi
     pooling: str,
 ) -> None:
     model = build()
-    monkeypatch.setattr(models.limits, "check_reads", lambda *_: None)  # T5's end token is no matter here
+    monkeypatch.setattr(limits, "check_reads", lambda *_: None)  # T5's end token is no matter here
     for change in (dict, renamed(old, new)):
         folder = saved(model, tmp_path, change)
         loaded = classifier(folder, tokenizer, pooling=pooling)
@@ -114,7 +113,7 @@ def test_a_language_model_finds_its_embedding_under_either_name(
 ) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SHAPE, tie_word_embeddings=True))
     folder = saved(model, tmp_path, renamed(LLAMA_EMBEDDING, "lm_head.weight"))
-    loaded = models.create_model(config.resolve({"block-size": 16, "model": str(folder)}), tokenizer)
+    loaded = spec.create_model(config.resolve({"block-size": 16, "model": str(folder)}), tokenizer)
     assert weights_digest(loaded) == weights_digest(model)
 
 
@@ -181,7 +180,7 @@ def test_only_what_the_saved_model_never_had_is_drawn_and_remembered(
     weights = second.state_dict()
     differ = {name for name, tensor in first.state_dict().items() if not torch.equal(tensor, weights[name])}
     assert differ == {name for name in fresh if not name.endswith("bias")}  # a fresh bias is zero
-    assert initial.drawn(models.create_model(config.resolve({}), tokenizer)) == ()
+    assert initial.drawn(spec.create_model(config.resolve({}), tokenizer)) == ()
 
 
 def test_shards_are_read_as_one_file_is(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -254,6 +253,6 @@ def test_padding_of_another_tokenizer_does_not_move_where_positions_begin(
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(model.roberta(ids).last_hidden_state, plain.roberta(ids).last_hidden_state)
-    description = json.loads(json.dumps(models.describe(str(folder), model)))
-    again: Any = models.rebuild(description, 0, "float32", str(folder))
+    description = json.loads(json.dumps(spec.describe(str(folder), model)))
+    again: Any = spec.rebuild(description, 0, "float32", str(folder))
     assert weights_digest(again) == weights_digest(model) and again.config.pad_token_id == 0

@@ -26,7 +26,7 @@ from zofed.core.estimators import FiniteDifference
 from zofed.core.replica import named_parameters, weights_digest
 from zofed.core.soundness import pattern_of
 from zofed.federated import exchanges
-from zofed.models import build
+from zofed.models import spec
 from zofed.training import central
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,8 +227,8 @@ def test_a_loss_of_many_numbers_is_refused() -> None:
 def test_a_run_refuses_a_model_that_draws(
     mode: str, quick: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ready = build.ready
-    monkeypatch.setattr(build, "ready", lambda model, dtype: ready(model, dtype).train())
+    ready = spec.ready
+    monkeypatch.setattr(spec, "ready", lambda model, dtype: ready(model, dtype).train())
     with pytest.raises(UserError, match=r"Dropout\).*eval"):
         central.train(quick(mode=mode, subspace_size=4), tmp_path / "run", lambda row: None)
 
@@ -236,8 +236,8 @@ def test_a_run_refuses_a_model_that_draws(
 def test_a_client_refuses_a_model_that_draws_and_says_so(
     quick: Callable[..., Settings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    ready = build.ready
-    monkeypatch.setattr(build, "ready", lambda model, dtype: ready(model, dtype).train())
+    ready = spec.ready
+    monkeypatch.setattr(spec, "ready", lambda model, dtype: ready(model, dtype).train())
     monkeypatch.setattr(exchanges, "ATTEMPTS", 1)
     with pytest.raises(UserError, match=r"round 1: clients .* gave no usable reply"):
         federate(quick(), tmp_path / "run", 2)

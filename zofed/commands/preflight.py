@@ -39,14 +39,14 @@ def list_models(context: typer.Context, *, options: dict[str, str]) -> None:
             raise UserError(f"--{next(iter(options))} stands before {context.invoked_subcommand}: put it behind")
         return
     from zofed.data import hub
-    from zofed.models import build
+    from zofed.models import sources
     from zofed.preflight import model_info
     from zofed.training.modes import MODES
     from zofed.training.task import prepare_process, with_absolute_paths
 
     prepare_process(1)
     settings = settings_from(None, options)
-    names = [settings.model] if "model" in options else list(build.SIZES)
+    names = [settings.model] if "model" in options else list(sources.SIZES)
     parameters = Table("model", "positions", *model_info.SCOPES, box=None, pad_edge=False)
     memory = Table("model", "weights", *MODES, box=None, pad_edge=False)
     for name in names:

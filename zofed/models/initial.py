@@ -8,6 +8,7 @@ from torch import nn
 from zofed.core import directions
 
 BLOCK = 2**20  # entries of a fresh tensor that are drawn together: all at once would take several times the tensor
+SHOWN = 6  # names in a line
 INITIAL_STD = 0.02  # Radford et al., "Language models are unsupervised multitask learners", 2019
 
 
@@ -37,6 +38,12 @@ def draw(model: nn.Module, seed: int, fresh: Collection[str] | None) -> None:
 def remember(model: nn.Module, names: Iterable[str]) -> None:
     """Note on the model which of its parameters its folder did not hold, so that they were drawn."""
     model.zofed_drawn = tuple(sorted(names))  # type: ignore[assignment]
+
+
+def described(names: Collection[str]) -> str:
+    """A line on the parameters that a saved model lacks and a run draws, for the names of `drawn`."""
+    shown = ", ".join(list(names)[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return f"not in the saved model, drawn from the seed: {shown}"
 
 
 def drawn(model: nn.Module) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zofed.base.errors import UserError
-from zofed.config import Settings
 from zofed.core import metrics
 from zofed.data import encoding
 from zofed.data.encoding import Document, Examples
@@ -45,15 +44,15 @@ def positions(model: nn.Module) -> int | None:
     return declared
 
 
-def check_positions(model: nn.Module, settings: Settings) -> None:
+def check_positions(model: nn.Module, name: str, block_size: int) -> None:
     """Raise UserError for a block longer than the positions the model's config allows."""
     longest = positions(model)
-    if longest is not None and settings.block_size > longest:
-        raise _too_long(settings, longest)
+    if longest is not None and block_size > longest:
+        raise _too_long(name, block_size, longest)
 
 
 @torch.no_grad()
-def check_reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: Settings, labels: int) -> None:
+def check_reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, block_size: int, labels: int) -> None:
     """Let the model score examples of the run's length. Raises UserError naming the longest that it can, if any.
 
     No config tells this for every kind of model: where positions begin, what a classifier wants at a text's end.
@@ -75,20 +74,20 @@ def check_reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: 
         return None
 
     if labels and needs_end(config):
-        check_ends(_examples(tokenizer, settings.block_size, labels, limit), tokenizer, config, settings)
-    if (error := fails(settings.block_size)) is None:
+        check_ends(_examples(tokenizer, block_size, labels, limit), tokenizer, config, name)
+    if (error := fails(block_size)) is None:
         return
     if fails(SHORTEST) is not None:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise UserError(
-            f"model {settings.model!r} ({type(model).__name__}) does not run on token ids alone ({reason}): give a "
+            f"model {name!r} ({type(model).__name__}) does not run on token ids alone ({reason}): give a "
             f"model such as {'BERT, GPT-2 or Llama' if labels else 'GPT-2 or Llama'}"
         ) from error
-    longest, failing = SHORTEST, settings.block_size
+    longest, failing = SHORTEST, block_size
     while failing - longest > 1:
         middle = (longest + failing) // 2
         longest, failing = (longest, middle) if fails(middle) else (middle, failing)
-    raise _too_long(settings, longest) from error
+    raise _too_long(name, block_size, longest) from error
 
 
 @torch.no_grad()
@@ -102,18 +101,16 @@ def check_causal(model: nn.Module, name: str) -> None:
         )
 
 
-def check_tokens(
-    tokens: Examples, tokenizer: PreTrainedTokenizerBase, config: Any, settings: Settings, labels: int
-) -> None:
+def check_tokens(tokens: Examples, tokenizer: PreTrainedTokenizerBase, config: Any, name: str, *, at_end: bool) -> None:
     """Raise UserError where a model of this config cannot read these documents' tokens.
 
     A tokenizer may have more entries than the embedding has rows, as long as no document uses them. config: None where
-    it is not known, or measured by the tokenizer.
+    it is not known, or measured by the tokenizer. at_end: whether a class is read at the end token, where it can be.
     """
     if config is None:
         return
-    if labels and needs_end(config) and settings.pooling == "auto" and not settings.freeze_encoder:
-        check_ends(tokens, tokenizer, config, settings)
+    if at_end and needs_end(config):
+        check_ends(tokens, tokenizer, config, name)
     limit, ids = rows(config), tokens["input_ids"]
     if limit is None or int(ids.max()) < limit:
         return
@@ -122,7 +119,7 @@ def check_tokens(
     is_padding = highest < limit  # then padding alone is above
     highest = int(ids.max()) if is_padding else highest
     token = tokenizer.convert_ids_to_tokens(highest)
-    told = f"the tokenizer has {entries(tokenizer)} entries but model {settings.model} only {limit}"
+    told = f"the tokenizer has {entries(tokenizer)} entries but model {name} only {limit}"
     if is_padding:
         raise Unreadable(
             f"{told}, and it pads with {token!r}, id {highest}: set the pad_token in its tokenizer_config.json to a "
@@ -139,14 +136,14 @@ def needs_end(config: Any) -> bool:
     return bool(config.is_encoder_decoder) and isinstance(config.eos_token_id, int)
 
 
-def check_ends(examples: Examples, tokenizer: PreTrainedTokenizerBase, config: Any, settings: Settings) -> None:
+def check_ends(examples: Examples, tokenizer: PreTrainedTokenizerBase, config: Any, name: str) -> None:
     """Raise UserError where not every document has the end token, and equally often, at which its class is read."""
     counts = (examples["input_ids"] == config.eos_token_id).sum(1)
     fewest, most = int(counts.min()), int(counts.max())
     if fewest == most > 0:
         return
     end = f"{tokenizer.convert_ids_to_tokens(config.eos_token_id)!r}, id {config.eos_token_id}"
-    told = f"model {settings.model!r} reads a document's class at the end token {end}"
+    told = f"model {name!r} reads a document's class at the end token {end}"
     if config.eos_token_id == tokenizer.pad_token_id:
         raise Unreadable(f"{told}, with which this tokenizer also pads: give one whose pad_token is another")
     if fewest == 0:
@@ -170,8 +167,8 @@ def _examples(tokenizer: PreTrainedTokenizerBase, size: int, labels: int, limit:
     return found
 
 
-def _too_long(settings: Settings, longest: int) -> UserError:
+def _too_long(name: str, block_size: int, longest: int) -> UserError:
     return UserError(
-        f"block-size = {settings.block_size} is longer than the {longest} positions of model "
-        f"{settings.model}: set block-size to {longest} or less"
+        f"block-size = {block_size} is longer than the {longest} positions of model "
+        f"{name}: set block-size to {longest} or less"
     )

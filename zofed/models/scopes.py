@@ -21,6 +21,11 @@ LENGTHS = (
 )  # tokens of a pass that shows the order of use; few, or as many as models take that shorten their input
 
 
+def true_count(model: nn.Module) -> int:
+    """Parameters of the model, a tied tensor counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def trainable_names(model: nn.Module, scope: str) -> list[str]:
     """Canonical names of the parameters that train, in the model's order.
 

@@ -16,7 +16,7 @@ from zofed.data import documents, encoding, tokenizers
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
 from zofed.federated import protocol
-from zofed.models import build, initial, limits
+from zofed.models import initial, limits, sources, spec
 from zofed.preflight.forecast import bytes_of_a_round, duration, free_bytes, pace
 from zofed.preflight.model_info import ModelInfo, info
 from zofed.runs import run_folder
@@ -58,11 +58,11 @@ def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
     tokenizer = None
     if not any(line.what == "model" for line in faults):
         try:
-            tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
-            faults.append(_tokenizer(tokenizer, build.tokenizer_name(settings)))
+            tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
+            faults.append(_tokenizer(tokenizer, spec.tokenizer_name(settings)))
         except UserError as error:
             # A name that is no model is no tokenizer's fault.
-            is_size = settings.model in build.SIZES or settings.tokenizer
+            is_size = settings.model in sources.SIZES or settings.tokenizer
             faults.append(Line("fix", "tokenizer" if is_size else "model", str(error)))
     found: Reading | None = None
     with _collect(faults, "data"):
@@ -185,10 +185,12 @@ def _model(
         fits += [mode] if line.verdict != "fix" else []
         yield line
     if task is None or examples is None or not fits:
-        if settings.model not in build.SIZES and settings.task == "language-model":  # its weights can be read at least
+        if (
+            settings.model not in sources.SIZES and settings.task == "language-model"
+        ):  # its weights can be read at least
             lines: list[Line] = []
             with _collect(lines, "weights"):
-                build.create_model(settings, tokenizer)
+                spec.create_model(settings, tokenizer)
             yield from lines
         return
     try:
@@ -197,7 +199,7 @@ def _model(
         yield Line("fix", "model", str(error))
         return
     if drawn := initial.drawn(worker.model):
-        yield Line("note", "head", build.told_drawn(drawn))
+        yield Line("note", "head", initial.described(drawn))
     for mode in fits:
         lines = []
         with _collect(lines, f"step {mode}"):

@@ -11,8 +11,9 @@ from zofed.config import Settings
 from zofed.core import perturbed
 from zofed.core.replica import named_parameters
 from zofed.data import encoding, hub
-from zofed.models import build, limits, scopes
+from zofed.models import limits, scopes, sources, spec
 from zofed.models.classifier import PooledClassifier
+from zofed.models.spec import ModelSpec
 from zofed.preflight import footprint
 from zofed.preflight.footprint import Footprint
 from zofed.training.modes import MODES
@@ -49,7 +50,7 @@ class ModelInfo:
 
 def list_available_models() -> list[str]:
     """Names that need no download: the fresh sizes, then the hub models in the local cache."""
-    return [*build.SIZES, *hub.cached()]
+    return [*sources.SIZES, *hub.cached()]
 
 
 def get_model_info(name: str, *, modes: tuple[str, ...] = tuple(MODES), **settings: Any) -> ModelInfo:
@@ -69,15 +70,15 @@ def create_model(name: str, *, labels: int = 0, **settings: Any) -> PreTrainedMo
     UserError for a model or settings that cannot be used.
     """
     chosen = _settings(name, {"task": "classification" if labels else "language-model"} | settings)
-    tokenizer = encoding.load_tokenizer(build.tokenizer_name(chosen))
-    return build.create_model(chosen, tokenizer, labels)
+    tokenizer = encoding.load_tokenizer(spec.tokenizer_name(chosen))
+    return spec.create_model(chosen, tokenizer, labels)
 
 
 def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> ModelInfo:
     """`get_model_info` of a run's settings; labels: classes, where the task is classification."""
-    tokenizer_name = build.tokenizer_name(settings)
+    tokenizer_name = spec.tokenizer_name(settings)
     tokenizer = encoding.load_tokenizer(tokenizer_name)
-    outline = build.outline(settings, tokenizer, labels if TASKS[settings.task].has_classes else 0)
+    outline = ModelSpec.of(settings, labels if TASKS[settings.task].has_classes else 0).outline(tokenizer)
     parameters = named_parameters(outline)
     by_scope = {}
     for scope in SCOPES:
@@ -88,7 +89,7 @@ def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> M
         by_scope[scope] = sum(parameters[name].numel() for name in names)
     trainable = scopes.trainable_names(outline, settings.scope)
     matrices = scopes.inner_matrices(outline, trainable) if settings.optimizer == "mudamw" else []
-    described = (build.true_count(outline), getattr(outline.config, "vocab_size", None), limits.positions(outline))
+    described = (scopes.true_count(outline), getattr(outline.config, "vocab_size", None), limits.positions(outline))
     memory, unpredictable = {}, ""
     try:
         memory = footprint.footprints(outline, settings, trainable, matrices, modes)

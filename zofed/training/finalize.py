@@ -21,7 +21,7 @@ from zofed.core import sanitize
 from zofed.core.journal import Journal, JournalError, read
 from zofed.core.records import Guided, Seeded
 from zofed.core.replica import NotKept, Worker, update_digest
-from zofed.models import build, initial
+from zofed.models import initial, scopes, spec
 from zofed.runs.run_folder import RunFolder, peak_memory_bytes, read_table, versions
 from zofed.training.divergence import has_diverged
 from zofed.training.task import Task, device, prepare_process
@@ -103,7 +103,7 @@ def finish(
             "weights": worker.genesis["weights"],
         },
         "drawn": list(initial.drawn(worker.model)),
-        "parameters": {"total": build.true_count(worker.model), "trainable": _count(worker)},
+        "parameters": {"total": scopes.true_count(worker.model), "trainable": _count(worker)},
         "data": task.digests(),
         "data_read": [reading.facts() for reading in task.readings],
         **({"classes": list(task.class_names)} if task.labels else {}),
@@ -153,7 +153,7 @@ def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
     genesis = read(folder.journal).genesis
     place = (base, "") if base else (settings.model, settings.revision)
     try:
-        model = build.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)
+        model = spec.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)
         return Worker(nn.Module.to(model, device(settings)), genesis), settings
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise JournalError(
@@ -228,7 +228,7 @@ def save_model(task: Task, worker: Worker, folder: RunFolder) -> None:
     temporary = folder.path / ".model.new"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        build.save(worker.model, task.tokenizer, temporary, task.class_names)
+        spec.save(worker.model, task.tokenizer, temporary, task.class_names)
         for path in temporary.rglob("*"):
             if path.is_file():
                 sync_file(path)

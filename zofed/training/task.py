@@ -28,7 +28,9 @@ from zofed.data import classes, documents, encoding, partitions, readers, subset
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
-from zofed.models import build, classifier, initial, limits, scopes
+from zofed.models import classifier, initial, limits, scopes, sources, spec
+from zofed.models.precision import Model
+from zofed.models.spec import ModelSpec
 from zofed.training.modes import mode_of
 from zofed.training.tasks import TASKS, Encoder, TaskType
 
@@ -71,7 +73,7 @@ class Task:
         named: the classes, where another has settled them: a run's server, for its clients.
         """
         classifier.check(settings)
-        tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
+        tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
         return cls.of(settings, tokenizer, documents.read(settings.dataset), named)
 
     @classmethod
@@ -112,7 +114,7 @@ class Task:
         share: of the eval-dataset that is scored, split off by the seed; 0: all. Raises UserError as `load`.
         """
         if settings.eval_dataset and not TASKS[settings.task].needs_training_data_to_score:
-            tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
+            tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
             found = documents.read(settings.eval_dataset)
             task = cls(settings, tokenizer, [], found.documents, [], readings=(found,))
         else:
@@ -137,7 +139,7 @@ class Task:
             what = f"node config dataset = {dataset!r}"
             classes.check_labelled(found, what)
             own = classes.renumbered(found, known if len(known) else classes.shown(found), what)
-        tokenizer = encoding.load_tokenizer(build.tokenizer_name(settings))
+        tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
         return cls(settings, tokenizer, own, [], own, known if len(known) else None, (found,))
 
     @property
@@ -186,7 +188,7 @@ class Task:
     @cached_property
     def _model_config(self) -> Any:
         """Read once: a process may serve a thousand clients."""
-        return build.saved_config(self.settings)
+        return ModelSpec.of(self.settings).saved_config()
 
     @cached_property
     def _tokenizer_digest(self) -> str:
@@ -198,18 +200,20 @@ class Task:
 
         Raises UserError where the model cannot read them.
         """
-        limits.check_tokens(tokens, self.tokenizer, self._model_config, self.settings, self.labels)
-        if not self.settings.freeze_encoder:
+        settings = self.settings
+        at_end = self.labels > 0 and settings.pooling == "auto" and not settings.freeze_encoder
+        limits.check_tokens(tokens, self.tokenizer, self._model_config, settings.model, at_end=at_end)
+        if not settings.freeze_encoder:
             return tokens
         # Not the worker's model, which a shard does not know; this one goes when the features are there.
-        model = build.create_model(self.settings, self.tokenizer, self.labels)
+        model = spec.create_model(self.settings, self.tokenizer, self.labels)
         assert isinstance(model, classifier.PooledClassifier)
         chosen = device(self.settings)
         depends_on = (
             "features 1",
             replica.tensors_digest(tokens),
             replica.weights_digest(model.encoder),
-            json.dumps(build.describe(self.settings.model, model), sort_keys=True),
+            json.dumps(spec.describe(self.settings.model, model), sort_keys=True),
             f"{chosen.type} {torch.get_num_threads()} {torch.__version__}",
         )
         nn.Module.to(model, chosen)
@@ -343,15 +347,15 @@ class Task:
         """`worker`, of whoever begins a run: says what the saved model lacks and the run draws."""
         replica = self.worker()
         if names := initial.drawn(replica.model):
-            print(build.told_drawn(names), flush=True)
+            print(initial.described(names), flush=True)
         return replica
 
     def worker(self) -> Worker:
         """A new replica at the base weights, on the run's device, with the genesis that pins it."""
-        return worker_of(self.settings, build.create_model(self.settings, self.tokenizer, self.labels))
+        return worker_of(self.settings, spec.create_model(self.settings, self.tokenizer, self.labels))
 
 
-def worker_of(settings: Settings, model: build.Model) -> Worker:
+def worker_of(settings: Settings, model: Model) -> Worker:
     """A replica of a model at its base weights, with the genesis that the settings give it, on their device."""
     names = scopes.trainable_names(model, settings.scope)
     if frozen := scopes.frozen_though_drawn(model, names):
@@ -374,7 +378,7 @@ def worker_of(settings: Settings, model: build.Model) -> Worker:
     in_proportion = has_directions and settings.direction_scale == "rms"
     genesis = replica.make_genesis(
         model,
-        build.describe(settings.model, model),
+        spec.describe(settings.model, model),
         names,
         seed=settings.seed,
         kind=mode.direction_kind,
@@ -406,7 +410,7 @@ def _named(part: str, remedy: str = "") -> Iterator[None]:
 
 
 NAMES = {
-    "model": tuple(build.SIZES),
+    "model": tuple(sources.SIZES),
     "dataset": documents.KNOWN_NAMES,
     "bp_dataset": documents.KNOWN_NAMES,
     "eval_dataset": documents.KNOWN_NAMES,
@@ -420,7 +424,7 @@ def with_absolute_paths(settings: Settings) -> Settings:
     Raises UserError for a revision that is not there.
     """
     update = {key: absolute_path(key, getattr(settings, key)) for key in NAMES}
-    update["revision"] = build.commit(settings)
+    update["revision"] = sources.commit(settings.model, settings.revision)
     return settings.model_copy(update=update)
 
 

@@ -20,7 +20,7 @@ from zofed.data import classes, encoding
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
-from zofed.models import build
+from zofed.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Classification(TaskType):
 
     def classes(self, settings: Settings, found: Reading) -> Classes | None:
         """Those of the model's own head, else those that the data show."""
-        return classes.of_training(found, settings.model, build.class_names(settings))
+        return classes.of_training(found, settings.model, ModelSpec.of(settings).class_names())
 
     def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
         """Each document padded or cut to `block_size` tokens; nothing is cached."""
