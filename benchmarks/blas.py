@@ -19,14 +19,14 @@ def measure(size: str, shape: tuple[int, int], threads: int) -> None:
     queries, copies = query.SHAPES[shape]
     ids = common.batch_of(shape)
     model = common.fused(common.plain_gpt2(size))
-    loss, worker = common.loss_of(model, ids), common.worker_of(model)
+    loss, replica = common.loss_of(model, ids), common.replica_of(model)
 
     @torch.inference_mode()
     def forward() -> None:
         for _ in range(queries):
             loss()
 
-    runs = {"forward": forward, "step": lambda: query.step(worker, loss, queries, copies)}
+    runs = {"forward": forward, "step": lambda: query.step(replica, loss, queries, copies)}
     for name in WORK:
         runs[name]()
         took = []

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from zofed.core.genesis import make_genesis
 from zofed.core.optimizers import Optimizer
-from zofed.core.replica import Worker, make_genesis
+from zofed.core.replica import Replica
 from zofed.models import precision, scopes
 
 SIZES = {"20M": {"n_embd": 256, "n_layer": 6, "n_head": 4}, "124M": {}}
@@ -27,10 +28,12 @@ def plain_gpt2(size: str, device: str = "cpu") -> GPT2LMHeadModel:
     return model.eval()
 
 
-def worker_of(model: nn.Module, kind: str = "rank1", scope: str = "full", optimizer: Optimizer | None = None) -> Worker:
+def replica_of(
+    model: nn.Module, kind: str = "rank1", scope: str = "full", optimizer: Optimizer | None = None
+) -> Replica:
     """The model as zofed trains it."""
     names = scopes.trainable_names(model, scope)
-    return Worker(model, make_genesis(model, {}, names, seed=1, kind=kind, optimizer=optimizer or Optimizer("sgd")))
+    return Replica(model, make_genesis(model, {}, names, seed=1, kind=kind, optimizer=optimizer or Optimizer("sgd")))
 
 
 def fused(model: GPT2LMHeadModel) -> nn.Module:

@@ -142,7 +142,7 @@ def federate(values: Values, folder: Path, clients: int, modes: Sequence[str] = 
     """A federated run in this process, or its summary where it is finished already."""
     if (folder / "summary.json").exists() and RunFolder(folder).summary().get("status") == "completed":
         return RunFolder(folder).summary()
-    client._replica.cache_clear()
+    client._session.cache_clear()
     settings = config.resolve(values | {"out": str(folder), "clients": clients})
     grid = LocalGrid(client.app, clients, settings.model_dump(by_alias=True))
     for context, mode in zip(grid._contexts.values(), modes, strict=False):
@@ -238,7 +238,7 @@ def lora(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
         prepare_process(1)
         task = Task.load(settings)
         torch.manual_seed(seed)
-        model: Any = task.worker().model
+        model: Any = task.replica().model
         wrapped: Any = get_peft_model(
             model,
             LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True),
@@ -300,7 +300,7 @@ def ferret(out: Path, size: str, arm: str, seeds: Iterable[int]) -> None:
             return [tuple(row) for row in json.loads(name.read_text())]
         prepare_process(1)
         task = Task.load(config.resolve(_values(out, size, "FedAvg", 0.1, seed)))
-        model = task.worker().model
+        model = task.replica().model
         shares = [task.shard(index, CLIENTS) for index in range(CLIENTS)]
         blocks = _blocks(list(model.parameters()))
         cost, curve = 0.0, [(0.0, task.evaluate(model).whole.loss)]

@@ -85,7 +85,7 @@ def quiet() -> Iterator[None]:
 def federate(folder: Path, clients: int, alter: Alter | None = None, **values: Any) -> dict[str, Any]:
     """One run; its summary."""
     shutil.rmtree(folder, ignore_errors=True)
-    client._replica.cache_clear()
+    client._session.cache_clear()
     changed = {key.replace("_", "-"): value for key, value in values.items()}
     settings = config.resolve(BASE | {"out": str(folder), "clients": clients} | changed)
     given = (client.app, clients, settings.model_dump(by_alias=True))
@@ -186,7 +186,7 @@ def _replicas_forget(at: int) -> Iterator[None]:
     def forgetful(plan: Any, context: Any) -> Any:
         if plan.round == at and not done:
             done.append(True)
-            client._replica.cache_clear()
+            client._session.cache_clear()
         return measure(plan, context)
 
     client.measure = forgetful
@@ -199,7 +199,7 @@ def _replicas_forget(at: int) -> Iterator[None]:
 @contextlib.contextmanager
 def _flipped_bit(at: int, chance: random.Random) -> Iterator[list[bool]]:
     """After round `at` one random bit of one random weight of the clients' replica is wrong; gives its rebuildings."""
-    measure, rebuild = client.measure, client.Task.worker
+    measure, rebuild = client.measure, client.Task.replica
     done: list[bool] = []
     rebuilt: list[bool] = []
 
@@ -207,7 +207,7 @@ def _flipped_bit(at: int, chance: random.Random) -> Iterator[list[bool]]:
         answer = measure(plan, context)
         if plan.round == at and not done:
             done.append(True)
-            parameters = list(client.replica(context).worker.parameters.values())
+            parameters = list(client.session(context).replica.parameters.values())
             flat = chance.choice(parameters).detach().view(-1).view(torch.int32)
             flat[chance.randrange(len(flat))] ^= 1 << chance.randrange(31)
         return answer
@@ -216,11 +216,11 @@ def _flipped_bit(at: int, chance: random.Random) -> Iterator[list[bool]]:
         rebuilt.extend(done)
         return rebuild(self)
 
-    client.measure, client.Task.worker = flipping, noting
+    client.measure, client.Task.replica = flipping, noting
     try:
         yield rebuilt
     finally:
-        client.measure, client.Task.worker = measure, rebuild
+        client.measure, client.Task.replica = measure, rebuild
 
 
 def kills(folder: Path, count: int) -> None:
@@ -338,20 +338,20 @@ def machines(folder: Path) -> None:
 def joining(folder: Path) -> None:
     """Replaying a run's journal at 20M, against its weights over a link of 10 Mbit/s."""
     task = Task.load(config.resolve({"model": "20M", "dataset": "pydoc", "block-size": 32, "device": "cpu"}))
-    worker = task.worker()
-    count = sum(parameter.numel() for parameter in worker.parameters.values())
+    replica = task.replica()
+    count = sum(parameter.numel() for parameter in replica.parameters.values())
     print("| record | rounds | seconds of replay | seconds of its bytes at 10 Mbit/s | of the weights |")
     print("| --- | --- | --- | --- | --- |")
     for clients, queries in ((1, 8), (10, 8)):
-        head, entries = worker.head, []
-        for round_ in range(worker.round + 1, worker.round + 101):
+        head, entries = replica.head, []
+        for round_ in range(replica.round + 1, replica.round + 101):
             values = tuple((index * 7919) % 63 - 31 for index in range(clients * queries))
             made = Seeded(round_, 1e-3, tuple(range(clients)), queries, values, -10, float(len(values)))
             entries.append(journal.link(head, made))
             head = entries[-1].chain
         raw = journal.bodies(entries)
         began = time.monotonic()
-        worker.replay(entries)
+        replica.replay(entries)
         seconds = time.monotonic() - began
         told = f"{seconds:.1f} | {len(raw) * 8e-7:.3f} | {4 * count * 8e-7:.0f}"
         print(f"| {clients} x {queries} directions | 100 | {told} |", flush=True)

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel
 from zofed import config
 from zofed.core.journal import Journal
 from zofed.data import encoding
-from zofed.training.steps import asker
+from zofed.training.steps import step_function
 from zofed.training.task import Task, prepare_process
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -44,16 +44,16 @@ def _ratios(size: str, shape: tuple[int, int], threads: int, pairs: int, optimiz
         }
     )
     task = Task.load(settings)
-    worker, examples = task.worker(), task.shard(0, 1)
-    ask = asker(settings, worker, examples, 10**6)
+    replica, examples = task.replica(), task.shard(0, 1)
+    ask = step_function(settings, replica, examples, 10**6)
     with (
         tempfile.TemporaryDirectory() as folder,
-        Journal.create(Path(folder) / "journal.zofed", worker.genesis) as journal,
+        Journal.create(Path(folder) / "journal.zofed", replica.genesis) as journal,
     ):
 
         def ours() -> None:
-            step = ask(worker.round + 1)
-            worker.apply(journal.append(step.record), step.update)
+            step = ask(replica.round + 1)
+            replica.apply(journal.append(step.record), step.update)
 
         plain = _plain_loop(task, examples, shape[0], optimizer)
         for run in (ours, plain, ours, plain):
@@ -63,7 +63,7 @@ def _ratios(size: str, shape: tuple[int, int], threads: int, pairs: int, optimiz
 
 
 def _plain_loop(task: Task, examples: encoding.Examples, batch_size: int, optimizer: str) -> Callable[[], None]:
-    model = GPT2LMHeadModel(task.worker().model.config).train()  # dropout is 0 in the config's run below
+    model = GPT2LMHeadModel(task.replica().model.config).train()  # dropout is 0 in the config's run below
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

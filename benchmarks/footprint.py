@@ -55,17 +55,17 @@ def _steps(settings: Any, tokenizer: Any) -> None:
 
     from zofed.core.journal import link
     from zofed.models import spec
-    from zofed.training.steps import asker
-    from zofed.training.task import worker_of
+    from zofed.training.steps import step_function
+    from zofed.training.task import replica_of
 
     model = spec.create_model(settings, tokenizer)
     shape = (2 * settings.batch_size, settings.block_size)
     ids = torch.randint(0, len(tokenizer), shape, generator=torch.Generator().manual_seed(1))
-    worker = worker_of(settings, model)
-    ask = asker(settings, worker, {"input_ids": ids, "labels": ids}, STEPS)
+    replica = replica_of(settings, model)
+    ask = step_function(settings, replica, {"input_ids": ids, "labels": ids}, STEPS)
     for round_ in range(1, STEPS + 1):
         step = ask(round_)
-        worker.apply(link(worker.head, step.record), step.update)
+        replica.apply(link(replica.head, step.record), step.update)
         del step
 
 

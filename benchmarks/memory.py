@@ -40,20 +40,20 @@ def measure(way: str, size: str, shape: tuple[int, int], copies: int) -> int:
             loss().backward()
             optimizer.step()
     else:
-        worker = common.worker_of(common.fused(model))
+        replica = common.replica_of(common.fused(model))
         for _ in range(2):
-            query.step(worker, loss, 8, {"one copy": 1, "two copies": 2}.get(way, copies))
+            query.step(replica, loss, 8, {"one copy": 1, "two copies": 2}.get(way, copies))
     return status("VmHWM") - before
 
 
 def _smallest() -> tuple[Any, Any]:
-    """A worker and its loss, as small as they come."""
+    """A replica and its loss, as small as they come."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from benchmarks import common
 
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=8, n_layer=1, n_head=1)).eval()
-    return common.worker_of(model), common.loss_of(model, common.batch_of((1, 4)) % 64)
+    return common.replica_of(model), common.loss_of(model, common.batch_of((1, 4)) % 64)
 
 
 def report(size: str, shape: tuple[int, int], copies: int) -> None:

@@ -22,10 +22,10 @@ from zofed.base.errors import UserError
 from zofed.core import metrics
 from zofed.core.estimators import FiniteDifference, asked, scalar
 from zofed.core.perturbed import Loss
-from zofed.core.replica import Worker
+from zofed.core.replica import Replica
 from zofed.data import encoding
 from zofed.models import scopes, spec
-from zofed.training.task import prepare_process, worker_of
+from zofed.training.task import prepare_process, replica_of
 
 EPSILON, QUERIES, COPIES = 0.01, 4, 8
 LARGEST_ERROR = 0.01  # of a slope's size, between batched losses and those at really moved weights
@@ -74,22 +74,22 @@ def measure(task: str, kind: str) -> Row:
             model = spec.create_model(settings, tokenizer, 2 if task == "classifier" else 0)
             scope, why = "full", ""
             try:
-                outcome, error, why = _outcome(worker_of(settings, model), model, task, False)
+                outcome, error, why = _outcome(replica_of(settings, model), model, task, False)
             except UserError as refusal:
                 remedy = re.search(r"set scope \(trainable, in a script\) to '(.*)'$", str(refusal))
                 if not remedy:
                     raise
                 scope, why = remedy[1], str(refusal)
                 settings = settings.model_copy(update={"scope": scope})
-                followed, error, _ = _outcome(worker_of(settings, model), model, task, False)
+                followed, error, _ = _outcome(replica_of(settings, model), model, task, False)
                 outcome = {"batched": "scope needed"}.get(followed, followed)
-            own, _, _ = _outcome(worker_of(settings, model), model, task, True)
+            own, _, _ = _outcome(replica_of(settings, model), model, task, True)
         except UserError as refusal:
             return Row(task, kind, name, "refused", "", torch.nan, "", str(refusal).replace(folder, "FOLDER"))
     return Row(task, kind, name, outcome, own, error, scope, why)
 
 
-def _outcome(worker: Worker, model: Any, task: str, is_own: bool) -> tuple[str, float, str]:
+def _outcome(replica: Replica, model: Any, task: str, is_own: bool) -> tuple[str, float, str]:
     """How the losses of a step were measured, how far its slopes are from those of moved weights, what was said."""
     batch = examples(task, QUERIES * EXAMPLES if is_own else EXAMPLES)
     if is_own:
@@ -102,10 +102,10 @@ def _outcome(worker: Worker, model: Any, task: str, is_own: bool) -> tuple[str, 
     seeds = list(range(1, QUERIES + 1))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = worker.ask(loss, seeds, EPSILON, COPIES, examples=own).slopes
+        found = replica.measure.slopes(loss, seeds, EPSILON, COPIES, examples=own).slopes
     told = [str(one.message) for one in said if "the loss cannot run" in str(one.message)]
-    how = FiniteDifference(worker.kind, EPSILON, "two-point", COPIES, worker.sizes)
-    moved = how.slopes(loss, worker.parameters, seeds, own, batched=False).slopes
+    how = FiniteDifference(replica.kind, EPSILON, "two-point", COPIES, replica.sizes)
+    moved = how.slopes(loss, replica.parameters, seeds, own, batched=False).slopes
     difference = torch.tensor(found) - torch.tensor(moved)
     error = float(difference.square().mean().sqrt() / torch.tensor(moved).square().mean().sqrt())
     outcome = "one by one" if told else "batched"

@@ -10,19 +10,19 @@ from zofed.base.environment import keep_freed_memory
 from zofed.core import perturbed
 from zofed.core.journal import link
 from zofed.core.records import Seeded, to_integers
-from zofed.core.replica import Worker
+from zofed.core.replica import Replica
 
 # examples x tokens: (queries, copies per pass) that suit two small cores; memory stays below twice inference's
 SHAPES = {(1, 64): (8, 16), (2, 128): (8, 4), (8, 128): (8, 2)}
 
 
-def step(worker: Worker, loss: common.Loss, queries: int, copies: int) -> None:
+def step(replica: Replica, loss: common.Loss, queries: int, copies: int) -> None:
     """One whole step: slopes, record, update."""
     seeds = list(range(queries))
-    estimate = worker.ask(loss, seeds, 1e-3, copies)
+    estimate = replica.measure.slopes(loss, seeds, 1e-3, copies)
     coefficients, exponent = to_integers(estimate.slopes)
-    record = Seeded(worker.round + 1, 1e-9, (0,), queries, coefficients, exponent, float(queries))
-    worker.apply(link(worker.head, record))
+    record = Seeded(replica.round + 1, 1e-9, (0,), queries, coefficients, exponent, float(queries))
+    replica.apply(link(replica.head, record))
 
 
 def in_pieces(loss: common.Loss) -> None:
@@ -39,7 +39,7 @@ def report(size: str, shape: tuple[int, int], threads: int, pairs: int) -> None:
     ids = common.batch_of(shape)
     plain, ours = common.plain_gpt2(size), common.fused(common.plain_gpt2(size))
     forward, loss = common.loss_of(plain, ids), common.loss_of(ours, ids)
-    worker, mezo = common.worker_of(ours), common.plain_gpt2(size)
+    replica, mezo = common.replica_of(ours), common.plain_gpt2(size)
     with torch.inference_mode():
         forward()
     count = max(1, queries // 4)
@@ -56,7 +56,7 @@ def report(size: str, shape: tuple[int, int], threads: int, pairs: int) -> None:
 
     found = common.ratios(
         {
-            "step": lambda: step(worker, loss, queries, copies),
+            "step": lambda: step(replica, loss, queries, copies),
             "chunked": chunked,
             "mezo": lambda: [common.mezo_query(mezo, common.loss_of(mezo, ids), k, 1e-3, 1e-9) for k in range(count)],
         },
@@ -93,8 +93,8 @@ def report_scopes(size: str, shape: tuple[int, int], threads: int, pairs: int) -
         ("full, gaussian", "gaussian", "full", 2),
     ):
         model = common.fused(common.plain_gpt2(size))
-        worker, loss = common.worker_of(model, kind, scope), common.loss_of(model, ids)
-        run: dict[str, Callable[[], object]] = {what: partial(step, worker, loss, asked, copies)}
+        replica, loss = common.replica_of(model, kind, scope), common.loss_of(model, ids)
+        run: dict[str, Callable[[], object]] = {what: partial(step, replica, loss, asked, copies)}
         found = common.ratios(run, unit, pairs)[what]
         print(
             f"| {size} | {shape[0]}x{shape[1]} | {what} | {common.median([2 * r / asked for r in found])} |", flush=True

@@ -95,18 +95,18 @@ class Row:
 
 def train(task: Task, examples: Examples, steps: int) -> tuple[Any, int]:
     """The trained model and the forward passes it took: the steps of `zofed train`, without its files."""
-    settings, worker, passes = task.settings, task.worker(), 0
+    settings, replica, passes = task.settings, task.replica(), 0
     for round_ in range(1, steps + 1):
         if settings.mode == "zo":
-            measured = measurements.slopes(settings, worker, examples, 0)
+            measured = measurements.slopes(settings, replica, examples, 0)
             passes += measured.forward_passes
-            worker.apply(link(worker.head, step_records.record_of(settings, worker, {0: measured}, steps)))
+            replica.apply(link(replica.head, step_records.record_of(settings, replica, {0: measured}, steps)))
         else:
             batch = encoding.batch(examples, seed=settings.seed, client=0, step=round_, batch_size=settings.batch_size)
-            update, _ = worker.gradient(lambda batch=batch: metrics.loss_of(worker.model, batch))
+            update, _ = replica.measure.gradient(lambda batch=batch: metrics.loss_of(replica.model, batch))
             passes += 1
-            worker.apply(link(worker.head, Dense(round_, settings.learning_rate)), update)
-    return worker.model, passes
+            replica.apply(link(replica.head, Dense(round_, settings.learning_rate)), update)
+    return replica.model, passes
 
 
 def measure(base: Settings, arm: Arm, mode: Mode, train_documents: list[Document], dev: list[Document]) -> Row:

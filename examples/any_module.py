@@ -59,7 +59,7 @@ def main() -> None:
     zo = zofed.ZerothOrder(model, seed=1, queries=32, journal=journal)
     for step in range(STEPS):
         pictures, labels = images(BATCH, seed=step)
-        record = zo.ask(lambda x=pictures, y=labels: F.cross_entropy(model(x), y), rate=0.05)
+        record = zo.measure(lambda x=pictures, y=labels: F.cross_entropy(model(x), y), rate=0.05)
         zo.apply(record)
 
     print(f"after {STEPS} steps of forward passes: accuracy {accuracy(model):.3f}")

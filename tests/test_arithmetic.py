@@ -69,7 +69,7 @@ def slopes(kind, offset):
     for parameter in model.parameters():
         parameter.data = at(parameter.data, offset)
     zo = zofed.ZerothOrder(model, seed=1, queries=6, directions=kind)
-    zo.ask(lambda: model(x).sum(), rate=0.1)
+    zo.measure(lambda: model(x).sum(), rate=0.1)
     return zo.estimate.slopes
 
 
@@ -115,7 +115,7 @@ with warnings.catch_warnings(record=True) as told:
     warnings.simplefilter("always")
     zo = zofed.ZerothOrder(model, seed=1, queries=2)
     for _ in range(2):
-        zo.ask(lambda: model(x).sum(), rate=0.1)
+        zo.measure(lambda: model(x).sum(), rate=0.1)
 print([str(one.message) for one in told if "MKL" in str(one.message)])
 """
 

@@ -18,8 +18,8 @@ from zofed.models import spec
 from zofed.preflight import check, footprint, model_info
 from zofed.runs.run_folder import peak_memory_bytes
 from zofed.training import modes
-from zofed.training.steps import asker
-from zofed.training.task import worker_of
+from zofed.training.steps import step_function
+from zofed.training.task import replica_of
 
 Zofed = Callable[..., tuple[int, str, str]]
 
@@ -32,15 +32,15 @@ def watched(settings: Settings) -> int:
     tokenizer = encoding.load_tokenizer("shipped")
     model = spec.create_model(settings, tokenizer)
     ids = torch.randint(0, 512, (settings.batch_size, settings.block_size), generator=torch.Generator().manual_seed(1))
-    worker = worker_of(settings, model)
-    ask = asker(settings, worker, {"input_ids": ids, "labels": ids}, 10)
+    replica = replica_of(settings, model)
+    ask = step_function(settings, replica, {"input_ids": ids, "labels": ids}, 10)
 
     def step() -> None:
-        asked = ask(worker.round + 1)
-        worker.apply(link(worker.head, asked.record), asked.update)
+        asked = ask(replica.round + 1)
+        replica.apply(link(replica.head, asked.record), asked.update)
 
     step()
-    state = worker.optimizer.state_dict().values()
+    state = replica.optimizer.state_dict().values()
     kept = [*model.parameters(), *(tensor for tensor in state if tensor.dtype != torch.float64)]
     return sum(tensor.numel() * tensor.element_size() for tensor in kept) + peak_bytes(step)
 

@@ -140,7 +140,7 @@ def test_a_fine_tuned_models_own_names_count_or_the_clash_is_told(tmp_path: Path
     assert "id2label" in complaint(lambda: task(two, model=plain))
     assert task(table(tmp_path / "c.csv", 0, 1), model=plain).labels == 3
     four = task(table(tmp_path / "d.csv", 0, 1, 2, 3), model=plain)
-    assert "give data of 3 classes" in complaint(four.worker)
+    assert "give data of 3 classes" in complaint(four.replica)
 
 
 def test_a_nodes_own_file_is_numbered_by_the_runs_names(tmp_path: Path) -> None:
@@ -201,27 +201,27 @@ def test_plans_tell_the_names_to_a_node_that_reads_its_own_file(tmp_path: Path) 
     values = QUICK | {"dataset": train, "rounds": 2, "clients": 2, "out": str(tmp_path / "run"), "eval-interval": 2}
     settings: Settings = config.resolve(values)
     held: list[set[int]] = []
-    client._replica.cache_clear()
+    client._session.cache_clear()
     grid = LocalGrid(client.app, 2, settings.model_dump(by_alias=True))
     deliver = grid._deliver
 
     def to_a_new_process(message: Any) -> str:
-        client._replica.cache_clear()
+        client._session.cache_clear()
         return deliver(message)
 
     grid._deliver = to_a_new_process  # type: ignore[method-assign]
     grid._contexts[1002].node_config["dataset"] = lines(tmp_path / "own.label", "pos", "neg")
-    parts = client.Replica.parts
+    parts = client.ClientSession.parts
 
-    def noted(self: client.Replica, context: Any) -> Any:
+    def noted(self: client.ClientSession, context: Any) -> Any:
         found = parts(self, context)
         if "dataset" in context.node_config:
             held.append(set(found[0]["labels"].tolist()))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client.Replica, "parts", noted)
+        patch.setattr(client.ClientSession, "parts", noted)
         summary = server.run(grid, settings, "")
-    client._replica.cache_clear()
+    client._session.cache_clear()
     assert summary["status"] == "completed" and held and all(found == {0, 2} for found in held)
     assert len(set(summary["client_digests"].values())) == 1

@@ -28,8 +28,8 @@ from transformers import (
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.core import metrics
+from zofed.core.digests import weights_digest
 from zofed.core.estimators import FiniteDifference
-from zofed.core.replica import weights_digest
 from zofed.data import encoding
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
@@ -90,7 +90,7 @@ Classify = Callable[..., config.Settings]
 def built(settings: config.Settings) -> tuple[PooledClassifier, encoding.Examples]:
     """A run's model, and all its training documents as tokens."""
     task = Task.load(settings)
-    model = task.worker().model
+    model = task.replica().model
     assert isinstance(model, PooledClassifier)
     return model, encoding.classification_examples(task.train, task.tokenizer, settings.block_size)
 
@@ -100,7 +100,7 @@ def ignore(row: Row) -> None:
 
 
 def federate(settings: config.Settings, out: Path, clients: int) -> dict[str, Any]:
-    client._replica.cache_clear()
+    client._session.cache_clear()
     settings = settings.model_copy(update={"out": str(out), "clients": clients})
     return server.run(LocalGrid(client.app, clients, settings.model_dump(by_alias=True)), settings, "")
 
@@ -153,13 +153,13 @@ def test_perturbed_copies_share_a_pass_and_agree_with_copies_alone(
 ) -> None:
     settings = classify(model=str(folders[name]), pooling=pooling)
     task = Task.load(settings)
-    worker = task.worker()
+    replica = task.replica()
     batch = {key: tensor[:6] for key, tensor in task.shard(0, 1).items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a loss that cannot run for many copies at once is said in a warning
-        together = worker.ask(lambda: metrics.loss_of(worker.model, batch), [1, 2, 3], 1e-2, 3)
+        together = replica.measure.slopes(lambda: metrics.loss_of(replica.model, batch), [1, 2, 3], 1e-2, 3)
     how = FiniteDifference("rank1", 1e-2, "two-point", 1)
-    alone = how.slopes(lambda: metrics.loss_of(worker.model, batch), worker.parameters, [1, 2, 3], batched=False)
+    alone = how.slopes(lambda: metrics.loss_of(replica.model, batch), replica.parameters, [1, 2, 3], batched=False)
     torch.testing.assert_close(torch.as_tensor(together.slopes), torch.as_tensor(alone.slopes), rtol=2e-2, atol=2e-3)
 
 
@@ -293,7 +293,7 @@ def interrupt(row: Row) -> None:
 
 def test_scopes_leave_out_what_the_loss_does_not_use(classify: Classify, folders: dict[str, Path]) -> None:
     def trained(**values: Any) -> list[str]:
-        return list(Task.load(classify(model=str(folders["bert"]), **values)).worker().parameters)
+        return list(Task.load(classify(model=str(folders["bert"]), **values)).replica().parameters)
 
     head = ["classifier.weight", "classifier.bias"]
     assert trained(freeze_encoder=True) == trained(freeze_encoder=True, scope="head") == head

@@ -46,7 +46,7 @@ def settings_of(way: str, corpus: Path) -> Settings:
 def carried_out(way: str, settings: Settings, out: Path) -> dict[str, Any]:
     """The run, new or from what stands in its folder."""
     if way == "federated":
-        client._replica.cache_clear()
+        client._session.cache_clear()
         settings = settings.model_copy(update={"out": str(out)})
         return server.run(LocalGrid(client.app, 2, settings.model_dump(by_alias=True)), settings, "")
     if RunFolder(out).journal.exists():
@@ -75,7 +75,7 @@ class Undisturbed:
 
         def catching(trainer: Any, *arguments: Any) -> None:
             account(trainer, *arguments)
-            if trainer.worker.round in MOMENTS:
+            if trainer.replica.round in MOMENTS:
                 self._catch(trainer.folder.path)
 
         Trainer._account = catching  # type: ignore[method-assign]

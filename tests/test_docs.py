@@ -815,7 +815,7 @@ def test_blocks_of_python_compile_and_run_where_they_can(
                 old.unlink()  # of another block, with another model
             exec(compile(tree, str(block), "exec"), names)
             assert (
-                "model" not in names or not isinstance(names.get("zo"), zofed.ZerothOrder) or names["zo"].worker.round
+                "model" not in names or not isinstance(names.get("zo"), zofed.ZerothOrder) or names["zo"].replica.round
             )
 
 

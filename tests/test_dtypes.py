@@ -31,8 +31,9 @@ from transformers import (
 from zofed import config
 from zofed.config import Settings
 from zofed.core import perturbed
+from zofed.core.digests import weights_digest
 from zofed.core.estimators import FiniteDifference
-from zofed.core.replica import TRAINABLE_DTYPES, weights_digest
+from zofed.core.genesis import TRAINABLE_DTYPES
 from zofed.data import encoding
 from zofed.models import spec
 from zofed.runs.run_folder import RunFolder

@@ -27,10 +27,12 @@ from transformers import (
 from zofed.base.errors import UserError
 from zofed.core import directions, estimators, metrics, perturbed
 from zofed.core.deferred_logits import DEFER_FROM
+from zofed.core.digests import named_parameters
 from zofed.core.directions import Kind, direction
 from zofed.core.estimators import Estimate, FiniteDifference, Parameters, Points
+from zofed.core.genesis import make_genesis
 from zofed.core.optimizers import Optimizer
-from zofed.core.replica import Worker, make_genesis, named_parameters
+from zofed.core.replica import Replica
 from zofed.models.scopes import trainable_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -774,23 +776,23 @@ def test_one_sided_slopes_of_examples_start_from_each_querys_own_loss() -> None:
         assert estimate.forward_passes == 8
 
 
-# --- what a worker does with a loss that cannot run for many copies at once ---
+# --- what a replica does with a loss that cannot run for many copies at once ---
 
 
-def worker_of(model: nn.Module, kind: Kind = "rank1") -> Worker:
+def replica_of(model: nn.Module, kind: Kind = "rank1") -> Replica:
     genesis = make_genesis(model, {}, named_parameters(model), seed=1, kind=kind, optimizer=Optimizer("sgd"))
-    return Worker(model, genesis)
+    return Replica(model, genesis)
 
 
 def asked(
     model: nn.Module, loss: Callable[..., Any], examples: Any = None, times: int = 4, epsilon: float = 0.05
 ) -> list[str]:
     """Ask several times; asserts that moved weights give the same and that nothing moved. Returns what was warned."""
-    worker, before = worker_of(model), bits_of(model)
+    replica, before = replica_of(model), bits_of(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        estimates = [worker.ask(loss, SEEDS, epsilon, 4, examples=examples) for _ in range(times)]
-    moved = FiniteDifference("rank1", epsilon).slopes(loss, worker.parameters, SEEDS, examples, batched=False)
+        estimates = [replica.measure.slopes(loss, SEEDS, epsilon, 4, examples=examples) for _ in range(times)]
+    moved = FiniteDifference("rank1", epsilon).slopes(loss, replica.parameters, SEEDS, examples, batched=False)
     assert any(moved.slopes)
     for estimate in estimates:
         assert estimate.slopes == pytest.approx(moved.slopes, rel=1e-4, abs=1e-5)
@@ -921,7 +923,7 @@ class WithIdle(nn.Module):
 def test_a_worker_names_the_parameter_that_a_loss_never_used() -> None:
     model = randomised(WithIdle())
     with pytest.raises(UserError, match=r"never used .*idle\.weight, idle\.bias: set scope"):
-        worker_of(model).ask(lambda: model(LINEAR_X), SEEDS, 0.1, 4)
+        replica_of(model).measure.slopes(lambda: model(LINEAR_X), SEEDS, 0.1, 4)
 
 
 @pytest.mark.parametrize("kind", ["rank1", "rademacher"])
@@ -930,7 +932,7 @@ def test_a_worker_names_it_where_directions_are_written_into_the_weights_too(kin
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(UserError, match=r"never used .*idle"):
-            worker_of(model, kind).ask(lambda: torch.tensor(float(model(LINEAR_X))), SEEDS, 0.1, 4)
+            replica_of(model, kind).measure.slopes(lambda: torch.tensor(float(model(LINEAR_X))), SEEDS, 0.1, 4)
 
 
 @pytest.mark.parametrize("fault", [RuntimeError, ValueError, ZeroDivisionError, UserError])
@@ -939,7 +941,7 @@ def test_a_fault_of_the_loss_shows_as_itself(kind: Kind, fault: type[Exception])
     """At whichever pass it comes, and with every bit of the weights in place."""
     for first in (1, 2, 5):
         model = a_linear()
-        worker, before, calls = worker_of(model, kind), bits_of(model), 0
+        replica, before, calls = replica_of(model, kind), bits_of(model), 0
 
         def failing(model: nn.Module = model, first: int = first) -> Tensor:
             nonlocal calls
@@ -951,7 +953,7 @@ def test_a_fault_of_the_loss_shows_as_itself(kind: Kind, fault: type[Exception])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with pytest.raises(fault, match="mine alone"):
-                worker.ask(failing, SEEDS, 0.1, 2)
+                replica.measure.slopes(failing, SEEDS, 0.1, 2)
         assert bits_of(model) == before
 
 

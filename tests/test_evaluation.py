@@ -99,7 +99,7 @@ def test_baselines_and_bits_a_byte_are_of_the_examples_that_are_scored(quick: Qu
     assert found.baselines()["unigram"] == pytest.approx(wanted)
     words = found.tokenizer.convert_ids_to_tokens(predicted, skip_special_tokens=True)
     bytes_per_token = sum(map(len, words)) / len(predicted)  # its alphabet has a character for each byte
-    score = found.evaluate(found.worker().model).whole
+    score = found.evaluate(found.replica().model).whole
     assert score.bytes_per_token == pytest.approx(bytes_per_token)
     assert score.bits_per_byte == pytest.approx(score.loss / math.log(2) / bytes_per_token)
 
@@ -119,7 +119,7 @@ def test_clients_evaluate_on_a_sample_of_their_own_and_tell_its_size(quick: Quic
     found = Task.load(settings)
     held_out = found.client_parts(0, 2, 0.5)[1]
     assert held_out is not None
-    score = metrics.evaluate(found.worker().model, found.sampled(held_out))
+    score = metrics.evaluate(found.replica().model, found.sampled(held_out))
     assert float(rows[0]["loss"]) == pytest.approx(score.loss, rel=1e-6)
 
 

@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from zofed import config
 from zofed.core import aggregation, gradient_codec, journal, records, snapshots, subspace, varint
 from zofed.core.aggregation import Measured
+from zofed.core.digests import tensors_digest
 from zofed.core.estimators import Points
+from zofed.core.genesis import make_genesis
 from zofed.core.journal import Entry, genesis_chain, link, position
+from zofed.core.measure import Update
 from zofed.core.optimizers import Optimizer
 from zofed.core.records import Dense, Guided, Record, Seeded, Skipped, Spread
-from zofed.core.replica import Update, Worker, catch_up, make_genesis, tensors_digest
+from zofed.core.replica import Replica, catch_up
 from zofed.federated import wire
 from zofed.federated.messages import KEY, pack, payload, size, unpack
 from zofed.federated.protocol import (
@@ -148,7 +151,7 @@ def test_a_broken_answer_is_refused_with_its_reason(change: dict[str, Any], reas
 
 @pytest.mark.parametrize(("change", "reason"), BROKEN_UPDATES, ids=lambda value: str(value)[:60])
 def test_a_broken_update_is_refused_with_its_reason(change: dict[str, Any], reason: Reason) -> None:
-    assert check_update(replace(GIVEN, **change), PLAN, worker_of(), 5.0) == (None, reason)
+    assert check_update(replace(GIVEN, **change), PLAN, replica_of(), 5.0) == (None, reason)
 
 
 def test_the_tables_cover_every_reason_that_a_check_can_give() -> None:
@@ -182,7 +185,7 @@ def test_a_good_answer_is_taken(change: dict[str, Any]) -> None:
 
 def test_a_good_update_is_taken_and_decoded() -> None:
     for limit in (0.0, 5.0):
-        update, reason = check_update(GIVEN, PLAN, worker_of(), limit)
+        update, reason = check_update(GIVEN, PLAN, replica_of(), limit)
         assert reason is None and update is not None
         assert tensors_digest(update) == tensors_digest(update_of())
 
@@ -434,18 +437,18 @@ def chosen_settings(**changes: Any) -> config.Settings:
 @pytest.mark.parametrize("normalize_slopes", [False, True])
 def test_the_record_of_a_round_follows_the_settings_and_the_worker(points: Points, normalize_slopes: bool) -> None:
     chosen = chosen_settings(finite_difference=points, normalize_slopes=normalize_slopes, clip_slopes=0.0)
-    worker = standing_at(4)
+    replica = standing_at(4)
     answers = {4: measured((9, -8, 7), -12), 1: measured((1, 2**17, 3), -17)}
-    record = step_records.record_of(chosen, worker, answers, 8)
+    record = step_records.record_of(chosen, replica, answers, 8)
     assert (record.round, record.queries, record.clients) == (5, 3, (1, 4))
     assert record.rate == schedules.learning_rate(chosen, 5, 8) < 0.5
     degrees = 2 * (3 if points == "two-point" else 2)
     expected = (
-        degrees * worker.spread.after(record.coefficients, record.exponent).value if normalize_slopes else degrees
+        degrees * replica.spread.after(record.coefficients, record.exponent).value if normalize_slopes else degrees
     )
     assert record.divisor == expected
-    assert worker.spread != Spread()
-    assert worker.spread == standing_at(4).spread, "a record is made before it is applied, and changes nothing"
+    assert replica.spread != Spread()
+    assert replica.spread == standing_at(4).spread, "a record is made before it is applied, and changes nothing"
 
 
 def test_one_query_of_one_point_is_divided_by_one() -> None:
@@ -459,11 +462,11 @@ def test_several_rounds_of_one_exchange_are_the_rounds_asked_one_by_one() -> Non
     answers = {0: measured(range(1, 10), -12), 5: measured(range(-40, -31), -12)}
     made = step_records.records_of(chosen, standing_at(4), answers, 9, 3)
     assert [record.round for record in made] == [5, 6, 7]
-    worker = standing_at(4)
+    replica = standing_at(4)
     for step, record in enumerate(made):
         part = {c: replace(one, coefficients=one.coefficients[3 * step : 3 * step + 3]) for c, one in answers.items()}
-        assert step_records.record_of(chosen, worker, part, 9) == record
-        worker.apply(link(worker.head, record))
+        assert step_records.record_of(chosen, replica, part, 9) == record
+        replica.apply(link(replica.head, record))
     assert len({record.rate for record in made}) == len({record.divisor for record in made}) == 3
 
 
@@ -491,7 +494,7 @@ def test_local_steps_are_summed_and_each_is_a_mean_over_all_directions(seeds: st
 def test_the_norm_of_an_estimate_is_clipped() -> None:
     answers = {0: measured((100, -200, 300), 0)}
     whole = step_records.record_of(chosen_settings(normalize_slopes=False), standing_at(0), answers, 9)
-    parameters = sum(parameter.numel() for parameter in worker_of().parameters.values())
+    parameters = sum(parameter.numel() for parameter in replica_of().parameters.values())
     norm = records.estimate_norm(whole, parameters)
     for limit in (norm / 7, norm * 2):
         record = step_records.record_of(
@@ -538,7 +541,7 @@ HISTORY: tuple[Record, ...] = (
 )
 
 
-def worker_of(seed: int = 1, optimizer: Optimizer | None = None) -> Worker:
+def replica_of(seed: int = 1, optimizer: Optimizer | None = None) -> Replica:
     model = nn.Linear(3, 2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -546,28 +549,28 @@ def worker_of(seed: int = 1, optimizer: Optimizer | None = None) -> Worker:
     genesis = make_genesis(
         model, {"name": "test"}, list(SHAPES), seed=seed, kind="rank1", optimizer=optimizer or Optimizer("sgd", 0.5)
     )
-    return Worker(model, genesis)
+    return Replica(model, genesis)
 
 
-def history(worker: Worker, contents: Sequence[Record] = HISTORY) -> list[Entry]:
-    chain, entries = worker.head, []
+def history(replica: Replica, contents: Sequence[Record] = HISTORY) -> list[Entry]:
+    chain, entries = replica.head, []
     for record in contents:
         entries.append(link(chain, record))
         chain = entries[-1].chain
     return entries
 
 
-def standing_at(count: int, optimizer: Optimizer | None = None) -> Worker:
-    """A worker that has applied the first `count` entries."""
-    worker = worker_of(optimizer=optimizer)
-    for entry in history(worker)[:count]:
-        worker.apply(entry, UPDATE if isinstance(entry.record, Dense | Guided) else None)
-    return worker
+def standing_at(count: int, optimizer: Optimizer | None = None) -> Replica:
+    """A replica that has applied the first `count` entries."""
+    replica = replica_of(optimizer=optimizer)
+    for entry in history(replica)[:count]:
+        replica.apply(entry, UPDATE if isinstance(entry.record, Dense | Guided) else None)
+    return replica
 
 
-def state(worker: Worker) -> tuple[Any, ...]:
-    moments = {key: value.tolist() for key, value in worker.state_dict().items()}
-    return worker.digest(), worker.head, worker.round, worker.probe(), worker.spread, moments
+def state(replica: Replica) -> tuple[Any, ...]:
+    moments = {key: value.tolist() for key, value in replica.state_dict().items()}
+    return replica.digest(), replica.head, replica.round, replica.probe(), replica.spread, moments
 
 
 LENGTHS = range(len(HISTORY) + 1)
@@ -576,41 +579,41 @@ LENGTHS = range(len(HISTORY) + 1)
 @pytest.mark.parametrize("start", LENGTHS)
 @pytest.mark.parametrize("stands", LENGTHS)
 def test_a_worker_anywhere_on_the_way_catches_up_to_the_same_state(start: int, stands: int) -> None:
-    entries, goal = history(worker_of()), standing_at(len(HISTORY))
+    entries, goal = history(replica_of()), standing_at(len(HISTORY))
     after = entries[start - 1].chain if start else genesis_chain(goal.genesis)
-    worker = standing_at(stands)
-    reached = catch_up(worker, after, journal.bodies(entries[start:]), {DIGEST: UPDATE})
+    replica = standing_at(stands)
+    reached = catch_up(replica, after, journal.bodies(entries[start:]), {DIGEST: UPDATE})
     assert reached == (stands >= start)
-    assert state(worker) == state(goal if reached else standing_at(stands))
+    assert state(replica) == state(goal if reached else standing_at(stands))
 
 
 @pytest.mark.parametrize("stands", LENGTHS)
 def test_without_an_update_that_the_way_names_nothing_is_applied(stands: int) -> None:
-    entries, worker = history(worker_of()), standing_at(stands)
-    before = state(worker)
-    reached = catch_up(worker, genesis_chain(worker.genesis), journal.bodies(entries), {b"o" * 32: UPDATE})
+    entries, replica = history(replica_of()), standing_at(stands)
+    before = state(replica)
+    reached = catch_up(replica, genesis_chain(replica.genesis), journal.bodies(entries), {b"o" * 32: UPDATE})
     assert reached == (stands >= 5), "the last update needed is that of round 5"
-    assert state(worker) == (state(standing_at(6)) if reached else before)
+    assert state(replica) == (state(standing_at(6)) if reached else before)
 
 
 @pytest.mark.parametrize("start", LENGTHS)
 def test_a_plan_brings_every_client_it_was_made_for_to_the_round(start: int) -> None:
-    entries, goal = history(worker_of()), standing_at(len(HISTORY))
+    entries, goal = history(replica_of()), standing_at(len(HISTORY))
     after = entries[start - 1].chain if start else genesis_chain(goal.genesis)
     plan = plan_for(goal, after, entries[start:], client=2, attempt=9)
     assert (plan.round, plan.attempt, plan.client, plan.probe, plan.task) == (7, 9, 2, goal.probe(), "slopes")
     assert plan.genesis == genesis_chain(goal.genesis)[:4]
-    worker = standing_at(start)
-    assert catch_up(worker, plan.after, plan.entries, {DIGEST: UPDATE})
-    assert (worker.probe(), worker.head) == (plan.probe, goal.head)
+    replica = standing_at(start)
+    assert catch_up(replica, plan.after, plan.entries, {DIGEST: UPDATE})
+    assert (replica.probe(), replica.head) == (plan.probe, goal.head)
 
 
 def test_the_first_plan_starts_from_the_genesis() -> None:
-    worker = worker_of()
-    plan = plan_for(worker, worker.head, [], client=0)
-    assert plan.after == genesis_chain(worker.genesis)
+    replica = replica_of()
+    plan = plan_for(replica, replica.head, [], client=0)
+    assert plan.after == genesis_chain(replica.genesis)
     assert (plan.round, plan.entries) == (1, b"")
-    assert catch_up(worker, plan.after, plan.entries)
+    assert catch_up(replica, plan.after, plan.entries)
 
 
 def broken_ways() -> dict[str, Callable[[list[Entry]], bytes]]:
@@ -627,10 +630,10 @@ def broken_ways() -> dict[str, Callable[[list[Entry]], bytes]]:
 @pytest.mark.parametrize("way", broken_ways())
 @pytest.mark.parametrize("stands", [0, 1, 2])
 def test_a_broken_way_is_refused_and_moves_nothing(way: str, stands: int) -> None:
-    worker, entries = standing_at(stands), history(worker_of())
-    before = state(worker)
-    assert not catch_up(worker, genesis_chain(worker.genesis), broken_ways()[way](entries), {DIGEST: UPDATE})
-    assert state(worker) == before
+    replica, entries = standing_at(stands), history(replica_of())
+    before = state(replica)
+    assert not catch_up(replica, genesis_chain(replica.genesis), broken_ways()[way](entries), {DIGEST: UPDATE})
+    assert state(replica) == before
 
 
 def other_ways() -> dict[str, Callable[[list[Entry]], list[Entry]]]:
@@ -645,14 +648,14 @@ def other_ways() -> dict[str, Callable[[list[Entry]], list[Entry]]]:
 @pytest.mark.parametrize("way", other_ways())
 def test_another_way_from_the_same_start_ends_at_another_head(way: str) -> None:
     """The head does not travel but follows: whoever applied other records says so by its probe or its chain."""
-    entries = history(worker_of())
+    entries = history(replica_of())
     raw = journal.bodies(other_ways()[way](entries))
-    found = journal.linked(raw, genesis_chain(worker_of().genesis))
+    found = journal.linked(raw, genesis_chain(replica_of().genesis))
     assert found[-1].chain != entries[-1].chain
-    worker = standing_at(2)
-    before = state(worker)
-    assert not catch_up(worker, genesis_chain(worker.genesis), raw, {DIGEST: UPDATE})
-    assert state(worker) == before
+    replica = standing_at(2)
+    before = state(replica)
+    assert not catch_up(replica, genesis_chain(replica.genesis), raw, {DIGEST: UPDATE})
+    assert state(replica) == before
 
 
 @given(st.binary(max_size=60), st.binary(min_size=16, max_size=16))
@@ -666,26 +669,26 @@ def test_arbitrary_bytes_lead_nowhere_or_are_records(raw: bytes, chain: bytes) -
 
 
 def test_bodies_are_linked_to_the_entries_they_came_from() -> None:
-    entries = history(worker_of())
+    entries = history(replica_of())
     for start, end in itertools.combinations(LENGTHS, 2):
-        chain = entries[start - 1].chain if start else genesis_chain(worker_of().genesis)
+        chain = entries[start - 1].chain if start else genesis_chain(replica_of().genesis)
         assert journal.linked(journal.bodies(entries[start:end]), chain) == entries[start:end]
     assert len(journal.bodies(entries[3:4])) < 45
 
 
 def test_a_worker_ahead_of_the_plan_is_not_moved() -> None:
-    worker, entries = standing_at(4), history(worker_of())
-    before = state(worker)
-    assert not catch_up(worker, genesis_chain(worker.genesis), journal.bodies(entries[:2]), {DIGEST: UPDATE})
-    assert state(worker) == before
+    replica, entries = standing_at(4), history(replica_of())
+    before = state(replica)
+    assert not catch_up(replica, genesis_chain(replica.genesis), journal.bodies(entries[:2]), {DIGEST: UPDATE})
+    assert state(replica) == before
 
 
 def test_a_position_is_counted_in_entries() -> None:
-    worker = worker_of()
-    entries = history(worker)
-    heads = [worker.head, *(entry.chain for entry in entries)]
-    assert [position(entries, worker.head, head) for head in heads] == list(LENGTHS)
-    assert position(entries, worker.head, b"x" * 16) is None
+    replica = replica_of()
+    entries = history(replica)
+    heads = [replica.head, *(entry.chain for entry in entries)]
+    assert [position(entries, replica.head, head) for head in heads] == list(LENGTHS)
+    assert position(entries, replica.head, b"x" * 16) is None
 
 
 # --- snapshots ---
@@ -697,14 +700,14 @@ OPTIMIZERS = [Optimizer("sgd"), Optimizer("sgd", 0.5), Optimizer("adamw", weight
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_a_snapshot_is_all_that_a_replica_is(optimizer: Optimizer, count: int) -> None:
     """What it moves afterwards shows that no state of the optimizer and no spread was lost."""
-    there, worker = standing_at(count, optimizer), standing_at(2, optimizer)
+    there, replica = standing_at(count, optimizer), standing_at(2, optimizer)
     raw = snapshots.taken(there)
-    snapshots.restore(worker, raw)
-    assert state(worker) == state(there)
-    for entry in history(worker_of(optimizer=optimizer))[count:]:
-        for one in (there, worker):
+    snapshots.restore(replica, raw)
+    assert state(replica) == state(there)
+    for entry in history(replica_of(optimizer=optimizer))[count:]:
+        for one in (there, replica):
             one.apply(entry, UPDATE if isinstance(entry.record, Dense | Guided) else None)
-    assert state(worker) == state(there) == state(standing_at(len(HISTORY), optimizer))
+    assert state(replica) == state(there) == state(standing_at(len(HISTORY), optimizer))
     assert snapshots.size(there) <= len(snapshots.taken(there))
 
 
@@ -740,11 +743,11 @@ def broken_snapshots() -> dict[str, bytes]:
 
 @pytest.mark.parametrize("way", broken_snapshots())
 def test_a_broken_snapshot_is_refused_and_moves_nothing(way: str) -> None:
-    worker = standing_at(2)
-    before = state(worker)
+    replica = standing_at(2)
+    before = state(replica)
     with pytest.raises(ValueError, match="snapshot"):
-        snapshots.restore(worker, broken_snapshots()[way])
-    assert state(worker) == before
+        snapshots.restore(replica, broken_snapshots()[way])
+    assert state(replica) == before
 
 
 # --- guides ---

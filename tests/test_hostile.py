@@ -239,7 +239,7 @@ def test_forged_updates_are_refused_each_for_its_reason(
 
     from zofed.training.task import Task, with_absolute_paths
 
-    genesis = Task.load(with_absolute_paths(settings)).worker().genesis
+    genesis = Task.load(with_absolute_paths(settings)).replica().genesis
     grid.forge_by(forge)
     summary = run((grid, settings))
     assert sum(map(Counter.total, grid.told.values())) >= len(UPDATES)
@@ -487,7 +487,7 @@ def test_gradients_of_any_size_end_no_run(quick: Quick, start: Start) -> None:
 
     from zofed.training.task import Task, with_absolute_paths
 
-    genesis = Task.load(with_absolute_paths(settings)).worker().genesis
+    genesis = Task.load(with_absolute_paths(settings)).replica().genesis
     shapes = {name: tuple(shape) for name, _, shape in genesis["trainable"]}
     grid.alter = alter
     summary = run((grid, settings))

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from zofed.base.errors import UserError
 from zofed.core import directions, records
+from zofed.core.digests import named_parameters, tensors_digest
 from zofed.core.directions import tensor_id
+from zofed.core.genesis import make_genesis
 from zofed.core.journal import link
 from zofed.core.optimizers import Optimizer
 from zofed.core.records import Guided, Seeded
-from zofed.core.replica import Worker, guided_estimate, make_genesis, named_parameters, tensors_digest
+from zofed.core.replica import Replica, guided_estimate
 from zofed.training import guided as instruct
 from zofed.training.guided import Shape, guidance, on_grid, threshold_of
 
@@ -32,13 +34,13 @@ KINDS = ("hybrid", "hybrid-rank1", "cosine")
 PLAIN = Shape("hybrid-rank1", "projected", False, 0.9, 0.5, 1.0, 0.5, 8)
 
 
-def worker_of(kind: str = "rank1", value: float = 0.0, **changes: Any) -> Worker:
+def replica_of(kind: str = "rank1", value: float = 0.0, **changes: Any) -> Replica:
     """A module of tensors of zero to three dimensions, all entries `value`, moved by SGD."""
     model = nn.Module()
     for name, shape in SHAPES.items():
         model.register_parameter(name, nn.Parameter(torch.full(shape, value)))
     arguments = {"seed": 5, "kind": kind, "optimizer": Optimizer("sgd")} | changes
-    return Worker(model, make_genesis(model, {"name": "test"}, named_parameters(model), **arguments))
+    return Replica(model, make_genesis(model, {"name": "test"}, named_parameters(model), **arguments))
 
 
 def spread_out(flat: NDArray[np.float64]) -> dict[str, Tensor]:
@@ -58,38 +60,43 @@ def drawn(seed: int) -> NDArray[np.float64]:
     return np.random.default_rng(seed).normal(size=SIZE)
 
 
-def linear(worker: Worker, gradient: NDArray[np.float64]) -> Callable[[], Tensor]:
+def linear(replica: Replica, gradient: NDArray[np.float64]) -> Callable[[], Tensor]:
     """A loss with this gradient everywhere."""
     own = spread_out(gradient)
-    return lambda: torch.stack([(own[name] * parameter).sum() for name, parameter in worker.parameters.items()]).sum()
+    return lambda: torch.stack([(own[name] * parameter).sum() for name, parameter in replica.parameters.items()]).sum()
 
 
-def noise_of(worker: Worker, seeds: list[int]) -> NDArray[np.float64]:
-    unit = directions.unit(worker.kind)
+def noise_of(replica: Replica, seeds: list[int]) -> NDArray[np.float64]:
+    unit = directions.unit(replica.kind)
     return np.stack(
         [
-            unit * flat({name: directions.direction(worker.kind, seed, name, shape) for name, shape in SHAPES.items()})
+            unit * flat({name: directions.direction(replica.kind, seed, name, shape) for name, shape in SHAPES.items()})
             for seed in seeds
         ]
     )
 
 
-def estimate_of(worker: Worker, record: Guided, guide: dict[str, Tensor]) -> NDArray[np.float64]:
+def estimate_of(replica: Replica, record: Guided, guide: dict[str, Tensor]) -> NDArray[np.float64]:
     """What the record moves weights that are zero by, with a rate of 1 and the sign turned."""
-    assert record.rate == 1.0 and not any(parameter.any() for parameter in worker.parameters.values())
-    worker.apply(link(worker.head, record), guide)
-    found = -flat(worker.parameters)
-    for parameter in worker.parameters.values():
+    assert record.rate == 1.0 and not any(parameter.any() for parameter in replica.parameters.values())
+    replica.apply(link(replica.head, record), guide)
+    found = -flat(replica.parameters)
+    for parameter in replica.parameters.values():
         parameter.detach().zero_()
     return found
 
 
 def asked(
-    worker: Worker, shape: Shape, guide: dict[str, Tensor], gradient: NDArray[np.float64], queries: int, round_: int = 0
+    replica: Replica,
+    shape: Shape,
+    guide: dict[str, Tensor],
+    gradient: NDArray[np.float64],
+    queries: int,
+    round_: int = 0,
 ) -> tuple[instruct.Found, instruct.Guidance, list[int]]:
-    round_ = round_ or worker.round + 1
+    round_ = round_ or replica.round + 1
     seeds = directions.direction_seeds(5, round_, 0, queries)
-    return *instruct.guided(worker, linear(worker, gradient), guide, shape, seeds, round_=round_, rate=1.0), seeds
+    return *instruct.guided(replica, linear(replica, gradient), guide, shape, seeds, round_=round_, rate=1.0), seeds
 
 
 # --- the guide ---
@@ -153,8 +160,8 @@ def test_what_is_logged_of_a_guide_is_so(kind: str) -> None:
     assert facts["share_kept"] == keeps.mean()
     assert facts["cosine_kept"] == pytest.approx(kept @ g / math.sqrt((kept @ kept) * (g @ g)), rel=1e-12)
     assert facts["cosine_kept"] >= 0.6
-    worker = worker_of("rademacher")
-    noise = noise_of(worker, list(range(400))) * (~keeps if kind == "hybrid" else 1)
+    replica = replica_of("rademacher")
+    noise = noise_of(replica, list(range(400))) * (~keeps if kind == "hybrid" else 1)
     along = kept + own.noise * noise * (kind in KINDS)
     cosines = along @ g / np.sqrt((along**2).sum(1) * (g @ g))
     error = cosines.std() / 20
@@ -175,15 +182,15 @@ def test_what_is_logged_of_a_guide_is_so(kind: str) -> None:
 def test_an_estimate_is_what_all_directions_written_out_give(
     kind: str, weighting: str, directions_: str, blend: bool
 ) -> None:
-    worker = worker_of(directions_)
+    replica = replica_of(directions_)
     guide, gradient = on_grid(spread_out(drawn(2))), drawn(3)
     shape = replace(PLAIN, kind=kind, weighting=weighting, blend=blend, noise_scale=0.7, cosine_target=0.8)
-    found, _, seeds = asked(worker, shape, guide, gradient, 3)
+    found, _, seeds = asked(replica, shape, guide, gradient, 3)
     g = flat(guide)
-    expected = guided(kind, weighting, g, noise_of(worker, seeds), gradient, 0.7, 0.8)
+    expected = guided(kind, weighting, g, noise_of(replica, seeds), gradient, 0.7, 0.8)
     expected = (expected + g) / 2 if blend else expected
     assert found.forward_passes == 6
-    assert estimate_of(worker, found.record, guide) == pytest.approx(
+    assert estimate_of(replica, found.record, guide) == pytest.approx(
         expected, rel=2e-4, abs=2e-4 * np.abs(expected).max()
     )
 
@@ -192,14 +199,14 @@ def test_an_estimate_is_what_all_directions_written_out_give(
 @pytest.mark.parametrize("directions_", ["rank1", "rademacher"])
 def test_one_projected_slope_is_the_answer_of_least_squares(kind: str, directions_: str) -> None:
     """Of all multiples of the direction the one nearest to the gradient."""
-    worker = worker_of(directions_)
+    replica = replica_of(directions_)
     guide, gradient = on_grid(spread_out(drawn(4))), drawn(5)
-    found, own, seeds = asked(worker, replace(PLAIN, kind=kind), guide, gradient, 1)
+    found, own, seeds = asked(replica, replace(PLAIN, kind=kind), guide, gradient, 1)
     keeps = np.abs(flat(guide)) >= own.threshold
-    noise = noise_of(worker, seeds)[0]
+    noise = noise_of(replica, seeds)[0]
     v = flat(guide) * keeps + own.noise * (noise * ~keeps if kind == "hybrid" else noise)
     nearest = np.linalg.lstsq(v[:, None], gradient, rcond=None)[0][0] * v
-    estimate = estimate_of(worker, found.record, guide)
+    estimate = estimate_of(replica, found.record, guide)
     assert abs(np.corrcoef(estimate, v)[0, 1]) == pytest.approx(1.0, abs=1e-6)
     square = own.direction_square if kind != "hybrid" else v @ v
     assert own.direction_square == pytest.approx(square)
@@ -210,12 +217,12 @@ def test_one_projected_slope_is_the_answer_of_least_squares(kind: str, direction
 @pytest.mark.parametrize("queries", [2, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_unbiased_means_the_projection_on_the_guide_and_all_the_rest(kind: str, queries: int) -> None:
-    worker = worker_of("rank1")
+    replica = replica_of("rank1")
     guide, gradient = on_grid(spread_out(drawn(6))), drawn(7)
     shape = replace(PLAIN, kind=kind, weighting="unbiased", cosine_target=0.7)
     found = []
     for round_ in range(1, 81 if kind == "hybrid" else 151):
-        step, own, _ = asked(worker, shape, guide, gradient, queries, round_)
+        step, own, _ = asked(replica, shape, guide, gradient, queries, round_)
         part = step.record.seeded
         noise = {
             name: directions.weighted_sum("rank1", part.seeds(5), part.coefficients, name, tensor.shape).mul_(
@@ -238,27 +245,27 @@ def test_unbiased_means_the_projection_on_the_guide_and_all_the_rest(kind: str, 
 
 
 def test_guide_only_moves_along_the_kept_part_alone() -> None:
-    worker = worker_of()
+    replica = replica_of()
     guide = on_grid(spread_out(drawn(8)))
-    found, own, _ = asked(worker, replace(PLAIN, kind="guide-only"), guide, drawn(9), 3)
+    found, own, _ = asked(replica, replace(PLAIN, kind="guide-only"), guide, drawn(9), 3)
     assert (found.forward_passes, found.record.seeded.coefficients) == (0, ()) and math.isnan(found.loss)
     g = flat(guide)
     kept = g * (np.abs(g) >= own.threshold)
-    assert (estimate_of(worker, found.record, guide) == kept).all() and 0 < own.kept_count < SIZE
-    found, *_ = asked(worker, replace(PLAIN, kind="guide-only", blend=True), guide, drawn(9), 3)
-    assert (estimate_of(worker, found.record, guide) == (kept + g) / 2).all()
+    assert (estimate_of(replica, found.record, guide) == kept).all() and 0 < own.kept_count < SIZE
+    found, *_ = asked(replica, replace(PLAIN, kind="guide-only", blend=True), guide, drawn(9), 3)
+    assert (estimate_of(replica, found.record, guide) == (kept + g) / 2).all()
 
 
 @pytest.mark.parametrize("exponents", [{}, {"vector": -2, "matrix": 1}])
 def test_line_is_the_slope_along_the_guide_and_a_plain_estimate(exponents: dict[str, int]) -> None:
-    worker = worker_of(size_exponents=exponents)
+    replica = replica_of(size_exponents=exponents)
     guide, gradient = on_grid(spread_out(drawn(10))), drawn(11)
-    found, own, seeds = asked(worker, replace(PLAIN, kind="line"), guide, gradient, 3)
-    g, noise = flat(guide), noise_of(worker, seeds)
+    found, own, seeds = asked(replica, replace(PLAIN, kind="line"), guide, gradient, 3)
+    g, noise = flat(guide), noise_of(replica, seeds)
     kept = g * (np.abs(g) >= own.threshold)
     expected = (gradient @ kept) / (kept @ kept) * kept + (noise @ gradient) @ noise / 3
     assert found.forward_passes == 2 * 3 + 2
-    assert estimate_of(worker, found.record, guide) == pytest.approx(expected, rel=1e-3, abs=1e-4)
+    assert estimate_of(replica, found.record, guide) == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
 # --- the weights ---
@@ -267,15 +274,15 @@ def test_line_is_the_slope_along_the_guide_and_a_plain_estimate(exponents: dict[
 @pytest.mark.parametrize("batched", [True, False])
 @pytest.mark.parametrize("kind", [*KINDS, "line", "guide-only"])
 def test_asking_leaves_every_bit_of_the_weights(kind: str, batched: bool) -> None:
-    worker = worker_of("rank1" if batched else "gaussian", value=1 / 3)
+    replica = replica_of("rank1" if batched else "gaussian", value=1 / 3)
     guide = on_grid(spread_out(drawn(12)))
-    digest = worker.digest()
-    asked(worker, replace(PLAIN, kind=kind, step=1e-3), guide, drawn(13), 3)
-    assert worker.digest() == digest
+    digest = replica.digest()
+    asked(replica, replace(PLAIN, kind=kind, step=1e-3), guide, drawn(13), 3)
+    assert replica.digest() == digest
     if kind == "guide-only":
         return
     calls = 0
-    plain = linear(worker, drawn(13))
+    plain = linear(replica, drawn(13))
 
     def failing() -> Tensor:
         nonlocal calls
@@ -285,32 +292,32 @@ def test_asking_leaves_every_bit_of_the_weights(kind: str, batched: bool) -> Non
         return plain()
 
     with pytest.raises(KeyError, match="in the middle"):
-        instruct.guided(worker, failing, guide, replace(PLAIN, kind=kind), [1, 2, 3], round_=1, rate=1.0)
-    assert worker.digest() == digest
+        instruct.guided(replica, failing, guide, replace(PLAIN, kind=kind), [1, 2, 3], round_=1, rate=1.0)
+    assert replica.digest() == digest
 
     def nan() -> Tensor:
         return plain() * math.nan
 
     with pytest.raises(ValueError, match=r"finite|nan"):
-        instruct.guided(worker, nan, guide, replace(PLAIN, kind=kind), [1, 2, 3], round_=1, rate=1.0)
-    assert worker.digest() == digest and worker.round == 0
+        instruct.guided(replica, nan, guide, replace(PLAIN, kind=kind), [1, 2, 3], round_=1, rate=1.0)
+    assert replica.digest() == digest and replica.round == 0
 
 
 def test_each_query_sees_its_own_examples() -> None:
-    worker = worker_of()
+    replica = replica_of()
     guide = on_grid(spread_out(drawn(14)))
     gradients = [drawn(20 + query) for query in range(3)]
     batch = {name: torch.stack([spread_out(g)[name] for g in gradients]) for name in SHAPES}
 
     def loss(own: dict[str, Tensor]) -> Tensor:
-        return torch.stack([(own[name] * parameter).sum() for name, parameter in worker.parameters.items()]).sum()
+        return torch.stack([(own[name] * parameter).sum() for name, parameter in replica.parameters.items()]).sum()
 
     seeds = directions.direction_seeds(5, 1, 0, 3)
     for kind in ("hybrid", "hybrid-rank1"):
         shape = replace(PLAIN, kind=kind, weighting="raw")
-        found, own = instruct.guided(worker, loss, guide, shape, seeds, round_=1, rate=1.0, examples=batch)
+        found, own = instruct.guided(replica, loss, guide, shape, seeds, round_=1, rate=1.0, examples=batch)
         keeps = np.abs(flat(guide)) >= own.threshold
-        noise = noise_of(worker, seeds) * (~keeps if kind == "hybrid" else 1)
+        noise = noise_of(replica, seeds) * (~keeps if kind == "hybrid" else 1)
         along = flat(guide) * keeps + own.noise * noise
         slopes = [float(v @ g) for v, g in zip(along, gradients, strict=True)]
         part = found.record.seeded
@@ -325,12 +332,12 @@ EXAMPLE = Guided(Seeded(3, 0.25, (0,), 2, (5, -(2**18) + 1), -12, 1.5), bytes(ra
 
 def test_a_guided_record_moves_by_its_reference_twin_bit_for_bit() -> None:
     for masked in (False, True):
-        worker = worker_of(value=0.3)
+        replica = replica_of(value=0.3)
         guide = on_grid(spread_out(drawn(15)))
         part = Seeded(1, 0.3, (0,), 2, (99991, -123457), -17, 1.7)
         threshold = float(guide["matrix"].abs().flatten().sort().values[20])
         record = Guided(part, bytes.fromhex(tensors_digest(guide)), threshold, 0.7, 0.4, masked)
-        worker.apply(link(worker.head, record), guide)
+        replica.apply(link(replica.head, record), guide)
         one = np.float32
         for name, shape in SHAPES.items():
             size = math.prod(shape)
@@ -346,20 +353,20 @@ def test_a_guided_record_moves_by_its_reference_twin_bit_for_bit() -> None:
             noise = noise * ~keeps if masked else noise
             estimate = (g * keeps) * one(0.7) + g * one(0.4) + noise
             expected = one(0.3) - estimate * one(0.3)
-            assert np.array_equal(worker.parameters[name].detach().reshape(-1).numpy(), expected.astype(one)), name
+            assert np.array_equal(replica.parameters[name].detach().reshape(-1).numpy(), expected.astype(one)), name
 
 
 def test_another_guide_than_the_records_own_is_refused() -> None:
-    worker = worker_of()
+    replica = replica_of()
     guide = on_grid(spread_out(drawn(16)))
     record = replace(EXAMPLE, seeded=replace(EXAMPLE.seeded, round=1), guide=bytes.fromhex(tensors_digest(guide)))
-    before = worker.digest()
+    before = replica.digest()
     with pytest.raises(UserError, match="not kept"):
-        worker.apply(link(worker.head, record))
+        replica.apply(link(replica.head, record))
     guide["vector"][3] += 2.0**-10
     with pytest.raises(UserError, match="not the one round 1"):
-        worker.apply(link(worker.head, record), guide)
-    assert (worker.digest(), worker.round) == (before, 0)
+        replica.apply(link(replica.head, record), guide)
+    assert (replica.digest(), replica.round) == (before, 0)
 
 
 @given(

@@ -30,10 +30,13 @@ from torch import nn
 from zofed.base import checksums
 from zofed.base.errors import UserError
 from zofed.core import aggregation, directions, journal, records, varint
+from zofed.core.digests import tensors_digest
+from zofed.core.genesis import make_genesis
 from zofed.core.journal import Journal, JournalError
+from zofed.core.measure import Update
 from zofed.core.optimizers import Optimizer
 from zofed.core.records import Dense, Guided, Record, Seeded, Skipped, Spread
-from zofed.core.replica import Update, Worker, make_genesis, tensors_digest
+from zofed.core.replica import Replica
 
 GENESIS = {"seed": 5, "words": ["b", "a"]}
 RECORDS: tuple[Record, ...] = (
@@ -878,11 +881,11 @@ def write_golden(path: Path, name: str) -> None:
 
 def golden_end(path: Path) -> tuple[str, str, str]:
     contents = journal.read(path)
-    worker = Worker(golden_model(), contents.genesis)
+    replica = Replica(golden_model(), contents.genesis)
     updates = {Dense: golden_update(), Guided: golden_guide()}
     for entry in contents.entries:
-        worker.apply(entry, updates.get(type(entry.record)))
-    return contents.head.hex(), worker.digest(), worker.probe().hex()
+        replica.apply(entry, updates.get(type(entry.record)))
+    return contents.head.hex(), replica.digest(), replica.probe().hex()
 
 
 @pytest.mark.parametrize("name", GOLDEN_RUNS)

@@ -11,8 +11,10 @@ from transformers import AutoModelForCausalLM
 from zofed.base.errors import DivergenceError, UserError
 from zofed.config import Settings
 from zofed.core import journal
+from zofed.core.digests import weights_digest
+from zofed.core.measure import Measure
 from zofed.core.records import Seeded, Spread
-from zofed.core.replica import Worker, weights_digest
+from zofed.core.replica import Replica
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
 from zofed.runs.run_folder import Row, RunFolder, read_table
@@ -29,7 +31,7 @@ def ignore(row: Row) -> None:
 
 def federate(settings: Settings, out: Path, clients: int) -> dict[str, Any]:
     """A federated run in this process."""
-    client._replica.cache_clear()
+    client._session.cache_clear()
     settings = settings.model_copy(update={"out": str(out), "clients": clients})
     return server.run(LocalGrid(client.app, clients, settings.model_dump(by_alias=True)), settings, "")
 
@@ -92,9 +94,9 @@ def test_every_way_to_the_same_records_gives_the_same_bits(
     federated = federate(settings, tmp_path / "federated", clients=1)
     replayed, _ = replay_run(RunFolder(tmp_path / "whole"))
     loaded: list[int] = []
-    load = Worker.load
+    load = Replica.load
 
-    def noting(self: Worker, *arguments: Any, round_: int, head: bytes) -> None:
+    def noting(self: Replica, *arguments: Any, round_: int, head: bytes) -> None:
         loaded.append(round_)
         load(self, *arguments, round_=round_, head=head)
 
@@ -102,7 +104,7 @@ def test_every_way_to_the_same_records_gives_the_same_bits(
         if row["step"] == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Worker, "load", noting)
+    monkeypatch.setattr(Replica, "load", noting)
     with pytest.raises(KeyboardInterrupt):
         central.train(settings, tmp_path / "cut", cut)
     assert loaded == []
@@ -168,9 +170,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 ) -> None:
     settings = quick(mode=mode, optimizer="adamw", learning_rate=1e-3)
     whole = central.train(settings, tmp_path / "whole", ignore)
-    apply = Worker.apply
+    apply = Replica.apply
 
-    def cut(self: Worker, entry: journal.Entry, update: Any = None) -> float:
+    def cut(self: Replica, entry: journal.Entry, update: Any = None) -> float:
         if entry.record.round == stop_at and before_apply:
             raise KeyboardInterrupt
         return apply(self, entry, update)
@@ -180,7 +182,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Worker, "apply", cut)
+        patch.setattr(Replica, "apply", cut)
         with pytest.raises(KeyboardInterrupt):
             central.train(settings, tmp_path / "cut", cut_after)
     resumed = central.resume(tmp_path / "cut", ignore)
@@ -237,10 +239,10 @@ def test_a_replica_that_lost_its_state_catches_up_to_the_same_weights(
     whole = federate(quick(), tmp_path / "whole", clients=2)
     measure = client.measurements.slopes
 
-    def forgetful(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
-        measured = measure(settings, worker, examples, index, *rest)
-        if index == 1 and worker.round == 2:
-            client._replica.cache_clear()  # as if the next message met a new process
+    def forgetful(settings: Settings, replica: Replica, examples: Any, index: int, *rest: Any) -> Any:
+        measured = measure(settings, replica, examples, index, *rest)
+        if index == 1 and replica.round == 2:
+            client._session.cache_clear()  # as if the next message met a new process
         return measured
 
     monkeypatch.setattr(client.measurements, "slopes", forgetful)
@@ -253,9 +255,9 @@ def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = federate(quick(), tmp_path / "whole", clients=2)
-    replay = Worker.replay
+    replay = Replica.replay
 
-    def faulty(self: Worker, entries: Iterable[journal.Entry], *arguments: Any) -> None:
+    def faulty(self: Replica, entries: Iterable[journal.Entry], *arguments: Any) -> None:
         replay(self, entries, *arguments)
         if self.round == 2 and self in clients and not done:
             done.append(True)
@@ -263,13 +265,13 @@ def test_a_replica_whose_weights_went_wrong_is_found_in_that_round_and_healed(
                 next(iter(self.parameters.values())).mul_(1.001)
 
     done: list[bool] = []
-    clients: list[Worker] = []
-    monkeypatch.setattr(Worker, "replay", faulty)
+    clients: list[Replica] = []
+    monkeypatch.setattr(Replica, "replay", faulty)
     measure = client.measurements.slopes
 
-    def noting(settings: Settings, worker: Worker, *rest: Any) -> Any:
-        clients.append(worker)
-        return measure(settings, worker, *rest)
+    def noting(settings: Settings, replica: Replica, *rest: Any) -> Any:
+        clients.append(replica)
+        return measure(settings, replica, *rest)
 
     monkeypatch.setattr(client.measurements, "slopes", noting)
     disturbed = federate(quick(), tmp_path / "disturbed", clients=2)
@@ -296,10 +298,10 @@ def test_a_client_whose_loss_never_is_finite_means_that_training_diverged(
 ) -> None:
     measure = client.measurements.slopes
 
-    def infinite(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
-        if index == 1 and worker.round >= first - 1:
+    def infinite(settings: Settings, replica: Replica, examples: Any, index: int, *rest: Any) -> Any:
+        if index == 1 and replica.round >= first - 1:
             raise ValueError("not finite")
-        return measure(settings, worker, examples, index, *rest)
+        return measure(settings, replica, examples, index, *rest)
 
     monkeypatch.setattr(client.measurements, "slopes", infinite)
     first = 2
@@ -320,10 +322,10 @@ def test_with_a_quorum_a_failing_client_is_left_out_and_its_absence_is_recorded(
 ) -> None:
     measure = client.measurements.slopes
 
-    def failing(settings: Settings, worker: Worker, examples: Any, index: int, *rest: Any) -> Any:
-        if index == 1 and worker.round == 1:
+    def failing(settings: Settings, replica: Replica, examples: Any, index: int, *rest: Any) -> Any:
+        if index == 1 and replica.round == 1:
             raise RuntimeError("out of memory")
-        return measure(settings, worker, examples, index, *rest)
+        return measure(settings, replica, examples, index, *rest)
 
     monkeypatch.setattr(client.measurements, "slopes", failing)
     summary = federate(quick(quorum=1, rounds=3), tmp_path / "run", clients=2)
@@ -349,13 +351,13 @@ def test_the_weights_move_along_the_directions_that_were_measured(
     quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    ask = Worker.ask
+    ask = Measure.slopes
 
-    def noting(self: Worker, loss: Any, seeds: list[int], *arguments: Any) -> Any:
+    def noting(self: Replica, loss: Any, seeds: list[int], *arguments: Any) -> Any:
         asked.extend(seeds)
         return ask(self, loss, seeds, *arguments)
 
-    monkeypatch.setattr(Worker, "ask", noting)
+    monkeypatch.setattr(Measure, "slopes", noting)
     federate(quick(rounds=3), tmp_path / "run", clients=2)
     contents = journal.read(RunFolder(tmp_path / "run").journal)
     moved = [record.seeds(contents.genesis["seed"]) for record in seeded_of(tmp_path / "run")]

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 import zofed
 from zofed.base.errors import UserError
 from zofed.core import pass_memory, perturbed
-from zofed.core.replica import Worker, make_genesis, named_parameters
+from zofed.core.digests import named_parameters
+from zofed.core.genesis import make_genesis
+from zofed.core.replica import Replica
 from zofed.core.slope_quality import diagnose
 
 ROOT = Path(zofed.__file__).parents[1]
@@ -31,7 +33,7 @@ X, Y = torch.linspace(-1, 1, 60).reshape(12, 5).sin(), torch.arange(12) % 3
 def train(model: nn.Module, steps: int, **more: Any) -> Any:
     zo = zofed.ZerothOrder(model, seed=5, queries=12, **more)
     for _ in range(steps):
-        zo.apply(zo.ask(lambda: F.cross_entropy(model(X), Y), rate=0.05))
+        zo.apply(zo.measure(lambda: F.cross_entropy(model(X), Y), rate=0.05))
     return zo
 
 
@@ -47,7 +49,7 @@ def test_a_module_learns_and_its_journal_rebuilds_the_weights(tmp_path: Path, po
 
 def test_a_record_that_cannot_be_summed_exactly_is_not_written_down(tmp_path: Path) -> None:
     zo = train(net(), 1, directions="gaussian", journal=tmp_path / "j")
-    record = zo.ask(lambda: F.cross_entropy(zo.worker.model(X), Y), rate=0.05)
+    record = zo.measure(lambda: F.cross_entropy(zo.replica.model(X), Y), rate=0.05)
     before = (tmp_path / "j").read_bytes()
     with pytest.raises(UserError, match=r"the record of round 2 adds 2400 gaussian directions .* above 2\^53"):
         zo.apply(replace(record, queries=2400, coefficients=(2**24,) * 2400))
@@ -63,7 +65,7 @@ def test_asking_moves_nothing_and_a_run_goes_on_from_its_journal(tmp_path: Path)
     assert second.digest() == first.digest()
     for _ in range(3):
         before = second.digest()
-        record = second.ask(lambda: F.cross_entropy(model(X), Y), rate=0.05)
+        record = second.measure(lambda: F.cross_entropy(model(X), Y), rate=0.05)
         assert second.digest() == before
         second.apply(record)
     assert second.digest() == whole
@@ -119,15 +121,15 @@ def test_peak_bytes_counts_what_lives_together() -> None:
 def test_a_diagnosis_finds_the_epsilon_and_a_fair_cosine() -> None:
     model = net()
     names = list(named_parameters(model))
-    worker = Worker(model, make_genesis(model, {}, names, seed=1, kind="rank1", optimizer=zofed_sgd()))
+    replica = Replica(model, make_genesis(model, {}, names, seed=1, kind="rank1", optimizer=zofed_sgd()))
     losses = [lambda part=part: F.cross_entropy(model(X[part]), Y[part]) for part in (slice(0, 6), slice(6, 12))]
-    found = diagnose(worker, losses, queries=64)
+    found = diagnose(replica, losses, queries=64)
     errors = {epsilon: error for epsilon, error, _ in found.errors}
     assert errors[found.best_epsilon] < 0.01 < errors[1e-5]
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert 0.3 < found.cosine / found.expected_cosine < 2
     with pytest.raises(UserError, match="too few"):
-        diagnose(worker, losses[:1], queries=4)
+        diagnose(replica, losses[:1], queries=4)
 
 
 def zofed_sgd() -> Any:

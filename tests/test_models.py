@@ -28,7 +28,7 @@ from transformers import (
 
 from zofed import config
 from zofed.base.errors import UserError
-from zofed.core.replica import weights_digest
+from zofed.core.digests import weights_digest
 from zofed.data import encoding
 from zofed.models import spec
 from zofed.models.precision import ready

@@ -22,7 +22,7 @@ import zofed
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core.replica import weights_digest
+from zofed.core.digests import weights_digest
 from zofed.data import encoding, hub
 from zofed.models import sources, spec
 from zofed.runs.run_folder import RunFolder

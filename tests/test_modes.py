@@ -21,15 +21,17 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import WITH_BACKPROP, Settings
 from zofed.core import directions, journal, metrics, subspace
+from zofed.core.digests import weights_digest
+from zofed.core.measure import Measure
 from zofed.core.optimizers import Optimizer
 from zofed.core.records import Dense, Guided, Seeded
-from zofed.core.replica import Worker, update_digest, weights_digest
+from zofed.core.replica import Replica, update_digest
 from zofed.data import documents, encoding
 from zofed.federated import client, protocol
 from zofed.runs.run_folder import RunFolder, read_table
 from zofed.training import central, measurements, modes, schedules, scoring, tasks
 from zofed.training.finalize import replay_run
-from zofed.training.steps import Steps, asker
+from zofed.training.steps import Steps, step_function
 from zofed.training.task import Task, prepare_process
 
 Quick = Callable[..., Settings]
@@ -180,13 +182,13 @@ def test_a_gradient_asked_again_must_be_the_journals(
 ) -> None:
     train_cut(quick(**SHORT | {"keep_gradients": True} | WAYS["fo"]), tmp_path / "run", 1)
     shutil.rmtree(tmp_path / "run" / "updates")
-    gradient = Worker.gradient
+    gradient = Measure.gradient
 
-    def other(self: Worker, loss: Any) -> Any:
+    def other(self: Replica, loss: Any) -> Any:
         update, value = gradient(self, loss)
         return {name: tensor * 1.01 for name, tensor in update.items()}, value
 
-    monkeypatch.setattr(Worker, "gradient", other)
+    monkeypatch.setattr(Measure, "gradient", other)
     with pytest.raises(UserError, match="round 1 comes out otherwise"):
         central.resume(tmp_path / "run", ignore)
 
@@ -211,13 +213,13 @@ def test_every_kind_of_record_is_where_the_mode_puts_it(quick: Quick, tmp_path: 
 # --- steps ---
 
 
-def steps_of(settings: Settings) -> tuple[Steps, Task, Worker]:
+def steps_of(settings: Settings) -> tuple[Steps, Task, Replica]:
     prepare_process(1)
     task = Task.load(settings)
-    worker = task.worker()
+    replica = task.replica()
     examples = task.shard(0, 1)
     own = task.backprop_examples if settings.mode in WITH_BACKPROP else examples
-    return Steps(settings, worker, examples, settings.steps, own, None), task, worker
+    return Steps(settings, replica, examples, settings.steps, own, None), task, replica
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(quick: Quick) -> None:
@@ -258,11 +260,11 @@ def test_a_clipped_gradient_has_the_norm_and_its_direction(quick: Quick, mode: s
 )
 def test_a_clipped_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]) -> None:
     settings = quick(queries=8, **overrides)
-    plain, _, worker = steps_of(settings)
-    norm = worker.apply(journal.link(worker.head, plain.zeroth_order(1).record))
+    plain, _, replica = steps_of(settings)
+    norm = replica.apply(journal.link(replica.head, plain.zeroth_order(1).record))
     for limit in (norm / 5, norm * 2):
-        steps, _, worker = steps_of(settings.model_copy(update={"clip_norm": limit}))
-        found = worker.apply(journal.link(worker.head, steps.zeroth_order(1).record))
+        steps, _, replica = steps_of(settings.model_copy(update={"clip_norm": limit}))
+        found = replica.apply(journal.link(replica.head, steps.zeroth_order(1).record))
         assert found == pytest.approx(min(limit, norm), rel=0.02)
 
 
@@ -270,14 +272,14 @@ def test_a_clipped_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]
 @pytest.mark.parametrize("overrides", [{}, {"instruct_kind": "hybrid"}, {"instruct_blend": False}])
 def test_a_clipped_guided_estimate_has_the_norm(quick: Quick, overrides: dict[str, Any]) -> None:
     settings = quick(mode="instruct", queries=8, **overrides)
-    plain, _, worker = steps_of(settings)
+    plain, _, replica = steps_of(settings)
     step = plain.guided(1)
-    norm = worker.apply(journal.link(worker.head, step.record), step.update)
+    norm = replica.apply(journal.link(replica.head, step.record), step.update)
     assert norm > 0
     for limit in (norm / 5, norm * 2):
-        steps, _, worker = steps_of(settings.model_copy(update={"clip_norm": limit}))
+        steps, _, replica = steps_of(settings.model_copy(update={"clip_norm": limit}))
         step = steps.guided(1)
-        found = worker.apply(journal.link(worker.head, step.record), step.update)
+        found = replica.apply(journal.link(replica.head, step.record), step.update)
         assert found <= limit * 1.02 and (limit > norm or found > 0.9 * limit)
 
 
@@ -291,15 +293,15 @@ def test_calibrate_keeps_two_optimizers_apart(quick: Quick) -> None:
         bp_learning_rate=1e-3,
         normalize_slopes=False,
     )
-    steps, task, worker = steps_of(settings)
-    ask = asker(task.settings, worker, steps.examples, 6, steps.backprop_examples)
-    name = next(iter(worker.parameters))
-    weight = worker.parameters[name].detach().double().clone()
+    steps, task, replica = steps_of(settings)
+    ask = step_function(task.settings, replica, steps.examples, 6, steps.backprop_examples)
+    name = next(iter(replica.parameters))
+    weight = replica.parameters[name].detach().double().clone()
     velocity, mean, square = torch.zeros_like(weight), torch.zeros_like(weight), torch.zeros_like(weight)
     count = 0
     for round_ in range(1, 7):
         step = ask(round_)
-        worker.apply(journal.link(worker.head, step.record), step.update)
+        replica.apply(journal.link(replica.head, step.record), step.update)
         if round_ % 2:
             record = step.record
             assert isinstance(record, Seeded) and record.rate == 0.01
@@ -314,17 +316,17 @@ def test_calibrate_keeps_two_optimizers_apart(quick: Quick) -> None:
             gradient = step.update[name].double()
             mean, square = 0.9 * mean + 0.1 * gradient, 0.999 * square + 0.001 * gradient**2
             weight -= 1e-3 * (mean / (1 - 0.9**count)) / ((square / (1 - 0.999**count)).sqrt() + 1e-8)
-        assert torch.allclose(worker.parameters[name].detach().double(), weight, rtol=1e-4, atol=1e-6), round_
+        assert torch.allclose(replica.parameters[name].detach().double(), weight, rtol=1e-4, atol=1e-6), round_
 
 
 def test_a_subspace_decays_by_its_rate_and_interval_once_a_record(quick: Quick) -> None:
     ends = {}
     for decay in (0.0, 0.25):
-        steps, _, worker = steps_of(quick(**SUBSPACE | {"weight_decay": decay, "subspace_interval": 3}))
-        before = {name: parameter.detach().clone() for name, parameter in worker.parameters.items()}
+        steps, _, replica = steps_of(quick(**SUBSPACE | {"weight_decay": decay, "subspace_interval": 3}))
+        before = {name: parameter.detach().clone() for name, parameter in replica.parameters.items()}
         record = steps.in_subspace(1).record
-        worker.apply(journal.link(worker.head, record))
-        ends[decay] = {name: parameter.detach() for name, parameter in worker.parameters.items()}
+        replica.apply(journal.link(replica.head, record))
+        ends[decay] = {name: parameter.detach() for name, parameter in replica.parameters.items()}
     assert isinstance(record, Seeded) and record.rate == pytest.approx(0.03)
     for name, old in before.items():
         expected = ends[0.0][name] - old * (0.01 * 3 * 0.25)
@@ -333,12 +335,12 @@ def test_a_subspace_decays_by_its_rate_and_interval_once_a_record(quick: Quick) 
 
 def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
     """The weights go down the estimate, hence the coefficients are written with the sign turned."""
-    steps, _, worker = steps_of(quick(**SUBSPACE))
+    steps, _, replica = steps_of(quick(**SUBSPACE))
     record = steps.in_subspace(1).record
     assert isinstance(record, Seeded)
     seeds = directions.direction_seeds(0, 1, 0, 9)[:3]
-    batches = measurements.batches(steps.settings, worker, steps.examples, 0, 2, 2)
-    found = subspace.trained(batches, worker.parameters, "core", seeds, 9, Optimizer("adamw"), 0.01)
+    batches = measurements.batches(steps.settings, replica, steps.examples, 0, 2, 2)
+    found = subspace.trained(batches, replica.parameters, "core", seeds, 9, Optimizer("adamw"), 0.01)
     moved = [-math.ldexp(c * record.rate / record.divisor, record.exponent) for c in record.coefficients]
     assert moved == pytest.approx(found.coefficients, abs=2**-17 * max(map(abs, found.coefficients)))
 
@@ -493,8 +495,8 @@ def test_a_run_of_epochs_stopped_by_a_budget_says_so(quick: Quick, tmp_path: Pat
 
 def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = quick(query_batches="per-query", query_batch_size=3, queries=4)
-    steps, _, worker = steps_of(settings)
-    _, own = measurements.query_loss(settings, worker, steps.examples, 1, 0)
+    steps, _, replica = steps_of(settings)
+    _, own = measurements.query_loss(settings, replica, steps.examples, 1, 0)
     assert own and own["input_ids"].shape == (4, 3, 16)
     rows = {tuple(row) for row in own["input_ids"].flatten(0, 1).tolist()}
     assert len(rows) == 12
@@ -504,12 +506,14 @@ def test_each_query_has_examples_of_its_own(quick: Quick, monkeypatch: pytest.Mo
     slopes = []
     for query, seed in enumerate(seeds):
         batch = {name: tensor[query] for name, tensor in own.items()}
-        found = worker.ask(lambda batch=batch: metrics.loss_of(worker.model, batch), [seed], settings.epsilon, 1)
+        found = replica.measure.slopes(
+            lambda batch=batch: metrics.loss_of(replica.model, batch), [seed], settings.epsilon, 1
+        )
         slopes.append(found.slopes[0])
     two_point = settings.model_copy(update={"finite_difference": "two-point"})
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*cannot run for many")
-        measured = measurements.slopes(two_point, worker, steps.examples, 0)
+        measured = measurements.slopes(two_point, replica, steps.examples, 0)
     found = [math.ldexp(c, measured.exponent) for c in measured.coefficients]
     assert found == pytest.approx(slopes, rel=0.05, abs=0.05 * max(map(abs, slopes)))
 
@@ -531,9 +535,9 @@ def test_split_data_share_no_document(quick: Quick, mode: str) -> None:
 
 def test_backprop_sees_its_own_part_and_zeroth_order_the_other(quick: Quick) -> None:
     settings = quick(mode="calibrate", bp_data_fraction=0.5, batch_size=4)
-    steps, task, worker = steps_of(settings)
+    steps, task, replica = steps_of(settings)
     seen: list[Tensor] = []
-    handle = worker.model.register_forward_pre_hook(
+    handle = replica.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True
     )
     steps.first_order(2)
@@ -676,14 +680,14 @@ def test_a_federation_runs_no_code_that_the_other_side_names(quick: Quick, tmp_p
         federate(quick(objective=f"{__name__}:stated"), tmp_path / "run", 1)
     assert not (tmp_path / "run").exists()
     settings = quick(clients=1)
-    _, _, worker = steps_of(settings)
-    plan = protocol.plan_for(worker, worker.head, (), client=0)
+    _, _, replica = steps_of(settings)
+    plan = protocol.plan_for(replica, replica.head, (), client=0)
 
     class Context:
         run_config = settings.model_dump(by_alias=True) | {"objective": "os:getcwd"}
         node_config = {"partition-id": 0, "num-partitions": 1}  # noqa: RUF012
 
-    client._replica.cache_clear()
+    client._session.cache_clear()
     with pytest.raises(UserError, match="clients run code"):
         client.measure(plan, Context())  # type: ignore[arg-type]
 
@@ -936,5 +940,5 @@ def test_a_mode_says_what_it_asks_and_what_that_costs(mode: str, asked: list[str
     """3 queries one-sided are 4 passes of 6 examples; a backward pass counts two."""
     values = {"mode": mode, "batch-size": 6, "queries": 3, "bp-interval": 3, "bp-batch-size": 5}
     own = modes.mode_of(config.resolve(values | {"gradient-accumulation": 2, "subspace-interval": 7}))
-    assert [own.ask(round_) for round_ in (1, 2, 3, 4)] == asked
+    assert [own.measure.slopes(round_) for round_ in (1, 2, 3, 4)] == asked
     assert (own.examples_of_a_step, own.cost) == (examples, cost)

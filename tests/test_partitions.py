@@ -328,7 +328,7 @@ def test_a_node_reads_its_own_file_and_none_of_the_runs(tmp_path: Path, quick: C
     assert Counter(task.client_documents(0, 1)) == Counter(load_documents(str(file)))
     train, held = task.client_parts(0, 1, 0.2)
     assert held is not None and 0 < len(held["labels"]) < len(train["labels"])
-    assert task.worker().genesis == Task.load(quick()).worker().genesis
+    assert task.replica().genesis == Task.load(quick()).replica().genesis
     assert partitions.counts(task.client_documents(0, 1)) == {"own.jsonl": 20}
     assert Task.own(how, "sample-pubmedqa").shard(0, 1)["labels"].shape[1] == 16
 

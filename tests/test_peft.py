@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from zofed.core import directions, estimators, metrics, perturbed
+from zofed.core.digests import named_parameters
+from zofed.core.genesis import make_genesis
 from zofed.core.journal import Genesis, genesis_chain, link
 from zofed.core.optimizers import Optimizer
 from zofed.core.records import Seeded, to_integers
-from zofed.core.replica import Worker, make_genesis, named_parameters
+from zofed.core.replica import Replica
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 peft: Any = pytest.importorskip("peft", reason="peft is not installed")
@@ -129,21 +131,21 @@ def test_a_replay_of_the_records_gives_the_same_weights_and_the_base_never_moves
     model, adapter, loss = adapted(name, torch.float32)
     genesis = genesis_of(model, adapter)
     base = {key: value.detach().clone() for key, value in named_parameters(model).items()}
-    worker = Worker(model, genesis)
+    replica = Replica(model, genesis)
     assert {key for key, value in named_parameters(model).items() if value.requires_grad} == set(adapter)
     entries, head = [], genesis_chain(genesis)
     for round_ in (1, 2, 3):
         seeds = directions.direction_seeds(11, round_, 0, 3)
-        integers, exponent = to_integers(worker.ask(loss, seeds, 1e-3, 4).slopes)
+        integers, exponent = to_integers(replica.measure.slopes(loss, seeds, 1e-3, 4).slopes)
         entries.append(link(head, Seeded(round_, 0.05, (0,), 3, integers, exponent, 3)))
         head = entries[-1].chain
-        assert worker.apply(entries[-1]) > 0
+        assert replica.apply(entries[-1]) > 0
     for key, value in named_parameters(model).items():
         assert torch.equal(value, base[key]) == (key not in adapter), key
     other_model, other_adapter, _ = adapted(name, torch.float32)
-    other = Worker(other_model, genesis_of(other_model, other_adapter))
+    other = Replica(other_model, genesis_of(other_model, other_adapter))
     other.replay(entries)
-    assert (other.digest(), other.head) == (worker.digest(), worker.head)
+    assert (other.digest(), other.head) == (replica.digest(), replica.head)
 
 
 @pytest.mark.parametrize("name", ["lora of gpt2", "lora of llama"])

@@ -148,7 +148,7 @@ def test_nobody_takes_the_place_of_a_node_that_is_away_nor_changes_its_own(
     assert kept == {"num-partitions": 3, "nodes": {"0": 1001, "1": 1002, "2": 1003}}
 
     # after a restart two nodes have swapped their places, and a stranger is the third
-    client._replica.cache_clear()
+    client._session.cache_clear()
     settings = settings.model_copy(update={"rounds": 7})
     grid = Meddling(settings, 3)
     grid.context(0).node_config["partition-id"], grid.context(1).node_config["partition-id"] = 1, 0

@@ -45,7 +45,7 @@ class NearPipe:
     def __init__(self, settings: Settings, device: str, cannot_batch: bool) -> None:
         self.settings = settings.model_copy(update={"device": device, "devices": ""})
         task = Task.load(self.settings)
-        self.worker, self.examples = task.worker(), task.shard(0, 1)
+        self.replica, self.examples = task.replica(), task.shard(0, 1)
         self.cannot_batch = cannot_batch
         self.sizes: list[int] = []
         self.answers: list[bytes] = []
@@ -56,7 +56,7 @@ class NearPipe:
         if self.cannot_batch and is_batched:
             self.answers.append(b"cit looks at its numbers")
         else:
-            self.answers.append(device_pool._answer(self.settings, self.worker, self.examples, request))
+            self.answers.append(device_pool._answer(self.settings, self.replica, self.examples, request))
 
     def poll(self, timeout: float) -> bool:
         return bool(self.answers)
@@ -209,7 +209,7 @@ def test_a_replica_that_went_wrong_is_found(quick: Quick, tmp_path: Path, near: 
     def spoil(row: Row) -> None:
         if row["step"] == 2:
             with torch.no_grad():
-                next(iter(near[0].worker.parameters.values())).mul_(1.001)
+                next(iter(near[0].replica.parameters.values())).mul_(1.001)
 
     with pytest.raises(UserError, match="its weights are not the run's"):
         central.train(quick(devices="cpu,cpu", perturbations_per_pass=1), tmp_path / "run", spoil)

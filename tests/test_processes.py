@@ -82,8 +82,8 @@ from zofed.training.finalize import replay_run
 from zofed.runs.run_folder import RunFolder
 for folder in sys.argv[1:]:
     for threads in (1, 2):
-        worker, start = replay_run(RunFolder(Path(folder)), threads=threads)
-        print(Path(folder).name, start, worker.round, worker.digest())
+        replica, start = replay_run(RunFolder(Path(folder)), threads=threads)
+        print(Path(folder).name, start, replica.round, replica.digest())
 """
 
 

@@ -75,7 +75,7 @@ def begun(
         account = Trainer._account
 
         def interrupted(trainer: Any, *arguments: Any) -> None:
-            if trainer.worker.round == 3:
+            if trainer.replica.round == 3:
                 raise KeyboardInterrupt
             account(trainer, *arguments)
 
@@ -289,8 +289,8 @@ def test_a_whole_checkpoint_of_an_earlier_version_is_taken(
     folder = Path(shutil.copytree(finished["fo"], tmp_path / NAME))
     for path in (folder / "checkpoints").glob("step-*"):
         rewritten(path, lambda _: None, sealed=False)
-    worker, start = finalize.replay_run(RunFolder(folder))
-    assert (worker.digest(), start) == (digest_of(finished["fo"]), 4)
+    replica, start = finalize.replay_run(RunFolder(folder))
+    assert (replica.digest(), start) == (digest_of(finished["fo"]), 4)
 
 
 def test_a_reader_that_goes_away_interrupts_a_run_and_is_no_full_disk(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from zofed.base.files import ROOT
 from zofed.config import Settings
 from zofed.core import journal
 from zofed.core.journal import Journal
-from zofed.core.replica import Worker
+from zofed.core.replica import Replica
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
 from zofed.federated.server import Server
@@ -59,7 +59,7 @@ def around(owner: Any, name: str, round_of: Callable[..., int | None], *, after:
     return arrange
 
 
-def of_server(worker: Worker, entry: journal.Entry, *_: Any) -> int:
+def of_server(replica: Replica, entry: journal.Entry, *_: Any) -> int:
     return entry.record.round
 
 
@@ -68,8 +68,8 @@ POINTS: dict[str, Point] = {
     "after asking": around(Server, "_round", lambda _, round_: round_, after=True),
     "before the journal": around(Journal, "append_all", lambda _, some: some[0].round, after=False),
     "after the journal": around(Journal, "append_all", lambda _, some: some[0].round, after=True),
-    "before moving": around(Worker, "apply", of_server, after=False),
-    "after moving": around(Worker, "apply", of_server, after=True),
+    "before moving": around(Replica, "apply", of_server, after=False),
+    "after moving": around(Replica, "apply", of_server, after=True),
     "before the metrics": around(Trainer, "_account", lambda _, __, ___, step, *____: step.record.round, after=False),
     "at the metrics": around(Trainer, "_tell", lambda _, __, row: row["step"], after=False),
     "in the display": around(Server, "_show", lambda _, row: row["step"], after=False),
@@ -112,7 +112,7 @@ def disturbed(
     assert kept == entries[: len(kept)]
     assert len(kept) >= round_ - 1
     if forget:
-        client._replica.cache_clear()
+        client._session.cache_clear()
     summary = run((LocalGrid(client.app, 2, settings.model_dump(by_alias=True)), settings))  # type: ignore[arg-type]
     assert records_of(Path(settings.out)) == entries, "no entry that was written is lost or changed"
     assert summary["digest"] == digest

@@ -19,7 +19,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import directions, journal
 from zofed.core.records import Skipped
-from zofed.core.replica import PROBE_POSITIONS, Worker
+from zofed.core.replica import PROBE_POSITIONS, Replica
 from zofed.federated import client, membership, messages, server
 from zofed.federated.local_grid import LocalGrid
 from zofed.federated.membership import Member, Members
@@ -91,12 +91,12 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Meddling, Settings]]]:
     """A grid of some clients and the settings of a run over it, in a folder of its own."""
 
     def make(settings: Settings, nodes: int = 2, name: str = "run", **changes: Any) -> tuple[Meddling, Settings]:
-        client._replica.cache_clear()
+        client._session.cache_clear()
         settings = settings.model_copy(update={"out": str(tmp_path / name), "clients": nodes} | changes)
         return Meddling(settings, nodes), settings
 
     yield make
-    client._replica.cache_clear()
+    client._session.cache_clear()
 
 
 Start = Callable[..., tuple[Meddling, Settings]]
@@ -238,12 +238,12 @@ def test_a_client_comes_back_from_its_own_steps_bit_for_bit(
     def watched(name: str) -> None:
         work = getattr(client.measurements, name)
 
-        def noting(settings: Settings, worker: Worker, *arguments: Any, **named: Any) -> Any:
-            before, weight = worker.digest(), next(iter(worker.parameters.values()))
+        def noting(settings: Settings, replica: Replica, *arguments: Any, **named: Any) -> Any:
+            before, weight = replica.digest(), next(iter(replica.parameters.values()))
             version = weight._version
-            found = work(settings, worker, *arguments, **named)
+            found = work(settings, replica, *arguments, **named)
             moved.append(weight._version > version)
-            digests.append((before, worker.digest()))
+            digests.append((before, replica.digest()))
             return found
 
         monkeypatch.setattr(client.measurements, name, noting)
@@ -380,7 +380,7 @@ def test_a_client_that_forgot_everything_in_any_round_changes_nothing(
     def forget(index: int, plan: Plan) -> None:
         if index == 1 and (plan.round, plan.task) not in forgotten:
             forgotten.add((plan.round, plan.task))
-            client._replica.cache_clear()
+            client._session.cache_clear()
 
     grid.before = forget
     summary = run((grid, settings))
@@ -419,7 +419,7 @@ def test_a_fast_link_brings_a_snapshot_and_a_slow_one_the_records(quick: Quick, 
         def forget(index: int, plan: Plan, forgotten: list[int] = forgotten) -> None:
             if plan.round == 5 and not forgotten:
                 forgotten.append(index)
-                client._replica.cache_clear()
+                client._session.cache_clear()
 
         grid.before = forget
         summary = run((grid, settings))
@@ -446,7 +446,7 @@ def test_a_snapshot_or_an_update_that_cannot_be_used_leaves_the_client_behind(
         if message.metadata.message_type.startswith("train"):
             plan = messages.unpack(Plan, message.content)
             if plan.round == 5 and not spoilt and part == "snapshot":
-                client._replica.cache_clear()
+                client._session.cache_clear()
             if plan.round >= 5 and not spoilt and getattr(plan, part):
                 spoilt.append(plan.client)
                 message.content = messages.pack(replace(plan, **{part: getattr(plan, part)[:-1]}))
@@ -464,20 +464,20 @@ def test_a_snapshot_or_an_update_that_cannot_be_used_leaves_the_client_behind(
 # --- what is found and healed ---
 
 
-def replica_of(grid: Meddling) -> Worker:
-    return client.replica(grid.context(0)).worker
+def replica_of(grid: Meddling) -> Replica:
+    return client.session(grid.context(0)).replica
 
 
-def flip(worker: Worker, round_: int, *, seen: bool) -> None:
+def flip(replica: Replica, round_: int, *, seen: bool) -> None:
     """Flip the lowest bit of one weight, at a place that the probe of a round sees or one that it does not."""
-    stands, worker.round = worker.round, round_
-    before = worker.probe()
-    weight = max(worker.parameters.values(), key=torch.Tensor.numel)
+    stands, replica.round = replica.round, round_
+    before = replica.probe()
+    weight = max(replica.parameters.values(), key=torch.Tensor.numel)
     bits = weight.detach().view(-1).view(torch.int32)
     for place in range(bits.numel()):
         bits[place] ^= 1
-        if (worker.probe() != before) == seen:
-            worker.round = stands
+        if (replica.probe() != before) == seen:
+            replica.round = stands
             return
         bits[place] ^= 1
     raise AssertionError("no such place")
@@ -523,10 +523,10 @@ def test_a_flipped_bit_that_the_probe_misses_is_healed_at_the_next_digest(
         assert next(plan.rebuild for plan in grid.plans if plan.round == 5 and plan.task == "slopes") == 1
 
 
-def unseen_place(worker: Worker, weight: torch.Tensor, round_: int) -> int:
+def unseen_place(replica: Replica, weight: torch.Tensor, round_: int) -> int:
     """An entry of a weight that the probe of a round does not read."""
-    name = next(name for name, parameter in worker.parameters.items() if parameter is weight)
-    seed = directions.derive_seed("zofed-probe", worker.genesis["seed"], round_)
+    name = next(name for name, parameter in replica.parameters.items() if parameter is weight)
+    seed = directions.derive_seed("zofed-probe", replica.genesis["seed"], round_)
     read = set(directions.positions(seed, name, weight.numel(), PROBE_POSITIONS).tolist())
     return next(place for place in range(weight.numel()) if place not in read)
 
@@ -541,9 +541,9 @@ def test_a_client_whose_weights_are_not_finite_starts_anew(quick: Quick, start: 
     def before(index: int, plan: Plan) -> None:
         if plan.round == 3 and not done:
             done.append(index)
-            worker = replica_of(grid)
-            weight = max(worker.parameters.values(), key=torch.Tensor.numel)
-            weight.detach().view(-1)[unseen_place(worker, weight, 2)] = math.nan
+            replica = replica_of(grid)
+            weight = max(replica.parameters.values(), key=torch.Tensor.numel)
+            weight.detach().view(-1)[unseen_place(replica, weight, 2)] = math.nan
 
     grid.before = before
     summary = run((grid, settings))

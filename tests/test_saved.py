@@ -31,7 +31,7 @@ from transformers import (
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core.replica import weights_digest
+from zofed.core.digests import weights_digest
 from zofed.data import encoding
 from zofed.models import initial, limits, spec
 from zofed.training import central

@@ -15,7 +15,7 @@ from zofed.base.errors import UserError
 from zofed.models import initial
 from zofed.models.classifier import PooledClassifier
 from zofed.models.scopes import frozen_though_drawn, inner_matrices, trainable_names
-from zofed.training.task import worker_of
+from zofed.training.task import replica_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,7 +200,7 @@ def test_a_run_says_what_it_leaves_as_drawn() -> None:
     initial.remember(model, ("classifier.bias", "classifier.weight"))
     settings = config.resolve({"model": "any", "task": "classification", "scope": "norms", "device": "cpu"})
     with pytest.warns(UserWarning, match=r"scope = 'norms' leaves classifier\.bias, classifier\.weight as drawn"):
-        worker_of(settings, model)
+        replica_of(settings, model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        worker_of(settings.model_copy(update={"scope": "head"}), model)
+        replica_of(settings.model_copy(update={"scope": "head"}), model)

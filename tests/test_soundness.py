@@ -22,8 +22,8 @@ import zofed
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import directions, soundness
+from zofed.core.digests import named_parameters, weights_digest
 from zofed.core.estimators import FiniteDifference
-from zofed.core.replica import named_parameters, weights_digest
 from zofed.core.soundness import pattern_of
 from zofed.federated import exchanges
 from zofed.models import spec
@@ -49,7 +49,7 @@ def plain(model: nn.Module) -> Callable[[], Tensor]:
 
 def slopes(model: nn.Module, loss: Callable[..., Any], examples: Any = None, **more: Any) -> tuple[float, ...]:
     zo = zofed.ZerothOrder(model, seed=5, **{"queries": 6, "finite_difference": "two-point"} | more)
-    zo.ask(loss, 0.05, examples)
+    zo.measure(loss, 0.05, examples)
     assert zo.estimate is not None
     return zo.estimate.slopes
 
@@ -59,7 +59,7 @@ def moved_slopes(model: nn.Module, loss: Callable[..., Any], examples: Any = Non
     zo = zofed.ZerothOrder(model, seed=5)
     seeds = directions.direction_seeds(5, 1, 0, 6)
     return (
-        FiniteDifference("rank1", zo.epsilon).slopes(loss, zo.worker.parameters, seeds, examples, batched=False).slopes
+        FiniteDifference("rank1", zo.epsilon).slopes(loss, zo.replica.parameters, seeds, examples, batched=False).slopes
     )
 
 
@@ -149,12 +149,12 @@ def test_dropout_is_refused_for_examples_of_each_query_and_for_any_kind_until_ev
         return F.cross_entropy(model(batch["x"]), batch["y"])
 
     with pytest.raises(UserError, match=r"2 \(Dropout\)"):
-        zo.ask(loss, 0.05, examples)
-    zo.apply(zo.ask(plain(model.eval()), 0.05))
+        zo.measure(loss, 0.05, examples)
+    zo.apply(zo.measure(plain(model.eval()), 0.05))
     with pytest.raises(UserError, match=r"2 \(Dropout\)"):
-        zo.ask(plain(model.train()), 0.05)
+        zo.measure(plain(model.train()), 0.05)
     model.eval()
-    zo.apply(zo.ask(loss, 0.05, examples))
+    zo.apply(zo.measure(loss, 0.05, examples))
 
 
 def test_what_could_draw_and_does_not_is_not_named() -> None:
@@ -332,7 +332,7 @@ def test_a_norm_in_eval_mode_trains_and_replays_to_the_same_loss(tmp_path: Path)
     model, again = made(), made()
     zo = zofed.ZerothOrder(model, seed=1, queries=6, journal=tmp_path / "j")
     for _ in range(3):
-        zo.apply(zo.ask(plain(model), 0.05))
+        zo.apply(zo.measure(plain(model), 0.05))
     assert zofed.replay(again, tmp_path / "j") == zo.digest()
     assert bits(again) == bits(model)
     assert torch.equal(plain(again)(), plain(model)())
@@ -344,7 +344,7 @@ def test_the_digest_reads_the_buffers_that_are_saved_and_no_others() -> None:
     model[2].running_var[3] += 2**-20
     assert weights_digest(model) != digest
     with pytest.raises(UserError, match="base weights"):
-        zofed.core.replica.Worker(net(nn.BatchNorm1d(8)), zofed.ZerothOrder(model, seed=1).worker.genesis)
+        zofed.core.replica.Replica(net(nn.BatchNorm1d(8)), zofed.ZerothOrder(model, seed=1).replica.genesis)
     passing = net()
     digest = weights_digest(passing)
     passing.register_buffer("cache", torch.ones(3), persistent=False)
@@ -498,7 +498,7 @@ def test_the_check_runs_once_and_changes_no_number() -> None:
     counts = []
     for _ in range(3):
         start = calls
-        zo.ask(loss, 0.05)
+        zo.measure(loss, 0.05)
         counts.append(calls - start)
     assert counts[1:] == [2, 2]  # one batched pass of six copies, one at the weights themselves
     assert counts[0] - counts[1] <= 6
@@ -526,8 +526,8 @@ def test_the_scope_that_a_refusal_of_unused_parameters_names_trains_the_rest(sco
         slopes(model, plain(model), trainable=trainable)
     (pattern,) = re.findall(r"'(.*)'$", str(told.value))
     zo = zofed.ZerothOrder(model, seed=1, trainable=pattern)
-    assert list(zo.worker.parameters) == [n for n in trainable if not re.search(r"idle\.(0\.weight|1)", n)]
-    zo.apply(zo.ask(plain(model), 0.05))
+    assert list(zo.replica.parameters) == [n for n in trainable if not re.search(r"idle\.(0\.weight|1)", n)]
+    zo.apply(zo.measure(plain(model), 0.05))
 
 
 def test_a_pattern_is_found_in_just_the_names_asked_for() -> None:

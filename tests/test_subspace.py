@@ -15,13 +15,15 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaFo
 from transformers.pytorch_utils import Conv1D
 
 from zofed.core import directions, perturbed, subspace
+from zofed.core.digests import named_parameters
 from zofed.core.directions import tensor_id
 from zofed.core.estimators import exact_slopes
+from zofed.core.genesis import make_genesis
 from zofed.core.journal import link
 from zofed.core.optimizers import Optimizer
 from zofed.core.perturbed import along
 from zofed.core.records import Seeded, to_integers
-from zofed.core.replica import Worker, make_genesis, named_parameters
+from zofed.core.replica import Replica
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,10 +58,10 @@ class Odd(nn.Module):
 TOKENS = torch.tensor([[1, 5, 8], [0, 3, 3]])
 
 
-def worker_of(kind: str, **changes: Any) -> Worker:
+def replica_of(kind: str, **changes: Any) -> Replica:
     model = Odd()
     arguments = {"seed": 5, "kind": kind, "optimizer": Optimizer("sgd")} | changes
-    return Worker(model, make_genesis(model, {"name": "test"}, named_parameters(model), **arguments))
+    return Replica(model, make_genesis(model, {"name": "test"}, named_parameters(model), **arguments))
 
 
 def direction_of(kind: str, seeds: list[int], index: int, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -125,27 +127,27 @@ def test_a_pass_along_a_core_equals_weights_written_out(name: str, kind: str) ->
 
 def test_a_core_record_moves_by_its_exact_sum() -> None:
     """Bit for bit what sums in Python integers give, a scalar, vectors, matrices and a cube."""
-    worker = worker_of("core", optimizer=Optimizer("sgd", weight_decay=0.125))
-    before = {name: parameter.detach().clone() for name, parameter in worker.parameters.items()}
+    replica = replica_of("core", optimizer=Optimizer("sgd", weight_decay=0.125))
+    before = {name: parameter.detach().clone() for name, parameter in replica.parameters.items()}
     core = [[99991, -7, 12], [-(2**18) + 1, 0, 5], [1, 2**18 - 1, -33333]]
     record = Seeded(1, 0.25, (0,), 9, tuple(value for row in core for value in row), -19, 0.25)
-    worker.apply(link(worker.head, record))
+    replica.apply(link(replica.head, record))
     seeds = directions.direction_seeds(5, 1, 0, 9)[:3]
     one = np.float32
     for name, old in before.items():
         total = np.array(core_sum(core, seeds, tensor_id(name), old.shape), dtype=one).reshape(old.shape)
         estimate = total * one(math.ldexp(4.0, -19))
         expected = old.numpy() * one(1 - 0.25 * 0.125) - estimate * one(0.25)
-        assert np.array_equal(worker.parameters[name].detach().numpy(), expected), name
+        assert np.array_equal(replica.parameters[name].detach().numpy(), expected), name
 
 
 def test_a_core_is_no_transposed_core() -> None:
     one, other = ([0, 5, 0, 0], [0, 0, 5, 0])
     moved = []
     for coefficients in (one, other):
-        worker = worker_of("core")
-        worker.apply(link(worker.head, Seeded(1, 0.5, (0,), 4, tuple(coefficients), -6, 1.0)))
-        moved.append(worker.digest())
+        replica = replica_of("core")
+        replica.apply(link(replica.head, Seeded(1, 0.5, (0,), 4, tuple(coefficients), -6, 1.0)))
+        moved.append(replica.digest())
     assert moved[0] != moved[1]
 
 
@@ -241,15 +243,15 @@ def test_each_step_of_a_subspace_takes_a_loss_of_its_own() -> None:
 @pytest.mark.parametrize("kind", ["core", "rank1"])
 def test_a_record_moves_the_weights_by_the_coefficients_themselves(kind: str) -> None:
     """Up to what 18 bits leave out, whatever the rate that is written beside them."""
-    worker = worker_of(kind)
+    replica = replica_of(kind)
     values = [0.0125, -0.031, 0.0007, 0.02] if kind == "core" else [0.0125, -0.031]
     coefficients, exponent = to_integers([-value for value in values])
     step = 0.003 * 16
     record = Seeded(1, step, (0,), len(values), coefficients, exponent, step)
     seeds = directions.direction_seeds(5, 1, 0, len(values))[:2]
-    expected = written(dict(worker.parameters), kind, seeds, torch.tensor(values, dtype=torch.float64))
-    worker.apply(link(worker.head, record))
-    for name, parameter in worker.parameters.items():
+    expected = written(dict(replica.parameters), kind, seeds, torch.tensor(values, dtype=torch.float64))
+    replica.apply(link(replica.head, record))
+    for name, parameter in replica.parameters.items():
         error = (parameter.detach().double() - expected[name].double()).abs().max()
         assert error < len(values) * 0.031 * 2**-17 + 1e-7, name
 

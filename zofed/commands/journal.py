@@ -72,14 +72,14 @@ def journal_replay(
     from zofed.training.finalize import replay_run
 
     run = RunFolder.open(folder)
-    worker, start = replay_run(run, base, threads)
+    replica, start = replay_run(run, base, threads)
     if start:
         console.print(
             f"rounds 1 to {start} hold first-order steps whose gradients are not kept whole, which a journal cannot "
             "rebuild: started from their checkpoint"
         )
-    digest, expected = worker.digest(), run.summary().get("digest")
-    console.print(f"rounds {start + 1} to {worker.round} replayed" if worker.round > start else "no rounds to replay")
+    digest, expected = replica.digest(), run.summary().get("digest")
+    console.print(f"rounds {start + 1} to {replica.round} replayed" if replica.round > start else "no rounds to replay")
     console.print(f"weights SHA-256 {digest}")
     if expected is None:
         console.print("the run has not ended: no digest to compare with")

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from zofed.core import aggregation, directions
-from zofed.core.replica import Update
+from zofed.core.measure import Update
 
 BITS = 15
 LARGEST_EXPONENT = 140

@@ -1,114 +1,37 @@
-"""A model that can be asked and moved: weights change by `apply` alone."""
+"""A module whose weights change by applying records, and by nothing else."""
 
 import hashlib
-import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import inf, ldexp, prod, sqrt
-from typing import Any, TypeVar
+from math import ldexp, prod, sqrt
 
 import torch
 from torch import Tensor, nn
 
-from zofed.base import arithmetic
 from zofed.base.errors import UserError
-from zofed.core import directions, optimizers, soundness
-from zofed.core.estimators import Estimate, FiniteDifference, Points, Split
+from zofed.core import directions, optimizers
+from zofed.core.digests import named_parameters, raw_bytes, tensors_digest, weights_digest
+from zofed.core.genesis import optimizer_of
 from zofed.core.journal import Entry, Genesis, genesis_chain, link, linked, position
-from zofed.core.perturbed import CannotBatch, Loss, Unseen
+from zofed.core.measure import Measure, Update
 from zofed.core.records import Dense, Guided, Record, Seeded, Skipped, Spread
 
-LARGEST_ROUNDING = 0.1  # share of a slope that the resolution of the losses may have
 PROBE_POSITIONS = 1024  # elements of each tensor that a probe reads
 BLOCK = 2**18  # entries of a tensor that move together: all their intermediate results stay in the cache
 DIRECTIONS_AT_ONCE = 1024  # of consecutive records that move a block one after the other while it is in the cache
 
-TRAINABLE_DTYPES = (torch.float32, torch.bfloat16)  # moved in float32: float64 would lose bits, float16 overflow
-
 BACKPROP = "backprop/"  # before the names of a second optimizer's state
-
-Update = dict[str, Tensor]  # a first-order step's gradient or a guide, by parameter name
-T = TypeVar("T")
-
-
-def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All parameters by canonical name, a tied tensor once, under its first name.
-
-    Raises UserError where two parameters cannot be told apart by their names.
-    """
-    named = [(directions.canonical_name(name), parameter) for name, parameter in model.named_parameters()]
-    directions.check_distinct(name for name, _ in named)
-    return dict(named)
-
-
-def make_genesis(
-    model: nn.Module,
-    description: dict[str, Any],
-    trainable: Iterable[str],
-    *,
-    seed: int,
-    kind: directions.Kind,
-    optimizer: optimizers.Optimizer,
-    size_exponents: Mapping[str, int] | None = None,
-    backprop_optimizer: optimizers.Optimizer | None = None,
-) -> Genesis:
-    """All that a replay depends on: the base weights, what trains, how seeds become directions, the optimizer.
-
-    size_exponents: the power of two that multiplies each tensor's direction and step; 0 where absent.
-    backprop_optimizer: the rule, with a state of its own, of the steps that are no function of seeds alone; None: the
-    same. Raises UserError for a trainable tensor of another type than float32 and bfloat16, the two whose steps are
-    exact, and for two that lie in the same memory.
-    """
-    parameters = named_parameters(model)
-    trainable = list(trainable)
-    soundness.check_apart({name: parameters[name] for name in trainable})
-    for name in trainable:
-        if parameters[name].dtype not in TRAINABLE_DTYPES:
-            raise UserError(
-                f"parameter {name!r} is {str(parameters[name].dtype).removeprefix('torch.')}, but only float32 and "
-                "bfloat16 can be trained: set dtype to one of them, or set scope to leave it out"
-            )
-    return {
-        "generator": directions.GENERATOR,
-        "seed": seed,
-        "directions": kind,
-        "model": description,
-        "weights": weights_digest(model),
-        "trainable": [
-            [name, str(parameters[name].dtype).removeprefix("torch."), list(parameters[name].shape)]
-            for name in trainable
-        ],
-        "optimizer": _described(optimizer),
-        "size-exponents": {name: exponent for name, exponent in (size_exponents or {}).items() if exponent},
-        **({"backprop-optimizer": _described(backprop_optimizer)} if backprop_optimizer else {}),
-    }
-
-
-def _described(optimizer: optimizers.Optimizer) -> dict[str, Any]:
-    return {
-        "name": optimizer.name,
-        "momentum": optimizer.momentum,
-        "weight-decay": optimizer.weight_decay,
-        "cautious": optimizer.cautious,
-        "orthogonal": sorted(optimizer.orthogonal),
-    }
-
-
-def _optimizer(rule: Mapping[str, Any]) -> optimizers.Optimizer:
-    return optimizers.Optimizer(
-        rule["name"], rule["momentum"], rule["weight-decay"], rule["cautious"], frozenset(rule["orthogonal"])
-    )
 
 
 class NotKept(UserError):  # noqa: N818
-    """A record needs a gradient or guide that was not kept, or not whole: only a checkpoint behind it helps."""
+    """A record's gradient or guide was not saved, or is corrupt; only a later checkpoint can replace it."""
 
 
-class Worker:
-    """A replica of the model at one point of a journal's history.
+class Replica:
+    """The model at one point of a journal's history.
 
-    model: at the base weights the genesis names, already on its device. `round` is the last round applied (0: base),
-    `head` the chain after the last entry applied. Raises UserError when the model is not the genesis's base.
+    model: at the base weights the genesis names, already on its device. `measure` reads the weights and leaves them;
+    `apply` moves them. `round` is the last round applied (0: base), `head` the chain after the last entry applied.
+    Raises UserError when the model is not the genesis's base.
     """
 
     def __init__(self, model: nn.Module, genesis: Genesis) -> None:
@@ -125,118 +48,19 @@ class Worker:
         self.parameters: dict[str, Tensor] = {name: everything[name] for name, _, _ in genesis["trainable"]}
         for name, parameter in everything.items():
             parameter.requires_grad_(name in self.parameters)
-        self.optimizer = _optimizer(genesis["optimizer"])
+        self.optimizer = optimizer_of(genesis["optimizer"])
         own = genesis.get("backprop-optimizer")
-        self.backprop_optimizer = _optimizer(own) if own else self.optimizer
+        self.backprop_optimizer = optimizer_of(own) if own else self.optimizer
         self.sizes = {name: 2.0**exponent for name, exponent in genesis["size-exponents"].items()}
         self.spread = Spread()
         self.round = 0
         self.head = genesis_chain(genesis)
-        self._batches, self._warned = directions.terms(self.kind) > 0, False
-        self._sound: tuple[Any, ...] = ()  # signature of the loss that was last found sound
+        self.measure = Measure(model, self.parameters, self.kind, self.sizes)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every trainable tensor, by name."""
         return {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
-
-    def ask(
-        self,
-        loss: Loss,
-        seeds: Sequence[int],
-        epsilon: float,
-        perturbations_per_pass: int,
-        points: Points = "two-point",
-        examples: Any = None,
-        split: Split | None = None,
-    ) -> Estimate:
-        """Slopes of `loss` along the seeds' directions; the weights are afterwards what they were, bit for bit.
-
-        examples: one batch for every seed, handed to `loss`; None: all share the batch that `loss` holds. A loss that
-        cannot run for many copies at once is measured one direction after the other, which is said once. split:
-        measures shares of the queries in several places; None: all here.
-        """
-        arithmetic.warn_if_not_reproducible()
-        how = FiniteDifference(self.kind, epsilon, points, perturbations_per_pass, self.sizes)
-
-        def slopes(batched: bool) -> Estimate:
-            found = how.slopes(loss, self.parameters, seeds, examples, batched=batched, split=split)
-            return self._guarded(found, epsilon)
-
-        return self.batched_or_not(slopes, loss, examples)
-
-    def batched_or_not(self, run: Callable[[bool], T], loss: Loss, examples: Any = None) -> T:
-        """`run(True)`, or `run(False)` where the loss cannot run for many perturbed copies at once, which is said once.
-
-        Raises UserError for a loss that is no function of the weights alone, see `check`.
-        """
-        self.check(loss, examples)
-        if self._batches:
-            try:
-                return run(True)
-            except CannotBatch as reason:
-                self._cannot_batch(reason)
-            except Unseen as unused:  # by this batch, though the first one used it
-                raise soundness.never_used(self.model, self.parameters, unused.names) from unused
-        return run(False)
-
-    def check(self, loss: Loss, examples: Any = None, *, batched: bool = True) -> None:
-        """Find out, at a loss's first measurement, whether slopes of it mean anything; a few forward passes, once.
-
-        Once for the loss's code, and again where `train()` or `eval()` was called since. Raises UserError for a loss
-        that draws random numbers, changes weights or buffers, or never uses some parameter. One whose batched passes
-        give another loss than shifted weights do is from then on measured one direction after the other. batched:
-        whether it will run batched at all.
-        """
-        signature = soundness.signature(self.model, loss)
-        if signature == self._sound:
-            return
-        base = soundness.check_repeats(self.model, self.parameters, loss, examples)
-        if not math.isfinite(base.value):
-            return
-        try:
-            soundness.check_shifted(
-                self.model, self.parameters, loss, base, examples, batched=batched and self._batches
-            )
-        except CannotBatch as reason:
-            self._cannot_batch(reason)
-        self._sound = signature
-
-    def _cannot_batch(self, reason: CannotBatch) -> None:
-        self._batches = False
-        warnings.warn(
-            f"the loss cannot run for many perturbed copies at once ({reason}): each direction is written into "
-            "the weights instead, which takes longer and the memory of a second copy of what trains",
-            stacklevel=4,
-        )
-
-    def _guarded(self, estimate: Estimate, epsilon: float) -> Estimate:
-        """The estimate; a word, once, where the losses' own resolution drowns the slopes, or all of them are zero."""
-        if LARGEST_ROUNDING < estimate.rounding < inf and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"with epsilon = {epsilon:g} the losses differ by little more than their own rounding, about "
-                f"{estimate.rounding:.0%} of a slope: set epsilon to {epsilon * estimate.rounding / 0.01:.0e} or so",
-                stacklevel=3,
-            )
-        if estimate.rounding == inf and not self._warned and len(estimate.slopes) > 1:
-            self._warned = True
-            warnings.warn(
-                f"the loss is the same at all shifted weights, so that nothing moves: raise epsilon = {epsilon:g} "
-                "(a loss that moves in steps and passes in 16 bits round smaller shifts away)",
-                stacklevel=3,
-            )
-        return estimate
-
-    def gradient(self, loss: Callable[[], Tensor]) -> tuple[Update, float]:
-        """Gradient of `loss` by backpropagation, and the loss."""
-        value = loss()
-        gradients = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
-        update = {
-            name: torch.zeros_like(parameter) if gradient is None else gradient
-            for (name, parameter), gradient in zip(self.parameters.items(), gradients, strict=True)
-        }
-        return update, float(value.detach())
 
     def apply(self, entry: Entry, update: Update | None = None) -> float:
         """Move the weights as the entry's record says.
@@ -245,7 +69,7 @@ class Worker:
         the Euclidean norm of the gradient estimate. Raises NotKept for a record without its update, UserError for one
         with another than its own, or one of another history.
         """
-        return self._move([entry], update)[0]
+        return self._apply_entries([entry], update)[0]
 
     def replay(self, entries: Iterable[Entry], kept: Callable[[bytes], Update | None] = lambda _: None) -> None:
         """Apply entries one after the other, to the same bits as `apply` does, streaming many through each block.
@@ -258,21 +82,21 @@ class Worker:
         for entry in entries:
             if (digest := update_digest(entry.record)) is not None:
                 if group:
-                    self._move(group)
-                self._move([entry], kept(digest))
+                    self._apply_entries(group)
+                self._apply_entries([entry], kept(digest))
                 group, count = [], 0
                 continue
             size = len(entry.record.coefficients) if isinstance(entry.record, Seeded) else 1
             if group and count + size > DIRECTIONS_AT_ONCE:
-                self._move(group)
+                self._apply_entries(group)
                 group, count = [], 0
             group.append(entry)
             count += size
         if group:
-            self._move(group)
+            self._apply_entries(group)
 
     @torch.no_grad()
-    def _move(self, entries: Sequence[Entry], update: Update | None = None) -> list[float]:
+    def _apply_entries(self, entries: Sequence[Entry], update: Update | None = None) -> list[float]:
         """Move the weights through consecutive entries; the only place where weights change. Returns their norms."""
         self._check_follow(entries, update)
         moving = [entry.record for entry in entries if not isinstance(entry.record, Skipped)]
@@ -454,8 +278,8 @@ class Worker:
         return hashed.digest()
 
 
-def catch_up(worker: Worker, after: bytes, raw: bytes, updates: Mapping[bytes, Update] | None = None) -> bool:
-    """Replay the records that follow chain `after`; False when the worker does not stand on their way.
+def catch_up(replica: Replica, after: bytes, raw: bytes, updates: Mapping[bytes, Update] | None = None) -> bool:
+    """Replay the records that follow chain `after`; False when the replica does not stand on their way.
 
     updates: what records that are no function of seeds need, by digest. Nothing is applied unless the way is whole.
     """
@@ -463,13 +287,13 @@ def catch_up(worker: Worker, after: bytes, raw: bytes, updates: Mapping[bytes, U
         entries = linked(raw, after)
     except ValueError:
         return False
-    start = position(entries, after, worker.head)
+    start = position(entries, after, replica.head)
     held = updates or {}
     if start is None or any(
         (digest := update_digest(entry.record)) is not None and digest not in held for entry in entries[start:]
     ):
         return False
-    worker.replay(entries[start:], held.get)
+    replica.replay(entries[start:], held.get)
     return True
 
 
@@ -492,23 +316,3 @@ def guided_estimate(record: Guided, guide: Tensor, noise: Tensor | None) -> Tens
     if noise is None:
         return estimate
     return estimate.add_(noise.mul_(~keeps) if record.masked else noise)
-
-
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over all parameters by canonical name, hex, and all buffers that are saved; a tied tensor counts once."""
-    buffers = {directions.canonical_name(name): held for name, held in soundness.persistent_buffers(model).items()}
-    return tensors_digest(named_parameters(model) | buffers)
-
-
-def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over named tensors: names sorted, dtype, shape and raw bytes. Hex."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(raw_bytes(tensor))
-    return digest.hexdigest()
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's elements as they lie in memory, whatever its dtype."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

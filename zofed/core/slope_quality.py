@@ -11,7 +11,7 @@ from zofed.base.errors import UserError
 from zofed.core import directions, estimators
 from zofed.core.estimators import FiniteDifference, Points, root_mean_square
 from zofed.core.records import to_integers
-from zofed.core.replica import Worker
+from zofed.core.replica import Replica
 
 EPSILONS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 BATCHES_NEEDED = 2
@@ -42,7 +42,7 @@ class Diagnosis:
 
 
 def diagnose(
-    worker: Worker,
+    replica: Replica,
     losses: Sequence[Callable[[], Tensor]],
     queries: int,
     points: Points = "two-point",
@@ -53,32 +53,32 @@ def diagnose(
     losses: the loss on each of two or more batches. Needs backpropagation, and its memory. Raises UserError for dense
     directions, whose exact slopes would need each of them in memory.
     """
-    kind = worker.genesis["directions"]
+    kind = replica.genesis["directions"]
     if not directions.terms(kind):
         raise UserError(f"directions = {kind!r} cannot be diagnosed: use rank1, whose slopes are as large")
     if len(losses) < BATCHES_NEEDED:
         raise UserError(f"{len(losses)} batches are too few to tell signal from noise: give {BATCHES_NEEDED} or more")
-    seeds = directions.direction_seeds(worker.genesis["seed"], worker.round + 1, 0, queries)
+    seeds = directions.direction_seeds(replica.genesis["seed"], replica.round + 1, 0, queries)
     exact = torch.tensor(
-        [estimators.exact_slopes(loss, worker.parameters, kind, seeds, worker.sizes) for loss in losses]
+        [estimators.exact_slopes(loss, replica.parameters, kind, seeds, replica.sizes) for loss in losses]
     ).double()
     noise = float(exact.var(0).mean())
     signal = max(0.0, float(exact.mean(0).var()) - noise / len(losses))
     first: list[float] = exact[0].tolist()
-    parameters = sum(parameter.numel() for parameter in worker.parameters.values())
+    parameters = sum(parameter.numel() for parameter in replica.parameters.values())
     return Diagnosis(
         parameters=parameters,
         slope=root_mean_square(first),
         signal_to_noise=signal / noise if noise else math.inf,
-        cosine=_cosine(worker, losses[0], seeds, first),
+        cosine=_cosine(replica, losses[0], seeds, first),
         expected_cosine=math.sqrt(queries / parameters),
         errors=tuple(
             _error(
-                worker,
+                replica,
                 losses[0],
                 seeds,
                 first,
-                FiniteDifference(kind, epsilon, points, perturbations_per_pass, worker.sizes),
+                FiniteDifference(kind, epsilon, points, perturbations_per_pass, replica.sizes),
             )
             for epsilon in EPSILONS
         ),
@@ -86,9 +86,11 @@ def diagnose(
 
 
 def _error(
-    worker: Worker, loss: Callable[[], Tensor], seeds: Sequence[int], exact: Sequence[float], how: FiniteDifference
+    replica: Replica, loss: Callable[[], Tensor], seeds: Sequence[int], exact: Sequence[float], how: FiniteDifference
 ) -> tuple[float, float, float]:
-    estimate = worker.batched_or_not(lambda batched: how.slopes(loss, worker.parameters, seeds, batched=batched), loss)
+    estimate = replica.measure.batched_or_not(
+        lambda batched: how.slopes(loss, replica.parameters, seeds, batched=batched), loss
+    )
     middle = math.fsum(exact) / len(exact) if how.points == "one-sided" else 0.0
     misses = [slope - (truth - middle) for slope, truth in zip(estimate.slopes, exact, strict=True)]
     size = root_mean_square(exact)
@@ -96,16 +98,16 @@ def _error(
 
 
 @torch.no_grad()
-def _cosine(worker: Worker, loss: Callable[[], Tensor], seeds: Sequence[int], slopes: Sequence[float]) -> float:
+def _cosine(replica: Replica, loss: Callable[[], Tensor], seeds: Sequence[int], slopes: Sequence[float]) -> float:
     """Cosine of sum over k of slope_k * direction_k with the gradient; whatever multiplies all of a sum cancels."""
     with torch.enable_grad():
-        gradient, _ = worker.gradient(loss)
-    kind = worker.genesis["directions"]
+        gradient, _ = replica.measure.gradient(loss)
+    kind = replica.genesis["directions"]
     product = squares = lengths = 0.0
     coefficients, _ = to_integers(slopes)
-    for name, parameter in worker.parameters.items():
+    for name, parameter in replica.parameters.items():
         estimate = directions.weighted_sum(kind, seeds, coefficients, name, tuple(parameter.shape))
-        own = gradient[name].double().cpu() * worker.sizes.get(name, 1.0)
+        own = gradient[name].double().cpu() * replica.sizes.get(name, 1.0)
         product += float((estimate * own).sum())
         squares += float(estimate.square().sum())
         lengths += float(own.square().sum())

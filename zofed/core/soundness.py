@@ -60,7 +60,7 @@ def signature(model: nn.Module, loss: Loss) -> tuple[Any, ...]:
 def check_repeats(model: nn.Module, parameters: Parameters, loss: Loss, examples: Any = None) -> Base:
     """Run the loss twice at the present weights.
 
-    examples: as for `Worker.ask`; the first query's are read. Raises UserError where the passes differ by more than
+    examples: as for `Measure.slopes`; the first query's are read. Raises UserError where the passes differ by more than
     rounding, draw random numbers anew, write into a parameter, change a buffer or never use a parameter; buffers are
     then as before. A buffer that is not saved with the model may be filled by the first pass: such are caches. Where
     the loss is not finite nothing is checked, and `Base.value` says so.

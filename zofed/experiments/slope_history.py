@@ -10,7 +10,7 @@ from zofed.core.journal import read
 from zofed.core.slope_quality import diagnose
 from zofed.data import encoding
 from zofed.runs.run_folder import Row, RunFolder, read_table
-from zofed.training.finalize import base_worker
+from zofed.training.finalize import base_replica
 from zofed.training.task import Task, prepare_process
 from zofed.training.trainer import replay
 
@@ -38,7 +38,7 @@ def course(path: Path, points: int) -> list[dict[str, float]]:
 
 
 def _measure(folder: RunFolder, points: int) -> list[Row]:
-    worker, settings = base_worker(folder)
+    replica, settings = base_replica(folder)
     prepare_process(settings.threads)
     task = Task.load(settings)
     examples = task.shard(0, max(1, settings.clients))
@@ -48,15 +48,15 @@ def _measure(folder: RunFolder, points: int) -> list[Row]:
     last = len(records) - 1  # the step after the last would be of no run
     rows: list[Row] = []
     for at in sorted({round(last * part / max(1, points - 1)) for part in range(points)}):
-        replay(worker, records[worker.round : at], folder.whole_update)
+        replay(replica, records[replica.round : at], folder.whole_update)
 
         def loss_at(step: int):
             batch = encoding.batch(examples, seed=settings.seed, client=0, step=step, batch_size=settings.batch_size)
-            return lambda: metrics.loss_of(worker.model, batch, settings.forward_dtype)
+            return lambda: metrics.loss_of(replica.model, batch, settings.forward_dtype)
 
         losses = [loss_at(at + 1 + extra) for extra in range(BATCHES)]
         queries = min(QUERIES, settings.queries)
-        found = diagnose(worker, losses, queries, settings.finite_difference, settings.perturbations_per_pass)
+        found = diagnose(replica, losses, queries, settings.finite_difference, settings.perturbations_per_pass)
         values = (at, found.signal_to_noise, found.cosine, found.expected_cosine)
         rows.append(dict(zip(COLUMNS, map(repr, values), strict=True)))
     return rows

@@ -141,13 +141,13 @@ def _cost(settings: Settings) -> Cost | str:
         if free is not None and size > free:
             return found
         task = Task.load(with_absolute_paths(settings))
-        examples, worker = task.shard(0, max(1, settings.clients)), task.worker()
-        took = pace(task, worker, examples, settings.mode).total
+        examples, replica = task.shard(0, max(1, settings.clients)), task.replica()
+        took = pace(task, replica, examples, settings.mode).total
     except UserError as error:
         return str(error)
     if not settings.clients:
         return replace(found, seconds=took)
     traffic = (
-        sum(bytes_of_a_round(settings, worker)) * settings.clients * settings.rounds if settings.mode == "zo" else 0
+        sum(bytes_of_a_round(settings, replica)) * settings.clients * settings.rounds if settings.mode == "zo" else 0
     )
     return replace(found, seconds=took * settings.clients, traffic=traffic)

@@ -22,8 +22,10 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import gradient_codec, metrics, sanitize, snapshots
 from zofed.core.aggregation import Measured
+from zofed.core.digests import tensors_digest
 from zofed.core.journal import differences, genesis_chain
-from zofed.core.replica import Update, catch_up, tensors_digest
+from zofed.core.measure import Update
+from zofed.core.replica import catch_up
 from zofed.data import partitions
 from zofed.data.classes import Classes
 from zofed.data.encoding import Examples
@@ -38,15 +40,15 @@ UPDATES_KEPT = 2  # guides and updates that entries soon to come will name
 app = ClientApp()
 
 
-class Replica:
+class ClientSession:
     """This process's one copy of the model, and the data of the clients it has served."""
 
     def __init__(self, settings: Settings, own: str, named: Classes) -> None:
         prepare_process(settings.threads)
         self.settings, self._own = settings, own
         self.task = Task.own(settings, own, named) if own else Task.load(with_absolute_paths(settings), named or None)
-        self.worker = self.task.worker()
-        self.genesis = genesis_chain(self.worker.genesis)
+        self.replica = self.task.replica()
+        self.genesis = genesis_chain(self.replica.genesis)
         self._parts: dict[tuple[int, int], tuple[Examples, Examples | None]] = {}
         self._updates: dict[bytes, Update] = {}
         self.is_unsound = False  # at the head of the last plan, but with other weights
@@ -72,7 +74,7 @@ class Replica:
         False when this process cannot get there: the answer then tells the server, which sends everything.
         """
         try:
-            brought = [gradient_codec.decoded(raw, self.worker.shapes) for raw in gradient_codec.split(plan.updates)]
+            brought = [gradient_codec.decoded(raw, self.replica.shapes) for raw in gradient_codec.split(plan.updates)]
         except ValueError as error:
             return self._unreachable(plan, error)
         for update in brought:
@@ -80,16 +82,16 @@ class Replica:
         if not plan.rebuild and not plan.snapshot and self._follow(plan):
             return True
         if plan.rebuild:
-            self.worker = self.task.worker()
+            self.replica = self.task.replica()
         if plan.snapshot:
             try:
-                snapshots.restore(self.worker, plan.snapshot)
+                snapshots.restore(self.replica, plan.snapshot)
             except ValueError as error:
                 return self._unreachable(plan, error)
         elif plan.after != self.genesis:
             return False
         elif not plan.rebuild:
-            self.worker = self.task.worker()
+            self.replica = self.task.replica()
         return self._follow(plan)
 
     def _unreachable(self, plan: Plan, error: ValueError) -> bool:
@@ -107,17 +109,17 @@ class Replica:
             del self._updates[next(iter(self._updates))]
 
     def _follow(self, plan: Plan) -> bool:
-        arrived = catch_up(self.worker, plan.after, plan.entries, self._updates)
-        self.is_unsound = arrived and self.worker.probe() != plan.probe
+        arrived = catch_up(self.replica, plan.after, plan.entries, self._updates)
+        self.is_unsound = arrived and self.replica.probe() != plan.probe
         return arrived and not self.is_unsound
 
 
 @lru_cache(maxsize=1)
-def _replica(written: str, own: str, named: Classes) -> Replica:
-    return Replica(Settings.model_validate_json(written), own, named)
+def _session(written: str, own: str, named: Classes) -> ClientSession:
+    return ClientSession(Settings.model_validate_json(written), own, named)
 
 
-def replica(context: Context, asked: Plan | Greeting | None = None) -> Replica:
+def session(context: Context, asked: Plan | Greeting | None = None) -> ClientSession:
     """This process's replica for a run's settings: built at their first message, kept until others come.
 
     asked: tells the run's classes, by whose names the node numbers the labels it reads; None: the data tell.
@@ -131,7 +133,7 @@ def replica(context: Context, asked: Plan | Greeting | None = None) -> Replica:
     if device := context.node_config.get("device"):
         settings = config.resolve(settings.model_dump(by_alias=True) | {"device": device})
     own = str(context.node_config.get("dataset", ""))
-    return _replica(settings.model_dump_json(by_alias=True), own, named)
+    return _session(settings.model_dump_json(by_alias=True), own, named)
 
 
 def place(context: Context) -> tuple[int, int]:
@@ -151,7 +153,7 @@ def place(context: Context) -> tuple[int, int]:
     return client, clients
 
 
-def capability(here: Replica, context: Context) -> str:
+def capability(here: ClientSession, context: Context) -> str:
     """`zo` where this client runs forward passes only, as its node or the run's settings say, else `fo`: it can both.
 
     Raises UserError for another word in the node's configuration.
@@ -168,22 +170,22 @@ def greet(greeting: Greeting, context: Context) -> Introduction:
     client = -1
     try:
         client, clients = place(context)
-        here = replica(context, greeting)
+        here = session(context, greeting)
         theirs = sanitize.json_object(greeting.genesis)
         if theirs is None:
             raise UserError("the server's greeting holds no genesis: give all machines the same zofed")
-        if different := differences(theirs, here.worker.genesis):
+        if different := differences(theirs, here.replica.genesis):
             raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
         examples = len(here.parts(context)[0]["labels"])
         counts = json.dumps(here.counts(context))
         return Introduction(
-            client, clients, examples, capability(here, context), here.worker.head, counts, "", environment.code()
+            client, clients, examples, capability(here, context), here.replica.head, counts, "", environment.code()
         )
     except UserError as error:
         return Introduction(client, 0, 0, "", b"", "", str(error), environment.code())
 
 
-def _report(plan: Plan, here: Replica, context: Context, work: Callable[[int, Examples], Any]) -> dict[str, Any]:
+def _report(plan: Plan, here: ClientSession, context: Context, work: Callable[[int, Examples], Any]) -> dict[str, Any]:
     """The fields that all answers have; `found` is what the work gave, None where there was none to do or to give."""
     began = time.monotonic()
     client, _ = place(context)
@@ -198,12 +200,12 @@ def _report(plan: Plan, here: Replica, context: Context, work: Callable[[int, Ex
             problem = "not_finite"
     return {
         "found": found,
-        "genesis": protocol.name_of(here.worker.genesis),
+        "genesis": protocol.name_of(here.replica.genesis),
         "round": plan.round,
         "attempt": plan.attempt,
         "client": client,
-        "head": b"" if arrived or here.is_unsound else here.worker.head,
-        "probe": here.worker.probe(),
+        "head": b"" if arrived or here.is_unsound else here.replica.head,
+        "probe": here.replica.probe(),
         "problem": problem,
         "examples": len(examples["labels"]),
         "milliseconds": round(1000 * (time.monotonic() - began)),
@@ -212,20 +214,20 @@ def _report(plan: Plan, here: Replica, context: Context, work: Callable[[int, Ex
 
 def measure(plan: Plan, context: Context) -> Answer:
     """Catch up and answer with integers: slopes, or the coefficients of a subspace."""
-    here = replica(context, plan)
+    here = session(context, plan)
     settings = here.settings
     by_backprop = capability(here, context) == "fo"
 
     def work(client: int, examples: Examples) -> Measured:
-        worker = here.worker  # that of the plan's head
+        replica = here.replica  # that of the plan's head
         if plan.task == "coefficients":
             total = settings.rounds
-            return measurements.coefficients(settings, worker, examples, client, total, by_backprop=by_backprop)
+            return measurements.coefficients(settings, replica, examples, client, total, by_backprop=by_backprop)
         if plan.task == "guided":
-            guide = gradient_codec.decoded(plan.guide, here.worker.shapes)
+            guide = gradient_codec.decoded(plan.guide, here.replica.shapes)
             here.keep(guide)
-            return measurements.guided_slopes(settings, worker, examples, client, guide)
-        return measurements.slopes(settings, worker, examples, client, plan.steps)
+            return measurements.guided_slopes(settings, replica, examples, client, guide)
+        return measurements.slopes(settings, replica, examples, client, plan.steps)
 
     fields = _report(plan, here, context, work)
     found: Measured | None = fields.pop("found")
@@ -237,14 +239,14 @@ def measure(plan: Plan, context: Context) -> Answer:
 
 def backpropagate(plan: Plan, context: Context) -> Contribution:
     """Catch up and answer with a gradient for a guide, or with the update of local training."""
-    here = replica(context, plan)
+    here = session(context, plan)
     settings = here.settings
 
     def work(client: int, examples: Examples) -> tuple[bytes, float]:
         if plan.task == "gradient":
-            gradient, loss = measurements.gradient(settings, here.worker, examples, client)
+            gradient, loss = measurements.gradient(settings, here.replica, examples, client)
             return gradient_codec.compressed(gradient, settings.gradient_rank), loss
-        update, loss = measurements.update(settings, here.worker, examples, client)
+        update, loss = measurements.update(settings, here.replica, examples, client)
         return gradient_codec.whole(update), loss
 
     fields = _report(plan, here, context, work)
@@ -254,20 +256,20 @@ def backpropagate(plan: Plan, context: Context) -> Contribution:
 
 def evaluate(plan: Plan, context: Context) -> Evaluation:
     """Catch up and score the client's own held-out part, of which the same sample is read each time."""
-    here, (client, _) = replica(context, plan), place(context)
+    here, (client, _) = session(context, plan), place(context)
     held_out = here.parts(context)[1]
     if held_out is None or not here.catch_up(plan):
-        return Evaluation(client, here.worker.head, NO_LOSS, 0)
+        return Evaluation(client, here.replica.head, NO_LOSS, 0)
     sample = here.task.sampled(held_out)
-    score = metrics.evaluate(here.worker.model, sample)
-    return Evaluation(client, here.worker.head, score.loss, len(sample["labels"]))
+    score = metrics.evaluate(here.replica.model, sample)
+    return Evaluation(client, here.replica.head, score.loss, len(sample["labels"]))
 
 
 def final(plan: Plan, context: Context) -> Final:
     """Catch up and name the weights this client has."""
-    here = replica(context, plan)
+    here = session(context, plan)
     arrived = here.catch_up(plan)
-    return Final(place(context)[0], here.worker.digest() if arrived or here.is_unsound else "", here.worker.head)
+    return Final(place(context)[0], here.replica.digest() if arrived or here.is_unsound else "", here.replica.head)
 
 
 @app.query("status")

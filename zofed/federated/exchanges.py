@@ -14,8 +14,10 @@ from flwr.serverapp import Grid
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import aggregation, gradient_codec, sanitize, snapshots
+from zofed.core.digests import tensors_digest
 from zofed.core.journal import Entry, Journal, genesis_chain, position
-from zofed.core.replica import Update, Worker, tensors_digest, update_digest
+from zofed.core.measure import Update
+from zofed.core.replica import Replica, update_digest
 from zofed.federated import messages, protocol
 from zofed.federated.membership import Members, exchange
 from zofed.federated.protocol import Answer, Contribution, Plan, Reply
@@ -40,16 +42,16 @@ class Exchanges:
         self,
         grid: Grid,
         members: Members,
-        worker: Worker,
+        replica: Replica,
         journal: Journal,
         settings: Settings,
         folder: Path,
         traffic: Traffic,
         seconds_moving: Callable[[], float],
     ) -> None:
-        self.grid, self.members, self.worker, self.journal = grid, members, worker, journal
+        self.grid, self.members, self.replica, self.journal = grid, members, replica, journal
         self.settings, self.folder, self.traffic, self.seconds_moving = settings, folder, traffic, seconds_moving
-        self.genesis = genesis_chain(worker.genesis)
+        self.genesis = genesis_chain(replica.genesis)
         self.updates: dict[bytes, bytes] = {}  # encoded, by digest
         self._probe = (b"", b"")  # head, probe there
         self._held = 0  # entries up to that head
@@ -82,7 +84,7 @@ class Exchanges:
         def judge(reply: Message, plan: Plan) -> tuple[Any, Contribution, str]:
             answer = messages.unpack(Contribution, reply.content)
             limit = self.settings.max_update_norm
-            update, reason = protocol.check_update(answer, plan, self.worker, limit)
+            update, reason = protocol.check_update(answer, plan, self.replica, limit)
             return (update, answer), answer, reason or "used"
 
         return self._collected(round_, task, "train.guide" if task == "gradient" else "train.fo", clients, judge)
@@ -110,7 +112,7 @@ class Exchanges:
             self.members.wait_for(missing)
             good |= self._asked(missing, attempt, task, message_type, judge, steps, guide)
             if task in ("slopes", "coefficients", "guided"):
-                for client in aggregation.implausible(good, self.settings.clip_slopes, self.worker.spread.value):
+                for client in aggregation.implausible(good, self.settings.clip_slopes, self.replica.spread.value):
                     del good[client]
                     self.traffic.revise(client, "implausible")
             if len(good) >= need:
@@ -206,9 +208,9 @@ class Exchanges:
         self, client: int, attempt: int = 0, task: protocol.Task = "none", steps: int = 1, guide: bytes = b""
     ) -> Plan:
         member = self.members.found[client]
-        if self._probe[0] != self.worker.head:  # the weights have moved; one probe serves all clients
-            self._probe = (self.worker.head, self.worker.probe())
-            self._held = position(self.journal.entries, self.genesis, self.worker.head) or 0
+        if self._probe[0] != self.replica.head:  # the weights have moved; one probe serves all clients
+            self._probe = (self.replica.head, self.replica.probe())
+            self._held = position(self.journal.entries, self.genesis, self.replica.head) or 0
         # The journal may be ahead of the weights: a round's lines are being written while later ones stand in it.
         entries = self.journal.entries[: self._held]
         held = 0 if member.rebuild else member.held
@@ -216,7 +218,7 @@ class Exchanges:
         held = min(held, len(entries))
         after = entries[held - 1].chain if held else self.genesis
         plan = protocol.plan_for(
-            self.worker, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
+            self.replica, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
             guide=guide,
             probe=self._probe[1],
         )  # fmt: skip
@@ -226,8 +228,8 @@ class Exchanges:
         updates = [self.updates[digest] for digest in needed if digest in self.updates]
         rest = {"rebuild": int(member.rebuild), "updates": gradient_codec.joined(updates)}
         if is_ahead or len(updates) < len(needed) or self._snapshot_is_cheaper(entries[held:], len(rest["updates"])):
-            rest = {"after": self.worker.head, "entries": b"", "rebuild": int(member.rebuild)}
-            rest["snapshot"] = snapshots.taken(self.worker)
+            rest = {"after": self.replica.head, "entries": b"", "rebuild": int(member.rebuild)}
+            rest["snapshot"] = snapshots.taken(self.replica)
         return replace(plan, **rest)
 
     def _snapshot_is_cheaper(self, missing: Sequence[Entry], updates: int) -> bool:
@@ -235,10 +237,10 @@ class Exchanges:
         if len(missing) < 2:
             return False
         seconds_per_byte = 8e-6 / self.settings.link_megabits
-        moved = max(1, self.worker.round)
+        moved = max(1, self.replica.round)
         replaying = self.seconds_moving() / moved * len(missing)
         tail = (sum(len(entry.raw) for entry in missing) + updates) * seconds_per_byte + replaying
-        return snapshots.size(self.worker) * seconds_per_byte < tail
+        return snapshots.size(self.replica) * seconds_per_byte < tail
 
     def send(self, plans: Mapping[int, Plan], message_type: str) -> tuple[dict[int, Any], dict[int, Message]]:
         """Packed plans by client and replies by node."""

@@ -16,7 +16,7 @@ from zofed.config import Settings
 from zofed.core import sanitize
 from zofed.core.journal import Journal, canonical, genesis_chain, position
 from zofed.core.records import CLIENTS
-from zofed.core.replica import Worker
+from zofed.core.replica import Replica
 from zofed.data.classes import Classes
 from zofed.data.documents import random_order
 from zofed.federated import messages
@@ -87,12 +87,12 @@ class Members:
         self,
         grid: Grid,
         settings: Settings,
-        worker: Worker,
+        replica: Replica,
         journal: Journal | None = None,
         classes: Classes | None = None,
         places: Places | None = None,
     ) -> None:
-        self.grid, self.settings, self.worker, self.journal = grid, settings, worker, journal
+        self.grid, self.settings, self.replica, self.journal = grid, settings, replica, journal
         self.classes, self.names = (len(classes), classes.packed()) if classes else (0, "")
         self.places = places or Places()
         self.found: dict[int, Member] = {}
@@ -242,7 +242,7 @@ class Members:
 
     def _greet(self, nodes: list[int], seconds: float) -> None:
         """Ask nodes who they are, wait at most `seconds`, and put each among those found or refused."""
-        greeting = messages.pack(Greeting(canonical(self.worker.genesis), self.classes, self.names))
+        greeting = messages.pack(Greeting(canonical(self.replica.genesis), self.classes, self.names))
         replies, _ = exchange(self.grid, dict.fromkeys(nodes, greeting), "query.status", seconds)
         heard = {node: self._introduced(node, replies.get(node)) for node in nodes}
         said = {node: told.clients for node, (told, problem) in heard.items() if told is not None and not problem}
@@ -292,7 +292,7 @@ class Members:
 
     def _position(self, head: bytes) -> int:
         entries = self.journal.entries if self.journal else []
-        return position(entries, genesis_chain(self.worker.genesis), head) or 0
+        return position(entries, genesis_chain(self.replica.genesis), head) or 0
 
 
 def _wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:

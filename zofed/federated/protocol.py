@@ -14,7 +14,8 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import gradient_codec, journal, records, sanitize
 from zofed.core.journal import Entry, Genesis
-from zofed.core.replica import Update, Worker
+from zofed.core.measure import Update
+from zofed.core.replica import Replica
 
 # What a plan asks for: slopes along seeded directions; slopes along directions that the plan's guide shapes; trained
 # coefficients of the round's subspace; a gradient for a guide; an update after local training; nothing but to be there.
@@ -102,7 +103,7 @@ class Contribution(Reply):
 
 
 def plan_for(
-    worker: Worker,
+    replica: Replica,
     after: bytes,
     missing: Sequence[Entry],
     *,
@@ -113,20 +114,20 @@ def plan_for(
     guide: bytes = b"",
     probe: bytes = b"",
 ) -> Plan:
-    """The plan of the rounds that follow the worker's, for a client at chain `after` that lacks `missing`.
+    """The plan of the rounds that follow the replica's, for a client at chain `after` that lacks `missing`.
 
-    probe: the worker's, where it is known already.
+    probe: the replica's, where it is known already.
     """
     return Plan(
-        genesis=name_of(worker.genesis),
-        round=worker.round + 1,
+        genesis=name_of(replica.genesis),
+        round=replica.round + 1,
         attempt=attempt,
         task=task,
         steps=steps,
         client=client,
         after=after,
         entries=journal.bodies(missing),
-        probe=probe or worker.probe(),
+        probe=probe or replica.probe(),
         guide=guide,
     )
 
@@ -164,7 +165,7 @@ def check(answer: Answer, plan: Plan, count: int, epsilon: float) -> Reason | No
 
 
 def check_update(
-    contribution: Contribution, plan: Plan, worker: Worker, largest_norm: float
+    contribution: Contribution, plan: Plan, replica: Replica, largest_norm: float
 ) -> tuple[Update | None, Reason | None]:
     """The update of a contribution, or why it cannot be used. largest_norm: Euclidean; 0: any."""
     if reason := _check_head(contribution, plan):
@@ -174,7 +175,7 @@ def check_update(
     if abs(contribution.loss) > LARGEST_LOSS:
         return None, "out_of_range"
     try:
-        update = gradient_codec.decoded(contribution.update, worker.shapes)
+        update = gradient_codec.decoded(contribution.update, replica.shapes)
     except ValueError:
         return None, "wrong_tensors"
     norm = gradient_codec.norm(update)

@@ -18,9 +18,10 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import aggregation, gradient_codec
 from zofed.core.journal import Journal
+from zofed.core.measure import Update
 from zofed.core.metrics import Coverage
 from zofed.core.records import Dense, Skipped
-from zofed.core.replica import Update, Worker, update_digest
+from zofed.core.replica import Replica, update_digest
 from zofed.data import partitions
 from zofed.federated import protocol
 from zofed.federated.exchanges import Exchanges
@@ -87,13 +88,13 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
         if not settings.bp_dataset:
             raise UserError("gradient-source = 'server' backpropagates on public data: set bp-dataset to it")
         _ = task.backprop_examples
-    worker = task.first_worker()
+    replica = task.first_replica()
     earlier = (
-        _reopened(out, way, task, worker) if os.path.exists(RunFolder(out).journal) else None
+        _reopened(out, way, task, replica) if os.path.exists(RunFolder(out).journal) else None
     )  # False for a bad name
     try:
         places = Places.read(out, are_lasting=os.environ.get(WITHOUT_KEYS) != "1")
-        members = Members(grid, task.settings, worker, earlier, task.named, places)
+        members = Members(grid, task.settings, replica, earlier, task.named, places)
         members.meet()
         inputs, nodes = task.inputs(), members.partitions
         folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, inputs, way, nodes)
@@ -103,7 +104,7 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
         raise
     folder.write_text("settings.toml", config.to_toml(task.settings))
     # The journal first: without it what a crash leaves here could neither go on nor begin anew.
-    with earlier or Journal.create(folder.journal, worker.genesis) as journal, status_kept(folder):
+    with earlier or Journal.create(folder.journal, replica.genesis) as journal, status_kept(folder):
         members.journal = journal
         members.places.keep_in(folder.path)
         last = journal.last_round
@@ -111,16 +112,16 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
         print(f"run folder: {out}\n{task.told()}\n{len(members.found)} clients, {what}", flush=True)
         _tell_holdings(members, folder)
         with Traffic(folder, last, losses_withheld=task.settings.losses_withheld) as traffic:
-            return Server(grid, members, task, worker, journal, folder, traffic).run()
+            return Server(grid, members, task, replica, journal, folder, traffic).run()
 
 
-def _reopened(out: Path, way: str, task: Task, worker: Worker) -> Journal:
+def _reopened(out: Path, way: str, task: Task, replica: Replica) -> Journal:
     """The journal of a run that goes on. Raises UserError where it runs another way, or began otherwise."""
     folder = RunFolder.open(out)
     folder.check_way(way)
     journal = Journal.open(folder.journal)
     try:
-        folder.check_unchanged(task.inputs(), journal.genesis, worker.genesis)
+        folder.check_unchanged(task.inputs(), journal.genesis, replica.genesis)
         done = journal.last_round
         if done > task.settings.rounds:
             raise UserError(f"rounds = {task.settings.rounds}, but {out} has done {done}: set rounds to {done} or more")
@@ -148,15 +149,15 @@ class Server:
         grid: Grid,
         members: Members,
         task: Task,
-        worker: Worker,
+        replica: Replica,
         journal: Journal,
         folder: RunFolder,
         traffic: Traffic,
     ) -> None:
-        self.members, self.task, self.settings, self.worker = members, task, task.settings, worker
+        self.members, self.task, self.settings, self.replica = members, task, task.settings, replica
         self.journal, self.folder, self.traffic = journal, folder, traffic
         self.trainer = Trainer(
-            worker,
+            replica,
             journal,
             folder,
             self.settings,
@@ -166,7 +167,7 @@ class Server:
             self._note,
         )
         self.exchanges = Exchanges(
-            grid, members, worker, journal, self.settings, folder.path, traffic, lambda: self.trainer.seconds_moving
+            grid, members, replica, journal, self.settings, folder.path, traffic, lambda: self.trainer.seconds_moving
         )
         self.slope_size: float | None = None
 
@@ -179,7 +180,7 @@ class Server:
             self._rebuild(wrong)
             digests |= self.exchanges.digests(wrong)
             wrong = self._wrong(digests)
-        own = self.worker.digest()
+        own = self.replica.digest()
         for client in wrong:
             what = f"with {digests[client]}, not {own}" if digests[client] else "without saying with which weights"
             print(f"client {client} ends {what}: do not trust its machine", file=sys.stderr, flush=True)
@@ -188,7 +189,7 @@ class Server:
             "wrong_digests": {str(c): digests[c] for c in wrong},
         }
         draw("federation", self.folder, len(self.members.found))  # before the end, which may be that it diverged
-        summary = finish(self.task, self.worker, self.journal, self.folder, totals, extra)
+        summary = finish(self.task, self.replica, self.journal, self.folder, totals, extra)
         answered = list(digests.values()).count(own)
         print(
             f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f} "
@@ -246,7 +247,7 @@ class Server:
         good = self.exchanges.slopes(round_, "slopes", self.members.sampled(round_), steps=steps)
         if not good:
             return [self._skipped(round_)]
-        made = step_records.records_of(settings, self.worker, good, settings.rounds, steps)
+        made = step_records.records_of(settings, self.replica, good, settings.rounds, steps)
         passes = settings.local_steps * measurements.passes(settings)
         first = self._step(made[0], good, passes, measurements.examples_per_query(settings) or settings.batch_size)
         rest = [Step(record, first.loss, first.epoch, first.batch_size) for record in made[1:]]
@@ -263,7 +264,7 @@ class Server:
         forward = sum(count if client in able else 2 * settings.queries * count for client in good)
         backward = count * len(able & set(good))
         return self._step(
-            step_records.subspace_record(settings, round_, rate, good, self.worker.spread.value),
+            step_records.subspace_record(settings, round_, rate, good, self.replica.spread.value),
             good,
             forward / len(good),
             settings.batch_size,
@@ -284,7 +285,7 @@ class Server:
         guidance = guided.guidance(update, shape, digest)
         rate = schedules.backprop_rate(settings, round_, settings.rounds)
         found = {client: (answer.coefficients, answer.exponent) for client, answer in good.items()}
-        record = guided.weighed(self.worker, guidance, shape, found, round_=round_, rate=rate)
+        record = guided.weighed(self.replica, guidance, shape, found, round_=round_, rate=rate)
         record = guided.clipped(record, guidance, settings.clip_norm)
         per_pass = measurements.examples_per_query(settings) or settings.batch_size
         return self._step(
@@ -321,7 +322,7 @@ class Server:
         settings = self.settings
         if settings.gradient_source == "server":
             try:
-                gradient, loss = measurements.gradient(settings, self.worker, self.task.backprop_examples, 0)
+                gradient, loss = measurements.gradient(settings, self.replica, self.task.backprop_examples, 0)
                 raw = gradient_codec.compressed(gradient, settings.gradient_rank)
             except ValueError as error:
                 raise diverged(round_, settings) from error
@@ -334,7 +335,7 @@ class Server:
             raw = gradient_codec.compressed(merged, settings.gradient_rank)
             loss = self._mean_loss(answer for _, answer in found.values())
             passes = settings.gradient_accumulation * len(found)
-        update = gradient_codec.decoded(raw, self.worker.shapes)
+        update = gradient_codec.decoded(raw, self.replica.shapes)
         if not gradient_codec.norm(update):
             raise UserError("the gradient is zero everywhere and shapes no direction: set mode to zo, or scope wider")
         return raw, self._remember(raw, update), update, loss, passes
@@ -408,7 +409,7 @@ class Server:
 
     def _wrong(self, digests: Mapping[int, str]) -> list[int]:
         """Clients with other weights than the server's; where all are needed, also those that gave no answer."""
-        own = self.worker.digest()
+        own = self.replica.digest()
         return [c for c, digest in sorted(digests.items()) if digest != own and (digest or self.members.strict)]
 
     def _rebuild(self, clients: Iterable[int]) -> None:

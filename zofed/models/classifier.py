@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core.replica import named_parameters
+from zofed.core.digests import named_parameters
 
 Pooling = Literal["mean", "pooler", "last-token"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "pooler", "last-token")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from zofed.base.errors import UserError
+from zofed.core.digests import named_parameters
 from zofed.core.perturbed import Watch
-from zofed.core.replica import named_parameters
 from zofed.models.classifier import PooledClassifier
 from zofed.models.initial import drawn
 

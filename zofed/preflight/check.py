@@ -11,7 +11,7 @@ import torch
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core.replica import Worker
+from zofed.core.replica import Replica
 from zofed.data import documents, encoding, tokenizers
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
@@ -194,22 +194,22 @@ def _model(
             yield from lines
         return
     try:
-        worker = task.worker()
+        replica = task.replica()
     except UserError as error:
         yield Line("fix", "model", str(error))
         return
-    if drawn := initial.drawn(worker.model):
+    if drawn := initial.drawn(replica.model):
         yield Line("note", "head", initial.described(drawn))
     for mode in fits:
         lines = []
         with _collect(lines, f"step {mode}"):
-            found = pace(task, worker, examples, mode, blocks)
+            found = pace(task, replica, examples, mode, blocks)
             told = f"loss {found.loss:.4f}, about {duration(found.step)} a step"
             lines.append(Line("ok", f"step {mode}", told))
             told = f"{found.steps} steps and their evaluations about {duration(found.total)}"
             lines.append(Line("ok", f"time {mode}", told))
         yield from lines
-    if line := _federation(settings, worker):
+    if line := _federation(settings, replica):
         yield line
 
 
@@ -238,7 +238,7 @@ def _memory(of: ModelInfo, mode: str, free: int | None) -> Line:
     return Line("ok", "memory", f"{told} of {_mib(free)} free")
 
 
-def _federation(settings: Settings, worker: Worker) -> Line | None:
+def _federation(settings: Settings, replica: Replica) -> Line | None:
     """Bytes a client sends and gets each round, and the nodes that must be there."""
     clients = settings.clients
     nodes = f"{clients} nodes" if clients else "at least 1 node, all that are there"
@@ -252,7 +252,7 @@ def _federation(settings: Settings, worker: Worker) -> Line | None:
     if settings.mode != "zo":
         told = f"needs {nodes}; what a round of mode = {settings.mode} sends is not predicted"
         return Line("note", "federation", told) if clients else None
-    up, down = bytes_of_a_round(settings, worker)
+    up, down = bytes_of_a_round(settings, replica)
     told = f"{up:,} bytes up and {down:,} down for each client and round (with {max(1, clients)} clients)"
     return Line("note", "federation", f"{told}; needs {nodes}")
 

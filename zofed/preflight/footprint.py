@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import directions, metrics, perturbed
+from zofed.core.digests import named_parameters
 from zofed.core.optimizers import Optimizer
 from zofed.core.pass_memory import bytes_of, peak_bytes
-from zofed.core.replica import BLOCK, named_parameters
+from zofed.core.replica import BLOCK
 from zofed.core.subspace import frozen
 from zofed.training.measurements import backprop_batch_size
 from zofed.training.modes import MODES, Passes

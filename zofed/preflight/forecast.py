@@ -11,11 +11,11 @@ from zofed.config import Settings
 from zofed.core import metrics
 from zofed.core.journal import link
 from zofed.core.records import Seeded
-from zofed.core.replica import Worker
+from zofed.core.replica import Replica
 from zofed.data.encoding import Examples
 from zofed.federated import protocol
 from zofed.training.modes import mode_of
-from zofed.training.steps import asker, steps_of
+from zofed.training.steps import step_function, steps_of
 from zofed.training.task import Task, device
 
 QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only one
@@ -49,27 +49,27 @@ def free_bytes(settings: Settings) -> int | None:
         return free
 
 
-def pace(task: Task, worker: Worker, examples: Examples, mode: str, count: int = 0) -> Pace:
-    """Take a short step in one mode, and tell from it how long a run takes. May move the worker.
+def pace(task: Task, replica: Replica, examples: Examples, mode: str, count: int = 0) -> Pace:
+    """Take a short step in one mode, and tell from it how long a run takes. May move the replica.
 
     count: how many examples the run has, where these are only some of them.
     """
     settings = task.settings
     if mode != settings.mode:  # another mode may have other directions and optimizers
-        worker = replace(task, settings=settings.model_copy(update={"mode": mode})).worker()
+        replica = replace(task, settings=settings.model_copy(update={"mode": mode})).replica()
     queries = min(2, settings.queries)
     trial = settings.model_copy(update={"mode": mode, "queries": queries, "subspace_interval": 1})
-    seconds, loss, moving = _timed(worker, examples, trial)
+    seconds, loss, moving = _timed(replica, examples, trial)
     if seconds < QUICK_SECONDS:  # once more, warm, with as many queries as share a pass
         trial = trial.model_copy(
             update={"queries": min(settings.queries, max(queries, settings.perturbations_per_pass))}
         )
-        seconds, loss, moving = _timed(worker, examples, trial)
+        seconds, loss, moving = _timed(replica, examples, trial)
     asked = settings.model_copy(update={"mode": mode})
     seconds *= mode_of(asked).longer_than(trial)
     began = time.monotonic()
     read = min(8, len(examples["labels"]))
-    metrics.evaluate(worker.model, {name: tensor[:read] for name, tensor in examples.items()})
+    metrics.evaluate(replica.model, {name: tensor[:read] for name, tensor in examples.items()})
     evaluation = (time.monotonic() - began) / read * settings.eval_examples
     count = steps_within(asked, count or len(examples["labels"]))
     replayed = 0.0 if mode_of(asked).has_gradients else moving  # the replay that proves the run
@@ -89,23 +89,23 @@ def steps_within(settings: Settings, examples: int = 0) -> int:
     return min(count, math.ceil(settings.max_forward_equivalents / cost))
 
 
-def _timed(worker: Worker, examples: Examples, settings: Settings) -> tuple[float, float, float]:
-    """(seconds of asking, loss, seconds of moving) of the worker's next step."""
+def _timed(replica: Replica, examples: Examples, settings: Settings) -> tuple[float, float, float]:
+    """(seconds of asking, loss, seconds of moving) of the replica's next step."""
     began = time.monotonic()
-    step = asker(settings, worker, examples, settings.steps)(worker.round + 1)
+    step = step_function(settings, replica, examples, settings.steps)(replica.round + 1)
     asked = time.monotonic()
-    worker.apply(link(worker.head, step.record), step.update)
+    replica.apply(link(replica.head, step.record), step.update)
     return asked - began, step.loss, time.monotonic() - asked
 
 
-def bytes_of_a_round(settings: Settings, worker: Worker) -> tuple[int, int]:
+def bytes_of_a_round(settings: Settings, replica: Replica) -> tuple[int, int]:
     """(up, down) of each client in a zeroth-order round, as Flower serialises them."""
     from zofed.federated import messages  # Flower takes a while to load
 
     values = (2**17,) * settings.queries
     clients = (0,) if settings.direction_seeds == "shared" else tuple(range(max(1, settings.clients)))
-    record = Seeded(worker.round, settings.learning_rate, clients, settings.queries, values * len(clients), -17, 1.0)
-    plan = protocol.plan_for(worker, worker.head, [link(worker.head, record)], client=0)
+    record = Seeded(replica.round, settings.learning_rate, clients, settings.queries, values * len(clients), -17, 1.0)
+    plan = protocol.plan_for(replica, replica.head, [link(replica.head, record)], client=0)
     answer = protocol.Answer(plan.genesis, plan.round, 1, 0, b"", plan.probe, "", 1.0, 1, 1, values, -17)
     up, down = (messages.size(messages.pack(content)) for content in (answer, plan))
     return up, down

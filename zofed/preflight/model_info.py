@@ -9,7 +9,7 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import perturbed
-from zofed.core.replica import named_parameters
+from zofed.core.digests import named_parameters
 from zofed.data import encoding, hub
 from zofed.models import limits, scopes, sources, spec
 from zofed.models.classifier import PooledClassifier

@@ -24,8 +24,9 @@ from zofed.base import arithmetic, shell
 from zofed.base.errors import DiskError, UserError
 from zofed.base.files import sync_file, sync_folder, write_whole
 from zofed.config import Settings
+from zofed.core.digests import tensors_digest
 from zofed.core.journal import Genesis, Journal, differences
-from zofed.core.replica import NotKept, tensors_digest
+from zofed.core.replica import NotKept
 from zofed.runs.tables import Row as Row
 from zofed.runs.tables import read_table as read_table
 

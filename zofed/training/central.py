@@ -11,7 +11,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import directions, metrics, pass_memory
 from zofed.core.journal import Journal
-from zofed.core.replica import Worker
+from zofed.core.replica import Replica
 from zofed.core.slope_quality import Diagnosis, diagnose
 from zofed.data import encoding
 from zofed.data.encoding import Examples
@@ -21,7 +21,7 @@ from zofed.runs.tables import Row
 from zofed.training import device_pool
 from zofed.training.finalize import finish, status_kept
 from zofed.training.modes import mode_of
-from zofed.training.steps import asker, steps_of
+from zofed.training.steps import step_function, steps_of
 from zofed.training.task import Task, prepare_process, with_absolute_paths
 from zofed.training.trainer import Totals, Trainer, sure_lines
 
@@ -38,10 +38,10 @@ def train(settings: Settings, out: Path, show: Show, expect: Expect = lambda _: 
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings))
     task.check_held_out()
-    examples, worker = task.shard(0, 1), task.first_worker()
+    examples, replica = task.shard(0, 1), task.first_replica()
     folder = RunFolder.create(out, task.settings, task.inputs())
-    with Journal.create(folder.journal, worker.genesis) as journal:
-        return _run(task, worker, examples, journal, folder, show, expect)
+    with Journal.create(folder.journal, replica.genesis) as journal:
+        return _run(task, replica, examples, journal, folder, show, expect)
 
 
 def resume(path: Path, show: Show, expect: Expect = lambda _: None) -> dict[str, Any]:
@@ -55,9 +55,9 @@ def resume(path: Path, show: Show, expect: Expect = lambda _: None) -> dict[str,
     settings = folder.settings()
     prepare_process(settings.threads)
     task = Task.load(settings)
-    worker = task.worker()
+    replica = task.replica()
     with Journal.open(folder.journal) as journal:
-        folder.check_unchanged(task.inputs(), journal.genesis, worker.genesis)
+        folder.check_unchanged(task.inputs(), journal.genesis, replica.genesis)
         done = journal.last_round
         examples = task.shard(0, 1)
         total = steps_of(settings, len(examples["labels"]))
@@ -68,38 +68,38 @@ def resume(path: Path, show: Show, expect: Expect = lambda _: None) -> dict[str,
         is_whole = folder.has_model() and len(rows) == done + 1
         if is_finished and is_whole and (total == done or Totals.of(rows[-1]).spent(settings)):
             return summary
-        return _run(task, worker, examples, journal, folder, show, expect)
+        return _run(task, replica, examples, journal, folder, show, expect)
 
 
 def _run(
-    task: Task, worker: Worker, examples: Examples, journal: Journal, folder: RunFolder, show: Show, expect: Expect
+    task: Task, replica: Replica, examples: Examples, journal: Journal, folder: RunFolder, show: Show, expect: Expect
 ) -> dict[str, Any]:
     settings = task.settings
     print(task.told(), flush=True)
     total = steps_of(settings, len(examples["labels"]))
     expect(total)
     backprop_examples = task.backprop_examples if mode_of(settings).helps_zeroth_order else None
-    trainer = Trainer(worker, journal, folder, settings, task.evaluate, show)
+    trainer = Trainer(replica, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
         with (
             sinks.opened(settings, folder.path, show) as trainer.show,
-            device_pool.opened(task, worker, journal, folder.path) as split,
+            device_pool.opened(task, replica, journal, folder.path) as split,
         ):
-            totals = trainer.run(total, asker(settings, worker, examples, total, backprop_examples, split))
-        return finish(task, worker, journal, folder, totals)
+            totals = trainer.run(total, step_function(settings, replica, examples, total, backprop_examples, split))
+        return finish(task, replica, journal, folder, totals)
 
 
 def diagnosis(settings: Settings, batches: int) -> Diagnosis:
     """What `diagnose` finds at a run's base weights, on its first batches."""
-    task, worker = _loaded(settings)
+    task, replica = _loaded(settings)
     examples = task.shard(0, 1)
 
     def loss_at(step: int) -> Callable[[], torch.Tensor]:
         batch = encoding.batch(examples, seed=settings.seed, client=0, step=step, batch_size=settings.batch_size)
-        return lambda: metrics.loss_of(worker.model, batch, settings.forward_dtype)
+        return lambda: metrics.loss_of(replica.model, batch, settings.forward_dtype)
 
     losses = [loss_at(step) for step in range(1, batches + 1)]
-    return diagnose(worker, losses, settings.queries, settings.finite_difference, settings.perturbations_per_pass)
+    return diagnose(replica, losses, settings.queries, settings.finite_difference, settings.perturbations_per_pass)
 
 
 @dataclass(frozen=True)
@@ -126,27 +126,27 @@ def memory_of_passes(settings: Settings, bytes_beside_weights: int) -> Memory:
         raise UserError(
             f"directions = {settings.directions!r} run one copy at a time, in the weights themselves: take rank1"
         )
-    task, worker = _loaded(settings)
+    task, replica = _loaded(settings)
     batch = encoding.batch(task.shard(0, 1), seed=settings.seed, client=0, step=1, batch_size=settings.batch_size)
 
     def loss() -> torch.Tensor:
-        return metrics.loss_of(worker.model, batch, settings.forward_dtype)
+        return metrics.loss_of(replica.model, batch, settings.forward_dtype)
 
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in worker.model.parameters())
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in replica.model.parameters())
 
     def measured(batched: bool) -> tuple[int, int]:
         if batched:
-            return pass_memory.bytes_by_copies(loss, worker.parameters, settings.directions)
-        return pass_memory.bytes_one_by_one(loss, worker.parameters), 0
+            return pass_memory.bytes_by_copies(loss, replica.parameters, settings.directions)
+        return pass_memory.bytes_one_by_one(loss, replica.parameters), 0
 
-    one, further = worker.batched_or_not(measured, loss)
+    one, further = replica.measure.batched_or_not(measured, loss)
     if not further:
         pass_memory.copies_within(bytes_beside_weights, one, 1)
         return Memory(weights, one, 0, 1, is_batched=False)
     return Memory(weights, one, further, pass_memory.copies_within(bytes_beside_weights, one, further))
 
 
-def _loaded(settings: Settings) -> tuple[Task, Worker]:
+def _loaded(settings: Settings) -> tuple[Task, Replica]:
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings))
-    return task, task.first_worker()
+    return task, task.first_replica()

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
+from zofed.core.digests import raw_bytes
 from zofed.core.estimators import Share, Split
 from zofed.core.journal import Journal, bodies, genesis_chain, position
 from zofed.core.perturbed import CannotBatch
-from zofed.core.replica import Worker, catch_up, raw_bytes
+from zofed.core.replica import Replica, catch_up
 from zofed.data.encoding import Examples
 from zofed.runs.run_folder import RunFolder
 from zofed.training import measurements
@@ -45,13 +46,13 @@ LONGEST_WAIT = 1e6  # seconds; the system counts the milliseconds of a wait in 3
 
 
 @contextmanager
-def opened(task: Task, worker: Worker, journal: Journal, folder: Path) -> Iterator[Split | None]:
+def opened(task: Task, replica: Replica, journal: Journal, folder: Path) -> Iterator[Split | None]:
     """What splits the queries of a run over its devices while this lasts; None where it has one.
 
-    worker, journal: the run's own, on the first device. folder: of the run, named where a process fails. No process
+    replica, journal: the run's own, on the first device. folder: of the run, named where a process fails. No process
     outlives the block, or this process, however either ends.
     """
-    pool = Pool(task, worker, journal, folder)
+    pool = Pool(task, replica, journal, folder)
     try:
         yield pool.losses if pool.members else None
     finally:
@@ -69,13 +70,13 @@ def shares(queries: int, together: int, places: int) -> list[slice]:
 class Pool:
     """A process for every device of a run but the first."""
 
-    def __init__(self, task: Task, worker: Worker, journal: Journal, folder: Path) -> None:
-        self.worker, self.journal = worker, journal
+    def __init__(self, task: Task, replica: Replica, journal: Journal, folder: Path) -> None:
+        self.replica, self.journal = replica, journal
         self._told_idle = False
         self.members: list[Member] = []
         others = devices(task.settings)[1:]
         digests = task.digests() if others else {}
-        base = genesis_chain(worker.genesis)
+        base = genesis_chain(replica.genesis)
         patience = min(task.settings.round_timeout, LONGEST_WAIT)
         try:
             for index, device in enumerate(others):
@@ -87,16 +88,16 @@ class Pool:
             raise
 
     def losses(self, share: Share, queries: int, together: int, batched: bool) -> Tensor:
-        """Raw losses (queries, steps) of the worker's next round: the first part measured here, the others there.
+        """Raw losses (queries, steps) of the replica's next round: the first part measured here, the others there.
 
         Raises UserError that names the process that failed, CannotBatch where any of them says so.
         """
         parts = shares(queries, together, 1 + len(self.members))
         self._tell_idle(len(parts), queries, together)
         busy = list(zip(self.members, parts[1:], strict=False))
-        probe = self.worker.probe()
+        probe = self.replica.probe()
         for member, some in busy:
-            member.ask(self.journal, self.worker.head, probe, batched, some)
+            member.ask(self.journal, self.replica.head, probe, batched, some)
         found: list[Tensor] = []
         reasons: list[CannotBatch] = []
         for measure in (lambda: share(parts[0]), *(member.losses for member, _ in busy)):
@@ -140,7 +141,7 @@ class Member:
         """Have it catch up with `head` and measure some of the queries of the round after."""
         missing = journal.entries[self._sent :]
         count = position(missing, self.head, head)
-        assert count is not None, "a run's worker only moves forward, along its journal"
+        assert count is not None, "a run's replica only moves forward, along its journal"
         raw = bodies(missing[:count])
         with suppress(OSError):  # it is gone, which reading its answer tells
             self.pipe.send_bytes(_REQUEST.pack(self.head, head, probe, batched, some.start, some.stop) + raw)
@@ -214,9 +215,9 @@ def serve(pipe: Connection, written: str, digests: dict[str, str]) -> None:
             task = Task.load(settings)
             if task.digests() != digests:
                 raise UserError("it read other data than the run, which changed since: bring them back")
-            worker, examples = task.worker(), task.shard(0, 1)
+            replica, examples = task.replica(), task.shard(0, 1)
             while True:
-                pipe.send_bytes(_answer(settings, worker, examples, requests.get()))
+                pipe.send_bytes(_answer(settings, replica, examples, requests.get()))
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             pipe.send_bytes(_FAILED + " ".join(f"{kind}{error}".split()).encode())
@@ -232,13 +233,13 @@ def _read(pipe: Connection, requests: "queue.SimpleQueue[bytes]") -> None:
         os._exit(0)
 
 
-def _answer(settings: Settings, worker: Worker, examples: Examples, request: bytes) -> bytes:
+def _answer(settings: Settings, replica: Replica, examples: Examples, request: bytes) -> bytes:
     after, head, probe, batched, start, stop = _REQUEST.unpack_from(request)
-    arrived = catch_up(worker, after, request[_REQUEST.size :])
-    if not arrived or worker.head != head or worker.probe() != probe:
+    arrived = catch_up(replica, after, request[_REQUEST.size :])
+    if not arrived or replica.head != head or replica.probe() != probe:
         raise UserError("its weights are not the run's: report this as a bug")
     try:
-        found = measurements.raw_losses(settings, worker, examples, 0, slice(start, stop), batched)
+        found = measurements.raw_losses(settings, replica, examples, 0, slice(start, stop), batched)
     except CannotBatch as reason:
         return _CANNOT_BATCH + str(reason).encode()
     kind = next(kind for kind, dtype in _TYPES.items() if dtype == found.dtype)

@@ -20,7 +20,7 @@ from zofed.config import Settings
 from zofed.core import sanitize
 from zofed.core.journal import Journal, JournalError, read
 from zofed.core.records import Guided, Seeded
-from zofed.core.replica import NotKept, Worker, update_digest
+from zofed.core.replica import NotKept, Replica, update_digest
 from zofed.models import initial, scopes, spec
 from zofed.runs.run_folder import RunFolder, peak_memory_bytes, read_table, versions
 from zofed.training.divergence import has_diverged
@@ -67,7 +67,12 @@ def _say_failed(folder: RunFolder, error: str, status: str = "failed") -> None:
 
 
 def finish(
-    task: Task, worker: Worker, journal: Journal, folder: RunFolder, totals: Totals, extra: dict[str, Any] | None = None
+    task: Task,
+    replica: Replica,
+    journal: Journal,
+    folder: RunFolder,
+    totals: Totals,
+    extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write model, picture and summary into the folder of a run that reached its end; returns the summary.
 
@@ -75,7 +80,7 @@ def finish(
     the replay from the files gives other weights than the run holds, and, once all is written, DivergenceError for a
     run that ends far above its start.
     """
-    scores, digest = totals.scores or task.evaluate(worker.model), worker.digest()
+    scores, digest = totals.scores or task.evaluate(replica.model), replica.digest()
     cost = totals.columns()
     replayed = _replay_digest(task, journal, folder)
     baselines = task.baselines()
@@ -100,10 +105,10 @@ def finish(
         "base": {
             "model": task.settings.model,
             "revision": task.settings.revision,
-            "weights": worker.genesis["weights"],
+            "weights": replica.genesis["weights"],
         },
-        "drawn": list(initial.drawn(worker.model)),
-        "parameters": {"total": scopes.true_count(worker.model), "trainable": _count(worker)},
+        "drawn": list(initial.drawn(replica.model)),
+        "parameters": {"total": scopes.true_count(replica.model), "trainable": _count(replica)},
         "data": task.digests(),
         "data_read": [reading.facts() for reading in task.readings],
         **({"classes": list(task.class_names)} if task.labels else {}),
@@ -111,13 +116,13 @@ def finish(
         "arithmetic": arithmetic.described(),
         **(extra or {}),
     }
-    save_model(task, worker, folder)
+    save_model(task, replica, folder)
     draw("plot_loss", folder, baselines)
     if replayed not in (None, digest):
         raise UserError(
             f"the replay of {folder.journal} gives {replayed}, the run holds {digest}: report this as a bug"
         )
-    error = _divergence(task, summary, rows, worker.round)
+    error = _divergence(task, summary, rows, replica.round)
     folder.write_summary(summary | ({"status": "diverged", "error": str(error)} if error else {}))
     if error:
         raise error
@@ -147,14 +152,14 @@ def _divergence(
     return diverged(round_, task.settings, what=f"on held-out data is {end:.4g} nats, far above its start, {start:.4g}")
 
 
-def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
+def base_replica(folder: RunFolder, base: str = "") -> tuple[Replica, Settings]:
     """A fresh replica at the base weights of a run's journal, from the run's files alone."""
     settings = folder.settings()
     genesis = read(folder.journal).genesis
     place = (base, "") if base else (settings.model, settings.revision)
     try:
         model = spec.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)
-        return Worker(nn.Module.to(model, device(settings)), genesis), settings
+        return Replica(nn.Module.to(model, device(settings)), genesis), settings
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise JournalError(
             f"journal {folder.journal} begins with a genesis that gives no model ({type(error).__name__}: {error}): "
@@ -162,23 +167,23 @@ def base_worker(folder: RunFolder, base: str = "") -> tuple[Worker, Settings]:
         ) from error
 
 
-def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Worker, int]:
+def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Replica, int]:
     """Rebuild a run's weights from its files: base and journal, or the newest checkpoint where records are dense.
 
-    Returns the worker and the round of the checkpoint it had to start from (0: none was needed). A damaged gradient
+    Returns the replica and the round of the checkpoint it had to start from (0: none was needed). A damaged gradient
     counts as not kept. Raises NotKept where first-order steps lie behind the last checkpoint.
     """
     prepare_process(threads)
-    worker, _ = base_worker(folder, base)
+    replica, _ = base_replica(folder, base)
     entries = read(folder.journal).entries
     try:
-        replay(worker, [entry.record for entry in entries], folder.whole_update)
-        return worker, 0
+        replay(replica, [entry.record for entry in entries], folder.whole_update)
+        return replica, 0
     except NotKept:
-        restore(worker, entries, folder, latest=entries[-1].record.round)  # there is an entry, or nothing was lacking
-    start = worker.round
-    replay(worker, [entry.record for entry in entries if entry.record.round > start], folder.whole_update)
-    return worker, start
+        restore(replica, entries, folder, latest=entries[-1].record.round)  # there is an entry, or nothing was lacking
+    start = replica.round
+    replay(replica, [entry.record for entry in entries if entry.record.round > start], folder.whole_update)
+    return replica, start
 
 
 def _replay_digest(task: Task, journal: Journal, folder: RunFolder) -> str | None:
@@ -186,10 +191,10 @@ def _replay_digest(task: Task, journal: Journal, folder: RunFolder) -> str | Non
     if not _has_updates(journal, folder):
         return None
     try:
-        worker, start = replay_run(folder, threads=task.settings.threads)
+        replica, start = replay_run(folder, threads=task.settings.threads)
     except NotKept:
         return None
-    return None if start else worker.digest()
+    return None if start else replica.digest()
 
 
 def _has_updates(journal: Journal, folder: RunFolder) -> bool:
@@ -203,7 +208,7 @@ def _controls(task: Task, journal: Journal, folder: RunFolder) -> dict[str, floa
 
     The latter where the journal replays from the start and some step has slopes. Loss that is no number is left out.
     """
-    control = task.worker()
+    control = task.replica()
     found = {"frozen": task.evaluate(control.model).whole.loss}
     records = [entry.record for entry in journal.entries]
     if any(isinstance(record, Seeded | Guided) for record in records) and _has_updates(journal, folder):
@@ -216,11 +221,11 @@ def _controls(task: Task, journal: Journal, folder: RunFolder) -> dict[str, floa
     return found
 
 
-def _count(worker: Worker) -> int:
-    return sum(parameter.numel() for parameter in worker.parameters.values())
+def _count(replica: Replica) -> int:
+    return sum(parameter.numel() for parameter in replica.parameters.values())
 
 
-def save_model(task: Task, worker: Worker, folder: RunFolder) -> None:
+def save_model(task: Task, replica: Replica, folder: RunFolder) -> None:
     """A Hugging Face folder (safetensors and tokenizer) that AutoModel loads, replaced as a whole, durable at the end.
 
     Raises DiskError where the disk does not take it; the model that was there stays.
@@ -228,7 +233,7 @@ def save_model(task: Task, worker: Worker, folder: RunFolder) -> None:
     temporary = folder.path / ".model.new"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        spec.save(worker.model, task.tokenizer, temporary, task.class_names)
+        spec.save(replica.model, task.tokenizer, temporary, task.class_names)
         for path in temporary.rglob("*"):
             if path.is_file():
                 sync_file(path)

@@ -17,6 +17,7 @@ from torch import Tensor
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import directions, gradient_codec, perturbed
+from zofed.core.digests import tensors_digest
 from zofed.core.estimators import (
     FiniteDifference,
     Parameters,
@@ -26,9 +27,10 @@ from zofed.core.estimators import (
     scalar,
     weights_restored,
 )
+from zofed.core.measure import Update
 from zofed.core.perturbed import Loss
 from zofed.core.records import Guided, Seeded, estimate_norm, to_integers
-from zofed.core.replica import Update, Worker, tensors_digest
+from zofed.core.replica import Replica
 
 BLOCK = 2**18  # entries that are worked on together
 ARMS = ("guide-only", "line")  # instruct kinds that tell what the noise adds to the guide
@@ -185,7 +187,7 @@ def guidance(guide: Update, shape: Shape, digest: bytes = b"") -> Guidance:
 
 
 def guided(
-    worker: Worker,
+    replica: Replica,
     loss: Loss,
     guide: Update,
     shape: Shape,
@@ -197,38 +199,40 @@ def guided(
 ) -> tuple[Found, Guidance]:
     """One guided step: slopes of `loss` along the guide's directions, weighed into a record.
 
-    examples: one batch for every seed, handed to `loss`; None: all share the batch that `loss` holds. The worker's
+    examples: one batch for every seed, handed to `loss`; None: all share the batch that `loss` holds. The replica's
     weights are afterwards what they were. Raises ValueError when a loss is not finite.
     """
     own = guidance(guide, shape)
     if shape.kind == "guide-only":
         found = Found(_record(own, round_, rate, (), 1.0, kept_weight=1.0, blend=shape.blend), math.nan, 0)
     elif shape.kind == "line":
-        found = _line(worker, loss, own, shape, seeds, round_, rate, examples)
+        found = _line(replica, loss, own, shape, seeds, round_, rate, examples)
     else:
-        measured = slopes(worker, loss, own, shape, seeds, examples)
+        measured = slopes(replica, loss, own, shape, seeds, examples)
         integers = {0: to_integers(measured.values)}
-        record = weighed(worker, own, shape, integers, round_=round_, rate=rate)
+        record = weighed(replica, own, shape, integers, round_=round_, rate=rate)
         found = Found(record, measured.loss, measured.forward_passes)
     return found, own
 
 
-def slopes(worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Sequence[int], batch: Any = None) -> Slopes:
+def slopes(
+    replica: Replica, loss: Loss, own: Guidance, shape: Shape, seeds: Sequence[int], batch: Any = None
+) -> Slopes:
     """Slopes along v_i = g_S + sigma n_i by central differences of Euclidean length `step`, for the kinds with noise.
 
     batch: as `examples` of `guided`. The weights are afterwards what they were.
     """
-    worker.check(loss, batch)
+    replica.measure.check(loss, batch)
     step = shape.step / math.sqrt(own.direction_square)
     if own.masked:
-        found = _masked_losses(worker, loss, own, seeds, (step, -step), batch)
+        found = _masked_losses(replica, loss, own, seeds, (step, -step), batch)
     else:
 
         def run(batched: bool) -> Tensor:
             copies = shape.perturbations_per_pass if batched else None
-            return torch.cat([_side(worker, loss, own, seeds, end, batch, copies) for end in (step, -step)], 1)
+            return torch.cat([_side(replica, loss, own, seeds, end, batch, copies) for end in (step, -step)], 1)
 
-        found = worker.batched_or_not(run, loss, batch)
+        found = replica.measure.batched_or_not(run, loss, batch)
     values: list[list[float]] = found.to(torch.float64).tolist()
     return Slopes(
         tuple((plus - minus) / (2 * step) for plus, minus in values),
@@ -238,7 +242,7 @@ def slopes(worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Seque
 
 
 def weighed(
-    worker: Worker,
+    replica: Replica,
     own: Guidance,
     shape: Shape,
     found: Mapping[int, tuple[Sequence[int], int]],
@@ -264,7 +268,7 @@ def weighed(
         own, round_, rate, values, divisor, kept_weight=kept_weight, blend=shape.blend, masked=masked, clients=clients
     )
     if shape.weighting == "unbiased" and shape.kind == "cosine":
-        record = _without_overlap(worker, record, own)
+        record = _without_overlap(replica, record, own)
     return record
 
 
@@ -282,23 +286,30 @@ def clipped(record: Guided, own: Guidance, limit: float) -> Guided:
 
 
 def _line(
-    worker: Worker, loss: Loss, own: Guidance, shape: Shape, seeds: Sequence[int], round_: int, rate: float, batch: Any
+    replica: Replica,
+    loss: Loss,
+    own: Guidance,
+    shape: Shape,
+    seeds: Sequence[int],
+    round_: int,
+    rate: float,
+    batch: Any,
 ) -> Found:
     """The arm `line`: the slope along the guide's kept part alone, and plain two-point queries beside it."""
-    worker.check(loss, batch)
+    replica.measure.check(loss, batch)
     step = shape.step / math.sqrt(own.kept_square)
     ask = asked(loss, batch, 0)
     ends = []
-    with torch.no_grad(), weights_restored(worker.parameters) as saved, perturbed.in_pieces():
+    with torch.no_grad(), weights_restored(replica.parameters) as saved, perturbed.in_pieces():
         for length in (step, -step):
-            _write(worker.parameters, saved, own, length)
+            _write(replica.parameters, saved, own, length)
             ends.append(float(scalar(ask())))
     slope = (ends[0] - ends[1]) / (2 * step)
     how = FiniteDifference(
-        worker.kind, shape.epsilon, "two-point", shape.perturbations_per_pass
+        replica.kind, shape.epsilon, "two-point", shape.perturbations_per_pass
     )  # as long as the record's
-    plain = worker.batched_or_not(
-        lambda batched: how.slopes(loss, worker.parameters, seeds, batch, batched=batched), loss, batch
+    plain = replica.measure.batched_or_not(
+        lambda batched: how.slopes(loss, replica.parameters, seeds, batch, batched=batched), loss, batch
     )
     weight = slope / own.kept_square
     record = _record(own, round_, rate, plain.slopes, len(seeds), kept_weight=weight, blend=shape.blend)
@@ -327,10 +338,10 @@ def _record(
 
 
 @contextmanager
-def _guide_written(worker: Worker, own: Guidance, length: float) -> Iterator[None]:
+def _guide_written(replica: Replica, own: Guidance, length: float) -> Iterator[None]:
     """While active, the weights are shifted by length * g_S."""
-    with weights_restored(worker.parameters) as saved:
-        _write(worker.parameters, saved, own, length)
+    with weights_restored(replica.parameters) as saved:
+        _write(replica.parameters, saved, own, length)
         yield
 
 
@@ -345,14 +356,14 @@ def _write(parameters: Parameters, saved: Parameters, own: Guidance, length: flo
 
 
 def _side(
-    worker: Worker, loss: Loss, own: Guidance, seeds: Sequence[int], step: float, batch: Any, copies: int | None
+    replica: Replica, loss: Loss, own: Guidance, seeds: Sequence[int], step: float, batch: Any, copies: int | None
 ) -> Tensor:
     """Losses at w + step * (g_S + sigma n_i), float (seeds, 1): the guide written once, the noise batched.
 
     copies: perturbed copies in one pass; None: one after the other, in the weights.
     """
-    asked_of, noise = (loss, worker.parameters, worker.kind, seeds), (step * own.noise,)
-    with _guide_written(worker, own, step):
+    asked_of, noise = (loss, replica.parameters, replica.kind, seeds), (step * own.noise,)
+    with _guide_written(replica, own, step):
         if copies:
             return perturbed.losses(*asked_of, noise, copies, examples=batch)
         return materialised_losses(*asked_of, noise, examples=batch)
@@ -360,32 +371,32 @@ def _side(
 
 @torch.no_grad()
 def _masked_losses(
-    worker: Worker, loss: Loss, own: Guidance, seeds: Sequence[int], steps: Sequence[float], batch: Any
+    replica: Replica, loss: Loss, own: Guidance, seeds: Sequence[int], steps: Sequence[float], batch: Any
 ) -> Tensor:
     """Losses at w + step * (g_S + sigma n_i), n_i zero where the guide is kept: float (seeds, steps)."""
     rows = []
-    unit = directions.unit(worker.kind) * own.noise
-    with weights_restored(worker.parameters) as saved, perturbed.in_pieces():
+    unit = directions.unit(replica.kind) * own.noise
+    with weights_restored(replica.parameters) as saved, perturbed.in_pieces():
         for query, seed in enumerate(seeds):
             ask = asked(loss, batch, query)
             rows.append([])
             for step in steps:
-                for name, parameter in worker.parameters.items():
+                for name, parameter in replica.parameters.items():
                     guide = own.guide[name]
-                    drawn = directions.direction(worker.kind, seed, name, tuple(parameter.shape)).to(parameter)
+                    drawn = directions.direction(replica.kind, seed, name, tuple(parameter.shape)).to(parameter)
                     shift = torch.where(guide.abs() >= own.threshold, guide, drawn.mul_(unit))
                     torch.add(saved[name], shift.mul_(step), out=parameter)
                 rows[-1].append(scalar(ask()))
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def _without_overlap(worker: Worker, record: Guided, own: Guidance) -> Guided:
+def _without_overlap(replica: Replica, record: Guided, own: Guidance) -> Guided:
     """The record less the projection of its noise on the guide, which the slope along the guide tells already."""
     part = record.seeded
-    scale = math.ldexp(directions.unit(worker.kind) / part.divisor, part.exponent)
-    seeds = part.seeds(worker.genesis["seed"])
+    scale = math.ldexp(directions.unit(replica.kind) / part.divisor, part.exponent)
+    seeds = part.seeds(replica.genesis["seed"])
     overlap = math.fsum(
-        float((directions.weighted_sum(worker.kind, seeds, part.coefficients, name, guide.shape) * guide.cpu()).sum())
+        float((directions.weighted_sum(replica.kind, seeds, part.coefficients, name, guide.shape) * guide.cpu()).sum())
         for name, guide in own.guide.items()
     )
     kept_weight = record.kept - overlap * scale / own.square

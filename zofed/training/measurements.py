@@ -21,39 +21,40 @@ from zofed.core.estimators import (
     forward_passes,
     weights_restored,
 )
+from zofed.core.measure import Update
 from zofed.core.optimizers import Optimizer
 from zofed.core.perturbed import Loss
-from zofed.core.replica import Update, Worker
+from zofed.core.replica import Replica
 from zofed.data import encoding
 from zofed.data.encoding import Examples
 from zofed.training import guided, schedules
 
 
 def slopes(
-    settings: Settings, worker: Worker, examples: Examples, client: int, steps: int = 1, split: Split | None = None
+    settings: Settings, replica: Replica, examples: Examples, client: int, steps: int = 1, split: Split | None = None
 ) -> Measured:
-    """Slopes along one client's directions of the `steps` rounds that follow the worker's.
+    """Slopes along one client's directions of the `steps` rounds that follow the replica's.
 
     From one local step to the next the weights move as those slopes say, by plain or normalised SGD of the local rate,
     and come back at the end, from a copy. split: measures shares of the queries in several places, as `raw_losses`
     does. Raises ValueError when a loss is not finite.
     """
-    plan = [(worker.round + 1 + step, local) for step in range(steps) for local in range(settings.local_steps)]
+    plan = [(replica.round + 1 + step, local) for step in range(steps) for local in range(settings.local_steps)]
     found: list[Estimate] = []
-    spread = worker.spread
-    with weights_restored(worker.parameters) if len(plan) > 1 else nullcontext():
+    spread = replica.spread
+    with weights_restored(replica.parameters) if len(plan) > 1 else nullcontext():
         for index, (round_, local) in enumerate(plan):
-            loss, own = query_loss(settings, worker, examples, round_, client, local)
-            seeds = seeds_of(settings, worker, round_, client, local)
+            loss, own = query_loss(settings, replica, examples, round_, client, local)
+            seeds = seeds_of(settings, replica, round_, client, local)
             how = (settings.epsilon, settings.perturbations_per_pass, settings.finite_difference)
-            found.append(worker.ask(loss, seeds, *how, own, split))
+            found.append(replica.measure.slopes(loss, seeds, *how, own, split))
             coefficients, exponent = records.to_integers(found[-1].slopes)
             spread = spread.after(coefficients, exponent)
             if index + 1 < len(plan):
                 divisor = degrees_of_freedom(settings.finite_difference, settings.queries)
                 rate = settings.local_learning_rate or settings.learning_rate
                 size = divisor * spread.value if settings.normalize_slopes else divisor
-                _move(worker, seeds, coefficients, math.ldexp(rate / size, exponent))
+                _move(replica, seeds, coefficients, math.ldexp(rate / size, exponent))
     coefficients, exponent = records.to_integers(
         [slope for one in found for slope in one.slopes], settings.quantization_bits
     )
@@ -69,36 +70,36 @@ def slopes(
 
 
 @torch.no_grad()
-def _move(worker: Worker, seeds: Sequence[int], coefficients: Sequence[int], scale: float) -> None:
+def _move(replica: Replica, seeds: Sequence[int], coefficients: Sequence[int], scale: float) -> None:
     """weights -= scale * sum of coefficient * direction: a move that nobody else takes, undone by who asked for it."""
-    kind, shapes = worker.kind, worker.shapes
+    kind, shapes = replica.kind, replica.shapes
     drawn = dict(directions.draw(kind, seeds, shapes)) if directions.terms(kind) else {}  # all from one generator's run
-    for name, parameter in worker.parameters.items():
-        shape, own = shapes[name], scale * directions.unit(kind) * worker.sizes.get(name, 1.0)
+    for name, parameter in replica.parameters.items():
+        shape, own = shapes[name], scale * directions.unit(kind) * replica.sizes.get(name, 1.0)
         total = directions.WeightedSum(kind, seeds, coefficients, name, shape, parameter.device, drawn.get(name))
         parameter.sub_(total.rows(0, shape[0] if shape else 1).mul_(own).view(shape).to(parameter))
 
 
 def raw_losses(
-    settings: Settings, worker: Worker, examples: Examples, client: int, some: slice, batched: bool
+    settings: Settings, replica: Replica, examples: Examples, client: int, some: slice, batched: bool
 ) -> Tensor:
     """Losses at the shifted weights of some of a round's queries, as `slopes` meets them: (queries, steps)."""
-    round_ = worker.round + 1
-    loss, own = query_loss(settings, worker, examples, round_, client)
+    round_ = replica.round + 1
+    loss, own = query_loss(settings, replica, examples, round_, client)
     how = FiniteDifference(
-        worker.kind, settings.epsilon, settings.finite_difference, settings.perturbations_per_pass, worker.sizes
+        replica.kind, settings.epsilon, settings.finite_difference, settings.perturbations_per_pass, replica.sizes
     )
-    return how.losses(loss, worker.parameters, seeds_of(settings, worker, round_, client), own, some, batched=batched)
+    return how.losses(loss, replica.parameters, seeds_of(settings, replica, round_, client), own, some, batched=batched)
 
 
-def seeds_of(settings: Settings, worker: Worker, round_: int, client: int, local: int = 0) -> list[int]:
+def seeds_of(settings: Settings, replica: Replica, round_: int, client: int, local: int = 0) -> list[int]:
     """Seeds of the directions of one client, or of all where they share them, in one local step of a round."""
     own = 0 if settings.direction_seeds == "shared" else client
-    return directions.local_step_seeds(worker.genesis["seed"], round_, own, local, settings.queries)
+    return directions.local_step_seeds(replica.genesis["seed"], round_, own, local, settings.queries)
 
 
 def query_loss(
-    settings: Settings, worker: Worker, examples: Examples, round_: int, client: int, local: int = 0
+    settings: Settings, replica: Replica, examples: Examples, round_: int, client: int, local: int = 0
 ) -> tuple[Loss, Examples | None]:
     """The loss that a local step's queries measure, and the examples handed to it: those of each query, or None."""
     how = (settings.forward_dtype, settings.objective)
@@ -106,15 +107,15 @@ def query_loss(
     size = settings.queries * each or settings.batch_size
     drawn = encoding.batch(
         examples,
-        seed=worker.genesis["seed"],
+        seed=replica.genesis["seed"],
         client=client,
         step=(round_ - 1) * settings.local_steps + local + 1,
         batch_size=size,
     )
     if not each:
-        return lambda: metrics.loss_of(worker.model, drawn, *how), None
+        return lambda: metrics.loss_of(replica.model, drawn, *how), None
     own = {name: tensor.unflatten(0, (settings.queries, -1)) for name, tensor in drawn.items()}
-    return lambda batch: metrics.loss_of(worker.model, batch, *how), own
+    return lambda batch: metrics.loss_of(replica.model, batch, *how), own
 
 
 def examples_per_query(settings: Settings) -> int:
@@ -134,26 +135,26 @@ def examples_seen(settings: Settings) -> int:
     return settings.local_steps * (examples_per_query(settings) * settings.queries or settings.batch_size)
 
 
-def guided_slopes(settings: Settings, worker: Worker, examples: Examples, client: int, guide: Update) -> Measured:
+def guided_slopes(settings: Settings, replica: Replica, examples: Examples, client: int, guide: Update) -> Measured:
     """Slopes along one client's directions that a guide shapes. Raises ValueError when a loss is not finite."""
-    round_, shape = worker.round + 1, guided.Shape.of(settings)
-    loss, own = query_loss(settings, worker, examples, round_, client)
-    seeds = seeds_of(settings, worker, round_, client)
-    found = guided.slopes(worker, loss, guided.guidance(guide, shape), shape, seeds, own)
+    round_, shape = replica.round + 1, guided.Shape.of(settings)
+    loss, own = query_loss(settings, replica, examples, round_, client)
+    seeds = seeds_of(settings, replica, round_, client)
+    found = guided.slopes(replica, loss, guided.guidance(guide, shape), shape, seeds, own)
     sequences = found.forward_passes * (examples_per_query(settings) or settings.batch_size)
     integers = records.to_integers(found.values, settings.quantization_bits)
     return Measured(*integers, found.loss, found.forward_passes, sequences, len(examples["labels"]))
 
 
-def gradient(settings: Settings, worker: Worker, examples: Examples, client: int) -> tuple[Update, float]:
+def gradient(settings: Settings, replica: Replica, examples: Examples, client: int) -> tuple[Update, float]:
     """Mean gradient over the round's backprop batches, clipped, and the mean loss.
 
     Raises ValueError when one of them is not finite.
     """
-    losses = batches(settings, worker, examples, client, settings.gradient_accumulation, backprop_batch_size(settings))
-    update, total = worker.gradient(losses[0])
+    losses = batches(settings, replica, examples, client, settings.gradient_accumulation, backprop_batch_size(settings))
+    update, total = replica.measure.gradient(losses[0])
     for loss in losses[1:]:
-        further, value = worker.gradient(loss)
+        further, value = replica.measure.gradient(loss)
         total += value
         for name, tensor in further.items():
             update[name].add_(tensor)
@@ -169,7 +170,7 @@ def gradient(settings: Settings, worker: Worker, examples: Examples, client: int
     return update, total / len(losses)
 
 
-def update(settings: Settings, worker: Worker, examples: Examples, client: int) -> tuple[Update, float]:
+def update(settings: Settings, replica: Replica, examples: Examples, client: int) -> tuple[Update, float]:
     """What `local-steps` steps of backpropagation changed, over minus the local rate; and the mean loss.
 
     In units of a gradient: the server's SGD of the local rate moves the weights by the mean of what the clients moved
@@ -178,23 +179,23 @@ def update(settings: Settings, worker: Worker, examples: Examples, client: int) 
     is the gradient itself. proximal: pulls towards the round's start (FedProx: Li et al., MLSys 2020).
     """
     if settings.local_steps == 1:
-        return gradient(settings, worker, examples, client)
+        return gradient(settings, replica, examples, client)
     rate = settings.local_learning_rate or settings.learning_rate
-    losses = batches(settings, worker, examples, client, settings.local_steps, settings.batch_size)
+    losses = batches(settings, replica, examples, client, settings.local_steps, settings.batch_size)
     met = []
-    with weights_restored(worker.parameters) as start:
+    with weights_restored(replica.parameters) as start:
         for loss in losses:
-            change, value = worker.gradient(loss)
+            change, value = replica.measure.gradient(loss)
             met.append(value)
             with torch.no_grad():
-                for name, parameter in worker.parameters.items():
+                for name, parameter in replica.parameters.items():
                     if settings.proximal:
                         change[name].add_(parameter - start[name], alpha=settings.proximal)
                     parameter.sub_(change[name], alpha=rate)
         with torch.no_grad():
             found = {
                 name: (start[name].to(torch.float32) - parameter).div_(rate)
-                for name, parameter in worker.parameters.items()
+                for name, parameter in replica.parameters.items()
             }
     norm = gradient_codec.norm(found)
     if not all(map(math.isfinite, (*met, norm))):
@@ -203,29 +204,31 @@ def update(settings: Settings, worker: Worker, examples: Examples, client: int) 
 
 
 def coefficients(
-    settings: Settings, worker: Worker, examples: Examples, client: int, total: int, *, by_backprop: bool = True
+    settings: Settings, replica: Replica, examples: Examples, client: int, total: int, *, by_backprop: bool = True
 ) -> Measured:
-    """Integer coefficients trained in the subspace of the round that follows the worker's, which all clients share.
+    """Integer coefficients trained in the subspace of the round that follows the replica's, which all clients share.
 
     by_backprop: else by slopes along random directions of the coefficients, forward passes only. The integers are those
     of the sum that the weights go *against*, as with slopes. Raises ValueError when a loss is not finite.
     """
-    round_, size, count = worker.round + 1, settings.subspace_size, settings.subspace_interval
-    seeds = directions.direction_seeds(worker.genesis["seed"], round_, 0, size)
-    matrices = frozenset({subspace.NAME}) if worker.kind == "core" else frozenset[str]()
-    losses = batches(settings, worker, examples, client, count, settings.batch_size)
-    worker.check(losses[0], batched=False)
+    round_, size, count = replica.round + 1, settings.subspace_size, settings.subspace_interval
+    seeds = directions.direction_seeds(replica.genesis["seed"], round_, 0, size)
+    matrices = frozenset({subspace.NAME}) if replica.kind == "core" else frozenset[str]()
+    losses = batches(settings, replica, examples, client, count, settings.batch_size)
+    replica.measure.check(losses[0], batched=False)
     asked = (
         losses,
-        worker.parameters,
-        worker.kind,
-        seeds[: directions.seeds_needed(worker.kind, size)],
+        replica.parameters,
+        replica.kind,
+        seeds[: directions.seeds_needed(replica.kind, size)],
         size,
         Optimizer(settings.optimizer, settings.momentum, 0.0, settings.cautious, matrices),
         subspace_rate(settings, round_, total) / count,
-        worker.sizes,
+        replica.sizes,
     )
-    ways = None if by_backprop else subspace.Probing(settings.queries, settings.epsilon, worker.genesis["seed"], client)
+    ways = (
+        None if by_backprop else subspace.Probing(settings.queries, settings.epsilon, replica.genesis["seed"], client)
+    )
     trained = subspace.trained(*asked, probing=ways)
     integers, exponent = records.to_integers([-value for value in trained.coefficients], settings.quantization_bits)
     passes = count if by_backprop else 2 * settings.queries * count
@@ -238,15 +241,15 @@ def subspace_rate(settings: Settings, round_: int, total: int) -> float:
 
 
 def batches(
-    settings: Settings, worker: Worker, examples: Examples, client: int, count: int, size: int
+    settings: Settings, replica: Replica, examples: Examples, client: int, count: int, size: int
 ) -> Sequence[Loss]:
-    """Losses of `count` batches of the round after the worker's; backpropagation beside zeroth order has its own."""
+    """Losses of `count` batches of the round after the replica's; backpropagation beside zeroth order has its own."""
     purpose = "backprop batch" if settings.mode in WITH_BACKPROP else "batch"
-    chosen = {"seed": settings.seed, "client": client, "step": worker.round + 1, "purpose": purpose}
+    chosen = {"seed": settings.seed, "client": client, "step": replica.round + 1, "purpose": purpose}
     drawn = encoding.batch(examples, **chosen, batch_size=count * size)
     parts = [{name: tensor[i * size : (i + 1) * size] for name, tensor in drawn.items()} for i in range(count)]
     return [
-        lambda part=part: metrics.loss_of(worker.model, part, settings.forward_dtype)  # type: ignore[misc]
+        lambda part=part: metrics.loss_of(replica.model, part, settings.forward_dtype)  # type: ignore[misc]
         for part in parts
     ]
 

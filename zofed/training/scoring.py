@@ -130,9 +130,9 @@ def _scores(settings: Settings, changes: Mapping[str, Any], best_of: RunFolder |
         settings = settings.model_copy(update={"eval_examples": sys.maxsize})
     share = settings.held_out_fraction if _named(changes) and "held-out-fraction" in changes else 0.0
     task = Task.to_score(with_absolute_paths(settings), share)
-    worker = task.worker()
+    replica = task.replica()
     if best_of:
         tensors, facts = best_of.best()
         weights = {key.removeprefix("weight/"): tensor for key, tensor in tensors.items()}
-        worker.load(weights, worker.state_dict(), round_=facts["round"], head=worker.head)
-    return task.evaluate(worker.model)
+        replica.load(weights, replica.state_dict(), round_=facts["round"], head=replica.head)
+    return task.evaluate(replica.model)

@@ -6,23 +6,26 @@ from dataclasses import replace
 from zofed.config import Settings
 from zofed.core import aggregation, gradient_codec, records
 from zofed.core.aggregation import Measured, Slopes, seeded
+from zofed.core.measure import Update
 from zofed.core.records import Seeded
-from zofed.core.replica import Update, Worker
+from zofed.core.replica import Replica
 from zofed.training import schedules
 
 
-def record_of(settings: Settings, worker: Worker, found: Mapping[int, Slopes], total: int) -> Seeded:
-    """The record of the round that follows the worker's, from what its clients measured; total: rounds of the run."""
-    return records_of(settings, worker, found, total, 1)[0]
+def record_of(settings: Settings, replica: Replica, found: Mapping[int, Slopes], total: int) -> Seeded:
+    """The record of the round that follows the replica's, from what its clients measured; total: rounds of the run."""
+    return records_of(settings, replica, found, total, 1)[0]
 
 
-def records_of(settings: Settings, worker: Worker, found: Mapping[int, Slopes], total: int, steps: int) -> list[Seeded]:
-    """The records of the `steps` rounds that follow the worker's, from what its clients measured in one exchange."""
+def records_of(
+    settings: Settings, replica: Replica, found: Mapping[int, Slopes], total: int, steps: int
+) -> list[Seeded]:
+    """The records of the `steps` rounds that follow the replica's, from what its clients measured in one exchange."""
     made: list[Seeded] = []
-    spread, parameters = worker.spread, sum(parameter.numel() for parameter in worker.parameters.values())
+    spread, parameters = replica.spread, sum(parameter.numel() for parameter in replica.parameters.values())
     each = settings.queries * settings.local_steps
     for step in range(steps):
-        round_ = worker.round + 1 + step
+        round_ = replica.round + 1 + step
         part = {client: _some(one, step * each, (step + 1) * each) for client, one in found.items()}
         record = seeded(
             round_,

@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
+from zofed.core.digests import tensors_digest
 from zofed.core.estimators import Split
 from zofed.core.records import Dense
-from zofed.core.replica import Worker, tensors_digest
+from zofed.core.replica import Replica
 from zofed.data.encoding import Examples
 from zofed.training import guided, measurements, schedules, step_records
 from zofed.training.modes import Ask, mode_of
@@ -21,9 +22,9 @@ def steps_of(settings: Settings, count: int) -> int:
     return max(1, math.ceil(settings.epochs * count / mode_of(settings).examples_of_a_step))
 
 
-def asker(
+def step_function(
     settings: Settings,
-    worker: Worker,
+    replica: Replica,
     examples: Examples,
     total: int,
     backprop_examples: Examples | None = None,
@@ -34,7 +35,7 @@ def asker(
     examples: what zeroth order sees; backprop_examples: what backpropagation sees, None: the same. split: measures
     shares of a step's queries in several places (zo).
     """
-    steps = Steps(settings, worker, examples, total, backprop_examples or examples, split)
+    steps = Steps(settings, replica, examples, total, backprop_examples or examples, split)
     mode = mode_of(settings)
     answers: dict[Ask, Callable[[int], Step]] = {
         "slopes": steps.zeroth_order,
@@ -57,27 +58,27 @@ def asker(
 
 
 class Steps:
-    """Steps of every kind for one worker. All raise ValueError when a loss or a gradient is not finite."""
+    """Steps of every kind for one replica. All raise ValueError when a loss or a gradient is not finite."""
 
     def __init__(
         self,
         settings: Settings,
-        worker: Worker,
+        replica: Replica,
         examples: Examples,
         total: int,
         backprop_examples: Examples,
         split: Split | None,
     ) -> None:
-        self.settings, self.worker, self.total, self.split = settings, worker, total, split
+        self.settings, self.replica, self.total, self.split = settings, replica, total, split
         self.examples, self.backprop_examples = examples, backprop_examples
 
     def zeroth_order(self, round_: int) -> Step:
         """A federated round with this machine as its only client."""
         settings = self.settings
-        measured = measurements.slopes(settings, self.worker, self.examples, 0, split=self.split)
+        measured = measurements.slopes(settings, self.replica, self.examples, 0, split=self.split)
         seen = measurements.examples_seen(settings)
         return Step(
-            record=step_records.record_of(settings, self.worker, {0: measured}, self.total),
+            record=step_records.record_of(settings, self.replica, {0: measured}, self.total),
             loss=measured.loss,
             epoch=self._epoch(round_, seen),
             batch_size=seen,
@@ -89,7 +90,7 @@ class Steps:
     def first_order(self, round_: int) -> Step:
         """One gradient by backpropagation."""
         settings = self.settings
-        update, loss = measurements.gradient(settings, self.worker, self.backprop_examples, 0)
+        update, loss = measurements.gradient(settings, self.replica, self.backprop_examples, 0)
         digest = bytes.fromhex(tensors_digest(update)) if settings.keep_gradients else bytes(32)
         passes, size = settings.gradient_accumulation, measurements.backprop_batch_size(settings)
         return Step(
@@ -107,15 +108,15 @@ class Steps:
     def guided(self, round_: int) -> Step:
         """A gradient by backpropagation, and slopes along the directions that it shapes."""
         settings = self.settings
-        gradient, backprop_loss = measurements.gradient(settings, self.worker, self.backprop_examples, 0)
+        gradient, backprop_loss = measurements.gradient(settings, self.replica, self.backprop_examples, 0)
         guide = guided.on_grid(gradient)
-        loss, own_examples = measurements.query_loss(settings, self.worker, self.examples, round_, 0)
+        loss, own_examples = measurements.query_loss(settings, self.replica, self.examples, round_, 0)
         found, guidance = guided.guided(
-            self.worker,
+            self.replica,
             loss,
             guide,
             guided.Shape.of(settings),
-            measurements.seeds_of(settings, self.worker, round_, 0),
+            measurements.seeds_of(settings, self.replica, round_, 0),
             round_=round_,
             rate=schedules.backprop_rate(settings, round_, self.total),
             examples=own_examples,
@@ -139,7 +140,7 @@ class Steps:
     def in_subspace(self, round_: int) -> Step:
         """Coefficients of this round's own directions, trained by backpropagation on one batch after the other."""
         settings = self.settings
-        measured = measurements.coefficients(settings, self.worker, self.examples, 0, self.total)
+        measured = measurements.coefficients(settings, self.replica, self.examples, 0, self.total)
         rate, count = measurements.subspace_rate(settings, round_, self.total), settings.subspace_interval
         seen = count * settings.batch_size
         return Step(

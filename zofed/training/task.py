@@ -20,10 +20,12 @@ from zofed import config
 from zofed.base.environment import keep_freed_memory
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import metrics, replica
+from zofed.core import metrics
+from zofed.core.digests import named_parameters, tensors_digest, weights_digest
 from zofed.core.estimators import size_exponents
+from zofed.core.genesis import make_genesis
 from zofed.core.optimizers import Optimizer
-from zofed.core.replica import Worker
+from zofed.core.replica import Replica
 from zofed.data import classes, documents, encoding, partitions, readers, subsets, tokenizers
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
@@ -205,14 +207,14 @@ class Task:
         limits.check_tokens(tokens, self.tokenizer, self._model_config, settings.model, at_end=at_end)
         if not settings.freeze_encoder:
             return tokens
-        # Not the worker's model, which a shard does not know; this one goes when the features are there.
+        # Not the replica's model, which a shard does not know; this one goes when the features are there.
         model = spec.create_model(self.settings, self.tokenizer, self.labels)
         assert isinstance(model, classifier.PooledClassifier)
         chosen = device(self.settings)
         depends_on = (
             "features 1",
-            replica.tensors_digest(tokens),
-            replica.weights_digest(model.encoder),
+            tensors_digest(tokens),
+            weights_digest(model.encoder),
             json.dumps(spec.describe(self.settings.model, model), sort_keys=True),
             f"{chosen.type} {torch.get_num_threads()} {torch.__version__}",
         )
@@ -343,19 +345,19 @@ class Task:
         names = [partitions.group(document, self.settings.partition) for document in self.train]
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
-    def first_worker(self) -> Worker:
-        """`worker`, of whoever begins a run: says what the saved model lacks and the run draws."""
-        replica = self.worker()
+    def first_replica(self) -> Replica:
+        """`replica`, of whoever begins a run: says what the saved model lacks and the run draws."""
+        replica = self.replica()
         if names := initial.drawn(replica.model):
             print(initial.described(names), flush=True)
         return replica
 
-    def worker(self) -> Worker:
+    def replica(self) -> Replica:
         """A new replica at the base weights, on the run's device, with the genesis that pins it."""
-        return worker_of(self.settings, spec.create_model(self.settings, self.tokenizer, self.labels))
+        return replica_of(self.settings, spec.create_model(self.settings, self.tokenizer, self.labels))
 
 
-def worker_of(settings: Settings, model: Model) -> Worker:
+def replica_of(settings: Settings, model: Model) -> Replica:
     """A replica of a model at its base weights, with the genesis that the settings give it, on their device."""
     names = scopes.trainable_names(model, settings.scope)
     if frozen := scopes.frozen_though_drawn(model, names):
@@ -372,11 +374,11 @@ def worker_of(settings: Settings, model: Model) -> Worker:
 
     # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are.
     outer = Optimizer("sgd", weight_decay=settings.weight_decay)
-    parameters = replica.named_parameters(model)
+    parameters = named_parameters(model)
     mode = mode_of(settings)
     has_directions = mode.measures_slopes or mode.trains_coefficients
     in_proportion = has_directions and settings.direction_scale == "rms"
-    genesis = replica.make_genesis(
+    genesis = make_genesis(
         model,
         spec.describe(settings.model, model),
         names,
@@ -386,7 +388,7 @@ def worker_of(settings: Settings, model: Model) -> Worker:
         size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
         backprop_optimizer=(rule(settings.bp_optimizer or settings.optimizer) if mode.helps_zeroth_order else None),
     )
-    return Worker(nn.Module.to(model, device(settings)), genesis)
+    return Replica(nn.Module.to(model, device(settings)), genesis)
 
 
 def _at(examples: Examples, positions: Tensor) -> Examples:

@@ -13,9 +13,10 @@ from zofed.base.errors import DivergenceError, UserError
 from zofed.config import Settings
 from zofed.core import directions, snapshots
 from zofed.core.journal import Entry, Journal, link
+from zofed.core.measure import Update
 from zofed.core.metrics import Scores
 from zofed.core.records import Guided, Record, Seeded, Skipped
-from zofed.core.replica import NotKept, Update, Worker, update_digest
+from zofed.core.replica import NotKept, Replica, update_digest
 from zofed.runs.run_folder import EVALUATIONS, METRICS, RunFolder, read_checkpoint, timestamp
 from zofed.runs.tables import Row, Table, keep_rows, sure_rows
 from zofed.training.modes import mode_of
@@ -96,14 +97,14 @@ class Totals:
 
 @dataclass
 class Trainer:
-    """Drives a worker through rounds and keeps the run's folder true at every moment.
+    """Drives a replica through rounds and keeps the run's folder true at every moment.
 
     show: called with every row of the metrics file before it is written, so that a line there stands for all that
     belongs to its round. latest: a round whose line and what belongs to it are sure; None: the tables tell. note:
     called with steps before they are written down.
     """
 
-    worker: Worker
+    replica: Replica
     journal: Journal
     folder: RunFolder
     settings: Settings
@@ -138,7 +139,7 @@ class Trainer:
                 self._tell(table, self._row(0, totals) | {"eval_loss": self._score(0)})
             for entry in self._behind(told):
                 round_ = entry.record.round
-                if round_ <= self.worker.round:  # behind a checkpoint that had to be taken
+                if round_ <= self.replica.round:  # behind a checkpoint that had to be taken
                     continue
                 is_new = round_ > told
                 # A step is asked again for its line of metrics, or for a gradient that was not kept.
@@ -153,23 +154,23 @@ class Trainer:
                 if step and update is None:
                     self._keep(step)
                 try:
-                    norm = self.worker.apply(entry, update if update or step is None else step.update)
+                    norm = self.replica.apply(entry, update if update or step is None else step.update)
                 except NotKept:
                     self._pass_over(round_, told, table, totals, ask)
                     continue
                 if step and is_new:
                     self._account(table, totals, step, norm, total)
                 del step  # its gradient would stay while the next one is made
-            while self.worker.round < total and not totals.spent(self.settings):
-                self._take(ask(self.worker.round + 1), table, totals, total)
+            while self.replica.round < total and not totals.spent(self.settings):
+                self._take(ask(self.replica.round + 1), table, totals, total)
             # Killed between the last line and its checkpoint, or that is damaged.
-            if self._is_due(last := self.worker.round, True) and self._saved != last:
+            if self._is_due(last := self.replica.round, True) and self._saved != last:
                 self._save_checkpoint(last)
         finally:
             table.close()
-        totals.stopped_by = totals.spent(self.settings) if self.worker.round < total else ""
+        totals.stopped_by = totals.spent(self.settings) if self.replica.round < total else ""
         scored, scores = self._scored
-        totals.scores = scores if scored == self.worker.round else None
+        totals.scores = scores if scored == self.replica.round else None
         return totals
 
     def _pass_over(self, round_: int, told: int, table: Table, totals: Totals, ask: Ask) -> None:
@@ -179,15 +180,15 @@ class Trainer:
         weights that are passed over. Raises NotKept where no such checkpoint is.
         """
         if (
-            not restore(self.worker, self.journal.entries, self.folder, self.journal.last_round)
-            or self.worker.round < round_
+            not restore(self.replica, self.journal.entries, self.folder, self.journal.last_round)
+            or self.replica.round < round_
         ):
             raise NotKept(
                 f"round {round_} is a step by backpropagation whose gradient is not kept, and no whole checkpoint lies "
                 f"behind it in {self.folder.path / 'checkpoints'}: bring one back from a copy"
             )
-        self._saved = self.worker.round
-        for passed in range(max(round_, told + 1), self.worker.round + 1):
+        self._saved = self.replica.round
+        for passed in range(max(round_, told + 1), self.replica.round + 1):
             step = _first(ask(passed))
             totals.add(step)
             self._tell(table, self._row(passed, totals, step))
@@ -196,12 +197,12 @@ class Trainer:
         """Write new steps down, all at once, and move by one after the other."""
         steps = [asked] if isinstance(asked, Step) else asked
         for step in steps:
-            self.worker.check_exact(step.record)
+            self.replica.check_exact(step.record)
             self._keep(step)
         self.note(steps)
         for step, entry in zip(steps, self.journal.append_all([step.record for step in steps]), strict=True):
             began = time.monotonic()
-            norm = self.worker.apply(entry, step.update)
+            norm = self.replica.apply(entry, step.update)
             self.seconds_moving += time.monotonic() - began
             self._account(table, totals, step, norm, total)
 
@@ -220,7 +221,7 @@ class Trainer:
             row["eval_loss"] = self._score(round_)
             if self.settings.keep_best and row["eval_loss"] < self._best:
                 self._best = row["eval_loss"]
-                tensors = {f"weight/{name}": tensor for name, tensor in self.worker.parameters.items()}
+                tensors = {f"weight/{name}": tensor for name, tensor in self.replica.parameters.items()}
                 self.folder.save_best(tensors, {"round": round_, "eval_loss": self._best})
         self._tell(table, row)
         is_due = self._is_due(round_, is_last)
@@ -231,7 +232,7 @@ class Trainer:
 
     def _score(self, round_: int) -> float:
         """The held-out loss of all sources together; what else the scores tell goes into evaluations.csv."""
-        scores = self.evaluate(self.worker.model)
+        scores = self.evaluate(self.replica.model)
         self._scored = round_, scores
         whole = scores.whole.loss
         if not math.isfinite(whole):
@@ -249,14 +250,14 @@ class Trainer:
         return whole
 
     def _behind(self, told: int) -> Sequence[Entry]:
-        """Entries the worker has not applied, after it took over the newest checkpoint that fits.
+        """Entries the replica has not applied, after it took over the newest checkpoint that fits.
 
         told: last round the metrics know; a later checkpoint would leave rounds without their line.
         """
-        if restore(self.worker, self.journal.entries, self.folder, told):
-            self._saved = self.worker.round
+        if restore(self.replica, self.journal.entries, self.folder, told):
+            self._saved = self.replica.round
         chains = [entry.chain for entry in self.journal.entries]
-        start = chains.index(self.worker.head) + 1 if self.worker.head in chains else 0
+        start = chains.index(self.replica.head) + 1 if self.replica.head in chains else 0
         return tuple(self.journal.entries[start:])
 
     def _tell(self, table: Table, row: Row) -> None:
@@ -290,9 +291,9 @@ class Trainer:
         )
 
     def _save_checkpoint(self, round_: int) -> None:
-        worker = self.worker
-        facts = {"round": round_, "head": worker.head.hex()}
-        self.folder.save_checkpoint(_name(round_), snapshots.tensors(worker), facts, self.settings.keep_checkpoints)
+        replica = self.replica
+        facts = {"round": round_, "head": replica.head.hex()}
+        self.folder.save_checkpoint(_name(round_), snapshots.tensors(replica), facts, self.settings.keep_checkpoints)
         self._saved = round_
 
 
@@ -334,11 +335,11 @@ def sure_lines(folder: RunFolder, last: int) -> tuple[list[Row], list[Row]]:
     return rows, [score for row in rows if row.get("eval_loss") for score in scores[int(row["step"])].values()]
 
 
-def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest: int) -> bool:
-    """Bring the worker to the newest undamaged checkpoint of this history, no later than round `latest`.
+def restore(replica: Replica, entries: Sequence[Entry], folder: RunFolder, latest: int) -> bool:
+    """Bring the replica to the newest undamaged checkpoint of this history, no later than round `latest`.
 
-    Returns whether there is one; else the worker stays where it is. A checkpoint is of the round that the journal gives
-    its head; one that says another is damaged.
+    Returns whether there is one; else the replica stays where it is. A checkpoint is of the round that the journal
+    gives its head; one that says another is damaged.
     """
     rounds = {entry.chain.hex(): entry.record.round for entry in entries}
     for path in reversed(folder.checkpoints()):
@@ -347,10 +348,10 @@ def restore(worker: Worker, entries: Sequence[Entry], folder: RunFolder, latest:
         round_ = rounds.get(str(facts.get("head")))
         if found and round_ is None:
             continue  # of another history
-        if round_ is None or round_ != facts.get("round") or not snapshots.fits(worker, tensors):
+        if round_ is None or round_ != facts.get("round") or not snapshots.fits(replica, tensors):
             warnings.warn(f"checkpoint {path} is damaged and left aside for what lies before it", stacklevel=2)
         elif round_ <= latest:
-            snapshots.take_over(worker, tensors, round_, bytes.fromhex(facts["head"]))
+            snapshots.take_over(replica, tensors, round_, bytes.fromhex(facts["head"]))
             return True
     return False
 
@@ -364,20 +365,22 @@ def diverged(round_: int, settings: Settings, more: str = "", what: str = "is no
     )
 
 
-def replay(worker: Worker, records: Iterable[Record], kept: Callable[[bytes], Update | None] = lambda _: None) -> None:
-    """Move the worker through the records. kept: the gradient or guide of a digest, where there is one.
+def replay(
+    replica: Replica, records: Iterable[Record], kept: Callable[[bytes], Update | None] = lambda _: None
+) -> None:
+    """Move the replica through the records. kept: the gradient or guide of a digest, where there is one.
 
-    Raises NotKept for a record that needs one which was not kept; the worker stands before that record.
+    Raises NotKept for a record that needs one which was not kept; the replica stands before that record.
     """
 
     def linked() -> Iterator[Entry]:
-        head = worker.head
+        head = replica.head
         for record in records:
             entry = link(head, record)
             head = entry.chain
             yield entry
 
-    worker.replay(linked(), kept)
+    replica.replay(linked(), kept)
 
 
 def with_random_slopes(records: Iterable[Record], run_seed: int) -> list[Record]:

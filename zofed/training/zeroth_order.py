@@ -2,7 +2,7 @@
 
 zo = ZerothOrder(model, seed=1, queries=16, journal="run.zofed")
 for x, y in batches:
-    record = zo.ask(lambda: loss_function(model(x), y), rate=0.01)   # forward passes only; the weights stay
+    record = zo.measure(lambda: loss_function(model(x), y), rate=0.01)   # forward passes only; the weights stay
     zo.apply(record)                                                 # the weights move
 replay(same_model_before_training, "run.zofed")                      # the same weights, bit for bit, anywhere
 """
@@ -17,13 +17,15 @@ from torch import nn
 from zofed.base.errors import UserError
 from zofed.core import aggregation
 from zofed.core.aggregation import Measured, seeded
+from zofed.core.digests import named_parameters
 from zofed.core.directions import KIND_PATTERN, direction_seeds
 from zofed.core.estimators import Estimate, Points, size_exponents
+from zofed.core.genesis import make_genesis
 from zofed.core.journal import Journal, differences, link, read
 from zofed.core.optimizers import Optimizer
 from zofed.core.perturbed import Loss
 from zofed.core.records import Seeded
-from zofed.core.replica import Worker, make_genesis, named_parameters
+from zofed.core.replica import Replica
 from zofed.models import scopes
 
 
@@ -93,7 +95,7 @@ class ZerothOrder:
             optimizer=optimizer or Optimizer("sgd"),
             size_exponents=exponents,
         )
-        self.worker = Worker(model, genesis)
+        self.replica = Replica(model, genesis)
         self.queries, self.epsilon, self.normalize_slopes = queries, epsilon, normalize_slopes
         self.finite_difference: Points = finite_difference
         self.perturbations_per_pass = perturbations_per_pass
@@ -103,45 +105,45 @@ class ZerothOrder:
     def _opened(self, path: Path) -> Journal:
         """The journal to write to, a new one or one whose records the weights were just moved through."""
         if not path.exists():
-            return Journal.create(path, self.worker.genesis)
+            return Journal.create(path, self.replica.genesis)
         journal = Journal.open(path)
-        if different := differences(self.worker.genesis, journal.genesis):
+        if different := differences(self.replica.genesis, journal.genesis):
             journal.close()
             raise UserError(f"{path} began with another {', '.join(different)}: choose another file for this run")
-        self.worker.replay(journal.entries)
+        self.replica.replay(journal.entries)
         return journal
 
-    def ask(self, loss: Loss, rate: float, examples: Any = None) -> Seeded:
+    def measure(self, loss: Loss, rate: float, examples: Any = None) -> Seeded:
         """The record of a step: slopes of `loss` along the next directions, and the rate to move by. Nothing moves.
 
         loss: a scalar of the model's forward pass, differentiable or not. examples: a batch for each query (tensors
         with the queries along their first dimension), handed to `loss`; by default all share the batch that `loss`
         holds. `estimate` then tells the mean loss, the slopes and the passes. Before the first slopes of a loss a few
-        passes more tell whether slopes of it mean anything (`Worker.check`): raises UserError for a loss that draws
+        passes more tell whether slopes of it mean anything (`Measure.check`): raises UserError for a loss that draws
         random numbers, changes weights or buffers or never uses a trainable parameter. Raises ValueError for a loss
         that is not finite.
         """
-        worker = self.worker
-        seeds = direction_seeds(worker.genesis["seed"], worker.round + 1, 0, self.queries)
-        self.estimate = worker.ask(
+        replica = self.replica
+        seeds = direction_seeds(replica.genesis["seed"], replica.round + 1, 0, self.queries)
+        self.estimate = replica.measure.slopes(
             loss, seeds, self.epsilon, self.perturbations_per_pass, self.finite_difference, examples
         )
-        spread = worker.spread if self.normalize_slopes else None
+        spread = replica.spread if self.normalize_slopes else None
         found = aggregation.merged({0: Measured.of(self.estimate)}, shared=False)
-        return seeded(worker.round + 1, rate, found, self.queries, self.finite_difference, spread)
+        return seeded(replica.round + 1, rate, found, self.queries, self.finite_difference, spread)
 
     def apply(self, record: Seeded) -> float:
         """Write the record to the journal, then move the weights by it. Returns the norm of the gradient estimate.
 
         Raises UserError, before anything is written, for a record of more directions than sum up exactly.
         """
-        self.worker.check_exact(record)
-        entry = self.journal.append(record) if self.journal else link(self.worker.head, record)
-        return self.worker.apply(entry)
+        self.replica.check_exact(record)
+        entry = self.journal.append(record) if self.journal else link(self.replica.head, record)
+        return self.replica.apply(entry)
 
     def digest(self) -> str:
         """SHA-256 of all weights, hex: what two replicas compare."""
-        return self.worker.digest()
+        return self.replica.digest()
 
 
 def replay(model: nn.Module, journal: str | Path) -> str:
@@ -150,6 +152,6 @@ def replay(model: nn.Module, journal: str | Path) -> str:
     Raises UserError when the weights are not those the journal starts from, or the file is damaged.
     """
     contents = read(Path(journal))
-    worker = Worker(model, contents.genesis)
-    worker.replay(contents.entries)
-    return worker.digest()
+    replica = Replica(model, contents.genesis)
+    replica.replay(contents.entries)
+    return replica.digest()

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from zofed.base.errors import UserError
 from zofed.core import directions
-from zofed.core import replica as worker
+from zofed.core.digests import named_parameters, weights_digest
 from zofed.core.directions import Kind, tensor_id
+from zofed.core.genesis import make_genesis
 from zofed.core.journal import Entry, Genesis, genesis_chain, link
 from zofed.core.optimizers import Optimizer
 from zofed.core.records import Dense, Record, Seeded, Skipped, Spread
-from zofed.core.replica import Worker, make_genesis, named_parameters, weights_digest
+from zofed.core.replica import Replica
 
 RUN_SEED = 11
 KINDS: tuple[Kind, ...] = ("rank1", "rank4", "rademacher", "gaussian")
@@ -40,19 +41,19 @@ def genesis_of(model: nn.Module, trainable: Iterable[str] | None = None, **chang
     return make_genesis(model, {"name": "test"}, names, **arguments)
 
 
-def worker_of(dtype: torch.dtype = torch.float32, **changes: Any) -> Worker:
+def replica_of(dtype: torch.dtype = torch.float32, **changes: Any) -> Replica:
     model = model_of(dtype)
-    return Worker(model, genesis_of(model, **changes))
+    return Replica(model, genesis_of(model, **changes))
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
 
 
-def moved(worker: Worker, history: Sequence[Record]) -> Worker:
+def moved(replica: Replica, history: Sequence[Record]) -> Replica:
     for record in history:
-        worker.apply(link(worker.head, record), {name: p.detach() / 2 for name, p in worker.parameters.items()})
-    return worker
+        replica.apply(link(replica.head, record), {name: p.detach() / 2 for name, p in replica.parameters.items()})
+    return replica
 
 
 def seeded(round_: int, coefficients: Sequence[int] = (5, -3, 1, 7), rate: float = 0.125, exponent: int = -6) -> Seeded:
@@ -108,11 +109,11 @@ SIZES = {"0.weight": -3, "1.bias": 2, "2.weight": 1}
 def test_a_seeded_record_moves_the_weights_by_its_exact_sum(
     kind: Kind, sizes: dict[str, int], record: Seeded, tolerance: float
 ) -> None:
-    worker = worker_of(kind=kind, size_exponents=sizes)
-    before = {name: parameter.detach().clone() for name, parameter in worker.parameters.items()}
-    norm = worker.apply(link(worker.head, record))
+    replica = replica_of(kind=kind, size_exponents=sizes)
+    before = {name: parameter.detach().clone() for name, parameter in replica.parameters.items()}
+    norm = replica.apply(link(replica.head, record))
     squares = Fraction(0)
-    for name, parameter in worker.parameters.items():
+    for name, parameter in replica.parameters.items():
         gradient = exact_gradient(kind, record, name, parameter.shape)
         squares += sum(value**2 for value in gradient)
         start = before[name].flatten().tolist()
@@ -122,7 +123,7 @@ def test_a_seeded_record_moves_the_weights_by_its_exact_sum(
         assert max(errors) <= tolerance
         assert not torch.equal(parameter, before[name])
     assert norm == pytest.approx(sqrt(squares), rel=1e-5)
-    assert (worker.round, worker.head) == (record.round, link(genesis_chain(worker.genesis), record).chain)
+    assert (replica.round, replica.head) == (record.round, link(genesis_chain(replica.genesis), record).chain)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,11 +133,11 @@ def test_an_estimate_is_the_exact_sum_rounded_once_times_one_float32(kind: Kind,
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    worker = Worker(model, genesis_of(model, kind=kind))
+    replica = Replica(model, genesis_of(model, kind=kind))
     coefficients = (2**24, -(2**24) + 1, 12345678, -9876543, 3, 5555555)
     record = Seeded(2, 1.0, (0, 1, 7), 2, coefficients, -25, divisor)
-    worker.apply(link(worker.head, record))  # from zero with rate 1: the weights are now minus the estimate
-    for name, parameter in worker.parameters.items():
+    replica.apply(link(replica.head, record))  # from zero with rate 1: the weights are now minus the estimate
+    for name, parameter in replica.parameters.items():
         exact = exact_gradient(kind, record, name, parameter.shape)
         for weight, value in zip(parameter.flatten().tolist(), exact, strict=True):
             assert abs(Fraction(-weight) - value) <= abs(value) * 3 * Fraction(2**-24) * Fraction(1.000001)
@@ -147,18 +148,20 @@ def test_a_size_multiplies_what_is_asked_and_what_is_moved() -> None:
     pull = torch.arange(12.0).reshape(3, 4) / 8 - 0.5
     losses = {}
     for exponent in (0, 2):
-        worker = worker_of(trainable=["0.weight"], size_exponents={"0.weight": exponent, "0.bias": 5})
-        assert worker.sizes == {"0.bias": 32.0} | ({"0.weight": 4.0} if exponent else {})
-        weight = worker.parameters["0.weight"]
+        replica = replica_of(trainable=["0.weight"], size_exponents={"0.weight": exponent, "0.bias": 5})
+        assert replica.sizes == {"0.bias": 32.0} | ({"0.weight": 4.0} if exponent else {})
+        weight = replica.parameters["0.weight"]
         seeds = directions.direction_seeds(RUN_SEED, 1, 0, 3)
         for points in ("two-point", "one-sided"):
-            found = worker.ask(lambda weight=weight: (weight * pull).sum(), seeds, 2.0**-8, 4, points).slopes
+            found = replica.measure.slopes(
+                lambda weight=weight: (weight * pull).sum(), seeds, 2.0**-8, 4, points
+            ).slopes
             exact = [float((directions.direction("rank1", s, "0.weight", (3, 4)) * pull).sum()) for s in seeds]
             middle = sum(exact) / 3 if points == "one-sided" else 0.0
             assert found == pytest.approx([2**exponent * (slope - middle) for slope in exact], rel=1e-3, abs=1e-3)
         before = float((weight.detach() * pull).sum())
         scaled = tuple(round(2**exponent * slope * 2**8) for slope in exact)
-        worker.apply(link(worker.head, Seeded(1, 2.0**-6, (0,), 3, scaled, -8, 3.0)))
+        replica.apply(link(replica.head, Seeded(1, 2.0**-6, (0,), 3, scaled, -8, 3.0)))
         losses[exponent] = before - float((weight.detach() * pull).sum())
     assert losses[0] > 0
     assert losses[2] == pytest.approx(16 * losses[0], rel=1e-3)
@@ -167,7 +170,7 @@ def test_a_size_multiplies_what_is_asked_and_what_is_moved() -> None:
 def test_only_what_trains_moves() -> None:
     model = model_of()
     frozen = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    moved(Worker(model, genesis_of(model, ["0.weight", "1.bias"])), HISTORY)
+    moved(Replica(model, genesis_of(model, ["0.weight", "1.bias"])), HISTORY)
     still = [name for name, parameter in model.named_parameters() if torch.equal(parameter, frozen[name])]
     assert still == ["0.bias", "1.weight", "2.weight"]
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == ["0.weight", "1.bias"]
@@ -175,34 +178,34 @@ def test_only_what_trains_moves() -> None:
 
 def test_a_parameter_moves_alike_whatever_else_trains() -> None:
     alone, together = model_of(), model_of()
-    moved(Worker(alone, genesis_of(alone, ["2.weight"])), HISTORY)
-    moved(Worker(together, genesis_of(together)), HISTORY)
+    moved(Replica(alone, genesis_of(alone, ["2.weight"])), HISTORY)
+    moved(Replica(together, genesis_of(together)), HISTORY)
     assert torch.equal(alone.get_parameter("2.weight"), together.get_parameter("2.weight"))
 
 
 def test_a_skipped_round_moves_the_head_alone() -> None:
-    worker = moved(worker_of(optimizer=Optimizer("adamw")), [seeded(1)])
-    digest, state = worker.digest(), worker.state_dict()
-    entry = link(worker.head, Skipped(2))
-    assert worker.apply(entry) == 0.0
-    assert (worker.digest(), worker.round, worker.head) == (digest, 2, entry.chain)
-    assert same(worker.state_dict(), state)
+    replica = moved(replica_of(optimizer=Optimizer("adamw")), [seeded(1)])
+    digest, state = replica.digest(), replica.state_dict()
+    entry = link(replica.head, Skipped(2))
+    assert replica.apply(entry) == 0.0
+    assert (replica.digest(), replica.round, replica.head) == (digest, 2, entry.chain)
+    assert same(replica.state_dict(), state)
 
 
 def test_a_dense_record_without_its_update_is_refused_and_moves_nothing() -> None:
-    worker = worker_of()
-    digest, head = worker.digest(), worker.head
+    replica = replica_of()
+    digest, head = replica.digest(), replica.head
     with pytest.raises(UserError, match=r"round 6 .*not kept.*checkpoint"):
-        worker.apply(link(worker.head, Dense(6, 0.1)))
-    assert (worker.digest(), worker.head, worker.round) == (digest, head, 0)
+        replica.apply(link(replica.head, Dense(6, 0.1)))
+    assert (replica.digest(), replica.head, replica.round) == (digest, head, 0)
 
 
 def test_a_dense_record_is_a_gradient_step() -> None:
-    worker = worker_of()
-    before = {name: parameter.detach().clone() for name, parameter in worker.parameters.items()}
-    update = {name: torch.ones_like(parameter) for name, parameter in worker.parameters.items()}
-    norm = worker.apply(link(worker.head, Dense(1, 0.5)), update)
-    assert all(torch.equal(parameter, before[name] - 0.5) for name, parameter in worker.parameters.items())
+    replica = replica_of()
+    before = {name: parameter.detach().clone() for name, parameter in replica.parameters.items()}
+    update = {name: torch.ones_like(parameter) for name, parameter in replica.parameters.items()}
+    norm = replica.apply(link(replica.head, Dense(1, 0.5)), update)
+    assert all(torch.equal(parameter, before[name] - 0.5) for name, parameter in replica.parameters.items())
     assert norm == pytest.approx(sqrt(sum(parameter.numel() for parameter in before.values())))
 
 
@@ -212,9 +215,9 @@ def test_another_base_is_refused() -> None:
     with torch.no_grad():
         other.get_parameter("2.weight")[0, 0] += 2**-20
     with pytest.raises(UserError, match=r"base weights have SHA-256 .*starts from"):
-        Worker(other, genesis)
+        Replica(other, genesis)
     with pytest.raises(UserError, match="base weights"):
-        Worker(model_of(torch.bfloat16), genesis)
+        Replica(model_of(torch.bfloat16), genesis)
 
 
 def test_everything_a_replay_depends_on_is_in_the_genesis() -> None:
@@ -261,7 +264,7 @@ def test_what_cannot_be_moved_exactly_is_refused_by_name(dtype: torch.dtype) -> 
         genesis_of(model, iter(["0.weight", "1.bias"]))
     genesis = genesis_of(model, iter(["0.weight", "2.weight"]))  # what does not train may be of any type
     assert [name for name, _, _ in genesis["trainable"]] == ["0.weight", "2.weight"]
-    moved(Worker(model, genesis), HISTORY)
+    moved(Replica(model, genesis), HISTORY)
     model[2].to(torch.bfloat16)
     assert genesis_of(model, ["2.weight"])["trainable"] == [["2.weight", "bfloat16", [2, 3]]]
 
@@ -279,7 +282,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_histories_end_in_equal_bits(kind: Kind, dtype: torch.dtype, optimizer: Optimizer) -> None:
-    one, other = (worker_of(dtype, kind=kind, optimizer=optimizer) for _ in range(2))
+    one, other = (replica_of(dtype, kind=kind, optimizer=optimizer) for _ in range(2))
     start = one.digest(), one.probe()
     for record in HISTORY:
         moved(one, [record])
@@ -293,10 +296,10 @@ def test_equal_histories_end_in_equal_bits(kind: Kind, dtype: torch.dtype, optim
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_worker_goes_on_from_a_checkpoint_bit_for_bit(dtype: torch.dtype, optimizer: Optimizer) -> None:
-    whole = moved(worker_of(dtype, optimizer=optimizer), HISTORY)
-    first = moved(worker_of(dtype, optimizer=optimizer), HISTORY[:3])
+    whole = moved(replica_of(dtype, optimizer=optimizer), HISTORY)
+    first = moved(replica_of(dtype, optimizer=optimizer), HISTORY[:3])
     weights = {name: parameter.detach().clone() for name, parameter in first.parameters.items()}
-    second = worker_of(dtype, optimizer=optimizer)
+    second = replica_of(dtype, optimizer=optimizer)
     saved = {key: value.clone() for key, value in first.state_dict().items()}
     second.load(weights, saved, round_=first.round, head=first.head)
     assert second.spread == first.spread != Spread()
@@ -349,8 +352,8 @@ def odd_model(dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def state_of(worker: Worker) -> tuple[Any, ...]:
-    return worker.digest(), worker.round, worker.head, worker.spread, worker.probe()
+def state_of(replica: Replica) -> tuple[Any, ...]:
+    return replica.digest(), replica.round, replica.head, replica.spread, replica.probe()
 
 
 ODD_OPTIMIZERS = OPTIMIZERS | {
@@ -370,7 +373,7 @@ def test_a_replay_ends_where_applying_one_by_one_ends(
 ) -> None:
     model = odd_model(dtype)
     genesis = genesis_of(model, kind=kind, optimizer=optimizer, size_exponents=ODD_SIZES)
-    single = Worker(model, genesis)
+    single = Replica(model, genesis)
     assert not single.parameters["turned"].is_contiguous()
     entries = chained(single.head, long_history())
     halfway = None
@@ -381,9 +384,9 @@ def test_a_replay_ends_where_applying_one_by_one_ends(
     start = weights_digest(odd_model(dtype))
     assert single.digest() != start
     for block, at_once in ((2**17, 1024), (1, 1), (7, 5), (11, 3), (16, 1024), (2**17, 4)):
-        monkeypatch.setattr(worker, "BLOCK", block)
-        monkeypatch.setattr(worker, "DIRECTIONS_AT_ONCE", at_once)
-        replica = Worker(odd_model(dtype), genesis)
+        monkeypatch.setattr("zofed.core.replica.BLOCK", block)
+        monkeypatch.setattr("zofed.core.replica.DIRECTIONS_AT_ONCE", at_once)
+        replica = Replica(odd_model(dtype), genesis)
         replica.replay(iter(entries[:4]))
         assert state_of(replica) == halfway
         replica.replay(iter(entries[4:]))
@@ -394,16 +397,16 @@ def test_a_replay_ends_where_applying_one_by_one_ends(
 
 def test_a_replay_moves_a_group_of_entries_through_each_block_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grouped by directions, in order, none left out: 1 for a skipped round, a single larger record by itself."""
-    monkeypatch.setattr(worker, "DIRECTIONS_AT_ONCE", 6)
+    monkeypatch.setattr("zofed.core.replica.DIRECTIONS_AT_ONCE", 6)
     groups: list[list[int]] = []
-    move = Worker._move
+    move = Replica._apply_entries
 
-    def noting(self: Worker, entries: Sequence[Entry], update: Any = None) -> list[float]:
+    def noting(self: Replica, entries: Sequence[Entry], update: Any = None) -> list[float]:
         groups.append([len(e.record.coefficients) if isinstance(e.record, Seeded) else 1 for e in entries])
         return move(self, entries, update)
 
-    monkeypatch.setattr(Worker, "_move", noting)
-    replica = worker_of()
+    monkeypatch.setattr(Replica, "_apply_entries", noting)
+    replica = replica_of()
     replica.replay([])
     assert groups == []
     history = [seeded(1), Skipped(2), Skipped(3), seeded(4, (1, 2)), seeded(5, (1,) * 10), seeded(6, (5, 6))]
@@ -413,7 +416,7 @@ def test_a_replay_moves_a_group_of_entries_through_each_block_together(monkeypat
 
 def test_a_replay_refuses_a_dense_record_and_another_history() -> None:
     """It stops whole: before a history that is not its own, right before a round whose gradient was not kept."""
-    replica = worker_of()
+    replica = replica_of()
     before = state_of(replica)
     with pytest.raises(UserError, match=r"round 2 does not follow"):
         replica.replay([*chained(replica.head, [seeded(1)]), link(bytes(16), Skipped(2))])
@@ -421,14 +424,14 @@ def test_a_replay_refuses_a_dense_record_and_another_history() -> None:
     entries = chained(replica.head, [seeded(1), Dense(2, 0.1), seeded(3)])
     with pytest.raises(UserError, match=r"round 2 .*not kept.*checkpoint"):
         replica.replay(entries)
-    assert state_of(replica) == state_of(moved(worker_of(), [seeded(1)]))
+    assert state_of(replica) == state_of(moved(replica_of(), [seeded(1)]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_odd_shapes_move_by_their_exact_sum(kind: Kind) -> None:
     model = odd_model(torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    replica = Worker(model, genesis_of(model, kind=kind))
+    replica = Replica(model, genesis_of(model, kind=kind))
     record = seeded(3, (9, -3, 4, 8), rate=0.5, exponent=-3)
     replica.apply(link(replica.head, record))
     for name, parameter in replica.parameters.items():
@@ -443,7 +446,7 @@ def test_odd_shapes_move_by_their_exact_sum(kind: Kind) -> None:
 def test_a_dense_step_moves_odd_shapes_too() -> None:
     model = odd_model(torch.float32)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    replica = Worker(model, genesis_of(model, size_exponents=ODD_SIZES))
+    replica = Replica(model, genesis_of(model, size_exponents=ODD_SIZES))
     update = {name: parameter.detach().clone() / 4 for name, parameter in replica.parameters.items()}
     norm = replica.apply(link(replica.head, Dense(1, 0.5)), update)
     for name, parameter in replica.parameters.items():
@@ -452,7 +455,7 @@ def test_a_dense_step_moves_odd_shapes_too() -> None:
 
 
 def test_the_spread_follows_the_seeded_records_alone() -> None:
-    replica = worker_of()
+    replica = replica_of()
     expected = Spread()
     for record in (seeded(1), Skipped(2), Dense(3, 0.1), seeded(4, (-100, 3, 77, 0, 1, 2))):
         moved(replica, [record])
@@ -467,17 +470,17 @@ def test_steps_far_below_a_bfloat16_move_the_weights_on_average() -> None:
     model = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
     with torch.no_grad():
         model.weight.fill_(1.0)
-    worker = Worker(model, genesis_of(model))
+    replica = Replica(model, genesis_of(model))
     for round_ in range(1, 41):
-        worker.apply(link(worker.head, Dense(round_, 2.0**-14)), {"weight": torch.ones(64, 64)})
+        replica.apply(link(replica.head, Dense(round_, 2.0**-14)), {"weight": torch.ones(64, 64)})
     step = 2.0**-14  # against 2^-8 between 1 and the bfloat16 below
     assert 1 - float(model.weight.detach().float().mean()) == pytest.approx(40 * step, rel=0.1)
 
 
 def test_asking_the_gradient_gives_zero_for_what_is_unused() -> None:
-    worker = worker_of()
-    weight = worker.parameters["0.weight"]
-    update, loss = worker.gradient(lambda: (weight**2).sum())
+    replica = replica_of()
+    weight = replica.parameters["0.weight"]
+    update, loss = replica.measure.gradient(lambda: (weight**2).sum())
     assert loss == pytest.approx(float((weight.detach() ** 2).sum()))
     assert torch.allclose(update["0.weight"], 2 * weight.detach())
     assert all(not gradient.any() for name, gradient in update.items() if name != "0.weight")
@@ -485,21 +488,21 @@ def test_asking_the_gradient_gives_zero_for_what_is_unused() -> None:
 
 @pytest.mark.parametrize("name", [name for name, _ in model_of().named_parameters()])
 def test_the_probe_sees_a_move_of_any_one_tensor(name: str) -> None:
-    worker = worker_of()
-    before = worker.probe()
+    replica = replica_of()
+    before = replica.probe()
     assert len(before) == 8
     with torch.no_grad():
-        worker.parameters[name].add_(2**-10)
-    assert worker.probe() != before
+        replica.parameters[name].add_(2**-10)
+    assert replica.probe() != before
 
 
 def test_the_probe_reads_large_tensors_in_places_that_change_from_round_to_round() -> None:
     model = nn.Linear(100, 100, bias=False)
-    worker = Worker(model, genesis_of(model))
-    probes = {worker.probe()}
+    replica = Replica(model, genesis_of(model))
+    probes = {replica.probe()}
     for round_ in range(1, 6):
-        worker.apply(link(worker.head, Skipped(round_)))
-        probes.add(worker.probe())
+        replica.apply(link(replica.head, Skipped(round_)))
+        probes.add(replica.probe())
     assert len(probes) == 6
 
 
@@ -527,7 +530,7 @@ def test_a_wrapper_changes_neither_digest_nor_genesis_nor_moves(wrappers: list[s
     plain = model_of()
     assert weights_digest(wrapped) == weights_digest(plain)
     assert genesis_of(wrapped) == genesis_of(plain)
-    one, other = Worker(wrapped, genesis_of(plain)), Worker(plain, genesis_of(plain))
+    one, other = Replica(wrapped, genesis_of(plain)), Replica(plain, genesis_of(plain))
     assert moved(one, HISTORY).digest() == moved(other, HISTORY).digest()
 
 
@@ -571,7 +574,7 @@ def test_a_tied_tensor_counts_once_under_its_first_name() -> None:
 
 
 def test_a_record_of_more_directions_than_sum_up_exactly_moves_nothing() -> None:
-    replica = worker_of(kind="gaussian")
+    replica = replica_of(kind="gaussian")
     entry = link(replica.head, seeded(1, [2**24, -(2**24)] * 1000))
     before = replica.digest(), replica.head
     for move in (replica.apply, lambda entry: replica.replay([entry])):

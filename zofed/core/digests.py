@@ -1,0 +1,39 @@
+"""Names of a module's tensors that are the same everywhere, and digests over them."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from zofed.core import directions, soundness
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters by canonical name, a tied tensor once, under its first name.
+
+    Raises UserError where two parameters cannot be told apart by their names.
+    """
+    named = [(directions.canonical_name(name), parameter) for name, parameter in model.named_parameters()]
+    directions.check_distinct(name for name, _ in named)
+    return dict(named)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over all parameters by canonical name, hex, and all buffers that are saved; a tied tensor counts once."""
+    buffers = {directions.canonical_name(name): held for name, held in soundness.persistent_buffers(model).items()}
+    return tensors_digest(named_parameters(model) | buffers)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over named tensors: names sorted, dtype, shape and raw bytes. Hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(raw_bytes(tensor))
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's elements as they lie in memory, whatever its dtype."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
