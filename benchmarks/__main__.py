@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import blas, common, first_order, gpu, memory, model_types, query, replay
+from benchmarks import blas, common, first_order, gpu, memory, model_types, query, replay, three_modes
 
 
 def main() -> None:
@@ -35,9 +35,17 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder of rows.jsonl, which it goes on from, and table.md"
     )
     one.add_argument("--only", nargs="*", default=[], metavar="TYPE")
+    one = kinds.add_parser("three-modes", help=three_modes.__doc__)
+    one.add_argument(
+        "--out", type=Path, required=True, help="folder of the runs, which it goes on from, and the figure"
+    )
     given = parser.parse_args()
     if given.what == "model-types":
         model_types.report(given.out, given.only)
+        return
+    if given.what == "three-modes":
+        print(common.machine(), flush=True)
+        three_modes.report(given.out.absolute())
         return
     if given.what == "memory-of":
         way, size, examples, tokens, copies = given.row

@@ -29,10 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from zofed import config
-from zofed.deployment import flower_run, keys
+from zofed.deployment import flower_commands, key_files, keys, processes
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
-from zofed.runs.run_folder import RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
 
 Values = dict[str, Any]
 
@@ -45,9 +46,9 @@ class Lab:
 
     def __init__(self, folder: Path, *, stock: bool = False, host: str = "127.0.0.1", port: int = 0) -> None:
         self.folder, self.stock, self.host = folder, stock, host
-        self.port = port or flower_run.free_port()
+        self.port = port or flower_commands.free_port()
         self.keys = folder / "keys"
-        self.environment = flower_run.quiet_environment() | {
+        self.environment = flower_commands.quiet_environment() | {
             "FLWR_HOME": str(folder / "flower"),
             "OMP_NUM_THREADS": "1",
         }
@@ -73,9 +74,9 @@ class Lab:
     def superlink(self) -> None:
         command = ["superlink", "--keys", str(self.keys), "--port", str(self.port), "--host", self.host]
         command += ["--state", str(self.folder / "superlink"), "--name", "lab"]
-        self.start("superlink", [str(flower_run.tool("zofed")), *command])
+        self.start("superlink", [str(flower_commands.tool("zofed")), *command])
         wait_until(self._answers, "the SuperLink answers")
-        count = len(keys.enrolled(self.keys))
+        count = len(key_files.enrolled(self.keys))
         log = self.folder / "superlink.log"  # a stock SuperNode whose key is not admitted yet gives up
         wait_until(lambda: log.read_text().count("may connect") >= count, "all keys are enrolled")
 
@@ -89,14 +90,14 @@ class Lab:
         ca, key = self.keys / "ca.crt", self.keys / "nodes" / f"node{index}.key"
         if self.stock:
             command = [
-                str(flower_run.tool("flower-supernode")), "--superlink", address, "--root-certificates", str(ca),
-                "--auth-supernode-private-key", str(key), "--port", str(flower_run.free_port()),
+                str(flower_commands.tool("flower-supernode")), "--superlink", address, "--root-certificates", str(ca),
+                "--auth-supernode-private-key", str(key), "--port", str(flower_commands.free_port()),
                 "--node-config", f"partition-id={index} num-partitions={of}",
             ]  # fmt: skip
         else:
             command = [
-                str(flower_run.tool("zofed")), "supernode", "--superlink", address, "--ca", str(ca), "--key", str(key),
-                "--partition-id", str(index), "--num-partitions", str(of), "--device", "cpu",
+                str(flower_commands.tool("zofed")), "supernode", "--superlink", address, "--ca", str(ca),
+                "--key", str(key), "--partition-id", str(index), "--num-partitions", str(of), "--device", "cpu",
             ]  # fmt: skip
             command += [word for name, value in more.items() for word in (f"--{name}", value)]
         self.start(f"node{index}", command, within)
@@ -112,7 +113,7 @@ class Lab:
 
     def pids(self) -> dict[str, int]:
         """Process ids by role: superlink, serverapp, node0, worker0, ..., without the shells around them."""
-        table = flower_run.process_table()
+        table = processes.process_table()
         found: dict[str, int] = {}
         for name, process in self.processes.items():
             ours = {process.pid}
@@ -137,15 +138,15 @@ class Lab:
         options = [f"--{key.replace('_', '-')}={value}" for key, value in (TINY | values | {"out": out}).items()]
         with (self.folder / "run.log").open("ab") as log:
             return subprocess.Popen(
-                [str(flower_run.tool("zofed")), "run", "lab", *options], env=self.environment, stdout=log, stderr=log,
-                cwd=self.folder, start_new_session=True,
+                [str(flower_commands.tool("zofed")), "run", "lab", *options], env=self.environment, stdout=log,
+                stderr=log, cwd=self.folder, start_new_session=True,
             )  # fmt: skip
 
     def resume(self, out: Path) -> subprocess.Popen[bytes]:
         with (self.folder / "run.log").open("ab") as log:
             return subprocess.Popen(
-                [str(flower_run.tool("zofed")), "run", "lab", "--resume", str(out)], env=self.environment, stdout=log,
-                stderr=log, cwd=self.folder, start_new_session=True,
+                [str(flower_commands.tool("zofed")), "run", "lab", "--resume", str(out)], env=self.environment,
+                stdout=log, stderr=log, cwd=self.folder, start_new_session=True,
             )  # fmt: skip
 
     def finish(self, run: subprocess.Popen[bytes], seconds: float = 1200) -> None:
@@ -222,7 +223,7 @@ class SlowLink:
     """A TCP proxy with a one-way delay and a rate, both ways, in a thread of its own."""
 
     def __init__(self, port: int, delay: float, bits_per_second: float) -> None:
-        self.target, self.delay, self.rate, self.port = port, delay, bits_per_second / 8, flower_run.free_port()
+        self.target, self.delay, self.rate, self.port = port, delay, bits_per_second / 8, flower_commands.free_port()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._serve, daemon=True).start()
 

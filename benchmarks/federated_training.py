@@ -36,9 +36,11 @@ from zofed.core import directions, metrics
 from zofed.data import documents, encoding
 from zofed.federated import client, messages, server, wire
 from zofed.federated.local_grid import LocalGrid
-from zofed.runs.run_folder import RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
 from zofed.training import central
-from zofed.training.task import Task, prepare_process
+from zofed.training.process import prepare_process
+from zofed.training.task import Task
 
 Values = dict[str, Any]
 Curve = list[tuple[float, float]]  # (bytes of one client so far, held-out loss)

@@ -41,7 +41,8 @@ from zofed.core.records import Seeded
 from zofed.federated import client, messages, protocol, server, wire
 from zofed.federated.local_grid import LocalGrid
 from zofed.federated.protocol import Answer
-from zofed.runs.run_folder import RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
 from zofed.training.task import Task
 
 Values = dict[str, Any]

@@ -12,8 +12,9 @@ from transformers import GPT2LMHeadModel
 from zofed import config
 from zofed.core.journal import Journal
 from zofed.data import encoding
+from zofed.training.process import prepare_process
 from zofed.training.steps import step_function
-from zofed.training.task import Task, prepare_process
+from zofed.training.task import Task
 
 OPTIMIZERS = ("sgd", "adamw")
 

@@ -36,7 +36,7 @@ def measure(given: dict[str, Any]) -> int:
     from zofed import config
     from zofed.data import encoding
     from zofed.models import spec
-    from zofed.training.task import prepare_process
+    from zofed.training.process import prepare_process
 
     settings = config.resolve(given | {"device": "cpu"})
     prepare_process(1)
@@ -55,8 +55,8 @@ def _steps(settings: Any, tokenizer: Any) -> None:
 
     from zofed.core.journal import link
     from zofed.models import spec
+    from zofed.training.replicas import replica_of
     from zofed.training.steps import step_function
-    from zofed.training.task import replica_of
 
     model = spec.create_model(settings, tokenizer)
     shape = (2 * settings.batch_size, settings.block_size)
@@ -80,7 +80,7 @@ def cells(sizes: Sequence[str], shapes: Sequence[tuple[int, int]]) -> list[dict[
     """Predicted and measured MiB of every size, shape, optimizer and mode."""
     from zofed import config
     from zofed.preflight import model_info
-    from zofed.training.task import prepare_process
+    from zofed.training.process import prepare_process
 
     prepare_process(1)
     rows = []

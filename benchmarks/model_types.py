@@ -25,7 +25,8 @@ from zofed.core.perturbed import Loss
 from zofed.core.replica import Replica
 from zofed.data import encoding
 from zofed.models import scopes, spec
-from zofed.training.task import prepare_process, replica_of
+from zofed.training.process import prepare_process
+from zofed.training.replicas import replica_of
 
 EPSILON, QUERIES, COPIES = 0.01, 4, 8
 LARGEST_ERROR = 0.01  # of a slope's size, between batched losses and those at really moved weights

@@ -22,7 +22,8 @@ from typing import Any
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.data import documents
-from zofed.runs.run_folder import Row, RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import Row, read_table
 from zofed.training import central
 
 Values = dict[str, Any]

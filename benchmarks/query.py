@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import common
 from zofed.base.environment import keep_freed_memory
-from zofed.core import perturbed
+from zofed.core import perturbation_mode
 from zofed.core.journal import link
 from zofed.core.records import Seeded, to_integers
 from zofed.core.replica import Replica
@@ -27,7 +27,7 @@ def step(replica: Replica, loss: common.Loss, queries: int, copies: int) -> None
 
 def in_pieces(loss: common.Loss) -> None:
     """The plain forward pass with zofed's own chunked loss: what is left when perturbing costs nothing."""
-    with perturbed.in_pieces():
+    with perturbation_mode.in_pieces():
         loss()
 
 

@@ -34,7 +34,8 @@ from zofed.data.documents import random_order
 from zofed.data.encoding import Document, Examples
 from zofed.models import spec
 from zofed.training import measurements, step_records
-from zofed.training.task import Task, prepare_process
+from zofed.training.process import prepare_process
+from zofed.training.task import Task
 
 Mode = Literal["zo", "fo"]
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)

@@ -18,8 +18,8 @@ from zofed.models import spec
 from zofed.preflight import check, footprint, model_info
 from zofed.runs.run_folder import peak_memory_bytes
 from zofed.training import modes
+from zofed.training.replicas import replica_of
 from zofed.training.steps import step_function
-from zofed.training.task import replica_of
 
 Zofed = Callable[..., tuple[int, str, str]]
 

@@ -36,7 +36,8 @@ from zofed.federated.local_grid import LocalGrid
 from zofed.models import classifier, spec
 from zofed.models.classifier import PooledClassifier
 from zofed.preflight import model_info
-from zofed.runs.run_folder import Row, RunFolder
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import Row
 from zofed.training import central
 from zofed.training.finalize import replay_run
 from zofed.training.task import Task

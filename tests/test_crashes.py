@@ -22,7 +22,8 @@ from zofed.config import Settings
 from zofed.data import documents
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
-from zofed.runs.run_folder import RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
 from zofed.training import central
 from zofed.training.trainer import Trainer
 

@@ -18,7 +18,8 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.data import documents, download, mixing, subsets
 from zofed.data.catalog import CATALOG, DatasetInfo, get_dataset_info, list_available_datasets
-from zofed.training import task
+from zofed.training import paths
+from zofed.training.task import Task
 
 ROOT = Path(zofed.__file__).parent.parent
 
@@ -73,7 +74,7 @@ def test_a_download_keeps_the_first_rows_with_text_and_is_found_by_name(tmp_path
     assert (info["rows"], info["blank"]) == (10, 1)
     assert texts(root) == [f"document {number} of this folder" for number in (0, *range(2, 11))]
     assert {path.name for path in (root / "dclm").iterdir()} == {"info.json", info["file"]}
-    settings = task.with_absolute_paths(config.resolve({"dataset": "dclm"}))
+    settings = paths.with_absolute_paths(config.resolve({"dataset": "dclm"}))
     assert settings.dataset == str(root / "dclm")
     assert fetched(root, source, 10) == info
     assert "--force" in complaint(lambda: fetched(root, source, 12))
@@ -225,9 +226,9 @@ def test_a_class_of_one_example_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.tsv"
     path.write_text("a\t0\n" * 8 + "b\t1\n")
     settings = config.resolve({"dataset": str(path), "task": "classification"})
-    assert "single document with the label 1" in complaint(lambda: task.Task.load(settings))
+    assert "single document with the label 1" in complaint(lambda: Task.load(settings))
     path.write_text("a\t0\n" * 8 + "b\t1\n" * 2)
-    assert task.Task.load(settings).labels == 2
+    assert Task.load(settings).labels == 2
 
 
 @pytest.mark.slow

@@ -24,7 +24,16 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from zofed.base import environment
 from zofed.base.errors import UserError
-from zofed.deployment import keys, reachability, superlink, supervisor, warm_worker
+from zofed.deployment import (
+    connections,
+    flower_commands,
+    keys,
+    reachability,
+    superlink,
+    supernode,
+    supervisor,
+    warm_worker,
+)
 from zofed.deployment.reachability import Address
 from zofed.deployment.supervisor import Child, supervise
 from zofed.federated import messages
@@ -52,9 +61,9 @@ def test_anything_else_is_refused(text: str) -> None:
 def test_flower_reads_the_node_configuration(tmp_path: Path) -> None:
     data = tmp_path / "my data's.jsonl"
     data.write_text("{}")
-    found = parse_config_args([superlink.node_config(2, 5, str(data), "zo")])
+    found = parse_config_args([supernode.node_config(2, 5, str(data), "zo")])
     assert found == {"partition-id": 2, "num-partitions": 5, "dataset": str(data), "mode": "zo"}
-    assert parse_config_args([superlink.node_config(0, 1, "", "fo")]) == {
+    assert parse_config_args([supernode.node_config(0, 1, "", "fo")]) == {
         "partition-id": 0,
         "num-partitions": 1,
         "mode": "fo",
@@ -64,18 +73,18 @@ def test_flower_reads_the_node_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("index", "count"), [(-1, 2), (2, 2), (0, 0)])
 def test_a_place_that_is_none_is_refused(index: int, count: int) -> None:
     with pytest.raises(UserError, match="0 to N - 1"):
-        superlink.node_config(index, count, "", "fo")
+        supernode.node_config(index, count, "", "fo")
 
 
 def test_data_that_a_node_cannot_read_is_refused_before_it_starts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--dataset .*nowhere does not exist: client 1"):
-        superlink.node_config(1, 2, str(tmp_path / "nowhere"), "fo")
+        supernode.node_config(1, 2, str(tmp_path / "nowhere"), "fo")
     secret = tmp_path / "secret"
     secret.write_text("")
     secret.chmod(0)
     if not os.access(secret, os.R_OK):  # root reads everything
         with pytest.raises(UserError, match="cannot be read by this user"):
-            superlink.node_config(1, 2, str(secret), "fo")
+            supernode.node_config(1, 2, str(secret), "fo")
 
 
 def test_a_port_in_use_is_refused() -> None:
@@ -83,9 +92,9 @@ def test_a_port_in_use_is_refused() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         with pytest.raises(UserError, match="in use; choose another port"):
-            superlink.check_port_is_free("127.0.0.1", other.getsockname()[1])
+            flower_commands.check_port_is_free("127.0.0.1", other.getsockname()[1])
     with pytest.raises(UserError, match=r"192\.0\.2\.1"):
-        superlink.check_port_is_free("192.0.2.1", 8000)
+        flower_commands.check_port_is_free("192.0.2.1", 8000)
 
 
 def test_flower_parses_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,13 +106,13 @@ def test_flower_parses_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = _parse_args_run_superlink().parse_args(command[1:])
     assert (found.insecure, found.enable_supernode_auth, found.port) == (False, True, 8123)
     assert _parse_args_run_superlink().parse_args(superlink.superlink_command(None, "::", 1, tmp_path)[1:]).insecure
-    node = superlink.supernode_command(
+    node = supernode.supernode_command(
         Address("h", 1), tmp_path / "ca", tmp_path / "key", "partition-id=0", 9, tmp_path / "secret"
     )
     found = _parse_args_run_supernode().parse_args(node[1:])
     assert (found.superlink, found.isolation, found.insecure, found.port) == ("h:1", "process", False, 9)
     found = _parse_args_run_supernode().parse_args(
-        superlink.supernode_command(Address("h", 1), None, None, "", 9, None)[1:]
+        supernode.supernode_command(Address("h", 1), None, None, "", 9, None)[1:]
     )
     assert found.insecure and found.auth_supernode_private_key is None
 
@@ -115,8 +124,8 @@ def test_a_connection_is_saved_beside_others_and_never_over_one(
     path = tmp_path / "config.toml"
     path.write_text('# mine\n[superlink]\ndefault = "other"\n[superlink.other]\naddress = "x:1"\n')
     entry = superlink.connection(tmp_path / "keys", "0.0.0.0", 8443)
-    superlink.save_connection("lab", entry)
-    superlink.save_connection("lab", entry)  # the same again
+    connections.save("lab", entry)
+    connections.save("lab", entry)  # the same again
     text = path.read_text()
     assert text.startswith("# mine\n") and tomllib.loads(text)["superlink"] == {
         "default": "other",
@@ -124,17 +133,17 @@ def test_a_connection_is_saved_beside_others_and_never_over_one(
         "lab": {"address": "127.0.0.1:8443", "root-certificates": str(tmp_path / "keys" / "ca.crt")},
     }
     with pytest.raises(UserError, match=r"has that connection already, to x:1; choose another --name"):
-        superlink.save_connection("other", entry)
+        connections.save("other", entry)
     assert path.read_text() == text
     path.write_text("[superlink")
     with pytest.raises(UserError, match="mend it by hand"):
-        superlink.save_connection("lab", entry)
+        connections.save("lab", entry)
 
 
 def test_a_run_needs_a_superlink_that_flower_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"knows no SuperLink 'lab', only none: start one here"):
-        superlink.run_on("lab", {})
+        connections.run_on("lab", {})
 
 
 # ---- enrolment -----------------------------------------------------------------------------------

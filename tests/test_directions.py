@@ -18,8 +18,9 @@ from torch import Tensor
 
 from zofed import config
 from zofed.base.errors import UserError
-from zofed.core import directions
-from zofed.core.directions import Kind, WeightedSum, direction, signs, tensor_id, unit, weighted_sum
+from zofed.core import directions, kinds
+from zofed.core.directions import WeightedSum, direction, signs, tensor_id, weighted_sum
+from zofed.core.kinds import Kind, unit
 
 KINDS: tuple[Kind, ...] = ("rank1", "rank2", "rank4", "rademacher", "gaussian")
 SIGNS: tuple[Kind, ...] = ("rank1", "rademacher")  # every entry +1 or -1
@@ -188,7 +189,7 @@ def test_the_largest_rank_does_not_overflow_its_integers() -> None:
 
 
 def test_what_a_direction_is_made_of_is_known_by_its_kind() -> None:
-    assert [directions.terms(kind) for kind in (*KINDS, "rank10", "rank99")] == [1, 2, 4, 0, 0, 10, 99]
+    assert [kinds.terms(kind) for kind in (*KINDS, "rank10", "rank99")] == [1, 2, 4, 0, 0, 10, 99]
     assert [unit(kind) for kind in KINDS] == [1.0, 1 / sqrt(2), 0.5, 1.0, 2**-16]
 
 
@@ -209,10 +210,10 @@ def test_kinds_are_rank1_to_rank99_rademacher_and_gaussian() -> None:
     ]
     others += ["", " rank1", "rank1 ", "rank1\n", "rank\u0661", "rank1\u0662", "rank1|gaussian", "gaussian1"]
     for kind in (*ranks, "rademacher", "gaussian"):
-        assert re.fullmatch(directions.KIND_PATTERN, kind)
+        assert re.fullmatch(kinds.KIND_PATTERN, kind)
         assert config.resolve({"directions": kind}).directions == kind
     for kind in others:
-        assert not re.fullmatch(directions.KIND_PATTERN, kind), kind
+        assert not re.fullmatch(kinds.KIND_PATTERN, kind), kind
         with pytest.raises(UserError, match="directions = "):
             config.resolve({"directions": kind})
 
@@ -246,7 +247,7 @@ def test_a_direction_has_the_shape_asked_for_and_squared_length_d(kind: Kind, sh
 def drawn_in_units(kind: Kind, shape: tuple[int, ...], count: int) -> Tensor:
     """float64 (count, entries) of as many seeds."""
     seeds = directions.direction_seeds(3, 1, 0, count)
-    if directions.terms(kind):
+    if kinds.terms(kind):
         parts = [part.double() for part in directions.factors(kind, seeds, "w", shape)]
         rows = torch.einsum("nri,nrj->nij", *parts) if len(parts) > 1 else parts[0].sum(1)
     else:
@@ -302,7 +303,7 @@ def test_nothing_is_drawn_twice_for_tensors_and_seeds_of_one_shape(kind: Kind) -
         for name in names
         for seed in (0, 1, 2, 3, 2**32, 2**32 + 1, 2**63)
     ]
-    if directions.terms(kind):
+    if kinds.terms(kind):
         matrices = [directions.factors(kind, [0, 1], name, (count, count)) for name in names]
         streams += [part.double() for sides in matrices for side in sides[1:] for part in side.flatten(0, 1)]
     spectra = torch.fft.rfft(torch.stack(streams), dim=1)

@@ -11,7 +11,8 @@ from test_law import federate, ignore
 from zofed.base.errors import DivergenceError
 from zofed.config import Settings
 from zofed.runs import run_result
-from zofed.runs.run_folder import RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
 from zofed.training import central
 from zofed.training.divergence import has_diverged
 

@@ -744,7 +744,8 @@ def test_the_site_has_every_page_once() -> None:
 
 
 def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("mkdocs", reason="mkdocs is not installed: make docs installs it")
+    for name in ("mkdocs", "mkdocstrings"):
+        pytest.importorskip(name, reason=f"{name} is not installed: make docs installs it")
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
@@ -753,6 +754,35 @@ def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     settings = (tmp_path / "site/settings/index.html").read_text(encoding="utf-8")
     assert all(f"<code>{key}</code>" in settings for key in SETTINGS)
     assert (tmp_path / "site/benchmarks/RESULTS/index.html").is_file()
+    api = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
+    assert all(f'id="{path}"' in api for path in described())
+
+
+def described() -> list[str]:
+    """What the page of the Python API has signature and docstring of."""
+    return re.findall(r"^::: (\S+)$", text_of("docs/api.md"), re.MULTILINE)
+
+
+def test_the_page_of_the_api_has_every_public_name() -> None:
+    for name, home in zofed._HOMES.items():
+        assert f"\n### `zofed.{name}`\n\n::: zofed.{home}.{name}\n" in text_of("docs/api.md"), name
+
+
+def test_the_page_of_the_api_describes_what_there_is() -> None:
+    for path in described():
+        module, _, name = path.rpartition(".")
+        assert getattr(importlib.import_module(module), name).__doc__, path
+
+
+def test_the_picture_of_the_packages_has_the_layers_of_the_contract() -> None:
+    contracts = tomllib.loads(text_of("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = [re.findall(r"zofed\.(\w+)", layer) for layer in contracts[0]["layers"]]
+    drawn = re.search(r'<g font-weight="bold">(.*?)</g>', text_of("docs/packages.svg"), re.DOTALL)
+    assert drawn
+    rows: dict[str, list[str]] = {}
+    for y, name in re.findall(r'y="(\d+)">(\w+)<', drawn[1]):
+        rows.setdefault(y, []).append(name)
+    assert [rows[y] for y in sorted(rows, key=int)] == layers
 
 
 # --- code ---

@@ -25,12 +25,13 @@ from transformers import (
 )
 
 from zofed.base.errors import UserError
-from zofed.core import directions, estimators, metrics, perturbed
+from zofed.core import directions, estimators, kinds, metrics, perturbed
 from zofed.core.deferred_logits import DEFER_FROM
 from zofed.core.digests import named_parameters
-from zofed.core.directions import Kind, direction
+from zofed.core.directions import direction
 from zofed.core.estimators import Estimate, FiniteDifference, Parameters, Points
 from zofed.core.genesis import make_genesis
+from zofed.core.kinds import Kind
 from zofed.core.optimizers import Optimizer
 from zofed.core.replica import Replica
 from zofed.models.scopes import trainable_names
@@ -290,7 +291,7 @@ def test_slopes_are_the_directional_derivatives(name: str, kind: Kind) -> None:
     gradients = torch.autograd.grad(loss(), list(parameters.values()), allow_unused=True)
     exact = [
         sum(
-            float((gradient.double() * direction(kind, seed, key, gradient.shape)).sum()) * directions.unit(kind)
+            float((gradient.double() * direction(kind, seed, key, gradient.shape)).sum()) * kinds.unit(kind)
             for key, gradient in zip(parameters, gradients, strict=True)
             if gradient is not None
         )
@@ -308,7 +309,7 @@ def test_slopes_are_the_directional_derivatives(name: str, kind: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_slope_is_positive_where_the_loss_rises_along_the_direction(kind: Kind) -> None:
     weight = nn.Parameter(torch.zeros(2, 3))
-    uphill, other = (direction(kind, seed, "w", (2, 3)) * directions.unit(kind) for seed in (8, 9))
+    uphill, other = (direction(kind, seed, "w", (2, 3)) * kinds.unit(kind) for seed in (8, 9))
     estimate = two_point(lambda: (weight * uphill).sum() + 5, {"w": weight}, kind, [8, 9], 0.25, 4)
     assert estimate.slopes == pytest.approx((float(uphill.square().sum()), float((uphill * other).sum())), rel=1e-5)
     assert estimate.loss == pytest.approx(5.0)
@@ -501,7 +502,7 @@ def exact(loss: Loss, parameters: Parameters, kind: Kind, seeds: Sequence[int], 
     return [
         math.fsum(
             float((gradient * direction(kind, seed, name, gradient.shape)).sum())
-            * directions.unit(kind)
+            * kinds.unit(kind)
             * (sizes or {}).get(name, 1.0)
             for name, gradient in zip(parameters, gradients, strict=True)
         )
@@ -534,7 +535,7 @@ def test_the_loss_along_directions_is_that_of_weights_moved_along_all_of_them(na
             for key, parameter in parameters.items():
                 for seed, coefficient in zip(SEEDS, coefficients.tolist(), strict=True):
                     z = direction(kind, seed, key, parameter.shape).to(parameter)
-                    parameter += coefficient * directions.unit(kind) * z
+                    parameter += coefficient * kinds.unit(kind) * z
         assert value.item() == pytest.approx(loss().item(), rel=1e-12)
         wanted = exact(loss, parameters, kind, SEEDS)
         assert slopes.tolist() == pytest.approx(wanted, rel=1e-9, abs=1e-9 * estimators.root_mean_square(wanted))
@@ -575,7 +576,7 @@ def quadratic() -> tuple[Parameters, Loss]:
 
 def flat_direction(kind: Kind, seed: int) -> Tensor:
     drawn = [direction(kind, seed, name, shape).flatten() for name, shape in (("matrix", (2, 2)), ("vector", (1,)))]
-    return torch.cat(drawn).double() * directions.unit(kind)
+    return torch.cat(drawn).double() * kinds.unit(kind)
 
 
 @pytest.mark.parametrize("batched", [True, False])
@@ -667,7 +668,7 @@ def test_sizes_multiply_the_directions(kind: Kind) -> None:
     for batched in (True, False):
         slopes = FiniteDifference(kind, 2**-12, sizes=sizes).slopes(loss, parameters, SEEDS, batched=batched).slopes
         assert slopes == pytest.approx(wanted, abs=1e-5 * estimators.root_mean_square(wanted))
-    if directions.terms(kind):
+    if kinds.terms(kind):
         assert estimators.exact_slopes(loss, parameters, kind, SEEDS, sizes) == pytest.approx(wanted, rel=1e-9)
         got = perturbed.losses(loss, parameters, kind, SEEDS, (0.125,), 4, sizes)
         assert relative(got, estimators.materialised_losses(loss, parameters, kind, SEEDS, (0.125,), sizes)) < 1e-12

@@ -21,7 +21,8 @@ from zofed.core import metrics
 from zofed.data import encoding, partitions
 from zofed.data.documents import Document
 from zofed.runs import pictures
-from zofed.runs.run_folder import RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
 from zofed.training import central, scoring, task
 from zofed.training.task import Task
 

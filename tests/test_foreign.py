@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zofed.base import texts
 from zofed.core import sanitize
 from zofed.data import partitions
 from zofed.federated import messages, wire
@@ -18,10 +19,10 @@ HERE = Introduction(0, 2, 5, "fo", bytes(16), "", "", "")
 @given(st.text(st.characters(codec=None)), st.integers(2, 40))
 @settings(max_examples=300, deadline=None, database=None)
 def test_any_text_becomes_one_printable_line(raw: str, longest: int) -> None:
-    line = sanitize.text(raw, longest)
+    line = texts.one_line(raw, longest)
     assert len(line) <= longest and line.isprintable()
     line.encode("utf-8")
-    assert sanitize.text(line, longest) == line
+    assert texts.one_line(line, longest) == line
 
 
 @pytest.mark.parametrize(
@@ -38,7 +39,20 @@ def test_any_text_becomes_one_printable_line(raw: str, longest: int) -> None:
     ],
 )
 def test_what_cannot_be_seen_is_written_out(raw: str, shown: str) -> None:
-    assert sanitize.text(raw) == shown
+    assert texts.one_line(raw) == shown
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("two\n  lines.\n"), "two lines"),
+        (KeyError("name"), "KeyError 'name'"),
+        (RuntimeError(), "RuntimeError"),
+        (OSError("x" * 10**6), "x" * (texts.LONGEST_ERROR - 1) + "…"),
+    ],
+)
+def test_an_error_stands_in_a_sentence_by_its_own_words(error: Exception, told: str) -> None:
+    assert texts.said_by(error) == told
 
 
 @pytest.mark.parametrize(
@@ -57,7 +71,7 @@ def test_an_error_is_told_by_its_last_line_that_is_not_blank(raw: str | None, to
 
 def test_a_reason_of_a_hundred_megabytes_is_read_from_its_end() -> None:
     assert sanitize.reason("x\n" * 10**6 + "y" * 10**6).endswith("…")
-    assert len(sanitize.reason("y" * 10**6)) == sanitize.LONGEST_TEXT
+    assert len(sanitize.reason("y" * 10**6)) == texts.LONGEST
 
 
 NO_TABLES = [

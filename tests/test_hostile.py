@@ -17,13 +17,15 @@ from test_law import records_of
 from test_rounds import Meddling, Quick, Start, no_waiting, quick, run, start
 
 from zofed.base.errors import UserError
-from zofed.core import gradient_codec, journal, sanitize, varint
+from zofed.base.texts import one_line
+from zofed.core import gradient_codec, journal, varint
 from zofed.federated import client, membership, messages, wire
 from zofed.federated.local_grid import CLIENT_FAILED
 from zofed.federated.protocol import Answer, Contribution, Plan
 from zofed.federated.wire import Evaluation, Final, Introduction
 from zofed.runs import pictures
-from zofed.runs.run_folder import RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
 
 __all__ = ["no_waiting", "quick", "start"]
 
@@ -237,7 +239,8 @@ def test_forged_updates_are_refused_each_for_its_reason(
         shapes = {name: tuple(shape) for name, _, shape in genesis["trainable"]}
         return reason, lambda: update(plan, shapes, change, **changes)
 
-    from zofed.training.task import Task, with_absolute_paths
+    from zofed.training.paths import with_absolute_paths
+    from zofed.training.task import Task
 
     genesis = Task.load(with_absolute_paths(settings)).replica().genesis
     grid.forge_by(forge)
@@ -463,7 +466,7 @@ def test_a_client_that_ends_with_other_weights_is_listed_and_the_run_completes(
     saying(grid, "query.digest", [{"digest": digest}])
     summary = run((grid, settings))
     assert summary["status"] == "completed" and summary["digest"] == whole["digest"]
-    said = sanitize.text(digest)
+    said = one_line(digest)
     assert summary["wrong_digests"] == ({"1": said} if said or not quorum else {})
     assert summary["client_digests"] == {"0": summary["digest"], "1": said}
     assert RunFolder(Path(settings.out)).summary()["wrong_digests"] == summary["wrong_digests"]
@@ -485,7 +488,8 @@ def test_gradients_of_any_size_end_no_run(quick: Quick, start: Start) -> None:
         huge = {name: torch.full(shape, 3e38) for name, shape in shapes.items()}
         return Message(content=messages.pack(replace(told, update=gradient_codec.whole(huge))), reply_to=message)
 
-    from zofed.training.task import Task, with_absolute_paths
+    from zofed.training.paths import with_absolute_paths
+    from zofed.training.task import Task
 
     genesis = Task.load(with_absolute_paths(settings)).replica().genesis
     shapes = {name: tuple(shape) for name, _, shape in genesis["trainable"]}

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from reference import fewest, guided, sign_stream
+from reference import fewest, sign_stream
 from torch import Tensor, nn
 
 from zofed.base.errors import UserError
-from zofed.core import directions, records
+from zofed.core import directions, kinds, records
 from zofed.core.digests import named_parameters, tensors_digest
 from zofed.core.directions import tensor_id
 from zofed.core.genesis import make_genesis
@@ -23,8 +24,8 @@ from zofed.core.journal import link
 from zofed.core.optimizers import Optimizer
 from zofed.core.records import Guided, Seeded
 from zofed.core.replica import Replica, guided_estimate
-from zofed.training import guided as instruct
-from zofed.training.guided import Shape, guidance, on_grid, threshold_of
+from zofed.training import guided
+from zofed.training.guides import Guidance, Shape, guidance, on_grid, threshold_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +68,7 @@ def linear(replica: Replica, gradient: NDArray[np.float64]) -> Callable[[], Tens
 
 
 def noise_of(replica: Replica, seeds: list[int]) -> NDArray[np.float64]:
-    unit = directions.unit(replica.kind)
+    unit = kinds.unit(replica.kind)
     return np.stack(
         [
             unit * flat({name: directions.direction(replica.kind, seed, name, shape) for name, shape in SHAPES.items()})
@@ -93,10 +94,10 @@ def asked(
     gradient: NDArray[np.float64],
     queries: int,
     round_: int = 0,
-) -> tuple[instruct.Found, instruct.Guidance, list[int]]:
+) -> tuple[guided.Found, Guidance, list[int]]:
     round_ = round_ or replica.round + 1
     seeds = directions.direction_seeds(5, round_, 0, queries)
-    return *instruct.guided(replica, linear(replica, gradient), guide, shape, seeds, round_=round_, rate=1.0), seeds
+    return *guided.guided(replica, linear(replica, gradient), guide, shape, seeds, round_=round_, rate=1.0), seeds
 
 
 # --- the guide ---
@@ -187,7 +188,7 @@ def test_an_estimate_is_what_all_directions_written_out_give(
     shape = replace(PLAIN, kind=kind, weighting=weighting, blend=blend, noise_scale=0.7, cosine_target=0.8)
     found, _, seeds = asked(replica, shape, guide, gradient, 3)
     g = flat(guide)
-    expected = guided(kind, weighting, g, noise_of(replica, seeds), gradient, 0.7, 0.8)
+    expected = reference.guided(kind, weighting, g, noise_of(replica, seeds), gradient, 0.7, 0.8)
     expected = (expected + g) / 2 if blend else expected
     assert found.forward_passes == 6
     assert estimate_of(replica, found.record, guide) == pytest.approx(
@@ -292,14 +293,14 @@ def test_asking_leaves_every_bit_of_the_weights(kind: str, batched: bool) -> Non
         return plain()
 
     with pytest.raises(KeyError, match="in the middle"):
-        instruct.guided(replica, failing, guide, replace(PLAIN, kind=kind), [1, 2, 3], round_=1, rate=1.0)
+        guided.guided(replica, failing, guide, replace(PLAIN, kind=kind), [1, 2, 3], round_=1, rate=1.0)
     assert replica.digest() == digest
 
     def nan() -> Tensor:
         return plain() * math.nan
 
     with pytest.raises(ValueError, match=r"finite|nan"):
-        instruct.guided(replica, nan, guide, replace(PLAIN, kind=kind), [1, 2, 3], round_=1, rate=1.0)
+        guided.guided(replica, nan, guide, replace(PLAIN, kind=kind), [1, 2, 3], round_=1, rate=1.0)
     assert replica.digest() == digest and replica.round == 0
 
 
@@ -315,7 +316,7 @@ def test_each_query_sees_its_own_examples() -> None:
     seeds = directions.direction_seeds(5, 1, 0, 3)
     for kind in ("hybrid", "hybrid-rank1"):
         shape = replace(PLAIN, kind=kind, weighting="raw")
-        found, own = instruct.guided(replica, loss, guide, shape, seeds, round_=1, rate=1.0, examples=batch)
+        found, own = guided.guided(replica, loss, guide, shape, seeds, round_=1, rate=1.0, examples=batch)
         keeps = np.abs(flat(guide)) >= own.threshold
         noise = noise_of(replica, seeds) * (~keeps if kind == "hybrid" else 1)
         along = flat(guide) * keeps + own.noise * noise

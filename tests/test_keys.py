@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zofed.base.errors import UserError
-from zofed.deployment import keys
+from zofed.deployment import certificates, key_checks, key_files, keys
 
 HOSTS = ("fed.example.org", "192.0.2.7", "2001:db8::7")
 
@@ -87,9 +87,9 @@ def expired(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             return datetime.now(UTC) - timedelta(days=3)
 
     with monkeypatch.context() as patched:
-        patched.setattr(keys, "EARLIER", timedelta(days=10))
+        patched.setattr(certificates, "EARLIER", timedelta(days=10))
         patched.setattr(keys, "datetime", Earlier)
-        patched.setattr(keys, "_check_now", lambda *_: None)
+        patched.setattr(key_checks, "check_now", lambda *_: None)
         keys.renew(folder, ["fed.example.org"], days=2)
 
 
@@ -112,8 +112,13 @@ def test_private_files_are_readable_by_their_owner_alone(tmp_path: Path) -> None
 
 
 def test_the_certificate_is_for_every_host_and_for_this_machine(made: Path) -> None:
-    assert keys.names_of(keys.certificate(made / "server.crt")) == [*HOSTS, "localhost", "127.0.0.1", "::1"]
-    for name in (*HOSTS, *keys.ALWAYS, "FED.example.org"):
+    assert certificates.names_of(key_files.certificate(made / "server.crt")) == [
+        *HOSTS,
+        "localhost",
+        "127.0.0.1",
+        "::1",
+    ]
+    for name in (*HOSTS, *certificates.ALWAYS, "FED.example.org"):
         assert handshake(made, made / "ca.crt", name, ssl.VERIFY_X509_STRICT) == "TLSv1.3"
 
 
@@ -134,7 +139,7 @@ def test_a_client_refuses_an_expired_certificate(made: Path, monkeypatch: pytest
     with pytest.raises(ssl.SSLCertVerificationError, match="expired"):
         handshake(made, made / "ca.crt", "localhost")
     with pytest.raises(UserError, match=r"server.crt' expired .* UTC, and it is .* UTC: .*zofed keys renew"):
-        keys.check_server(made)
+        key_checks.check_server(made)
 
 
 def test_a_server_certificate_cannot_sign_others(made: Path, tmp_path: Path) -> None:
@@ -144,7 +149,8 @@ def test_a_server_certificate_cannot_sign_others(made: Path, tmp_path: Path) -> 
     forged = tmp_path / "forged"
     forged.mkdir()
     now = datetime.now(UTC)
-    key, leaf = keys._issued(keys.certificate(made / "server.crt"), stolen, [x509.DNSName("bank.example")], now, days=1)
+    server = key_files.certificate(made / "server.crt")
+    key, leaf = certificates.issued(server, stolen, [x509.DNSName("bank.example")], now, days=1)
     (forged / "server.key").write_bytes(key)
     (forged / "server.crt").write_bytes(leaf + (made / "server.crt").read_bytes())
     with pytest.raises(ssl.SSLCertVerificationError, match="invalid CA certificate"):
@@ -197,7 +203,7 @@ def test_a_failure_in_the_middle_leaves_nothing(tmp_path: Path, monkeypatch: pyt
 @given(st.text(st.sampled_from("ab9-_./\\ ~\0é\n"), max_size=70))
 def test_a_name_of_a_node_is_a_plain_file_name_or_refused(name: str) -> None:
     try:
-        keys.check_name(name)
+        key_files.check_name(name)
     except UserError as error:
         assert "\n" not in str(error)
     else:
@@ -207,7 +213,7 @@ def test_a_name_of_a_node_is_a_plain_file_name_or_refused(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gpu0", "site-b_2.a", "A", "_x", "9" * 64])
 def test_plain_names_of_nodes_are_taken(name: str) -> None:
-    keys.check_name(name)
+    key_files.check_name(name)
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../gpu0", "a/b", "-h", ".hidden", "a b", "a\n", "é", "9" * 65, "a\0"])
@@ -236,7 +242,7 @@ def test_what_is_no_host_is_refused(tmp_path: Path, host: str) -> None:
 @given(st.lists(st.ip_addresses().map(str), min_size=1, max_size=3))
 def test_addresses_come_back_as_they_were_given(addresses: list[str]) -> None:
     try:
-        found = keys._alternatives(addresses)
+        found = certificates.alternatives(addresses)
     except UserError:
         return
     assert [str(name.value) for name in found][: len(set(addresses))] == list(dict.fromkeys(addresses))
@@ -257,10 +263,10 @@ def test_flower_takes_the_keys_of_nodes(made: Path) -> None:
 
 
 def test_a_fingerprint_is_the_one_openssh_gives() -> None:
-    assert keys.fingerprint(PUBLIC) == keys.fingerprint(PUBLIC + " a comment") == FINGERPRINT
+    assert key_files.fingerprint(PUBLIC) == key_files.fingerprint(PUBLIC + " a comment") == FINGERPRINT
     for other in ("", "ecdsa-sha2-nistp384", "ecdsa-sha2-nistp384 A!"):
         with pytest.raises(UserError, match="no public key in OpenSSH's format"):
-            keys.fingerprint(other)
+            key_files.fingerprint(other)
 
 
 @needs_ssh_keygen
@@ -269,15 +275,15 @@ def test_a_fingerprint_is_the_one_of_ssh_keygen(made: Path) -> None:
         ["ssh-keygen", "-lf", str(made / "enrolled" / "gpu0.pub")], capture_output=True, text=True, check=True
     ).stdout.split()
     assert told[0] == "384"
-    assert keys.fingerprint(keys.enrolled(made)["gpu0"]) == told[1]
+    assert key_files.fingerprint(key_files.enrolled(made)["gpu0"]) == told[1]
 
 
 def test_the_enrolment_list_is_what_was_copied_there(made: Path, tmp_path: Path) -> None:
     public = keys.make_node(tmp_path / "far", "gpu1")
     (made / "enrolled" / "gpu1.pub").write_text(public + " somebody@somewhere\n\n")
-    assert list(keys.enrolled(made)) == ["gpu0", "gpu1"]
-    assert keys.enrolled(made)["gpu1"] == " ".join(public.split()[:2])
-    assert keys.enrolled(made)["gpu0"] == keys.check_node(made / "nodes" / "gpu0.key", made / "ca.crt")
+    assert list(key_files.enrolled(made)) == ["gpu0", "gpu1"]
+    assert key_files.enrolled(made)["gpu1"] == " ".join(public.split()[:2])
+    assert key_files.enrolled(made)["gpu0"] == key_checks.check_node(made / "nodes" / "gpu0.key", made / "ca.crt")
 
 
 def ed25519_text() -> bytes:
@@ -301,42 +307,42 @@ def ed25519_text() -> bytes:
 def test_what_is_no_public_key_is_named(made: Path, name: str, content: bytes, told: str) -> None:
     (made / "enrolled" / name).write_bytes(content)
     with pytest.raises(UserError, match=told) as error:
-        keys.enrolled(made)
+        key_files.enrolled(made)
     assert name.removesuffix(".pub") in str(error.value)
 
 
 def test_two_files_with_one_key_are_refused(made: Path) -> None:
     (made / "enrolled" / "again.pub").write_bytes((made / "enrolled" / "gpu0.pub").read_bytes().replace(b"gpu0", b"x"))
     with pytest.raises(UserError, match=r"nodes 'again' and 'gpu0' have the same key .* remove one"):
-        keys.enrolled(made)
+        key_files.enrolled(made)
 
 
 def test_a_list_that_is_not_there_is_no_empty_list(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"enrolled' is not there: make keys with zofed keys init"):
-        keys.enrolled(tmp_path)
+        key_files.enrolled(tmp_path)
 
 
 # ---- checks --------------------------------------------------------------------------------------
 
 
 def test_new_keys_pass_the_checks(made: Path) -> None:
-    keys.check_server(made, [*HOSTS, "Fed.Example.Org", "127.0.0.1"])
+    key_checks.check_server(made, [*HOSTS, "Fed.Example.Org", "127.0.0.1"])
     (made / "ca.key").unlink()  # put away
-    keys.check_server(made)
+    key_checks.check_server(made)
 
 
 @pytest.mark.parametrize("name", ["ca.crt", "server.crt", "server.key"])
 def test_a_server_misses_a_file(made: Path, name: str) -> None:
     (made / name).unlink()
     with pytest.raises(UserError, match=rf"{name}' is not there: make keys with zofed keys init"):
-        keys.check_server(made)
+        key_checks.check_server(made)
 
 
 @pytest.mark.parametrize("name", ["ca.crt", "server.crt", "server.key"])
 def test_a_file_of_a_server_is_cut(made: Path, name: str) -> None:
     (made / name).write_bytes((made / name).read_bytes()[:150])
     with pytest.raises(UserError, match=rf"{name}' is no "):
-        keys.check_server(made)
+        key_checks.check_server(made)
 
 
 @pytest.mark.parametrize("bits", [0o640, 0o604, 0o620, 0o666])
@@ -344,38 +350,38 @@ def test_a_file_of_a_server_is_cut(made: Path, name: str) -> None:
 def test_a_key_that_others_can_read_is_refused(made: Path, name: str, bits: int) -> None:
     (made / name).chmod(bits)
     with pytest.raises(UserError, match=rf"{name}' has mode {bits:04o}, .*: chmod 600 "):
-        keys.check_server(made)
+        key_checks.check_server(made)
 
 
 def test_a_certificate_without_the_hosts_name_is_refused(made: Path) -> None:
     with pytest.raises(UserError, match=r"is not for 'other.example' but for fed.example.org, .*zofed keys renew"):
-        keys.check_server(made, ["fed.example.org", "other.example"])
+        key_checks.check_server(made, ["fed.example.org", "other.example"])
 
 
 def test_a_certificate_of_another_ca_is_refused(made: Path, tmp_path: Path) -> None:
     keys.make(tmp_path / "other", HOSTS)
     (made / "ca.crt").write_bytes((tmp_path / "other" / "ca.crt").read_bytes())
     with pytest.raises(UserError, match=r"server.crt' was not signed by .*ca.crt'"):
-        keys.check_server(made)
+        key_checks.check_server(made)
 
 
 def test_a_certificate_of_another_key_is_refused(made: Path, tmp_path: Path) -> None:
     keys.make(tmp_path / "other", HOSTS)
     (made / "server.key").write_bytes((tmp_path / "other" / "server.key").read_bytes())
     with pytest.raises(UserError, match=r"server.crt' belongs to another key than .*server.key'"):
-        keys.check_server(made)
+        key_checks.check_server(made)
 
 
 def test_times_outside_are_told_with_both_dates(made: Path) -> None:
     today = datetime.now(UTC)
-    keys.check_server(made, now=today + timedelta(days=364))
+    key_checks.check_server(made, now=today + timedelta(days=364))
     for now, told in (
         (today + timedelta(days=366), "server.crt' expired "),
         (today + timedelta(days=3651), "ca.crt' expired "),
         (today - timedelta(hours=2), "ca.crt' is valid from .* this machine says it is .*: set its clock right"),
     ):
         with pytest.raises(UserError, match=told):
-            keys.check_server(made, now=now)
+            key_checks.check_server(made, now=now)
 
 
 @pytest.fixture
@@ -386,16 +392,20 @@ def node(made: Path) -> tuple[Path, Path]:
 
 def test_a_node_misses_a_file(node: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x.key' is not there: make one on this node with zofed keys node"):
-        keys.check_node(tmp_path / "x.key", node[1])
+        key_checks.check_node(tmp_path / "x.key", node[1])
     with pytest.raises(UserError, match=r"x.crt' is not there: copy ca.crt"):
-        keys.check_node(node[0], tmp_path / "x.crt")
+        key_checks.check_node(node[0], tmp_path / "x.crt")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_a_folder_that_may_not_be_entered_is_told(node: tuple[Path, Path], made: Path) -> None:
     made.chmod(0)
     try:
-        for check in (lambda: keys.check_node(*node), lambda: keys.check_server(made), lambda: keys.enrolled(made)):
+        for check in (
+            lambda: key_checks.check_node(*node),
+            lambda: key_checks.check_server(made),
+            lambda: key_files.enrolled(made),
+        ):
             with pytest.raises(UserError, match=r"cannot be read \(Permission denied\): check its owner"):
                 check()
     finally:
@@ -405,7 +415,7 @@ def test_a_folder_that_may_not_be_entered_is_told(node: tuple[Path, Path], made:
 def test_a_nodes_key_that_others_can_read_is_refused(node: tuple[Path, Path]) -> None:
     node[0].chmod(0o644)
     with pytest.raises(UserError, match=r"gpu0.key' has mode 0644, .*: chmod 600 "):
-        keys.check_node(*node)
+        key_checks.check_node(*node)
 
 
 def other_keys() -> list[tuple[bytes, str]]:
@@ -425,31 +435,31 @@ def test_keys_that_flower_would_not_take_are_refused(node: tuple[Path, Path], ca
     content, told = other_keys()[case]
     node[0].write_bytes(content)
     with pytest.raises(UserError, match=rf"{told}.*: make one with zofed keys node"):
-        keys.check_node(*node)
+        key_checks.check_node(*node)
 
 
 @needs_ssh_keygen
 def test_a_key_with_a_passphrase_is_refused(node: tuple[Path, Path]) -> None:
     subprocess.run(["ssh-keygen", "-q", "-p", "-N", "secret", "-f", str(node[0])], check=True, capture_output=True)
     with pytest.raises(UserError, match=r"has a passphrase, .*: make one with zofed keys node"):
-        keys.check_node(*node)
+        key_checks.check_node(*node)
 
 
 @pytest.mark.parametrize("curve", [ec.SECP256R1(), ec.SECP521R1()])
 def test_other_curves_that_flower_takes_pass(node: tuple[Path, Path], curve: ec.EllipticCurve) -> None:
     key = ec.generate_private_key(curve)
     node[0].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    (node[1].parent / "enrolled" / "gpu0.pub").write_text(keys.check_node(*node))
+    (node[1].parent / "enrolled" / "gpu0.pub").write_text(key_checks.check_node(*node))
     assert try_load_public_key(node[1].parent / "enrolled" / "gpu0.pub")
 
 
 def test_a_nodes_ca_must_be_one_and_valid(node: tuple[Path, Path], made: Path) -> None:
     with pytest.raises(UserError, match=r"ca.crt' expired .*: ask whoever runs the server"):
-        keys.check_node(*node, now=datetime.now(UTC) + timedelta(days=3651))
+        key_checks.check_node(*node, now=datetime.now(UTC) + timedelta(days=3651))
     with pytest.raises(UserError, match=r"server.crt' is the certificate of a server, not of a CA"):
-        keys.check_node(node[0], made / "server.crt")
+        key_checks.check_node(node[0], made / "server.crt")
     with pytest.raises(UserError, match=r"gpu0.pub' is no certificate"):
-        keys.check_node(node[0], made / "enrolled" / "gpu0.pub")
+        key_checks.check_node(node[0], made / "enrolled" / "gpu0.pub")
 
 
 # ---- damage and its remedies ---------------------------------------------------------------------
@@ -492,37 +502,37 @@ def test_a_damaged_file_is_named_with_a_remedy_that_mends_it(made: Path, tmp_pat
         (made / name).write_bytes(DAMAGE[damage](whole[name]))
         return made / name
 
-    told = refusal_of(lambda: keys.check_server(made), damaged("server.key"))
+    told = refusal_of(lambda: key_checks.check_server(made), damaged("server.key"))
     assert told.endswith("zofed keys renew")
     keys.renew(made)
-    keys.check_server(made, HOSTS)
+    key_checks.check_server(made, HOSTS)
 
-    told = refusal_of(lambda: keys.check_server(made), damaged("server.crt"))
+    told = refusal_of(lambda: key_checks.check_server(made), damaged("server.crt"))
     assert told.endswith("zofed keys renew and every name and address by which nodes reach the server")
     assert refusal_of(lambda: keys.renew(made), made / "server.crt") == told
     keys.renew(made, HOSTS)
-    keys.check_server(made, HOSTS)
+    key_checks.check_server(made, HOSTS)
 
-    for name, check in (("ca.key", lambda: keys.renew(made)), ("ca.crt", lambda: keys.check_server(made))):
+    for name, check in (("ca.key", lambda: keys.renew(made)), ("ca.crt", lambda: key_checks.check_server(made))):
         told = refusal_of(check, damaged(name))
         assert told.endswith("bring it back from a copy, or make new keys with zofed keys init and another --out")
         (made / name).write_bytes(whole[name])
-        keys.check_server(made, HOSTS)
+        key_checks.check_server(made, HOSTS)
     keys.make(tmp_path / "another", HOSTS)
-    keys.check_server(tmp_path / "another", HOSTS)
+    key_checks.check_server(tmp_path / "another", HOSTS)
 
     node = made / "nodes" / "gpu0.key"
     assert "copy ca.crt from the server's" in refusal_of(
-        lambda: keys.check_node(node, made / "ca.crt"), damaged("ca.crt")
+        lambda: key_checks.check_node(node, made / "ca.crt"), damaged("ca.crt")
     )
     shutil.copy(tmp_path / "another" / "ca.crt", made / "ca.crt")
-    keys.check_node(node, made / "ca.crt")
+    key_checks.check_node(node, made / "ca.crt")
     if damage != "a mark":  # which OpenSSH's format allows
         node.write_bytes(DAMAGE[damage](node.read_bytes()))
-        assert refusal_of(lambda: keys.check_node(node, made / "ca.crt"), node).endswith("zofed keys node NAME")
+        assert refusal_of(lambda: key_checks.check_node(node, made / "ca.crt"), node).endswith("zofed keys node NAME")
         node.unlink()
         keys.make_node(node.parent, "gpu0")
-        keys.check_node(node, made / "ca.crt")
+        key_checks.check_node(node, made / "ca.crt")
 
 
 def test_what_is_no_file_is_told_and_not_waited_for(made: Path) -> None:
@@ -531,24 +541,24 @@ def test_what_is_no_file_is_told_and_not_waited_for(made: Path) -> None:
         for put in (os.mkdir, os.mkfifo, lambda path: os.symlink(path.name, path)):
             (made / name).unlink()
             put(made / name)
-            refusal_of(lambda: keys.check_server(made), made / name)
+            refusal_of(lambda: key_checks.check_server(made), made / name)
             if name != "server.key":
-                refusal_of(lambda name=name: keys.certificate(made / name), made / name)
+                refusal_of(lambda name=name: key_files.certificate(made / name), made / name)
             os.rmdir(made / name) if (made / name).is_dir() else (made / name).unlink()
             (made / name).write_bytes(whole)
             (made / name).chmod(0o600)
-    keys.check_server(made)
+    key_checks.check_server(made)
 
 
 def test_a_ca_of_another_maker_signs_too(made: Path) -> None:
     key = serialization.load_pem_private_key((made / "ca.key").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
     name, now = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "ours")]), datetime.now(UTC)
-    plain = keys._builder(name, name, key.public_key(), now, 400)
+    plain = certificates._builder(name, name, key.public_key(), now, 400)
     authority = plain.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     (made / "ca.crt").write_bytes(authority.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
     keys.renew(made, HOSTS, days=30)
-    keys.check_server(made, HOSTS)
+    key_checks.check_server(made, HOSTS)
 
 
 # ---- renewing ------------------------------------------------------------------------------------
@@ -559,11 +569,11 @@ def test_a_renewed_certificate_is_believed_by_the_same_nodes(made: Path, tmp_pat
     keys.renew(made, ["new.example.org"], days=30)
     assert (made / "ca.crt").read_bytes() == old_ca and (made / "server.key").read_bytes() != old_key
     assert mode(made / "server.key") == 0o600
-    keys.check_server(made, ["new.example.org", "localhost"])
+    key_checks.check_server(made, ["new.example.org", "localhost"])
     assert handshake(made, made / "ca.crt", "new.example.org")
     with pytest.raises(ssl.SSLCertVerificationError):
         handshake(made, made / "ca.crt", "fed.example.org")
-    assert keys.days_left(keys.certificate(made / "server.crt")) == 29
+    assert certificates.days_left(key_files.certificate(made / "server.crt")) == 29
     assert sorted(path.name for path in made.iterdir()) == [
         "ca.crt", "ca.key", "enrolled", "nodes", "server.crt", "server.key",
     ]  # fmt: skip
@@ -571,7 +581,7 @@ def test_a_renewed_certificate_is_believed_by_the_same_nodes(made: Path, tmp_pat
 
 def test_without_hosts_the_names_stay(made: Path) -> None:
     keys.renew(made)
-    keys.check_server(made, [*HOSTS, *keys.ALWAYS])
+    key_checks.check_server(made, [*HOSTS, *certificates.ALWAYS])
 
 
 def test_renewing_needs_the_ca(made: Path, tmp_path: Path) -> None:
@@ -584,7 +594,7 @@ def test_renewing_needs_the_ca(made: Path, tmp_path: Path) -> None:
     (made / "ca.key").unlink()
     with pytest.raises(UserError, match=r"ca.key' is not there: only the CA can sign"):
         keys.renew(made)
-    keys.check_server(made)  # what was there still stands
+    key_checks.check_server(made)  # what was there still stands
 
 
 # ---- the commands --------------------------------------------------------------------------------
@@ -597,16 +607,16 @@ def test_a_person_makes_keys_and_sees_them(zofed_command: Command, tmp_path: Pat
     status, told, _ = zofed_command("keys", "init", "fed.example.org", "--out", out, "--node", "gpu0", "--days", 90)
     assert status == 0
     assert f"rm {out}/nodes/gpu0.key" in told and f"zofed superlink --keys {out}" in told
-    keys.check_server(out, ["fed.example.org"])
+    key_checks.check_server(out, ["fed.example.org"])
     status, told, _ = zofed_command("keys", "node", "gpu1", "--out", tmp_path)
-    mark = keys.fingerprint((tmp_path / "gpu1.pub").read_text())
+    mark = key_files.fingerprint((tmp_path / "gpu1.pub").read_text())
     assert status == 0 and mark in told and "keys/enrolled/" in told
     (out / "enrolled" / "gpu1.pub").write_bytes((tmp_path / "gpu1.pub").read_bytes())
     status, told, _ = zofed_command("keys", "show", "--keys", out)
     assert status == 0 and mark in told and " 89 " in told and "fed.example.org" in told
     status, told, _ = zofed_command("keys", "renew", "other.example", "--keys", out)
     assert status == 0 and "other.example, localhost" in told
-    keys.check_server(out, ["other.example"])
+    key_checks.check_server(out, ["other.example"])
 
 
 def test_an_expired_certificate_is_shown_as_such(

@@ -15,7 +15,7 @@ import pytest
 
 import zofed
 from zofed.base.errors import UserError
-from zofed.deployment import flower_run
+from zofed.deployment import flower_commands, flower_run, processes
 
 ROOT = Path(zofed.__file__).parent.parent
 
@@ -87,20 +87,20 @@ def test_run_config_survives_flowers_own_parser(tmp_path: Path) -> None:
 
 
 def test_run_id_is_read_from_flowers_line() -> None:
-    assert flower_run.run_id_in("Successfully started run 12979184797574720982\n") == "12979184797574720982"
-    assert flower_run.run_id_in("Starting logstream for run_id `12979184797574720982`") is None
+    assert flower_commands.run_id_in("Successfully started run 12979184797574720982\n") == "12979184797574720982"
+    assert flower_commands.run_id_in("Starting logstream for run_id `12979184797574720982`") is None
 
 
 @pytest.mark.parametrize("status", ["finished:completed", "finished:failed", "finished:stopped", "running"])
 def test_status_is_read_from_flowers_list(status: str) -> None:
     runs = [{"run-id": "11", "status": "finished:failed"}, {"run-id": "12", "status": status}]
     text = "a warning first\n" + json.dumps({"success": True, "runs": runs}, indent=2)
-    assert flower_run.parse_status(text, "12") == status
+    assert flower_commands.parse_status(text, "12") == status
 
 
 @pytest.mark.parametrize("text", ["", "no JSON", "{", "{}", '{"runs": []}', '{"success": false, "error-message": "x"}'])
 def test_no_status_is_none(text: str) -> None:
-    assert flower_run.parse_status(text, "12") is None
+    assert flower_commands.parse_status(text, "12") is None
 
 
 def test_only_a_summary_that_says_completed_is_taken(tmp_path: Path) -> None:
@@ -132,19 +132,19 @@ def test_quickstart_trusts_neither_the_verdict_nor_the_summary_alone(
 
     def well(out: Path) -> str:
         write(out, "completed")
-        return flower_run.COMPLETED
+        return flower_commands.COMPLETED
 
     def failed_late(out: Path) -> str:
         write(out, "completed")
         return "finished:failed"
 
     def stopped(out: Path) -> str:
-        raise flower_run.Stopped(signal.SIGTERM)
+        raise processes.Stopped(signal.SIGTERM)
 
     out = tmp_path / "out"
     assert outcome(monkeypatch, well, out) == 0
     assert (
-        outcome(monkeypatch, lambda out: flower_run.COMPLETED, out) == 1
+        outcome(monkeypatch, lambda out: flower_commands.COMPLETED, out) == 1
     )  # the summary of the earlier run does not count
     assert outcome(monkeypatch, failed_late, out) == 1
     assert outcome(monkeypatch, stopped, out) == 143
@@ -160,7 +160,7 @@ def test_a_folder_without_an_app_is_named(tmp_path: Path) -> None:
 
 def test_a_signal_ends_the_block_and_the_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(flower_run.Stopped) as caught, flower_run.stop_on_signals():
+    with pytest.raises(processes.Stopped) as caught, processes.stop_on_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     assert caught.value.number == signal.SIGTERM
@@ -168,7 +168,7 @@ def test_a_signal_ends_the_block_and_the_handlers_come_back() -> None:
 
 
 def test_failure_keeps_the_logs_alone() -> None:
-    with pytest.raises(UserError, match="it failed; logs: ") as caught, flower_run.flower_home() as home:
+    with pytest.raises(UserError, match="it failed; logs: ") as caught, flower_commands.flower_home() as home:
         (home / "superlink.log").write_text("why")
         (home / "apps").mkdir()
         raise UserError("it failed")
@@ -178,9 +178,9 @@ def test_failure_keeps_the_logs_alone() -> None:
     shutil.rmtree(kept)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), flower_run.Stopped(signal.SIGINT), ValueError()])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), processes.Stopped(signal.SIGINT), ValueError()])
 def test_other_ends_keep_nothing(error: BaseException) -> None:
-    with pytest.raises(type(error)), flower_run.flower_home() as home:
+    with pytest.raises(type(error)), flower_commands.flower_home() as home:
         (home / "superlink.log").write_text("why")
         raise error
     assert not home.exists()
@@ -197,7 +197,7 @@ def test_the_tail_of_a_log_is_its_last_lines(tmp_path: Path) -> None:
 
 
 def test_success_keeps_nothing() -> None:
-    with flower_run.flower_home() as home:
+    with flower_commands.flower_home() as home:
         (home / "superlink.log").write_text("well")
     assert not home.exists()
 
@@ -223,14 +223,14 @@ open({str(pid_file)!r}, "w").write(str(orphan.pid))
             time.sleep(0.05)
         orphan = int(pid_file.read_text())
         time.sleep(0.3)  # time to put the handler in place
-        assert {process.pid, orphan} <= flower_run.descendants(process.pid, tmp_path)
-        assert os.getpid() not in flower_run.descendants(process.pid, tmp_path)
-        flower_run.stop_all(process.pid, tmp_path, reap=process.poll)
-        assert not flower_run.alive(orphan)
+        assert {process.pid, orphan} <= processes.descendants(process.pid, tmp_path)
+        assert os.getpid() not in processes.descendants(process.pid, tmp_path)
+        processes.stop_all(process.pid, tmp_path, reap=process.poll)
+        assert not processes.alive(orphan)
         assert process.returncode is not None
     finally:
         process.kill()
-        if orphan and flower_run.alive(orphan):
+        if orphan and processes.alive(orphan):
             os.kill(orphan, signal.SIGKILL)
 
 
@@ -239,10 +239,10 @@ def test_the_guard_acts_only_when_the_launcher_ended_without_a_word(tmp_path: Pa
     home = tmp_path / "home"
     (home / "cwd").mkdir(parents=True)
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], cwd=home / "cwd")
-    command = [sys.executable, "-m", "zofed.deployment.flower_run", str(sleeper.pid), str(home)]
+    command = [sys.executable, "-m", "zofed.deployment.processes", str(sleeper.pid), str(home)]
     try:
         subprocess.run(command, input=word, cwd=ROOT, timeout=30, check=True)
-        assert flower_run.alive(sleeper.pid) == (word == b"done")
+        assert processes.alive(sleeper.pid) == (word == b"done")
         assert home.exists() == (word == b"done")
     finally:
         sleeper.kill()

@@ -17,7 +17,8 @@ from zofed.core.records import Seeded, Spread
 from zofed.core.replica import Replica
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
-from zofed.runs.run_folder import Row, RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import Row, read_table
 from zofed.training import central
 from zofed.training.finalize import replay_run
 from zofed.training.trainer import Trainer

@@ -64,6 +64,17 @@ def test_the_core_and_the_federation_run_without_flower() -> None:
     assert told.stdout.strip() == "False"
 
 
+def test_help_waits_for_no_large_library() -> None:
+    code = (
+        "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); import zofed.__main__ as m"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", f"{code}; m.main()", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "simulate" in told.stdout
+    assert not {"torch", "transformers", "datasets", "flwr", "pandas", "matplotlib"} & set(told.stderr.split())
+
+
 def test_nothing_unpickles_or_runs_code_of_a_model() -> None:
     for path in [*PACKAGE.rglob("*.py"), ROOT / "server_app.py", ROOT / "client_app.py"]:
         for node in ast.walk(ast.parse(path.read_text())):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from zofed.base.errors import UserError
-from zofed.core import deferred_logits, estimators, metrics, perturbed
+from zofed.core import deferred_logits, estimators, metrics, perturbation_mode, perturbed
 from zofed.core.deferred_logits import DEFER_FROM, ENTRIES, ROWS, Logits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,7 +35,7 @@ def layer(vocabulary: int, *leading: int, dtype: torch.dtype = torch.float64) ->
 
 @torch.no_grad()
 def in_pieces(loss: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    with perturbed.in_pieces():
+    with perturbation_mode.in_pieces():
         return loss(*arguments)
 
 
@@ -99,7 +99,7 @@ def test_a_target_beyond_the_output_layer_is_refused_whichever_way_the_loss_is_m
         loss()
     with pytest.raises(UserError, match=told):
         in_pieces(loss)
-    with pytest.raises(UserError, match=told), perturbed.Watch():
+    with pytest.raises(UserError, match=told), perturbation_mode.Watch():
         loss()
     for copies in ({"examples": torch.stack([layer(vocabulary, 5)[2], target])}, {}):  # of each query's own, of all
         with pytest.raises(UserError, match=told) as found:
@@ -553,7 +553,7 @@ def test_a_layer_that_merely_widens_is_no_output_layer() -> None:
 def test_where_gradients_are_wanted_nothing_is_deferred() -> None:
     model = randomised(Head(tied=True, bias=True), 0.5)
     ids = ids_of((10,), V)
-    with perturbed.in_pieces():
+    with perturbation_mode.in_pieces():
         output = model(ids)
         assert type(output) is Tensor
         loss = F.cross_entropy(output, ids)

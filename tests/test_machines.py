@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from zofed.deployment import flower_run
+from zofed.deployment import flower_commands, processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 LIMIT_S = 120.0
-ZOFED = str(flower_run.tool("zofed"))
+ZOFED = str(flower_commands.tool("zofed"))
 
 
 class Machines:
     """Processes of zofed's commands, each with a log."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, flower_run.free_port()
+        self.folder, self.port = folder, flower_commands.free_port()
         self.environment = os.environ | {"FLWR_HOME": str(folder / "flower"), "OMP_NUM_THREADS": "1"}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -71,7 +71,7 @@ class Machines:
         return [pid for pid in self._all() if "worker" in self._words(pid)]
 
     def _all(self) -> set[int]:
-        table = flower_run.process_table()
+        table = processes.process_table()
         ours = {process.pid for process in self.processes.values()}
         for _ in range(4):
             ours |= {pid for pid, parent, _ in table if parent in ours}
@@ -94,7 +94,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
         everything = made._all()
         for name in list(made.processes):
             made.stop(name)
-        left = [pid for pid in everything if flower_run.alive(pid)]
+        left = [pid for pid in everything if processes.alive(pid)]
         for pid in left:
             os.kill(pid, signal.SIGKILL)
         assert not left, "processes were left behind"

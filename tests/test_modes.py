@@ -28,11 +28,13 @@ from zofed.core.records import Dense, Guided, Seeded
 from zofed.core.replica import Replica, update_digest
 from zofed.data import documents, encoding
 from zofed.federated import client, protocol
-from zofed.runs.run_folder import RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
 from zofed.training import central, measurements, modes, schedules, scoring, tasks
 from zofed.training.finalize import replay_run
+from zofed.training.process import prepare_process
 from zofed.training.steps import Steps, step_function
-from zofed.training.task import Task, prepare_process
+from zofed.training.task import Task
 
 Quick = Callable[..., Settings]
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from zofed.base.errors import UserError
-from zofed.experiments import arms as results
 from zofed.experiments import plot_arms, plot_run, plot_sweep
-from zofed.experiments.arms import Arm
+from zofed.experiments.arms import Arm, collect, grouped, incomparable, run_folders
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
 from zofed.runs import plot_style, run_result
@@ -84,8 +83,8 @@ def test_curves_can_be_told_apart_in_grey_and_by_any_eye() -> None:
 
 @pytest.mark.slow
 def test_compare_shows_mean_and_range_of_the_seeds_against_each_cost(runs: Path, drawn: Any, tmp_path: Path) -> None:
-    found, notes = results.collect([runs])
-    arms = results.arms(found)
+    found, notes = collect([runs])
+    arms = grouped(found)
     assert [(arm.name, len(arm.results)) for arm in arms] == [("fo", 2), ("zo", 2)] and not notes
     path = plot_arms.compare(arms, [], tmp_path / "compare.png", notes)
     assert path.stat().st_size > 10_000
@@ -112,14 +111,14 @@ def test_a_running_mean_is_centred_and_keeps_a_constant() -> None:
 
 @pytest.mark.slow
 def test_fo_vs_zo_takes_the_best_arm_of_each_mode_and_needs_both(runs: Path, drawn: Any, tmp_path: Path) -> None:
-    found, _ = results.collect([runs])
-    plot_arms.fo_vs_zo(results.arms(found), tmp_path / "a.png")
+    found, _ = collect([runs])
+    plot_arms.fo_vs_zo(grouped(found), tmp_path / "a.png")
     figure, _ = drawn[0]
     heights = [patch.get_height() + patch.get_y() for patch in figure.axes[2].patches]
-    assert heights == pytest.approx([arm.mean for arm in results.arms(found)])
+    assert heights == pytest.approx([arm.mean for arm in grouped(found)])
     only = [result for result in found if result.settings["mode"] == "fo"]
     with pytest.raises(UserError, match="no run of mode zo"):
-        plot_arms.fo_vs_zo(results.arms(only), tmp_path / "b.png")
+        plot_arms.fo_vs_zo(grouped(only), tmp_path / "b.png")
 
 
 def fake(name: str, end: float, **settings: Any) -> Result:
@@ -158,7 +157,7 @@ def test_a_map_needs_runs_that_ended_and_differ(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_zo_compares_slopes_with_backpropagation_along_the_way_once(runs: Path, drawn: Any, tmp_path: Path) -> None:
-    found, notes = results.collect([runs])
+    found, notes = collect([runs])
     plot_sweep.zo(found, tmp_path / "zo.png", 2, notes)
     figure, told = drawn[0]
     assert any("not zeroth order, left out: fo-0, fo-1" in note for note in told)
@@ -221,12 +220,12 @@ def test_what_was_cut_or_is_of_another_version_is_shown_as_far_as_it_goes_and_to
     (runs / "zo-1" / "settings.toml").write_text('mode = "zo"\nseed = 1\nfrom-elsewhere = 3\n')
     (runs / "fo-0" / "summary.json").write_text('{"status": "interrupted"}')
     (runs / "fo-1" / "metrics.csv").unlink()
-    found, notes = results.collect([runs])
+    found, notes = collect([runs])
     assert [result.name for result in found] == ["fo-0", "zo-0", "zo-1"]
     told = "\n".join(notes)
     assert "left out fo-1" in told and "not finished, shown as far as they are: fo-0" in told
     assert "metrics.csv was cut, shown as far as it goes: zo-0" in told
-    plot_arms.compare(results.arms(found), ["forward-equivalents"], tmp_path / "compare.png", notes)
+    plot_arms.compare(grouped(found), ["forward-equivalents"], tmp_path / "compare.png", notes)
     assert any("without forward_equivalents" in note and "zo-1" in note for note in drawn[0][1])
 
 
@@ -264,9 +263,9 @@ def test_every_picture_has_a_command(made: Path, tmp_path: Path, zofed_command: 
 
 def test_losses_of_other_data_are_warned_of() -> None:
     a, b = fake("a", 1.0, dataset="x"), fake("b", 1.0, dataset="y")
-    assert "differ in dataset" in results.incomparable([a, b])
+    assert "differ in dataset" in incomparable([a, b])
     same = [fake(name, 1.0, dataset=name, **{"eval-dataset": "z"}) for name in "ab"]
-    assert not results.incomparable(same)
+    assert not incomparable(same)
 
 
 def test_arms_of_a_sweep_report_other_seeds_than_those_that_chose() -> None:
@@ -275,14 +274,14 @@ def test_arms_of_a_sweep_report_other_seeds_than_those_that_chose() -> None:
         return Result(one.path, one.settings, one.summary, one.columns, "arm", tunes)
 
     tuning = [run(3.0, 0.1, 0, True), run(2.0, 0.2, 0, True)]
-    (alone,) = results.arms(tuning)
+    (alone,) = grouped(tuning)
     assert (alone.ends, len(alone.chosen_from)) == ({0: 2.0}, 2)
-    (whole,) = results.arms([*tuning, run(2.5, 0.2, 1, False), run(2.7, 0.2, 2, False)])
+    (whole,) = grouped([*tuning, run(2.5, 0.2, 1, False), run(2.7, 0.2, 2, False)])
     assert whole.ends == {1: 2.5, 2: 2.7} and whole.mean == pytest.approx(2.6)
     tie = [run(3.0, 0.1, 0, True), run(3.0, 0.2, 0, True), run(2.5, 0.2, 1, False)]
-    assert results.arms(tie)[0].ends == {1: 2.5}, "of equals the one with which the sweep went on"
+    assert grouped(tie)[0].ends == {1: 2.5}, "of equals the one with which the sweep went on"
     wider = [*tuning, run(2.5, 0.2, 1, False), run(1.0, 0.3, 0, True), run(1.2, 0.3, 1, False)]
-    assert results.arms(wider)[0].ends == {1: 1.2}, "seeds at the rate that an earlier grid chose"
+    assert grouped(wider)[0].ends == {1: 1.2}, "seeds at the rate that an earlier grid chose"
     assert isinstance(whole, Arm)
 
 
@@ -307,7 +306,7 @@ def test_runs_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     for name in sorted(names):
         (tmp_path / name).mkdir()
         (tmp_path / name / "settings.toml").write_text("")
-    assert [path.name for path in results.run_folders(tmp_path)] == names
+    assert [path.name for path in run_folders(tmp_path)] == names
 
 
 def test_the_settings_of_a_missing_summary_are_those_of_its_file(runs: Path) -> None:

@@ -22,7 +22,8 @@ from zofed.core import journal
 from zofed.core.estimators import FiniteDifference
 from zofed.core.perturbed import CannotBatch
 from zofed.federated import server
-from zofed.runs.run_folder import Row, RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import Row, read_table
 from zofed.training import central, device_pool
 from zofed.training.task import Task
 

@@ -141,12 +141,12 @@ def test_fifty_steps_replay_to_one_digest_on_every_kind_of_machine(corpus: Path,
 
 
 def test_flwr_run_with_ray_equals_the_same_federation_in_one_process(tmp_path: Path) -> None:
-    from zofed.deployment import flower_run
+    from zofed.deployment import flower_commands, flower_run
 
     settings = {"clients": 2, "rounds": 3, "queries": 3, "eval-interval": 3, "eval-examples": 8, "device": "cpu"}
     out = tmp_path / "ray run"
     status = flower_run.flower_run(ROOT, {**settings, "out": str(out)}, nodes=2, cpus_per_node=1)
-    assert status == flower_run.COMPLETED
+    assert status == flower_commands.COMPLETED
     ray = summary_of(out)
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     run("simulate", *options, "--out", str(tmp_path / "local"))

@@ -15,7 +15,7 @@ import pytest
 
 from zofed.base import proxies
 from zofed.base.errors import UserError
-from zofed.deployment import flower_run, keys, reachability, superlink
+from zofed.deployment import connections, flower_commands, keys, reachability
 from zofed.deployment.reachability import Address
 from zofed.federated.flower_internals import Runtime
 
@@ -151,7 +151,7 @@ def test_every_command_and_what_it_starts_leave_proxies_aside(
     zofed_command, monkeypatch: pytest.MonkeyPatch, refusing: str
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", refusing)
-    assert flower_run.quiet_environment()["no_proxy"] == HERE
+    assert flower_commands.quiet_environment()["no_proxy"] == HERE
     assert "no_proxy" not in os.environ
     assert zofed_command("version")[0] == 0
     assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == HERE
@@ -193,17 +193,17 @@ def test_a_run_that_a_superlink_did_not_get_names_the_proxy(
 ) -> None:
     monkeypatch.setenv("FLWR_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", refusing)
-    monkeypatch.setattr(flower_run, "stream", lambda *_: (None, "no connection"))
-    monkeypatch.setattr(flower_run, "keep_logs", lambda home: home)  # nothing stays behind
+    monkeypatch.setattr(flower_commands, "stream", lambda *_: (None, "no connection"))
+    monkeypatch.setattr(flower_commands, "keep_logs", lambda home: home)  # nothing stays behind
     lines = ['[superlink.far]\naddress = "fed.example.org:443"', '[superlink.near]\naddress = ":local:"']
     (tmp_path / "config.toml").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"no connection.*through the proxy of https_proxy = 'http://\*\*\*@127"):
-        superlink.run_on("far", {})
+        connections.run_on("far", {})
     with pytest.raises(UserError, match=r"no connection.*mend that and try again"):
-        superlink.run_on("near", {})
+        connections.run_on("near", {})
     monkeypatch.setenv("https_proxy", "socks5://h:1")
     with pytest.raises(UserError, match="https_proxy = 'socks5://h:1' cannot be used"):
-        superlink.run_on("far", {})
+        connections.run_on("far", {})
 
 
 @pytest.mark.parametrize("value", ["http://someone:secret@127.0.0.1:1", "socks5://127.0.0.1:1"])

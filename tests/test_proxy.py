@@ -30,7 +30,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes, sign_messa
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
 
-from zofed.deployment import flower_run, keys
+from zofed.deployment import flower_commands, flower_run, keys, processes
 
 ROOT = Path(__file__).resolve().parent.parent
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
@@ -71,7 +71,7 @@ class Recorder:
 @contextmanager
 def recorder(folder: Path) -> Iterator[Recorder]:
     """A recorder with the server's certificate of a folder of keys."""
-    found = Recorder(flower_run.free_port())
+    found = Recorder(flower_commands.free_port())
     certificate, key = str(folder / "server.crt"), str(folder / "server.key")
     server = uvicorn.Server(
         uvicorn.Config(found, port=found.port, log_level="error", ssl_certfile=certificate, ssl_keyfile=key, ws="none")
@@ -117,7 +117,7 @@ def proxy(home: Path, folder: Path, superlink: int) -> Iterator[int]:
     """nginx with the shipped file before a server on port `superlink`; the port it listens on."""
     assert NGINX is not None
     home.mkdir()
-    port = flower_run.free_port()
+    port = flower_commands.free_port()
     (home / "zofed.conf").write_text(edited((ROOT / "deploy" / "nginx.conf").read_text(), port, superlink, folder))
     temporary = "".join(
         f"{kind}_temp_path {home / kind};\n" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -426,9 +426,9 @@ def flower(command: list[str], home: Path) -> Iterator[tuple[subprocess.Popen[by
     log = home / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [str(flower_run.tool(command[0])), *command[1:]],
+            [str(flower_commands.tool(command[0])), *command[1:]],
             cwd=home / "cwd",
-            env=flower_run.flower_environment(home),
+            env=flower_commands.flower_environment(home),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -437,12 +437,12 @@ def flower(command: list[str], home: Path) -> Iterator[tuple[subprocess.Popen[by
     try:
         yield process, log
     finally:
-        flower_run.stop_all(process.pid, home, reap=process.poll)
+        processes.stop_all(process.pid, home, reap=process.poll)
 
 
 def supernode(port: int, ca: Path, key: Path | None) -> list[str]:
     command = ["flower-supernode", "--superlink", f"localhost:{port}", "--root-certificates", str(ca),
-               "--port", str(flower_run.free_port()), "--max-retries", "1"]  # fmt: skip
+               "--port", str(flower_commands.free_port()), "--max-retries", "1"]  # fmt: skip
     return command + (["--auth-supernode-private-key", str(key)] if key else [])
 
 
@@ -454,8 +454,9 @@ class Operator:
 
     def __call__(self, *arguments: str) -> tuple[int, str]:
         told = subprocess.run(
-            [str(flower_run.tool("flwr")), *arguments], cwd=self.home, env=flower_run.flower_environment(self.home),
-            stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+            [str(flower_commands.tool("flwr")), *arguments], cwd=self.home,
+            env=flower_commands.flower_environment(self.home), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            timeout=120, check=False,
         )  # fmt: skip
         return told.returncode, told.stdout + told.stderr
 
@@ -486,7 +487,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    home, port = tmp_path_factory.mktemp("superlink"), flower_run.free_port()
+    home, port = tmp_path_factory.mktemp("superlink"), flower_commands.free_port()
     command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port), "--enable-supernode-auth",
                "--ssl-ca-certfile", str(folder / "ca.crt"), "--ssl-certfile", str(folder / "server.crt"),
                "--ssl-keyfile", str(folder / "server.key")]  # fmt: skip

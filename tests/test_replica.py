@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from zofed.base.errors import UserError
 from zofed.core import directions
 from zofed.core.digests import named_parameters, weights_digest
-from zofed.core.directions import Kind, tensor_id
+from zofed.core.directions import tensor_id
 from zofed.core.genesis import make_genesis
 from zofed.core.journal import Entry, Genesis, genesis_chain, link
+from zofed.core.kinds import Kind
 from zofed.core.optimizers import Optimizer
 from zofed.core.records import Dense, Record, Seeded, Skipped, Spread
 from zofed.core.replica import Replica

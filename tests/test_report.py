@@ -203,11 +203,11 @@ def test_the_page_holds_all_of_it_and_needs_nothing_else(swept: Path, zofed_comm
 def test_a_page_of_runs_that_are_cut_or_without_a_sweep_tells_so(swept: Path, tmp_path: Path) -> None:
     shutil.copytree(swept / "runs", tmp_path / "loose")
     (tmp_path / "loose" / "mode=zo,seed=0" / "summary.json").write_text('{"status": "running"}')
-    page, summary = report.report(tmp_path / "loose", 0)
+    page, summary = report.write_report(tmp_path / "loose", 0)
     assert "unknown: not made by zofed sweep" in page.read_text()
     assert "not finished, shown as far as they are: mode=zo,seed=0" in summary.read_text()
     broken = tmp_path / "broken"
     shutil.copytree(swept, broken)
     (broken / "sweep.toml").write_text("[base]\nfrom-another-version = 1\n")
-    _, summary = report.report(broken, 0)
+    _, summary = report.write_report(broken, 0)
     assert "arms are told by the runs' settings alone" in summary.read_text()

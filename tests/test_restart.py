@@ -22,8 +22,10 @@ from zofed.core.journal import Journal
 from zofed.core.replica import Replica
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
+from zofed.federated.rounds import Rounds
 from zofed.federated.server import Server
-from zofed.runs.run_folder import RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
 from zofed.training.trainer import Trainer
 
 __all__ = ["no_waiting", "quick", "start"]
@@ -64,8 +66,8 @@ def of_server(replica: Replica, entry: journal.Entry, *_: Any) -> int:
 
 
 POINTS: dict[str, Point] = {
-    "before asking": around(Server, "_round", lambda _, round_: round_, after=False),
-    "after asking": around(Server, "_round", lambda _, round_: round_, after=True),
+    "before asking": around(Rounds, "ask", lambda _, round_: round_, after=False),
+    "after asking": around(Rounds, "ask", lambda _, round_: round_, after=True),
     "before the journal": around(Journal, "append_all", lambda _, some: some[0].round, after=False),
     "after the journal": around(Journal, "append_all", lambda _, some: some[0].round, after=True),
     "before moving": around(Replica, "apply", of_server, after=False),

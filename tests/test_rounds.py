@@ -26,8 +26,9 @@ from zofed.federated.membership import Member, Members
 from zofed.federated.protocol import Plan
 from zofed.federated.wire import Introduction, Malformed
 from zofed.runs import pictures
-from zofed.runs.run_folder import RunFolder, read_table
-from zofed.training import central, task
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import read_table
+from zofed.training import central, paths
 
 Quick = Callable[..., Settings]
 
@@ -727,5 +728,5 @@ def test_names_absolute_paths_and_the_hub_are_no_relative_paths(tmp_path: Path) 
         {"model": "OWNER/NAME"},
         {"model": "20M"},
     ):
-        task.check_absolute(config.resolve(values))
-    task.check_absolute(config.resolve({"dataset": "~/a.csv", "tokenizer": "gpt2"}))
+        paths.check_absolute(config.resolve(values))
+    paths.check_absolute(config.resolve({"dataset": "~/a.csv", "tokenizer": "gpt2"}))

@@ -15,7 +15,7 @@ from zofed.base.errors import UserError
 from zofed.models import initial
 from zofed.models.classifier import PooledClassifier
 from zofed.models.scopes import frozen_though_drawn, inner_matrices, trainable_names
-from zofed.training.task import replica_of
+from zofed.training.replicas import replica_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import pytest
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.runs import sinks
-from zofed.runs.run_folder import read_table
+from zofed.runs.tables import read_table
 from zofed.training import central
 
 

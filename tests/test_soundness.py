@@ -24,7 +24,7 @@ from zofed.config import Settings
 from zofed.core import directions, soundness
 from zofed.core.digests import named_parameters, weights_digest
 from zofed.core.estimators import FiniteDifference
-from zofed.core.soundness import pattern_of
+from zofed.core.refusals import pattern_of
 from zofed.federated import exchanges
 from zofed.models import spec
 from zofed.training import central

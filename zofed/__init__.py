@@ -16,7 +16,7 @@ _HOMES = {
     "create_model": "preflight.model_info",
     "get_model_info": "preflight.model_info",
     "list_available_models": "preflight.model_info",
-    "get_dataloader": "data.encoding",
+    "get_dataloader": "training.dataloader",
     "get_dataset_info": "data.catalog",
     "list_available_datasets": "data.catalog",
 }

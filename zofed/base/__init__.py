@@ -1,1 +1,1 @@
-"""Errors, files, processes and this machine: what everything else stands on."""
+"""Errors, texts, files, processes and this machine: what everything else stands on."""

@@ -10,7 +10,6 @@ from rich.table import Table
 from zofed import config
 from zofed.base import shell
 from zofed.config import Settings
-from zofed.core.metrics import Coverage, losses_among
 from zofed.runs.run_folder import RunFolder, timestamp
 from zofed.runs.tables import Row
 
@@ -99,6 +98,8 @@ def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:
 
     command: what runs settings in the way of this run, before the file that holds them.
     """
+    from zofed.core.metrics import Coverage, losses_among
+
     table = Table("", "held-out loss (nats)", box=None, pad_edge=False)
     end = summary["eval_loss_end"]
     table.add_row("start", f"{summary['eval_loss_start']:.4f}")

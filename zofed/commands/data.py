@@ -86,7 +86,7 @@ def download(
     force: Force = False,
 ) -> None:
     """Fetch the first rows of a data set into the data root; given again after a stop it goes on."""
-    from zofed.data.download import download as fetch
+    from zofed.data import download
 
     info = catalog.get_dataset_info(name)
     samples = info.recommended if max_samples is None else max_samples
@@ -95,7 +95,7 @@ def download(
         raise UserError(f"--revision {revision} names a commit of the hub, --from {source} a local folder: give one")
     try:
         with bar(name) as progress:
-            got = fetch(
+            got = download.download(
                 info, folder, samples=samples, revision=revision, config=config, source=source, force=force,
                 progress=progress,
             )  # fmt: skip

@@ -39,7 +39,7 @@ def superlink(
     insecure: Insecure = False,
 ) -> None:
     """Run the server that nodes and runs meet at, with TLS and node keys, until Ctrl-C."""
-    from zofed.deployment import superlink as deployment
+    from zofed.deployment import superlink
 
     if insecure:
         print(WARNING, file=sys.stderr)
@@ -51,7 +51,7 @@ def superlink(
         )
     os.environ.update(proxies.towards(host, os.environ, is_here=True))
     folder = None if insecure else config.absolute(keys, "keys")
-    status = deployment.run_superlink(folder, host, port, config.absolute(state, "state"), name)
+    status = superlink.run_superlink(folder, host, port, config.absolute(state, "state"), name)
     raise typer.Exit(status)
 
 
@@ -68,7 +68,7 @@ def supernode(
     insecure: Insecure = False,
 ) -> None:
     """Run one client, until Ctrl-C: a SuperNode and the process that computes; both are started anew if they die."""
-    from zofed.deployment import superlink as deployment
+    from zofed.deployment import supernode
     from zofed.deployment.reachability import Address
 
     if mode not in ("fo", "zo"):
@@ -79,13 +79,13 @@ def supernode(
     elif ca is None or key is None:
         raise UserError("give --ca and --key, as zofed keys made them (or --insecure for a trial on one machine)")
     check_device(device)
-    node_config = deployment.node_config(partition_id, num_partitions, dataset, mode)
+    node_config = supernode.node_config(partition_id, num_partitions, dataset, mode)
     root_certificates = config.absolute(ca, "ca") if ca else None
     own_key = config.absolute(key, "key") if key else None
     address = Address.of(superlink)
     os.environ.update(proxies.towards(address.host, os.environ))
     try:
-        status = deployment.run_supernode(address, root_certificates, own_key, node_config, port, device)
+        status = supernode.run_supernode(address, root_certificates, own_key, node_config, port, device)
     except KeyboardInterrupt:
         status = 130
     raise typer.Exit(status)
@@ -114,10 +114,10 @@ def worker(
 
 def check_device(device: str) -> None:
     """Raises UserError for a device that this machine does not have."""
-    from zofed.training import task
+    from zofed.training import process
 
     if device:
-        task.device(config.resolve({"device": device}))
+        process.device(config.resolve({"device": device}))
 
 
 def run(
@@ -136,9 +136,8 @@ def run(
 
     The run's folder lies on the SuperLink's machine: --out names it, else it is made in ~/zofed-runs there.
     """
-    from zofed.deployment import flower_run
-    from zofed.deployment import superlink as deployment
-    from zofed.training.task import NAMES, absolute_path
+    from zofed.deployment import connections, flower_commands, processes
+    from zofed.training.paths import NAMES, absolute_path
 
     if folder := resumed(resume, file, options, DEPLOYED):
         settings = folder.settings().model_copy(update={"out": str(folder.path)})
@@ -148,10 +147,10 @@ def run(
             settings = settings.model_copy(update={"out": str(config.absolute(settings.out, "out"))})
         settings = settings.model_copy(update={key: absolute_path(key, getattr(settings, key)) for key in NAMES})
     try:
-        status, out = deployment.run_on(name, settings.model_dump(by_alias=True))
-    except flower_run.Stopped as stop:
+        status, out = connections.run_on(name, settings.model_dump(by_alias=True))
+    except processes.Stopped as stop:
         raise typer.Exit(128 + stop.number) from None
-    if status != flower_run.COMPLETED:
+    if status != flower_commands.COMPLETED:
         again = ""
         if out and (Path(out) / "journal.zofed").exists():
             again = f"; go on with {shell.command('zofed', 'run', name, '--resume', Path(out))}"

@@ -18,7 +18,7 @@ from zofed.commands.options import SettingsCommand, with_settings
 from zofed.runs import run_result
 
 if TYPE_CHECKING:
-    from zofed.experiments.sweep_runner import Board
+    from zofed.experiments.sweep_runner import Board, Runner
 
 
 plot_app = typer.Typer(no_args_is_help=True, help="Pictures of runs and sweeps, read back from their folders.")
@@ -92,27 +92,26 @@ def sweep(
         except KeyboardInterrupt:
             again = shell.command("zofed", "sweep", folder.path / "sweep.toml", "--out", folder.path)
             raise Interrupted(f"continue with: {again}") from None
-    failed = board.failed
-    lost = {name for name, loss in runner.losses.items() if loss == math.inf}  # failed, or tuned and diverged
-    diverged = sorted(lost - {run.name for run in failed})
-    before = board.skipped - len(set(diverged) - {run.name for run in board.ended})
-    complete = board.over - len(failed) - len(diverged)
-    console.print(f"{complete} runs complete, {before} of them before; {len(failed)} failed")
-    if diverged:
-        console.print(f"{len(diverged)} diverged while tuning: {', '.join(diverged)}", markup=False)
-    untuned = [arm.name for arm in wanted.arms if wanted.chosen(arm, runner.losses) is None]
-    for name in untuned:
+    _tell_outcome(runner, board)
+    if board.failed or runner.untuned:
+        raise typer.Exit(1)
+
+
+def _tell_outcome(runner: "Runner", board: "Board") -> None:
+    """Say how the runs of a sweep ended, and where their results lie."""
+    console.print(f"{board.complete} runs complete, {board.complete_before} of them before; {len(board.failed)} failed")
+    if board.diverged:
+        console.print(f"{len(board.diverged)} diverged while tuning: {', '.join(board.diverged)}", markup=False)
+    for name in runner.untuned:
         console.print(
             f"no value that was tried for {name or 'the runs'} trains: its other seeds did not run", markup=False
         )
-    for run in failed:
+    for run in board.failed:
         console.print(f"  {run.name}: {run.error}", markup=False)
     if (median := runner.overhead) is not None:
         console.print(f"from a run's start to its first step {median:.2f} s (median of {len(runner.first_steps)})")
-    report_it = shell.command("zofed", "report", folder.path)
-    console.print(f"results in {folder.path / 'summary.csv'}; next: {report_it}", markup=False)
-    if failed or untuned:
-        raise typer.Exit(1)
+    path = runner.folder.path
+    console.print(f"results in {path / 'summary.csv'}; next: {shell.command('zofed', 'report', path)}", markup=False)
 
 
 class Watching:
@@ -154,9 +153,9 @@ def report(
     points: Annotated[int, typer.Option(min=0, help="steps at which slopes are set against backpropagation")] = 0,
 ) -> None:
     """One HTML page and a summary.md: what won, by how much, how surely; pictures, controls, costs, environment."""
-    from zofed.experiments import report as reports
+    from zofed.experiments.report import write_report
 
-    page, summary = reports.report(folder, points)
+    page, summary = write_report(folder, points)
     for line in summary.read_text(encoding="utf-8").splitlines():
         if line.startswith("- "):
             console.print(line, markup=False)
@@ -187,7 +186,7 @@ def plot_compare(
         if name not in plot_style.AXES:
             raise UserError(config.unknown(name, list(plot_style.AXES), "axis"))
     found, notes = arms.collect(folders)
-    _told(plot_arms.compare(arms.arms(found), axis or [], out.absolute(), notes), notes)
+    _told(plot_arms.compare(arms.grouped(found), axis or [], out.absolute(), notes), notes)
 
 
 @plot_app.command("sweep")
@@ -218,7 +217,7 @@ def plot_fo_vs_zo(folder: Folder, out: Out = None) -> None:
     from zofed.experiments import arms, plot_arms
 
     found, notes = arms.collect([folder])
-    _told(plot_arms.fo_vs_zo(arms.arms(found), _png(out, folder, "fo-vs-zo"), notes), notes)
+    _told(plot_arms.fo_vs_zo(arms.grouped(found), _png(out, folder, "fo-vs-zo"), notes), notes)
 
 
 @plot_app.command("federated")

@@ -19,7 +19,7 @@ def journal_show(
     last: Annotated[int, typer.Option(min=0, help="show only this many of the newest records; 0: all")] = 20,
 ) -> None:
     """A table of the records: round, kind, rate, clients, queries, size of the slopes."""
-    from zofed.core import journal
+    from zofed.core import aggregation, journal
     from zofed.core.records import Dense, Guided, Seeded, Skipped
 
     contents = journal.read(RunFolder.open(folder).journal)
@@ -27,12 +27,8 @@ def journal_show(
     for entry in contents.entries[-last:] if last else contents.entries:
         record, end = entry.record, (str(len(entry.raw)), entry.chain.hex()[:12])
         if isinstance(record, Seeded):
-            scale = 2.0**record.exponent
-            rms = (sum((c * scale) ** 2 for c in record.coefficients) / len(record.coefficients)) ** 0.5
-            clients = str(len(record.clients))
-            table.add_row(
-                str(record.round), "seeded", f"{record.rate:g}", clients, str(record.queries), f"{rms:.4g}", *end
-            )
+            clients, rms = str(len(record.clients)), f"{aggregation.size(record):.4g}"
+            table.add_row(str(record.round), "seeded", f"{record.rate:g}", clients, str(record.queries), rms, *end)
         else:
             kind = {Dense: "dense", Guided: "guided"}.get(type(record), "skipped")
             rate = "" if isinstance(record, Skipped) else f"{record.rate:g}"

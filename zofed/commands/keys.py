@@ -12,7 +12,7 @@ from zofed.commands.console import console
 app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 Keys = Annotated[Path, typer.Option("--keys", help="folder of the server's keys")]
-# The limits are those of the CA, the defaults of `keys`, which takes a while to load: --help need not wait.
+# The limits are those of the CA, the defaults of `certificates`, which takes a while to load: --help need not wait.
 Days = Annotated[int, typer.Option(min=1, max=3650, help="days the server certificate lasts")]
 
 
@@ -26,21 +26,24 @@ def init(
     days: Days = 365,
 ) -> None:
     """Make a CA, a server certificate, the enrolment list and, with --node, keys of nodes."""
-    from zofed.deployment import keys
+    from zofed.deployment import certificates, key_files, keys
 
     keys.make(out, hosts, node or [], days)
     table = Table("made", "what", box=None, pad_edge=False)
-    table.add_row(str(out / keys.CA_KEY), "signs server certificates: leave it here or put it away, never on a node")
-    table.add_row(str(out / keys.CA), "every node needs a copy")
-    table.add_row(str(out / keys.SERVER_KEY), "stays on the server")
-    table.add_row(str(out / keys.SERVER), ", ".join(keys.names_of(keys.certificate(out / keys.SERVER))))
-    table.add_row(str(out / keys.ENROLLED), "the enrolment list: NAME.pub of every node that may connect")
+    table.add_row(
+        str(out / key_files.CA_KEY), "signs server certificates: leave it here or put it away, never on a node"
+    )
+    table.add_row(str(out / key_files.CA), "every node needs a copy")
+    table.add_row(str(out / key_files.SERVER_KEY), "stays on the server")
+    names = certificates.names_of(key_files.certificate(out / key_files.SERVER))
+    table.add_row(str(out / key_files.SERVER), ", ".join(names))
+    table.add_row(str(out / key_files.ENROLLED), "the enrolment list: NAME.pub of every node that may connect")
     console.print(table)
     for name in node or []:
-        private = out / keys.NODES / f"{name}.key"
+        private = out / key_files.NODES / f"{name}.key"
         gone = shell.command("rm", private)
         console.print(
-            f"node {name}: copy {private} and {out / keys.CA} to it (mode 600), then here: {gone}", markup=False
+            f"node {name}: copy {private} and {out / key_files.CA} to it (mode 600), then here: {gone}", markup=False
         )
     console.print("other nodes: run zofed keys node NAME there; its private key then never travels")
     console.print(f"next: {shell.command('zofed', 'superlink', '--keys', out)}", markup=False)
@@ -52,11 +55,11 @@ def make_node(
     out: Annotated[Path, typer.Option(help="folder for NAME.key and NAME.pub")] = Path(),
 ) -> None:
     """Make a node's key pair on its own machine, which the private key never leaves."""
-    from zofed.deployment import keys
+    from zofed.deployment import key_files, keys
 
     public = keys.make_node(out, name)
     console.print(f"private key  {out / f'{name}.key'}: stays on this machine")
-    console.print(f"public key   {out / f'{name}.pub'}, {keys.fingerprint(public)}")
+    console.print(f"public key   {out / f'{name}.pub'}, {key_files.fingerprint(public)}")
     console.print(f"next: copy {name}.pub to the server's keys/enrolled/, and the server's keys/ca.crt to this machine")
 
 
@@ -69,35 +72,34 @@ def renew(
     days: Days = 365,
 ) -> None:
     """Make the server a new key and certificate from the same CA; nodes need nothing new."""
-    from zofed.deployment import keys
+    from zofed.deployment import certificates, key_files, keys
 
     keys.renew(folder, hosts or [], days)
-    found = keys.certificate(folder / keys.SERVER)
-    console.print(
-        f"{folder / keys.SERVER}: {', '.join(keys.names_of(found))}, until {found.not_valid_after_utc:%Y-%m-%d}"
-    )
+    path = folder / key_files.SERVER
+    found = key_files.certificate(path)
+    console.print(f"{path}: {', '.join(certificates.names_of(found))}, until {found.not_valid_after_utc:%Y-%m-%d}")
     console.print("next: restart the SuperLink, and reload the proxy if there is one")
 
 
 @app.command()
 def show(folder: Keys = Path("keys")) -> None:
     """Show how long the certificates last, what they are for, and which nodes are enrolled."""
-    from zofed.deployment import keys
+    from zofed.deployment import certificates, key_files
 
     table = Table("certificate", "from", "until", "days left", "for", box=None, pad_edge=False)
-    for name in (keys.CA, keys.SERVER):
-        found = keys.certificate(folder / name)
-        left = keys.days_left(found)
+    for name in (key_files.CA, key_files.SERVER):
+        found = key_files.certificate(folder / name)
+        left = certificates.days_left(found)
         table.add_row(
             name,
             f"{found.not_valid_before_utc:%Y-%m-%d}",
             f"{found.not_valid_after_utc:%Y-%m-%d}",
             str(left) if left >= 0 else "expired",
-            ", ".join(keys.names_of(found)) or found.subject.rfc4514_string(),
+            ", ".join(certificates.names_of(found)) or found.subject.rfc4514_string(),
         )
     console.print(table)
-    nodes = keys.enrolled(folder)
+    nodes = key_files.enrolled(folder)
     listing = Table("enrolled", "fingerprint of its key", box=None, pad_edge=False)
     for name, public in nodes.items():
-        listing.add_row(name, keys.fingerprint(public))
-    console.print(listing if nodes else f"no node is enrolled: put their NAME.pub into {folder / keys.ENROLLED}")
+        listing.add_row(name, key_files.fingerprint(public))
+    console.print(listing if nodes else f"no node is enrolled: put their NAME.pub into {folder / key_files.ENROLLED}")

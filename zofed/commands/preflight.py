@@ -42,7 +42,8 @@ def list_models(context: typer.Context, *, options: dict[str, str]) -> None:
     from zofed.models import sources
     from zofed.preflight import model_info
     from zofed.training.modes import MODES
-    from zofed.training.task import prepare_process, with_absolute_paths
+    from zofed.training.paths import with_absolute_paths
+    from zofed.training.process import prepare_process
 
     prepare_process(1)
     settings = settings_from(None, options)
@@ -95,11 +96,11 @@ def check(
 ) -> None:
     """Look at everything a run needs, in seconds and without writing a file: versions, data, model, memory, time."""
     settings = settings_from(file, options, None if all_modes else config.FEDERATED if "clients" in options else "")
-    from zofed.preflight import check as checks
+    from zofed.preflight import check
     from zofed.training.modes import MODES
 
     faults = []
-    for line in checks.check(settings, tuple(MODES) if all_modes else (settings.mode,)):
+    for line in check.check(settings, tuple(MODES) if all_modes else (settings.mode,)):
         console.print(f"{line.verdict:5}{line.what:16}{line.told}", markup=False)
         faults += [line.what] if line.verdict == "fix" else []
     if faults:

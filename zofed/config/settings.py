@@ -22,7 +22,7 @@ from zofed.config.training_sections import (
     Subspace,
     ZerothOrder,
 )
-from zofed.core import directions
+from zofed.core import kinds
 
 LONGEST_SHOWN = 200  # characters of a wrong value in its message
 OBJECTIVES = ("loss", "accuracy", "f1")
@@ -145,7 +145,7 @@ def _clashes(settings: Settings) -> list[str]:
                 f"subspace-size = {settings.subspace_size} is no square, as the variant core needs: take {side**2} or "
                 f"{(side + 1) ** 2}"
             )
-        if settings.subspace_variant == "diagonal" and not directions.terms(settings.directions):
+        if settings.subspace_variant == "diagonal" and not kinds.terms(settings.directions):
             found.append(f"directions = {settings.directions!r} have no factors to train along: take rank1")
     return found
 

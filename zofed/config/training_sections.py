@@ -3,7 +3,7 @@
 from typing import Literal
 
 from zofed.config.fields import CENTRAL, FEDERATED, Section, Unlike, setting, when
-from zofed.core import directions
+from zofed.core import kinds
 
 WITH_BACKPROP = ("instruct", "calibrate")  # modes of zeroth order that backpropagation helps
 ZEROTH_ORDER = ("zo", *WITH_BACKPROP)  # modes that measure slopes along seeded directions
@@ -123,7 +123,7 @@ class ZerothOrder(Section):
     directions: str = setting(
         "rank1",
         "rank1 (fast), rankR (a sum of R of them), rademacher or gaussian (dense, slow) (zo)",
-        pattern=f"^({directions.KIND_PATTERN})$",
+        pattern=f"^({kinds.KIND_PATTERN})$",
         acts_when=when({"mode": ZEROTH_ORDER}, mode="subspace", subspace_variant="diagonal"),
     )
     direction_scale: Literal["equal", "rms"] = setting(

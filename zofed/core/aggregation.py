@@ -16,13 +16,18 @@ IMPLAUSIBLE = 1000.0  # times the limit of clipping: such a slope is no outlier 
 VANISHING = 2.0**-40  # times the common size: no difference of float32 losses is so far below the others', so likewise
 
 
-class Slopes(Protocol):
-    """Integers worth 2^exponent each, with the number of examples they were measured on."""
+class Integers(Protocol):
+    """Slopes as integers worth 2^exponent each, of a client or of a record."""
 
     @property
     def coefficients(self) -> tuple[int, ...]: ...
     @property
     def exponent(self) -> int: ...
+
+
+class Slopes(Integers, Protocol):
+    """Those of one client, with the number of examples they were measured on."""
+
     @property
     def examples(self) -> int: ...
 
@@ -57,8 +62,8 @@ class Merged:
     exponent: int
 
 
-def size(slopes: Slopes) -> float:
-    """Root mean square of one client's slopes."""
+def size(slopes: Integers) -> float:
+    """Root mean square of slopes, in the unit of the loss; 0 where there are none."""
     total = sum(value * value for value in slopes.coefficients)
     return math.ldexp(math.sqrt(total / max(1, len(slopes.coefficients))), slopes.exponent)
 

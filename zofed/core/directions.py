@@ -20,7 +20,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import pairwise
-from math import isqrt, prod, sqrt
+from math import prod
 
 import numpy as np
 import torch
@@ -28,11 +28,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from zofed.base.errors import UserError
+from zofed.core.kinds import Kind, terms
 
 GENERATOR = "philox4x32-10/1"  # part of every journal's genesis: another stream must have another name
-
-Kind = str  # rank1, rank2, ... (sums of so many outer products), rademacher, gaussian; core: all pairs of factors
-KIND_PATTERN = r"rank[1-9][0-9]?|rademacher|gaussian"
 
 Factors = tuple[Tensor, ...]  # of one tensor's directions: (a, b) of a matrix, (z,) of a vector
 DRAWN_TOGETHER = 2**22  # entries; one run of the generator costs as much as 10,000 of them
@@ -103,26 +101,6 @@ def direction_seeds(run_seed: int, step: int, client: int, queries: int, local_s
 def local_step_seeds(run_seed: int, step: int, client: int, local: int, queries: int) -> list[int]:
     """Those of one local step."""
     return [derive_seed("zofed-direction", run_seed, step, client, local, query) for query in range(queries)]
-
-
-def terms(kind: Kind) -> int:
-    """Outer products that make up a direction of a matrix: R for rankR, 1 for core, 0 for the dense kinds."""
-    return 1 if kind == "core" else int(kind.removeprefix("rank")) if kind.startswith("rank") else 0
-
-
-def seeds_needed(kind: Kind, coefficients: int) -> int:
-    """How many seeds so many coefficients belong to: of a core each stands for a pair of two seeds' factors."""
-    return isqrt(coefficients) if kind == "core" else coefficients
-
-
-def unit(kind: Kind) -> float:
-    """What one integer of `direction` is worth, so that every entry has mean 0 and variance 1.
-
-    1 for entries +-1; 1/sqrt(R) for a sum of R of them; 2^-16 for gaussian, whose variance is 1 - 1e-4 (65,536 levels).
-    """
-    if kind == "gaussian":
-        return 2.0**-16
-    return 1.0 / sqrt(terms(kind) or 1)
 
 
 def _words_at(counter: Sequence[NDArray[np.uint64]], seeds: Sequence[int]) -> NDArray[np.uint32]:

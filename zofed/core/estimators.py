@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from zofed.core import directions, perturbed
+from zofed.core import directions, kinds, perturbed
+from zofed.core.perturbation_mode import in_pieces
 from zofed.core.perturbed import CannotBatch, Loss
 
 Parameters = dict[str, Tensor]  # trainable tensors by canonical name
@@ -53,7 +54,7 @@ class FiniteDifference:
     low-rank kinds.
     """
 
-    kind: directions.Kind
+    kind: kinds.Kind
     epsilon: float
     points: Points = "two-point"
     perturbations_per_pass: int = 8
@@ -110,13 +111,13 @@ class FiniteDifference:
         """
         seeds = seeds[some]
         own = None if examples is None else perturbed.each_tensor(examples, lambda tensor: tensor[some])
-        if batched and directions.terms(self.kind):
+        if batched and kinds.terms(self.kind):
             return self._batched(loss, parameters, seeds, self._steps, own)
         return materialised_losses(loss, parameters, self.kind, seeds, self._steps, self.sizes, own)
 
     def together(self, batched: bool) -> int:
         """The smallest number of queries that fills whole forward passes."""
-        if not (batched and directions.terms(self.kind)):
+        if not (batched and kinds.terms(self.kind)):
             return 1
         return self.perturbations_per_pass // math.gcd(self.perturbations_per_pass, len(self._steps))
 
@@ -183,7 +184,7 @@ def weights_restored(parameters: Parameters) -> Iterator[Parameters]:
 def materialised_losses(
     loss: Loss,
     parameters: Parameters,
-    kind: directions.Kind,
+    kind: kinds.Kind,
     seeds: Sequence[int],
     steps: Sequence[float],
     sizes: Mapping[str, float] | None = None,
@@ -200,13 +201,13 @@ def materialised_losses(
             rows.append([])
             for step in steps:
                 for name, parameter in parameters.items():
-                    size = (sizes or {}).get(name, 1.0) * directions.unit(kind)
+                    size = (sizes or {}).get(name, 1.0) * kinds.unit(kind)
                     _shift(parameter, saved[name], kind, seed, name, step * size)
                 rows[-1].append(scalar(ask()))
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def _shift(parameter: Tensor, saved: Tensor, kind: directions.Kind, seed: int, name: str, step: float) -> None:
+def _shift(parameter: Tensor, saved: Tensor, kind: kinds.Kind, seed: int, name: str, step: float) -> None:
     """parameter = saved + step * direction, expanded a block of rows at a time."""
     rows = parameter.shape[0] if parameter.dim() else 1
     at_once = max(1, BLOCK // max(1, prod(parameter.shape[1:])))
@@ -239,7 +240,7 @@ def _is_used(loss: Loss, parameters: Parameters, name: str, examples: Any) -> bo
 @torch.no_grad()
 def _base_losses(loss: Loss, count: int, examples: Any) -> list[Tensor]:
     """Losses at the present weights: one for all queries, or one for each query's own examples."""
-    with perturbed.in_pieces():
+    with in_pieces():
         if examples is None:
             return [scalar(loss())] * count
         return [scalar(asked(loss, examples, query)()) for query in range(count)]
@@ -262,7 +263,7 @@ def scalar(value: Any) -> Tensor:
 def exact_slopes(
     loss: Loss,
     parameters: Parameters,
-    kind: directions.Kind,
+    kind: kinds.Kind,
     seeds: Sequence[int],
     sizes: Mapping[str, float] | None = None,
 ) -> tuple[float, ...]:

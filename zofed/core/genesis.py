@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from zofed.base.errors import UserError
-from zofed.core import directions, optimizers, soundness
+from zofed.core import directions, kinds, optimizers, soundness
 from zofed.core.digests import named_parameters, weights_digest
 from zofed.core.journal import Genesis
 
@@ -20,7 +20,7 @@ def make_genesis(
     trainable: Iterable[str],
     *,
     seed: int,
-    kind: directions.Kind,
+    kind: kinds.Kind,
     optimizer: optimizers.Optimizer,
     size_exponents: Mapping[str, int] | None = None,
     backprop_optimizer: optimizers.Optimizer | None = None,

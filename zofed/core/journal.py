@@ -67,6 +67,7 @@ class Contents:
 
     @property
     def head(self) -> bytes:
+        """Chain after the last whole entry (16 bytes): it names the whole history."""
         return self.entries[-1].chain if self.entries else genesis_chain(self.genesis)
 
 
@@ -344,6 +345,7 @@ class Journal:
         return entries
 
     def close(self) -> None:
+        """Close the file, for another writer to open."""
         os.close(self._file)
 
     def __enter__(self) -> Self:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zofed.base import arithmetic
-from zofed.core import directions, soundness
+from zofed.core import kinds, refusals, soundness
 from zofed.core.estimators import Estimate, FiniteDifference, Parameters, Points, Split
 from zofed.core.perturbed import CannotBatch, Loss, Unseen
 
@@ -32,11 +32,11 @@ class Measure:
         self,
         model: nn.Module,
         parameters: Parameters,
-        kind: directions.Kind,
+        kind: kinds.Kind,
         sizes: Mapping[str, float] | None = None,
     ) -> None:
         self._model, self._parameters, self._kind, self._sizes = model, parameters, kind, sizes
-        self._batches, self._warned = directions.terms(kind) > 0, False
+        self._batches, self._warned = kinds.terms(kind) > 0, False
         self._sound: tuple[Any, ...] = ()  # signature of the loss that was last found sound
 
     def slopes(
@@ -76,7 +76,7 @@ class Measure:
             except CannotBatch as reason:
                 self._cannot_batch(reason)
             except Unseen as unused:  # by this batch, though the first one used it
-                raise soundness.never_used(self._model, self._parameters, unused.names) from unused
+                raise refusals.never_used(self._model, self._parameters, unused.names) from unused
         return run(False)
 
     def check(self, loss: Loss, examples: Any = None, *, batched: bool = True) -> None:

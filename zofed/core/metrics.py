@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from zofed.base.errors import UserError
-from zofed.core.perturbed import in_pieces
+from zofed.core.perturbation_mode import in_pieces
 
 Examples = dict[str, Tensor]
 

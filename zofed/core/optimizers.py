@@ -127,7 +127,7 @@ class Optimizer:
         return update
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat state for a checkpoint: '<moment>/<tensor name>' and 'powers' (float64)."""
+        """Flat state for a checkpoint: `<moment>/<tensor name>` and `powers` (float64)."""
         flat = {f"{moment}/{name}": value for name, moments in self.state.items() for moment, value in moments.items()}
         return flat | {"powers": torch.tensor(self.powers, dtype=torch.float64)}
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zofed.base.errors import UserError
-from zofed.core import directions, perturbed
+from zofed.core import kinds, perturbed
 from zofed.core.perturbed import Loss
 
 LARGEST = 4096  # copies; more never pay
@@ -53,7 +53,7 @@ def peak_bytes(run: Callable[[], object]) -> int:
     return watch.peak
 
 
-def bytes_by_copies(loss: Loss, parameters: Mapping[str, Tensor], kind: directions.Kind) -> tuple[int, int]:
+def bytes_by_copies(loss: Loss, parameters: Mapping[str, Tensor], kind: kinds.Kind) -> tuple[int, int]:
     """(bytes of a pass with one perturbed copy, bytes each further copy adds), beside the weights; kind: rankR.
 
     Two passes are run and watched; memory grows by the same amount with every copy.

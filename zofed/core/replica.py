@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zofed.base.errors import UserError
-from zofed.core import directions, optimizers
+from zofed.core import directions, kinds, optimizers
 from zofed.core.digests import named_parameters, raw_bytes, tensors_digest, weights_digest
 from zofed.core.genesis import optimizer_of
 from zofed.core.journal import Entry, Genesis, genesis_chain, link, linked, position
@@ -44,7 +44,7 @@ class Replica:
         everything = named_parameters(model)
         self.model = model
         self.genesis = genesis
-        self.kind: directions.Kind = genesis["directions"]
+        self.kind: kinds.Kind = genesis["directions"]
         self.parameters: dict[str, Tensor] = {name: everything[name] for name, _, _ in genesis["trainable"]}
         for name, parameter in everything.items():
             parameter.requires_grad_(name in self.parameters)
@@ -145,13 +145,13 @@ class Replica:
         part = record.seeded if isinstance(record, Guided) else record
         if not isinstance(part, Seeded):
             return []
-        return part.seeds(self.genesis["seed"])[: directions.seeds_needed(self.kind, len(part.coefficients))]
+        return part.seeds(self.genesis["seed"])[: kinds.seeds_needed(self.kind, len(part.coefficients))]
 
     def _drawn(self, seeds: Sequence[Sequence[int]]) -> Iterator[list[directions.Factors]]:
         """For each parameter the factors of each record's directions, all drawn together; nothing for dense kinds."""
         kind = self.kind
         together = [seed for own in seeds for seed in own]
-        if not directions.terms(kind) or not together:
+        if not kinds.terms(kind) or not together:
             yield from ([()] * len(seeds) for _ in self.parameters)
             return
         sizes = [len(own) for own in seeds]
@@ -206,7 +206,7 @@ class Replica:
                 total = directions.CoreSum(coefficients, shape, device, drawn)
             else:
                 total = directions.WeightedSum(self.kind, seeds, coefficients, name, shape, device, drawn)
-            scale = ldexp(directions.unit(self.kind) / record.divisor, record.exponent)
+            scale = ldexp(kinds.unit(self.kind) / record.divisor, record.exponent)
             return lambda start, stop: total.rows(start, stop).mul_(scale).to(device)
         assert update is not None
         gradient = update[name] if parameter.dim() else update[name].unsqueeze(0)

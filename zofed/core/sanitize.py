@@ -1,4 +1,4 @@
-"""What other machines say, made fit to use: text to print, draw and write; tables of counts; numbers within bounds.
+"""What other machines say, made fit to use: messages to print, draw and write; tables of counts; numbers within bounds.
 
 A node of a federation can send anything. All that it says passes here once, so that nothing behind needs to ask whether
 a text ends a line, moves a terminal's cursor or cannot be written, or whether a number is one that a record can hold.
@@ -9,42 +9,30 @@ from collections import Counter
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
+from zofed.base import texts
 from zofed.core.records import CLIENTS
 
-LONGEST_TEXT, LONGEST_NAME = 500, 100  # characters of one line of text, of a label or a source
+LONGEST_NAME = 100  # characters of a label or a source
 LARGEST_TABLE = 2**20  # characters of a table of counts
 LARGEST_COUNT = 2**40  # examples, documents
 NO_REASON = "no reason given"
-TABLES = ("counts", "names")  # texts that `counts` and `Classes.unpacked` read
+TABLES = ("counts", "names")  # fields whose texts `counts` and `Classes.unpacked` read
 
 T = TypeVar("T")
 
 
-def text(raw: str, longest: int = LONGEST_TEXT) -> str:
-    """One printable line of at most `longest` characters: white space is one space, other invisible characters (control
-    characters, terminal escapes, marks of writing direction, lone surrogates) stand there as Python writes them."""
-    shown = "".join(_shown(character) for character in raw[: 2 * longest])
-    line = " ".join(shown.split())
-    return line if len(line) <= longest and len(raw) <= 2 * longest else line[: longest - 1] + "…"
-
-
-def _shown(character: str) -> str:
-    if character.isprintable() or character.isspace():
-        return character
-    return character.encode("unicode_escape").decode("ascii")
-
-
 def reason(raw: str | None) -> str:
     """The last line of an error that is not blank, where a traceback names its cause."""
-    lines = (raw or "")[-4 * LONGEST_TEXT :].splitlines()
-    return next((line for line in map(text, reversed(lines)) if line), NO_REASON)
+    lines = (raw or "")[-4 * texts.LONGEST :].splitlines()
+    return next((line for line in map(texts.one_line, reversed(lines)) if line), NO_REASON)
 
 
 def cleaned(content: T) -> T:
     """A message whose texts are each one printable line, but for those that hold a table."""
     found: Any = content
-    texts = {field.name: getattr(found, field.name) for field in fields(found) if field.name not in TABLES}
-    changed = {name: text(value) for name, value in texts.items() if isinstance(value, str) and value != text(value)}
+    values = {field.name: getattr(found, field.name) for field in fields(found) if field.name not in TABLES}
+    lines = {name: texts.one_line(value) for name, value in values.items() if isinstance(value, str)}
+    changed = {name: line for name, line in lines.items() if line != values[name]}
     return replace(found, **changed) if changed else content
 
 
@@ -64,7 +52,7 @@ def counts(raw: str) -> dict[str, int]:
         return {}
     table: Counter[str] = Counter()
     for name, value in found.items():
-        table[text(name, LONGEST_NAME) or "no name"] += value
+        table[texts.one_line(name, LONGEST_NAME) or "no name"] += value
     return dict(table)
 
 
@@ -82,4 +70,4 @@ def brief(value: object) -> str:
     """A value in a few characters; Python writes no integer of thousands of digits."""
     if type(value) is int and abs(value) >= 10**20:
         return f"about {'-' if value < 0 else ''}2^{value.bit_length()}"
-    return text(repr(value), LONGEST_NAME)
+    return texts.one_line(repr(value), LONGEST_NAME)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zofed.base.errors import UserError
-from zofed.core import directions, estimators
+from zofed.core import directions, estimators, kinds
 from zofed.core.estimators import FiniteDifference, Points, root_mean_square
 from zofed.core.records import to_integers
 from zofed.core.replica import Replica
@@ -54,7 +54,7 @@ def diagnose(
     directions, whose exact slopes would need each of them in memory.
     """
     kind = replica.genesis["directions"]
-    if not directions.terms(kind):
+    if not kinds.terms(kind):
         raise UserError(f"directions = {kind!r} cannot be diagnosed: use rank1, whose slopes are as large")
     if len(losses) < BATCHES_NEEDED:
         raise UserError(f"{len(losses)} batches are too few to tell signal from noise: give {BATCHES_NEEDED} or more")

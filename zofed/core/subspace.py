@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zofed.core import directions, perturbed
+from zofed.core import directions, kinds, perturbed
 from zofed.core.optimizers import Optimizer
 from zofed.core.perturbed import Loss
 
@@ -44,7 +44,7 @@ class Trained:
 def trained(
     losses: Sequence[Loss],
     parameters: Mapping[str, Tensor],
-    kind: directions.Kind,
+    kind: kinds.Kind,
     seeds: Sequence[int],
     size: int,
     optimizer: Optimizer,

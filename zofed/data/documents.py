@@ -14,10 +14,11 @@ import numpy as np
 
 from zofed.base.errors import UserError
 from zofed.base.files import ROOT
+from zofed.base.texts import printable, said_by
 from zofed.data import columns, subsets
 from zofed.data.catalog import CATALOG, data_root, suggestion
 from zofed.data.columns import Columns, Unread
-from zofed.data.readers import Rows, one_line, printable, rows_of_file, rows_of_folder
+from zofed.data.readers import Rows, rows_of_file, rows_of_folder
 
 # Found by __file__, since Flower runs an installed copy of the app from somebody else's working folder.
 SHIPPED = ROOT / "datasets_subset"
@@ -140,7 +141,7 @@ def read(dataset: str) -> Reading:
         return _reading(rows, dataset)
     except OSError as error:
         raise UserError(
-            f"data set {dataset!r} cannot be read ({one_line(error)}): check that the file is whole and readable"
+            f"data set {dataset!r} cannot be read ({said_by(error)}): check that the file is whole and readable"
         ) from error
 
 

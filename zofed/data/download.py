@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
+from zofed.base.texts import said_by
 from zofed.data import documents, hub, subsets
 from zofed.data.catalog import DatasetInfo
-from zofed.data.readers import one_line
 
 _ROWS_BETWEEN_STATES = 500
 
@@ -109,7 +109,7 @@ def _resolved(repository: str, revision: str) -> str:
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ImportError, ValueError) as error:  # the last two of proxies
         way = hub.proxy() or "go online (unset HF_HUB_OFFLINE)"
         raise UserError(
-            f"the hub cannot be reached for {repository} ({one_line(error)}): {way}, or give a local copy by "
+            f"the hub cannot be reached for {repository} ({said_by(error)}): {way}, or give a local copy by "
             "--from FOLDER"
         ) from error
 
@@ -138,7 +138,7 @@ def _stream(entry: DatasetInfo, source: Path | None, config: str, revision: str)
         )
     except Exception as error:  # the library documents no common base of what it raises
         raise UserError(
-            f"{source or entry.repository} cannot be read as {entry.name} ({one_line(error)[:200]}): check --config, "
+            f"{source or entry.repository} cannot be read as {entry.name} ({said_by(error)}): check --config, "
             "--revision, --from and the network"
         ) from error
 
@@ -184,7 +184,7 @@ def _next(source: Any, state: dict[str, Any], entry: DatasetInfo) -> dict[str, A
         return next(source, None)
     except Exception as error:  # network and damaged files alike; what was written stays
         raise UserError(
-            f"{entry.name} broke off after {state['rows']} rows ({one_line(error)[:200]}): give the same command "
+            f"{entry.name} broke off after {state['rows']} rows ({said_by(error)}): give the same command "
             "again, it goes on from the last rows kept"
         ) from error
 

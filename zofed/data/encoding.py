@@ -6,12 +6,11 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from zofed.base.errors import UserError
 from zofed.core.metrics import IGNORED_LABEL, predicted_labels
@@ -37,7 +36,6 @@ __all__ = [
     "classification_examples",
     "default_cache",
     "documents_digest",
-    "get_dataloader",
     "kept",
     "language_model_examples",
     "load_documents",
@@ -190,34 +188,6 @@ def batch(
     chosen = [int(random_order(count, purpose, seed, client, at // count)[at % count]) for at in positions]
     index = torch.tensor(chosen)
     return {name: tensor[index] for name, tensor in examples.items()}
-
-
-def get_dataloader(
-    dataset: str,
-    tokenizer: "str | PreTrainedTokenizerBase" = "shipped",
-    block_size: int = 64,
-    batch_size: int = 4,
-    seed: int = 0,
-    task: Literal["language-model", "classification"] = "language-model",
-) -> "DataLoader[dict[str, Tensor]]":
-    """A DataLoader over all examples of a data set (a name or a path), in an order of its own for each epoch.
-
-    Batches are dictionaries as `Examples`, of leading dimension `batch_size`, or less in the last one. The order is
-    drawn from `seed` alone; no global random state is touched. Raises UserError for what cannot be loaded.
-    """
-    if batch_size < 1:
-        raise UserError(f"batch size {batch_size} is below 1: use at least 1")
-    if task not in ("language-model", "classification"):
-        raise UserError(f"task {task!r} is unknown: use 'language-model' or 'classification'")
-    reader = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
-    documents = load_documents(dataset)
-    if task == "classification":
-        examples = classification_examples(documents, reader, block_size)
-    else:
-        examples = language_model_examples(documents, reader, block_size, default_cache())
-    rows = [dict(zip(examples, row, strict=True)) for row in zip(*examples.values(), strict=True)]
-    order = torch.Generator().manual_seed(seed)
-    return DataLoader(rows, batch_size, shuffle=True, generator=order)  # type: ignore[arg-type]
 
 
 def default_cache() -> Path:

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from zofed.base import proxies
 from zofed.base.errors import UserError
+from zofed.base.texts import said_by
 
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # weights, configs, tokenizer; no pickle, no code
 BELOW = ("*/*",)  # exports for other programs lie in folders of their own
@@ -88,7 +89,7 @@ def download(name: str, revision: str = "") -> Path:
     except UserError:
         raise
     except Exception as error:  # of the library or of what it reads the network with
-        raise UserError(f"{what} cannot be had ({_reason(error)}): {_remedy(error)}") from error
+        raise UserError(f"{what} cannot be had ({said_by(error)}): {_remedy(error)}") from error
 
 
 def cached() -> list[str]:
@@ -117,10 +118,6 @@ def _cache() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
-
-
-def _reason(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:200].rstrip(".")
 
 
 def _remedy(error: Exception) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zofed.base.errors import UserError
+from zofed.base.texts import said_by
 from zofed.data import columns, subsets
 
 SUFFIXES = (".txt", ".label", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
@@ -185,7 +186,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _parsed(text: str, place: str) -> object:
     value = _or_error(text)
     if isinstance(value, Exception):
-        raise UserError(f"{place} is not valid JSON ({one_line(value)}): mend or remove it") from value
+        raise UserError(f"{place} is not valid JSON ({said_by(value)}): mend or remove it") from value
     return value
 
 
@@ -248,7 +249,7 @@ def _parquet_rows(path: Path) -> Rows:
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20)
         schema = file.schema_arrow
     except (pyarrow.ArrowException, ValueError) as error:
-        raise UserError(f"{spoilt} ({one_line(error)}): fetch or write it again") from error
+        raise UserError(f"{spoilt} ({said_by(error)}): fetch or write it again") from error
     columns.check_distinct(schema.names, repr(str(path)))
     kinds = pyarrow.types
     texts = [one.name for one in schema if kinds.is_string(one.type) or kinds.is_large_string(one.type)]
@@ -265,7 +266,7 @@ def _parquet_rows(path: Path) -> Rows:
             rows = some.to_pylist() if some is not None else []
             rows += pyarrow.parquet.read_table(path, columns=wanted).slice(len(rows)).to_pylist()
         except (pyarrow.ArrowException, ValueError) as error:
-            raise UserError(f"{spoilt} ({one_line(error)}): fetch or write it again") from error
+            raise UserError(f"{spoilt} ({said_by(error)}): fetch or write it again") from error
         for number, row in enumerate(rows, 1):
             yield f"row {number} of {str(path)!r}", row
 
@@ -307,7 +308,7 @@ def rows_of_folder(path: Path) -> Rows:
         loaded = load_from_disk(str(path))
     except Exception as error:  # the library documents no common base of what it raises on a damaged folder
         raise UserError(
-            f"folder {str(path)!r} is not a readable data set ({one_line(error)}): write it again by save_to_disk"
+            f"folder {str(path)!r} is not a readable data set ({said_by(error)}): write it again by save_to_disk"
         ) from error
     splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
     chosen = [name for name in ("train", "validation") if name in splits]
@@ -328,13 +329,3 @@ def rows_of_folder(path: Path) -> Rows:
 
 def _is_integer(cell: str) -> bool:
     return cell.strip().removeprefix("-").isdecimal()
-
-
-def printable(name: str) -> str:
-    """A name as one line that any table, terminal and file can hold: other characters as Python escapes them."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in name)
-
-
-def one_line(error: BaseException) -> str:
-    """The error's own words without line ends, or its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__

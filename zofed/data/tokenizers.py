@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zofed.base.errors import UserError
 from zofed.base.files import ROOT
+from zofed.base.texts import said_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -121,8 +122,7 @@ def _from_folder(folder: Path) -> "PreTrainedTokenizerBase":
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         usable = bool(tokenizer(PROBE, add_special_tokens=False)["input_ids"])
     except Exception as error:  # the Rust library raises plain Exception on a damaged tokenizer.json
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"folder {str(folder)!r} holds no readable tokenizer ({reason}): {remedy}") from error
+        raise UserError(f"folder {str(folder)!r} holds no readable tokenizer ({said_by(error)}): {remedy}") from error
     if not usable:
         raise UserError(f"the tokenizer in {str(folder)!r} turns {PROBE!r} into no tokens: {remedy}")
     return tokenizer

@@ -121,7 +121,7 @@ def _roles(path: Path, notes: list[str]) -> dict[str, tuple[str, bool]]:
     return {run.name: (run.arm, run.tunes) for run in runs}
 
 
-def arms(results: Sequence[Result]) -> list[Arm]:
+def grouped(results: Sequence[Result]) -> list[Arm]:
     """The runs by arm, in their order; of an arm that was tuned, those at the chosen values.
 
     Where seeds beside the tuning's are there, they alone are an arm's results: what chose is not what is reported. So

@@ -9,7 +9,7 @@ import numpy as np
 
 from zofed.base.errors import UserError
 from zofed.experiments.arms import Arm, incomparable, some
-from zofed.runs import plot_style as style
+from zofed.runs import plot_style
 from zofed.runs.run_result import Array, Result
 
 POINTS = 200  # at which curves of several seeds are averaged
@@ -29,7 +29,7 @@ def compare(arms: Sequence[Arm], axes: Sequence[str], path: Path, notes: Sequenc
     arms, notes = _shown(arms, notes)
     results = [result for arm in arms for result in arm.results]
     axes = axes or [axis for axis in FAIR if axis != "bytes" or any(result.total("bytes") > 0 for result in results)]
-    figure, places = style.panels(2, len(axes), sharex="col", sharey="row", height=3.4)
+    figure, places = plot_style.panels(2, len(axes), sharex="col", sharey="row", height=3.4)
     for column, axis in enumerate(axes):
         name = axis.replace("-", "_")
         lacking = [result.name for result in results if name not in result.columns]
@@ -47,7 +47,7 @@ def compare(arms: Sequence[Arm], axes: Sequence[str], path: Path, notes: Sequenc
             label = f"{arm.name} (n = {len(arm.results)})"
             curve(places[0, column], own, name, index, label, logarithmic)
             training(places[1, column], own, name, index, logarithmic)
-        places[1, column].set(xlabel=style.AXES[axis])
+        places[1, column].set(xlabel=plot_style.AXES[axis])
         if not logarithmic:
             places[1, column].locator_params(axis="x", nbins=TICKS)
         else:
@@ -55,11 +55,11 @@ def compare(arms: Sequence[Arm], axes: Sequence[str], path: Path, notes: Sequenc
             notes.append(
                 f"{axis}: the start has cost nothing, which has no place here; it stands before the first cost"
             )
-    places[0, 0].set_ylabel(style.LOSS)
+    places[0, 0].set_ylabel(plot_style.LOSS)
     places[1, 0].set_ylabel("training loss, smoothed (nats)")
     title = "mean of the seeds, band from lowest to highest" if any(len(arm.results) > 1 for arm in arms) else ""
     notes += [EQUIVALENTS] * ("forward-equivalents" in axes)
-    return style.save(figure, path, title, [*notes, incomparable(results)], places[0, 0])
+    return plot_style.save(figure, path, title, [*notes, incomparable(results)], places[0, 0])
 
 
 def fo_vs_zo(arms: Sequence[Arm], path: Path, notes: Sequence[str] = ()) -> Path:
@@ -75,7 +75,7 @@ def fo_vs_zo(arms: Sequence[Arm], path: Path, notes: Sequence[str] = ()) -> Path
     if missing := {"fo", "zo"} - set(best):
         raise UserError(f"there is no run of mode {' nor '.join(sorted(missing))}: this picture sets fo beside zo")
     chosen = sorted(best.items(), key=lambda item: ("fo", "zo").index(item[0]) if item[0] in ("fo", "zo") else 2)
-    figure, places = style.panels(2, 2)
+    figure, places = plot_style.panels(2, 2)
     results = [result for _, arm in chosen for result in arm.results]
     for place, axis in ((places[0, 0], "forward-equivalents"), (places[0, 1], "seconds")):
         name = axis.replace("-", "_")
@@ -83,7 +83,7 @@ def fo_vs_zo(arms: Sequence[Arm], path: Path, notes: Sequence[str] = ()) -> Path
         for index, (mode, arm) in enumerate(chosen):
             label = f"{arm.name if mode in arm.name else f'{mode}: {arm.name}'} (n = {len(arm.results)})"
             curve(place, arm.results, name, index, label, logarithmic)
-        place.set(xlabel=style.AXES[axis], ylabel=style.LOSS, xscale="log" if logarithmic else "linear")
+        place.set(xlabel=plot_style.AXES[axis], ylabel=plot_style.LOSS, xscale="log" if logarithmic else "linear")
         if not logarithmic:
             place.locator_params(axis="x", nbins=TICKS)
     ends(places[1, 0], [arm for _, arm in chosen], [mode for mode, _ in chosen])
@@ -91,7 +91,7 @@ def fo_vs_zo(arms: Sequence[Arm], path: Path, notes: Sequence[str] = ()) -> Path
     bars(places[1, 1], [mode for mode, _ in chosen], peaks, "peak memory of the process (MiB)", 0.0)
     notes = [*notes, EQUIVALENTS, "peak memory: of the whole process, loaded libraries among it", incomparable(results)]
     title = "the best arm of each mode; lines: mean of the seeds, bands and whiskers: lowest to highest"
-    return style.save(figure, path, title, notes, places[0, 0])
+    return plot_style.save(figure, path, title, notes, places[0, 0])
 
 
 def ends(place: Any, arms: Sequence[Arm], names: Sequence[str]) -> None:
@@ -103,7 +103,7 @@ def ends(place: Any, arms: Sequence[Arm], names: Sequence[str]) -> None:
     level = float(np.mean(list(frozen) or starts)) if frozen or starts else math.nan
     low = min(flat, default=0.0)
     margin = 0.25 * ((level if math.isfinite(level) else max(flat, default=1.0)) - low) or 0.1
-    bars(place, names, losses, f"{style.LOSS} at the end", low - margin)
+    bars(place, names, losses, f"{plot_style.LOSS} at the end", low - margin)
     if math.isfinite(level):
         place.set_ylim(top=max(place.get_ylim()[1], level + margin))
         place.axhline(level, color="0.3", lw=1, ls="--")
@@ -117,7 +117,7 @@ def bars(place: Any, names: Sequence[str], values: Sequence[Sequence[float]], la
     for index, own in enumerate(values):
         if not own:
             continue
-        mean, drawn = float(np.mean(own)), style.stroke(index)
+        mean, drawn = float(np.mean(own)), plot_style.stroke(index)
         place.bar(
             index, mean - floor, bottom=floor, color=drawn.color, alpha=0.55, hatch=drawn.hatch, edgecolor="black"
         )
@@ -138,7 +138,7 @@ def curve(place: Any, results: Sequence[Result], axis: str, index: int, label: s
     for result in results:
         rows, losses = result.held_out
         pairs.append((result.columns[axis][rows], losses))
-    _band(place, pairs, style.stroke(index).line(), label, logarithmic)
+    _band(place, pairs, plot_style.stroke(index).line(), label, logarithmic)
 
 
 def training(place: Any, results: Sequence[Result], axis: str, index: int, logarithmic: bool = False) -> None:
@@ -149,7 +149,7 @@ def training(place: Any, results: Sequence[Result], axis: str, index: int, logar
         rows = np.flatnonzero(np.isfinite(losses))
         if len(rows):
             pairs.append((result.columns[axis][rows], smoothed(losses[rows])))
-    drawn = style.stroke(index).line() | {"marker": "", "label": None}
+    drawn = plot_style.stroke(index).line() | {"marker": "", "label": None}
     _band(place, pairs, drawn, None, logarithmic)
 
 
@@ -191,9 +191,9 @@ def _is_wide(totals: Sequence[float]) -> bool:
 
 def _shown(arms: Sequence[Arm], notes: Sequence[str]) -> tuple[list[Arm], list[str]]:
     """The best arms, as many as one panel can hold, in their order; and the notes, with one on those left out."""
-    if len(arms) <= style.MOST:
+    if len(arms) <= plot_style.MOST:
         return list(arms), list(notes)
-    best = sorted(arms, key=lambda arm: arm.mean)[: style.MOST]
+    best = sorted(arms, key=lambda arm: arm.mean)[: plot_style.MOST]
     left = [arm.name for arm in arms if arm not in best]
-    told = f"the best {style.MOST} of {len(arms)} arms; left out of the picture: {some(left)}"
+    told = f"the best {plot_style.MOST} of {len(arms)} arms; left out of the picture: {some(left)}"
     return [arm for arm in arms if arm in best], [*notes, told]

@@ -8,13 +8,13 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from zofed.base.errors import UserError
-from zofed.core import journal
+from zofed.core import aggregation, journal
 from zofed.core.metrics import losses_among
 from zofed.core.records import Guided, Seeded
 from zofed.experiments.plot_arms import smoothed
-from zofed.runs import plot_style as style
-from zofed.runs.run_folder import read_table
+from zofed.runs import plot_style
 from zofed.runs.run_result import Array, Result
+from zofed.runs.tables import read_table
 
 CLIENTS_SHOWN = 8  # curves; of more clients the mean and the range are drawn
 
@@ -22,7 +22,7 @@ CLIENTS_SHOWN = 8  # curves; of more clients the mean and the range are drawn
 def quick(result: Result, path: Path) -> Path:
     """Losses, rate, and the spread of the slopes (of first order: the gradient's norm) by step."""
     steps, notes = result.columns.get("step", np.zeros(0)), []
-    figure, places = style.panels(1, 3, width=4.9)
+    figure, places = plot_style.panels(1, 3, width=4.9)
     loss, rate, spread = places[0]
     training = result.columns.get("loss", np.full(len(steps), np.nan))
     seen = np.flatnonzero(np.isfinite(training))
@@ -30,7 +30,7 @@ def quick(result: Result, path: Path) -> Path:
     if len(seen):
         loss.plot(steps[seen], smoothed(training[seen]), color="0.35", lw=1.6, label="training, smoothed")
     rows, losses = result.held_out
-    loss.plot(steps[rows], losses, **style.stroke(0).line(), label="held out")
+    loss.plot(steps[rows], losses, **plot_style.stroke(0).line(), label="held out")
     for name, level in losses_among(result.summary.get("baselines", {})).items():
         loss.axhline(level, color="0.3", lw=1, ls=":")
         loss.annotate(name, (1, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize="small")
@@ -42,7 +42,7 @@ def quick(result: Result, path: Path) -> Path:
     found = slopes(result.path / "journal.zofed", notes)
     if found:
         for index, (kind, (rounds, sizes)) in enumerate(sorted(found.items())):
-            drawn = style.stroke(index).line() | {"ms": 0}
+            drawn = plot_style.stroke(index).line() | {"ms": 0}
             spread.plot(rounds, sizes, color=drawn["color"], lw=0.7, alpha=0.35)
             spread.plot(rounds, smoothed(sizes), **drawn, label=f"along {kind} directions")
         spread.set(ylabel="spread of the slopes (rms)", ylim=(0, None))
@@ -55,7 +55,7 @@ def quick(result: Result, path: Path) -> Path:
         notes.append(f"not finished: {result.summary.get('status', 'no summary')}, {len(steps) - 1} steps")
     for place in places.flat:
         place.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    return style.save(figure, path, result.name, notes)
+    return plot_style.save(figure, path, result.name, notes)
 
 
 def slopes(path: Path, notes: list[str]) -> dict[str, tuple[Array, Array]]:
@@ -68,9 +68,7 @@ def slopes(path: Path, notes: list[str]) -> dict[str, tuple[Array, Array]]:
             if isinstance(record, Seeded) and record.coefficients:
                 rounds, sizes = found.setdefault("guided" if is_guided else "random", ([], []))
                 rounds.append(record.round)
-                sizes.append(
-                    float(np.sqrt(np.mean((np.array(record.coefficients, float) * 2.0**record.exponent) ** 2)))
-                )
+                sizes.append(aggregation.size(record))
     except UserError as error:
         notes.append(f"without slopes: {error}")
     return {kind: (np.array(rounds), np.array(sizes)) for kind, (rounds, sizes) in found.items()}
@@ -89,14 +87,14 @@ def federated(result: Result, path: Path) -> Path:
         )
     clients = sorted({int(row["client"]) for row in replies})
     last = max(int(row["round"]) for row in replies)
-    figure, places = style.panels(2, 2, width=5.6, height=3.7)
+    figure, places = plot_style.panels(2, 2, width=5.6, height=3.7)
     _participation(places[0, 0], replies, clients, last)
     _refusals(places[0, 1], replies, last)
     _traffic(places[1, 0], rounds)
     notes = _losses(places[1, 1], result.path, replies, clients)
     for place in places.flat:
         place.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    return style.save(figure, path, f"{result.name}: {len(clients)} clients, {last} rounds", notes)
+    return plot_style.save(figure, path, f"{result.name}: {len(clients)} clients, {last} rounds", notes)
 
 
 def _participation(place: Any, replies: list[dict[str, str]], clients: list[int], last: int) -> None:
@@ -122,7 +120,9 @@ def _refusals(place: Any, replies: list[dict[str, str]], last: int) -> None:
         counts = np.zeros(last)
         for row in replies:
             counts[int(row["round"]) - 1] += row["result"] == reason
-        place.plot(np.arange(1, last + 1), np.cumsum(counts), **style.stroke(index).line() | {"ms": 0}, label=reason)
+        place.plot(
+            np.arange(1, last + 1), np.cumsum(counts), **plot_style.stroke(index).line() | {"ms": 0}, label=reason
+        )
     place.set(xlabel="round", ylabel="answers not used, in all")
     if reasons:
         place.legend(frameon=False, fontsize="small")
@@ -135,7 +135,7 @@ def _traffic(place: Any, rounds: list[dict[str, str]]) -> None:
     at = [int(row["round"]) for row in rounds]
     for index, (column, label) in enumerate((("bytes_up", "up"), ("bytes_down", "down"))):
         sums = np.cumsum([float(row.get(column) or 0) for row in rounds]) / 1000
-        place.plot(at, sums, **style.stroke(index).line() | {"ms": 0}, label=label)
+        place.plot(at, sums, **plot_style.stroke(index).line() | {"ms": 0}, label=label)
     place.set(xlabel="round", ylabel="KB of all clients, in all", ylim=(0, None))
     place.legend(frameon=False)
 
@@ -160,7 +160,7 @@ def _losses(place: Any, folder: Path, replies: list[dict[str, str]], clients: li
     }
     if len(lines) <= CLIENTS_SHOWN:
         for index, (client, (at, losses)) in enumerate(sorted(lines.items())):
-            drawn = style.stroke(index).line() | {"markevery": max(1, len(at) // 8)}
+            drawn = plot_style.stroke(index).line() | {"markevery": max(1, len(at) // 8)}
             place.plot(at, losses, **drawn, label=f"client {client}")
         place.legend(frameon=False, fontsize="x-small", ncols=2)
         return []

@@ -11,9 +11,9 @@ import numpy as np
 
 from zofed.base.errors import UserError
 from zofed.experiments import slope_history
-from zofed.experiments.arms import Arm, arms, differing, some
+from zofed.experiments.arms import Arm, differing, grouped, some
 from zofed.experiments.sweep import shown
-from zofed.runs import plot_style as style
+from zofed.runs import plot_style
 from zofed.runs.run_result import Result
 
 LONGEST_TICK = 44  # characters of a line
@@ -46,7 +46,7 @@ def sweep(results: Sequence[Result], path: Path, notes: Sequence[str] = ()) -> P
         lines = sum(_short(arm, "arm").count("\n") + 1 for arm in values(done, "arm"))
         tall = max(HEIGHT, LINE * lines + 1)
         heights = [tall if "arm" in keys else HEIGHT for keys in (*pairs, *((key,) for key in settings))]
-    figure, places = style.panels(
+    figure, places = plot_style.panels(
         rows, columns, 4.9 if columns > 1 else 9, sum(heights) / rows, gridspec_kw={"height_ratios": heights}
     )
     flat = list(places.flat)
@@ -63,8 +63,8 @@ def sweep(results: Sequence[Result], path: Path, notes: Sequence[str] = ()) -> P
     if any(result.tunes for result in done):
         told = "the tuning's seed alone, which all values have; elsewhere: the seeds that are reported"
         notes = [*notes, f"where a tuned setting is shown: {told}"]
-    title = f"{style.LOSS} at the end, mean of the seeds, at the best of all other settings; lower is better"
-    return style.save(figure, path, title, notes)
+    title = f"{plot_style.LOSS} at the end, mean of the seeds, at the best of all other settings; lower is better"
+    return plot_style.save(figure, path, title, notes)
 
 
 def _axes(results: Sequence[Result]) -> list[str]:
@@ -88,7 +88,7 @@ def comparable(results: Sequence[Result], keys: Sequence[str]) -> list[Result]:
 
     Over one that is tuned, the runs of the tuning, which have one seed for every value; else those that are reported.
     """
-    found = arms(results)
+    found = grouped(results)
     if any(_within_arms(results, key) for key in keys):
         seeds = {result.settings["seed"] for arm in found for result in arm.chosen_from}
         own = [result for arm in found for result in arm.chosen_from or arm.results]
@@ -181,7 +181,7 @@ def by_setting(place: Any, results: Sequence[Result], key: str) -> None:
     box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
     for at, loss in enumerate(means):
         place.annotate(f"{loss:.3f}", across(at, loss), (7, 6), textcoords="offset points", fontsize="small", bbox=box)
-    label, ticks = f"{style.LOSS}\ngrey: each run, black: best", [_short(one, key) for one in found]
+    label, ticks = f"{plot_style.LOSS}\ngrey: each run, black: best", [_short(one, key) for one in found]
     margin = 0.1 * (edge - low) or 0.1
     if are_numbers:
         place.set_xticks(rows, ticks)
@@ -223,19 +223,19 @@ def zo(results: Sequence[Result], path: Path, points: int, notes: Sequence[str] 
         )
     columns = max(2, min(3, len(keys)))
     rows = -(-len(keys) // columns)
-    figure, places = style.panels(rows + 1, columns, width=4.9, height=3.6)
+    figure, places = plot_style.panels(rows + 1, columns, width=4.9, height=3.6)
     flat = list(places.flat)
     for place, key in zip(flat, keys, strict=False):
         by_setting(place, comparable(done, [key]), key)
     for place in [*flat[len(keys) : rows * columns], *places[rows, 2:]]:
         place.set_visible(False)
-    _over_time(places[rows, 0], places[rows, 1], arms(own), points, notes)
+    _over_time(places[rows, 0], places[rows, 1], grouped(own), points, notes)
     for place in places[rows, :2]:
         place.set_visible(bool(place.lines))
     if not points:
         notes.append("slopes are not set against backpropagation: --points 5 does so at five steps, by replay")
     title = "zeroth order: end loss by setting; quality of the slopes over time"
-    return style.save(figure, path, title, notes, places[rows, 0])
+    return plot_style.save(figure, path, title, notes, places[rows, 0])
 
 
 def _is_drawn_as_one(place: Any, some_: Sequence[Result], name: str) -> bool:
@@ -261,7 +261,7 @@ def _over_time(cosine: Any, signal: Any, found: Sequence[Arm], points: int, note
         notes.append(f"slopes over time: the best {len(chosen)} of {len(found)} arms, first seed")
     guided = [name for name in GUIDED if not _is_drawn_as_one(cosine, [arm.results[0] for arm in chosen], name)]
     for index, arm in enumerate(arm for arm in found if arm in chosen):
-        result, drawn = arm.results[0], style.stroke(index).line()
+        result, drawn = arm.results[0], plot_style.stroke(index).line()
         for name in guided:
             if _has(result, name):
                 rows = np.flatnonzero(np.isfinite(result.columns[name]))

@@ -12,9 +12,8 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
 from zofed.core.metrics import SCORE
-from zofed.experiments import arms as results
 from zofed.experiments import comparisons, plot_arms, plot_run, plot_sweep
-from zofed.experiments.arms import Arm
+from zofed.experiments.arms import Arm, collect, differing, grouped, incomparable, sweep_of
 from zofed.experiments.html_page import Page, Rows
 from zofed.experiments.sweep_folder import SweepFolder
 from zofed.runs.run_folder import timestamp
@@ -23,23 +22,23 @@ from zofed.runs.run_result import Result
 MOST_PAIRED = 10  # arms whose differences one table shows
 
 
-def report(path: Path, points: int) -> tuple[Path, Path]:
+def write_report(path: Path, points: int) -> tuple[Path, Path]:
     """Write report.html and summary.md into a folder of runs; returns their paths.
 
     points: steps at which slopes are set against backpropagation, by replay; 0: none. Raises UserError where not one
     run can be read; what cannot be read or drawn besides is told in the page.
     """
     path = config.absolute(path, "folder")
-    found, notes = results.collect([path])
-    arms, folder = results.arms(found), SweepFolder(path)
+    found, notes = collect([path])
+    arms, folder = grouped(found), SweepFolder(path)
     about = ""
     with contextlib.suppress(UserError):  # told among the notes already
-        about = sweep.about if (sweep := results.sweep_of(path)) else ""
+        about = sweep.about if (sweep := sweep_of(path)) else ""
     page = Page(f"{path.name}: {about}" if about else path.name)
     page.parts.append(f"<h1>{html.escape(page.title)}</h1><p>{len(found)} runs, {len(arms)} arms; {timestamp()}</p>")
     page.summary += [f"# {page.title}", ""]
     page.heading("What the runs say", short=True)
-    page.sentences([*comparisons.sentences(arms), *filter(None, [results.incomparable(found)])], short=True)
+    page.sentences([*comparisons.sentences(arms), *filter(None, [incomparable(found)])], short=True)
     page.heading("Arms", short=True)
     page.table(*_arms(arms), short=True)
     page.sentences([plot_arms.EQUIVALENTS, f"± is the standard deviation over seeds; {_rule(arms)}"], short=True)
@@ -175,7 +174,7 @@ def _controls(arms: Sequence[Arm]) -> tuple[list[str], Rows] | None:
 
 
 def _settings(page: Page, found: Sequence[Result], arms: Sequence[Arm]) -> None:
-    differ = results.differing(found)
+    differ = differing(found)
     rows = [[arm.name, *(_said(arm.results[0].settings.get(key)) for key in differ)] for arm in arms]
     if differ:
         page.table(["arm", *differ], rows)

@@ -9,10 +9,12 @@ from zofed.core import metrics
 from zofed.core.journal import read
 from zofed.core.slope_quality import diagnose
 from zofed.data import encoding
-from zofed.runs.run_folder import Row, RunFolder, read_table
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import Row, read_table
 from zofed.training.finalize import base_replica
-from zofed.training.task import Task, prepare_process
-from zofed.training.trainer import replay
+from zofed.training.process import prepare_process
+from zofed.training.rebuilding import replay
+from zofed.training.task import Task
 
 FILE = "course.csv"
 COLUMNS: tuple[str, ...] = ("step", "signal_to_noise", "cosine", "expected_cosine")

@@ -11,7 +11,9 @@ from zofed.preflight.check import bytes_needed
 from zofed.preflight.footprint import Footprint
 from zofed.preflight.forecast import bytes_of_a_round, duration, free_bytes, pace
 from zofed.preflight.model_info import ModelInfo, info
-from zofed.training.task import Task, prepare_process, with_absolute_paths
+from zofed.training.paths import with_absolute_paths
+from zofed.training.process import prepare_process
+from zofed.training.task import Task
 
 # What a run's process holds of its own besides its model: of the 430 MiB it shows, 295 are shared (measured).
 LIBRARIES = 80 * 2**20

@@ -22,8 +22,9 @@ from zofed.base.files import ROOT, hold, write_whole
 from zofed.data import mixing, subsets
 from zofed.experiments import sweep_file
 from zofed.experiments.sweep import Run, Sweep
-from zofed.runs.run_folder import RunFolder, read_table, timestamp, versions
-from zofed.training.task import NAMES, absolute_path, with_absolute_paths
+from zofed.runs.run_folder import RunFolder, timestamp, versions
+from zofed.runs.tables import read_table
+from zofed.training.paths import NAMES, absolute_path, with_absolute_paths
 
 COSTS = ("forward_passes", "backward_passes", "forward_equivalents", "tokens", "seconds", "bytes")
 SUMMARY = (

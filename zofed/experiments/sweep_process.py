@@ -23,7 +23,8 @@ from typing import Any
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.experiments.sweep import Run
-from zofed.runs.run_folder import Row, RunFolder
+from zofed.runs.run_folder import RunFolder
+from zofed.runs.tables import Row
 
 CENTRAL = ("zofed.training.central", "zofed.runs.pictures", "zofed.experiments.sweep_process")
 FEDERATED = ("zofed.federated.server", "zofed.federated.client", "zofed.federated.local_grid")

@@ -41,12 +41,14 @@ class Ended:
 class Board:
     """The state of a sweep. most: runs there will be, unless a tuning fails. left: seconds to go, None: not known yet.
 
-    skipped: runs that were complete before. ended: those of this time, in order.
+    skipped: runs that were over before. ended: those of this time, in order. diverged: names of runs, of both kinds,
+    that diverged while tuning, which is no failure.
     """
 
     most: int
     skipped: int
     ended: tuple[Ended, ...]
+    diverged: tuple[str, ...]
     running: tuple[Running, ...]
     left: float | None
 
@@ -57,6 +59,16 @@ class Board:
     @property
     def failed(self) -> list[Ended]:
         return [run for run in self.ended if run.error]
+
+    @property
+    def complete(self) -> int:
+        """Runs with an end that counts: neither failed nor diverged."""
+        return self.over - len(self.failed) - len(self.diverged)
+
+    @property
+    def complete_before(self) -> int:
+        """Those of them that were complete when this go at the sweep began."""
+        return self.skipped - len(set(self.diverged) - {run.name for run in self.ended})
 
 
 @dataclass
@@ -108,7 +120,16 @@ class Runner:
             steps = process.steps or steps_within(process.run.settings)
             seconds = time.monotonic() - process.began
             running.append(Running(process.run.name, self.folder.steps_done(process.run), steps, seconds))
-        return Board(self.sweep.most, self._skipped, tuple(self.ended), tuple(running), self._left(running))
+        failed = {run.name for run in self.ended if run.error}
+        diverged = sorted(name for name, loss in self.losses.items() if loss == math.inf and name not in failed)
+        return Board(
+            most=self.sweep.most,
+            skipped=self._skipped,
+            ended=tuple(self.ended),
+            diverged=tuple(diverged),
+            running=tuple(running),
+            left=self._left(running),
+        )
 
     def _enter(self, runs: list[Run]) -> None:
         """Note that these runs are due: skip the finished, queue the others."""
@@ -157,6 +178,11 @@ class Runner:
         whole = self.sweep.most - self._skipped - len(self.ended) - len(running)
         rest = sum(max(0.0, mean * (1 - share)) for _, share in shares)
         return (whole * mean + rest) / min(self.parallel, max(1, whole + len(running)))
+
+    @property
+    def untuned(self) -> list[str]:
+        """Arms, by name, of which no value that was tried trains, once all is over: their other seeds do not run."""
+        return [arm.name for arm in self.sweep.arms if self.sweep.chosen(arm, self.losses) is None]
 
     @property
     def overhead(self) -> float | None:

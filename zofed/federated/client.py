@@ -33,7 +33,9 @@ from zofed.federated import messages, protocol
 from zofed.federated.protocol import NO_LOSS, Answer, Contribution, Plan
 from zofed.federated.wire import Evaluation, Final, Greeting, Introduction, Malformed
 from zofed.training import measurements
-from zofed.training.task import Task, prepare_process, with_absolute_paths
+from zofed.training.paths import with_absolute_paths
+from zofed.training.process import prepare_process
+from zofed.training.task import Task
 
 UPDATES_KEPT = 2  # guides and updates that entries soon to come will name
 

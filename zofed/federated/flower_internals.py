@@ -191,7 +191,7 @@ class Node:
 
     def __init__(self, address: str, root_certificates: Path, key: Path) -> None:
         private = load_ssh_private_key(key.read_bytes(), None)
-        assert isinstance(private, EllipticCurvePrivateKey), "keys.check_node lets no other pass"
+        assert isinstance(private, EllipticCurvePrivateKey), "key_checks.check_node lets no other pass"
         self._public = public_key_to_bytes(private.public_key())
         interceptors = [
             RuntimeVersionHttpInterceptor(component_name="SuperNode"),

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, RecordDict
 
+from zofed.base import texts
 from zofed.core import sanitize
 from zofed.federated import flower_messages, wire
 from zofed.federated.wire import Malformed
@@ -31,7 +32,7 @@ def unpack(kind: type[T], content: RecordDict) -> T:
 
 
 def _names(found: Iterable[str]) -> str:
-    return sanitize.text(repr(list(found)[:3]), sanitize.LONGEST_NAME)
+    return texts.one_line(repr(list(found)[:3]), sanitize.LONGEST_NAME)
 
 
 def size(content: RecordDict) -> int:

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from zofed.base.errors import UserError
+from zofed.base.texts import said_by
 from zofed.core import metrics
 from zofed.data import encoding
 from zofed.data.encoding import Document, Examples
@@ -78,10 +79,9 @@ def check_reads(model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str,
     if (error := fails(block_size)) is None:
         return
     if fails(SHORTEST) is not None:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise UserError(
-            f"model {name!r} ({type(model).__name__}) does not run on token ids alone ({reason}): give a "
-            f"model such as {'BERT, GPT-2 or Llama' if labels else 'GPT-2 or Llama'}"
+            f"model {name!r} ({type(model).__name__}) does not run on token ids alone ({said_by(error)}): "
+            f"give a model such as {'BERT, GPT-2 or Llama' if labels else 'GPT-2 or Llama'}"
         ) from error
     longest, failing = SHORTEST, block_size
     while failing - longest > 1:

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from zofed.base.errors import UserError
+from zofed.base.texts import said_by
 from zofed.models import initial
 from zofed.models.classifier import HEAD_FILE
 
@@ -84,7 +85,7 @@ class Saved:
             raise self._unusable(error) from error
 
     def _unusable(self, error: Exception) -> UserError:
-        return UserError(f"{self.where}: its config.json cannot be used ({_reason(error)}): {self.config_again}")
+        return UserError(f"{self.where}: its config.json cannot be used ({said_by(error)}): {self.config_again}")
 
     def _written(self) -> dict[str, Any]:
         """What config.json says. Raises UserError for what no override could mend."""
@@ -100,7 +101,7 @@ class Saved:
             written = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:  # no JSON, no UTF-8
             raise UserError(
-                f"{self.where}: its config.json is no JSON ({_reason(error)}): {self.config_again}"
+                f"{self.where}: its config.json is no JSON ({said_by(error)}): {self.config_again}"
             ) from error
         if not isinstance(written, dict) or not isinstance(written.get("model_type"), str):
             raise UserError(f"{self.where}: its config.json names no model_type: {self.config_again}")
@@ -140,7 +141,7 @@ class Saved:
             return kind.from_config(config, dtype=torch.float32, trust_remote_code=False)
         except Exception as error:  # the library raises many types; each means that this config cannot be used
             raise UserError(
-                f"{self.where}: its config.json cannot be used ({_reason(error)}): {self.config_again}"
+                f"{self.where}: its config.json cannot be used ({said_by(error)}): {self.config_again}"
             ) from error
 
     def load(self, kind: Any, config: Any, seed: int, optional: str = r"(?!)") -> PreTrainedModel:
@@ -174,7 +175,7 @@ class Saved:
                     self.folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
                 ]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{self.where}: its {INDEX} cannot be read ({_reason(error)}): {self.again}") from error
+                raise UserError(f"{self.where}: its {INDEX} cannot be read ({said_by(error)}): {self.again}") from error
             if lacking := [file.name for file in files if not file.is_file()]:
                 raise UserError(
                     f"{self.where} lacks {len(lacking)} of the {len(files)} files of its weights, such as "
@@ -191,7 +192,7 @@ class Saved:
                     raise UserError(
                         f"{self.where}: {file.name} is a pointer of Git LFS and not the weights: run git lfs pull there"
                     ) from error
-                raise UserError(f"{self.where}: {file.name} is damaged ({_reason(error)}): {self.again}") from error
+                raise UserError(f"{self.where}: {file.name} is damaged ({said_by(error)}): {self.again}") from error
 
     def _instead(self) -> str:
         """What lies where the weights should, and the remedy."""
@@ -222,7 +223,7 @@ class Saved:
             raise
         except Exception as error:  # the library raises many types; its files were found whole
             raise UserError(
-                f"{self.where}: its weights do not fit its config.json ({_reason(error)}): {self.config_again}"
+                f"{self.where}: its weights do not fit its config.json ({said_by(error)}): {self.config_again}"
             ) from error
 
     def _check_shapes(self, model: PreTrainedModel, config: Any, misshapen: Any) -> set[str]:
@@ -319,10 +320,3 @@ def _example(kind: Any) -> str:
 def _starts(file: Path, beginning: bytes) -> bool:
     with file.open("rb") as opened:
         return opened.read(len(beginning)) == beginning
-
-
-def _reason(error: Exception) -> str:
-    """The first line of what a library says."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    named = type(error).__name__ if isinstance(error, KeyError) or not first else ""
-    return " ".join(part for part in (named, first[:200].rstrip(".")) if part)

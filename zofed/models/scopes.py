@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from zofed.base.errors import UserError
 from zofed.core.digests import named_parameters
-from zofed.core.perturbed import Watch
+from zofed.core.perturbation_mode import Watch
 from zofed.models.classifier import PooledClassifier
 from zofed.models.initial import drawn
 

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
+from zofed.base.texts import printable
 from zofed.config import Settings
-from zofed.data.readers import printable
 from zofed.models import classifier, initial, limits, sources
 from zofed.models.classifier import PooledClassifier, Pooling
 from zofed.models.precision import Model, ready

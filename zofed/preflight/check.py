@@ -21,7 +21,9 @@ from zofed.preflight.forecast import bytes_of_a_round, duration, free_bytes, pac
 from zofed.preflight.model_info import ModelInfo, info
 from zofed.runs import run_folder
 from zofed.training.modes import MODES
-from zofed.training.task import Task, device, prepare_process, with_absolute_paths
+from zofed.training.paths import with_absolute_paths
+from zofed.training.process import device, prepare_process
+from zofed.training.task import Task
 
 SAMPLED = 500_000  # characters that are tokenised to count blocks; the rest is taken to be like them
 

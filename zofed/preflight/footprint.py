@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import directions, metrics, perturbed
+from zofed.core import directions, kinds, metrics, perturbed
 from zofed.core.digests import named_parameters
 from zofed.core.optimizers import Optimizer
 from zofed.core.pass_memory import bytes_of, peak_bytes
+from zofed.core.perturbation_mode import in_pieces
 from zofed.core.replica import BLOCK
 from zofed.core.subspace import frozen
 from zofed.training.measurements import backprop_batch_size
@@ -103,7 +104,7 @@ def footprints(
 def _forward(loss: perturbed.Loss, parameters: Mapping[str, Tensor], settings: Settings) -> int:
     """F: what a zeroth-order pass holds, with the factors of all the directions that are drawn together."""
     steps = (settings.epsilon, -settings.epsilon)[: 2 if settings.finite_difference == "two-point" else 1]
-    if directions.terms(settings.directions):
+    if kinds.terms(settings.directions):
         drawn = min(settings.queries, perturbed.QUERIES_AT_ONCE)
         asked = min(drawn, -(-settings.perturbations_per_pass // len(steps)))
         seeds, copies = list(range(asked)), settings.perturbations_per_pass
@@ -135,7 +136,7 @@ def _backward(loss: perturbed.Loss, parameters: Mapping[str, Tensor]) -> Callabl
 
 def _subspace(loss: perturbed.Loss, parameters: Mapping[str, Tensor], settings: Settings) -> Callable[[], object]:
     kind = "core" if settings.subspace_variant == "core" else settings.directions
-    seeds = list(range(directions.seeds_needed(kind, settings.subspace_size)))
+    seeds = list(range(kinds.seeds_needed(kind, settings.subspace_size)))
 
     def run() -> object:
         coefficients = torch.zeros(settings.subspace_size, requires_grad=True)
@@ -150,7 +151,7 @@ def _evaluation(model: nn.Module, settings: Settings) -> Callable[[], object]:
 
     @torch.no_grad()
     def run() -> object:
-        with perturbed.in_pieces():
+        with in_pieces():
             return loss()
 
     return run

@@ -15,8 +15,9 @@ from zofed.core.replica import Replica
 from zofed.data.encoding import Examples
 from zofed.federated import protocol
 from zofed.training.modes import mode_of
+from zofed.training.process import device
 from zofed.training.steps import step_function, steps_of
-from zofed.training.task import Task, device
+from zofed.training.task import Task
 
 QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only one
 

@@ -17,7 +17,7 @@ from zofed.models.spec import ModelSpec
 from zofed.preflight import footprint
 from zofed.preflight.footprint import Footprint
 from zofed.training.modes import MODES
-from zofed.training.task import with_absolute_paths
+from zofed.training.paths import with_absolute_paths
 from zofed.training.tasks import TASKS
 
 SCOPES = ("full", "reduced", "last-1", "norms", "biases", "head")

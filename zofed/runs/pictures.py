@@ -11,8 +11,7 @@ import seaborn as sns
 
 from zofed.core.metrics import losses_among
 from zofed.data import partitions
-from zofed.runs import plot_style as style
-from zofed.runs import run_result
+from zofed.runs import plot_style, run_result
 from zofed.runs.run_folder import RunFolder
 
 GROUPS_SHOWN = 10  # colours and hatches that an eye can still tell apart
@@ -22,17 +21,17 @@ def plot_loss(folder: RunFolder, baselines: Mapping[str, float]) -> Path:
     """loss.png in the run's folder: training and held-out loss by step, with the baselines as lines."""
     result = run_result.read(folder.path)
     steps, training, (rows, held_out) = result.columns["step"], result.columns["loss"], result.held_out
-    figure, places = style.panels(1, 1, width=8, height=5)
+    figure, places = plot_style.panels(1, 1, width=8, height=5)
     place = places[0, 0]
     seen = np.flatnonzero(np.isfinite(training))
     place.plot(steps[seen], training[seen], color="0.7", lw=1, label="training")
-    place.plot(steps[rows], held_out, **style.stroke(0).line(), label="held-out")
+    place.plot(steps[rows], held_out, **plot_style.stroke(0).line(), label="held-out")
     for index, (name, loss) in enumerate(losses_among(baselines).items()):
         place.axhline(loss, color="0.35", lw=1, ls=("--", "-.", ":")[index % 3])
         place.annotate(f"{name} {loss:.2f}", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     place.set(xlabel="step", ylabel="loss (nats)")
     place.legend(loc="best", fontsize="small")
-    return style.save(figure, folder.path / "loss.png")
+    return plot_style.save(figure, folder.path / "loss.png")
 
 
 def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> Path:
@@ -52,7 +51,7 @@ def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> 
         held, dark = counts[:, index], index < len(groups) / 2
         ink = "white" if dark else "black"
         bars = axes.barh(
-            clients, held, left=starts, color=colors[index], height=0.8 if few else 1, label=style.shown(name),
+            clients, held, left=starts, color=colors[index], height=0.8 if few else 1, label=plot_style.shown(name),
             hatch=("", "///")[index % 2], edgecolor=ink, lw=0.6 if few else 0,
         )  # fmt: skip
         if few:
@@ -68,7 +67,7 @@ def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> 
         axes.set_yticks(range(0, len(clients), -(-len(clients) // 20)))
     axes.set(xlabel="documents", ylabel="client", xlim=(0, 1.08 * widest), ylim=(len(clients) - 0.5, -0.5))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, handleheight=1.2)
-    return style.save(figure, path)
+    return plot_style.save(figure, path)
 
 
 def federation(folder: RunFolder, clients: int) -> Path:
@@ -100,4 +99,4 @@ def federation(folder: RunFolder, clients: int) -> Path:
     last.set_ylim(0, 1.3 * max(below, default=1))
     last.set(xlabel="round", ylabel="seconds of a round")
     last.legend(frameon=False)
-    return style.save(figure, path)
+    return plot_style.save(figure, path)

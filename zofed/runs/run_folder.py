@@ -1,6 +1,8 @@
-"""A run's folder: settings, journal, metrics, checkpoints, summary, model; the same whichever way it ran."""
+"""A run's folder: settings, journal, metrics, checkpoints, summary, model; the same whichever way it ran.
 
-import hashlib
+What needs torch is imported where it is used: commands look into folders, and tell their help, long before.
+"""
+
 import json
 import platform
 import resource
@@ -12,23 +14,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, safe_open, save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
 from zofed import __version__, config
 from zofed.base import arithmetic, shell
-from zofed.base.errors import DiskError, UserError
+from zofed.base.errors import UserError
 from zofed.base.files import sync_file, sync_folder, write_whole
 from zofed.config import Settings
-from zofed.core.digests import tensors_digest
-from zofed.core.journal import Genesis, Journal, differences
-from zofed.core.replica import NotKept
-from zofed.runs.tables import Row as Row
-from zofed.runs.tables import read_table as read_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from zofed.core.journal import Genesis
 
 METRICS = (
     "timestamp", "epoch", "step", "mode", "scope", "q", "lr", "batch_size", "optimizer", "bp_interval", "loss",
@@ -94,6 +93,8 @@ class RunFolder:
         files = {self.path / name for name in _OF_REFUSED}
         if not self.path.is_dir() or not set(self.path.iterdir()) <= files:
             return
+        from zofed.core.journal import Journal
+
         with suppress(UserError):  # a damaged summary or journal: the folder stays as it is
             if self.summary().get("status") != "failed":
                 return
@@ -140,10 +141,12 @@ class RunFolder:
 
     @property
     def journal(self) -> Path:
+        """The file of the run's records."""
         return self.path / "journal.zofed"
 
     @property
     def model(self) -> Path:
+        """The folder of the trained model."""
         return self.path / "model"
 
     def has_model(self) -> bool:
@@ -157,6 +160,7 @@ class RunFolder:
             return False
 
     def settings(self) -> Settings:
+        """The run's settings, from its `settings.toml`."""
         return config.resolve(config.read_own_toml(self.path / "settings.toml"))
 
     def write_text(self, name: str, text: str) -> None:
@@ -164,20 +168,25 @@ class RunFolder:
         write_whole(self.path / name, text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write `summary.json`."""
         self.write_text("summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
 
     def summary(self) -> dict[str, Any]:
+        """What `summary.json` says."""
         return self._read_json("summary.json")
 
     def inputs(self) -> dict[str, Any]:
+        """What `inputs.json` says the run read."""
         return self._read_json("inputs.json")
 
-    def check_unchanged(self, inputs: Mapping[str, Any], genesis: Genesis, now: Genesis) -> None:
+    def check_unchanged(self, inputs: Mapping[str, Any], genesis: "Genesis", now: "Genesis") -> None:
         """Raise UserError unless a run can go on: from what it read, and from the journal's genesis, as they were.
 
         inputs, now: what settings, data and model give today. Another processor or BLAS may go on, to weights that
         the journal explains as well; that they may not be those of an undisturbed run is said.
         """
+        from zofed.core.journal import differences
+
         recorded = self.inputs()
         before = {key: value for key, value in recorded.items() if key not in (WAY, NODES, ARITHMETIC)}
         before = config.with_present_names(before)
@@ -205,7 +214,7 @@ class RunFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def save_update(self, digest: bytes, tensors: Mapping[str, Tensor]) -> None:
+    def save_update(self, digest: bytes, tensors: Mapping[str, "Tensor"]) -> None:
         """Keep the gradient or guide that a record names by its digest, whole on disk before this returns."""
         self._save(self.path / "updates", digest.hex(), tensors, {})
 
@@ -223,55 +232,51 @@ class RunFolder:
     def _update_path(self, digest: bytes) -> Path:
         return self.path / "updates" / f"{digest.hex()}.safetensors"
 
-    def update(self, digest: bytes) -> dict[str, Tensor] | None:
+    def update(self, digest: bytes) -> "dict[str, Tensor] | None":
         """The gradient or guide of a digest, None where it was not kept or is damaged."""
-        found = read_checkpoint(self._update_path(digest), digest.hex()) if digest else None
+        from zofed.runs import checkpoints
+
+        found = checkpoints.read(self._update_path(digest), digest.hex()) if digest else None
         return found and found[0]
 
-    def whole_update(self, digest: bytes) -> dict[str, Tensor] | None:
+    def whole_update(self, digest: bytes) -> "dict[str, Tensor] | None":
         """As `update`, but raises NotKept, which names the file, where it is damaged."""
         found = self.update(digest)
         if found is None and self.has_update(digest):
+            from zofed.core.replica import NotKept
+
             raise NotKept(
                 f"{self._update_path(digest)}, a gradient that the replay needs, is damaged, and no checkpoint lies "
                 "behind its step: restore the file from a copy"
             )
         return found
 
-    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], keep: int) -> None:
+    def save_checkpoint(self, name: str, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any], keep: int) -> None:
         """Save tensors and facts whole or not at all; all but the newest `keep` go once the new one is on disk."""
         self._save(self.path / "checkpoints", name, tensors, facts)
         for old in self.checkpoints()[:-keep]:
             old.unlink()
 
-    def save_best(self, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    def save_best(self, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any]) -> None:
         """Keep what scored best so far, in place of what did before."""
         self._save(self.path / "checkpoints", BEST, tensors, facts)
 
-    def best(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def best(self) -> "tuple[dict[str, Tensor], dict[str, Any]]":
         """Tensors and facts of the best checkpoint. Raises UserError where there is none or it is damaged."""
+        from zofed.runs import checkpoints
+
         path = self.path / "checkpoints" / f"{BEST}.safetensors"
-        found = read_checkpoint(path)
+        found = checkpoints.read(path)
         if found is None and path.exists():
             raise UserError(f"{path} is damaged: {RESTORE}, or score the run's end, without --best")
         if found is None:
             raise UserError(f"{self.path} holds no best checkpoint: train with keep-best = true")
         return found
 
-    def _save(self, folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        temporary = folder / f".{name}.new"
-        held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        digest, written = tensors_digest(held), json.dumps(facts)
-        try:
-            folder.mkdir(exist_ok=True)
-            save_file(held, temporary, {"facts": written, "digest": digest, "seal": _seal(digest, written)})
-            sync_file(temporary)
-            temporary.rename(folder / f"{name}.safetensors")
-            sync_folder(folder)
-        except (SafetensorError, OSError) as error:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise DiskError(f"cannot write {temporary}: {error}; free some space") from error
+    def _save(self, folder: Path, name: str, tensors: Mapping[str, "Tensor"], facts: Mapping[str, Any]) -> None:
+        from zofed.runs import checkpoints
+
+        checkpoints.write(folder, name, tensors, facts)
 
     def sync_tables(self) -> None:
         """Make durable all lines of all tables."""
@@ -284,29 +289,6 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
 
 
-def _seal(digest: str, facts: str) -> str:
-    """SHA-256, hex, over a checkpoint's facts and the digest of its tensors."""
-    return hashlib.sha256(f"{digest}\n{facts}".encode()).hexdigest()
-
-
-def read_checkpoint(path: Path, wanted: str = "") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and facts of a checkpoint file, or None where it is damaged.
-
-    wanted: the tensors' digest, hex; empty: the one in the file. A file of an earlier version has no seal over its
-    facts: whoever goes by them compares them with the journal.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
-        facts, digest = json.loads(about["facts"]), about["digest"]
-        if not isinstance(facts, dict) or about.get("seal", sealed := _seal(digest, about["facts"])) != sealed:
-            return None
-        tensors = load_file(path)
-        return (tensors, facts) if tensors_digest(tensors) == (wanted or digest) else None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
-        return None
-
-
 def versions() -> dict[str, str]:
     """Versions of all that a result may depend on."""
     packages = ("torch", "transformers", "numpy", "flwr", "safetensors", "tokenizers")
@@ -315,6 +297,8 @@ def versions() -> dict[str, str]:
 
 def peak_memory_bytes() -> int:
     """Largest memory this process has held: on the GPU if it used one, else resident in RAM."""
+    import torch
+
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,7 +12,6 @@ import numpy as np
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import SETTINGS
-from zofed.core.metrics import SCORE
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import read_table
 
@@ -66,6 +65,8 @@ class Result:
     @property
     def score(self) -> float:
         """The share of right answers at the end, of a task that has some; NaN of another, or where it has not ended."""
+        from zofed.core.metrics import SCORE  # which takes torch: `zofed report --help` need not wait
+
         return float(self.summary.get(SCORE, math.nan)) if self.is_complete else math.nan
 
     @property

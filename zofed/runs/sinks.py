@@ -8,7 +8,7 @@ from typing import Any
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.runs.run_folder import Row
+from zofed.runs.tables import Row
 
 SHOWN = {
     "loss": "loss/training (nats)",

@@ -9,7 +9,7 @@ import torch
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import directions, metrics, pass_memory
+from zofed.core import kinds, metrics, pass_memory
 from zofed.core.journal import Journal
 from zofed.core.replica import Replica
 from zofed.core.slope_quality import Diagnosis, diagnose
@@ -21,8 +21,10 @@ from zofed.runs.tables import Row
 from zofed.training import device_pool
 from zofed.training.finalize import finish, status_kept
 from zofed.training.modes import mode_of
+from zofed.training.paths import with_absolute_paths
+from zofed.training.process import prepare_process
 from zofed.training.steps import step_function, steps_of
-from zofed.training.task import Task, prepare_process, with_absolute_paths
+from zofed.training.task import Task
 from zofed.training.trainer import Totals, Trainer, sure_lines
 
 Show = Callable[[Row], None]
@@ -122,7 +124,7 @@ def memory_of_passes(settings: Settings, bytes_beside_weights: int) -> Memory:
 
     Raises UserError when not even one copy fits, and for a loss that does not use all that trains.
     """
-    if not directions.terms(settings.directions):
+    if not kinds.terms(settings.directions):
         raise UserError(
             f"directions = {settings.directions!r} run one copy at a time, in the weights themselves: take rank1"
         )

@@ -34,7 +34,8 @@ from zofed.core.replica import Replica, catch_up
 from zofed.data.encoding import Examples
 from zofed.runs.run_folder import RunFolder
 from zofed.training import measurements
-from zofed.training.task import Task, devices, prepare_process
+from zofed.training.process import devices, prepare_process
+from zofed.training.task import Task
 
 # A request: chain before and after the entries at its end, probe of the weights there, batched, first query, end.
 _REQUEST = struct.Struct("<16s16s8s?II")

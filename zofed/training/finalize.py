@@ -16,16 +16,19 @@ from torch import nn
 from zofed.base import arithmetic
 from zofed.base.errors import DiskError, DivergenceError, UserError
 from zofed.base.files import sync_file, sync_folder
+from zofed.base.texts import said_by
 from zofed.config import Settings
-from zofed.core import sanitize
 from zofed.core.journal import Journal, JournalError, read
 from zofed.core.records import Guided, Seeded
 from zofed.core.replica import NotKept, Replica, update_digest
 from zofed.models import initial, scopes, spec
-from zofed.runs.run_folder import RunFolder, peak_memory_bytes, read_table, versions
+from zofed.runs.run_folder import RunFolder, peak_memory_bytes, versions
+from zofed.runs.tables import read_table
 from zofed.training.divergence import has_diverged
-from zofed.training.task import Task, device, prepare_process
-from zofed.training.trainer import Totals, diverged, replay, restore, with_random_slopes
+from zofed.training.process import device, prepare_process
+from zofed.training.rebuilding import replay, restore, with_random_slopes
+from zofed.training.task import Task
+from zofed.training.trainer import Totals, diverged
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -136,8 +139,11 @@ def draw(name: str, *arguments: Any) -> None:
 
         getattr(pictures, name)(*arguments)
     except Exception as error:
-        why = sanitize.text(str(error) or type(error).__name__)
-        print(f"a picture ({name}) could not be drawn: {why}; the run goes on without it", file=sys.stderr, flush=True)
+        print(
+            f"a picture ({name}) could not be drawn: {said_by(error)}; the run goes on without it",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _divergence(

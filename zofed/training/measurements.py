@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from zofed.config import WITH_BACKPROP, Settings
-from zofed.core import directions, gradient_codec, metrics, records, subspace
+from zofed.core import directions, gradient_codec, kinds, metrics, records, subspace
 from zofed.core.aggregation import Measured
 from zofed.core.estimators import (
     Estimate,
@@ -27,7 +27,7 @@ from zofed.core.perturbed import Loss
 from zofed.core.replica import Replica
 from zofed.data import encoding
 from zofed.data.encoding import Examples
-from zofed.training import guided, schedules
+from zofed.training import guided, guides, schedules
 
 
 def slopes(
@@ -73,9 +73,9 @@ def slopes(
 def _move(replica: Replica, seeds: Sequence[int], coefficients: Sequence[int], scale: float) -> None:
     """weights -= scale * sum of coefficient * direction: a move that nobody else takes, undone by who asked for it."""
     kind, shapes = replica.kind, replica.shapes
-    drawn = dict(directions.draw(kind, seeds, shapes)) if directions.terms(kind) else {}  # all from one generator's run
+    drawn = dict(directions.draw(kind, seeds, shapes)) if kinds.terms(kind) else {}  # all from one generator's run
     for name, parameter in replica.parameters.items():
-        shape, own = shapes[name], scale * directions.unit(kind) * replica.sizes.get(name, 1.0)
+        shape, own = shapes[name], scale * kinds.unit(kind) * replica.sizes.get(name, 1.0)
         total = directions.WeightedSum(kind, seeds, coefficients, name, shape, parameter.device, drawn.get(name))
         parameter.sub_(total.rows(0, shape[0] if shape else 1).mul_(own).view(shape).to(parameter))
 
@@ -137,10 +137,10 @@ def examples_seen(settings: Settings) -> int:
 
 def guided_slopes(settings: Settings, replica: Replica, examples: Examples, client: int, guide: Update) -> Measured:
     """Slopes along one client's directions that a guide shapes. Raises ValueError when a loss is not finite."""
-    round_, shape = replica.round + 1, guided.Shape.of(settings)
+    round_, shape = replica.round + 1, guides.Shape.of(settings)
     loss, own = query_loss(settings, replica, examples, round_, client)
     seeds = seeds_of(settings, replica, round_, client)
-    found = guided.slopes(replica, loss, guided.guidance(guide, shape), shape, seeds, own)
+    found = guided.slopes(replica, loss, guides.guidance(guide, shape), shape, seeds, own)
     sequences = found.forward_passes * (examples_per_query(settings) or settings.batch_size)
     integers = records.to_integers(found.values, settings.quantization_bits)
     return Measured(*integers, found.loss, found.forward_passes, sequences, len(examples["labels"]))
@@ -220,7 +220,7 @@ def coefficients(
         losses,
         replica.parameters,
         replica.kind,
-        seeds[: directions.seeds_needed(replica.kind, size)],
+        seeds[: kinds.seeds_needed(replica.kind, size)],
         size,
         Optimizer(settings.optimizer, settings.momentum, 0.0, settings.cautious, matrices),
         subspace_rate(settings, round_, total) / count,

@@ -10,7 +10,9 @@ from zofed.base.errors import UserError
 from zofed.config import Settings, resolve
 from zofed.core import metrics
 from zofed.runs.run_folder import RunFolder
-from zofed.training.task import Task, absolute_path, prepare_process, with_absolute_paths
+from zofed.training.paths import absolute_path, with_absolute_paths
+from zofed.training.process import prepare_process
+from zofed.training.task import Task
 
 # Settings that decide what is scored and how; any other would be ignored. The seed of a run is its own: it says which
 # documents were held out, and draws the parts of a named size that never trained.

@@ -10,7 +10,7 @@ from zofed.core.estimators import Split
 from zofed.core.records import Dense
 from zofed.core.replica import Replica
 from zofed.data.encoding import Examples
-from zofed.training import guided, measurements, schedules, step_records
+from zofed.training import guided, guides, measurements, schedules, step_records
 from zofed.training.modes import Ask, mode_of
 from zofed.training.trainer import Step, diverged
 
@@ -109,13 +109,13 @@ class Steps:
         """A gradient by backpropagation, and slopes along the directions that it shapes."""
         settings = self.settings
         gradient, backprop_loss = measurements.gradient(settings, self.replica, self.backprop_examples, 0)
-        guide = guided.on_grid(gradient)
+        guide = guides.on_grid(gradient)
         loss, own_examples = measurements.query_loss(settings, self.replica, self.examples, round_, 0)
         found, guidance = guided.guided(
             self.replica,
             loss,
             guide,
-            guided.Shape.of(settings),
+            guides.Shape.of(settings),
             measurements.seeds_of(settings, self.replica, round_, 0),
             round_=round_,
             rate=schedules.backprop_rate(settings, round_, self.total),

@@ -2,38 +2,32 @@
 
 import hashlib
 import json
-import os
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from zofed import config
-from zofed.base.environment import keep_freed_memory
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import metrics
-from zofed.core.digests import named_parameters, tensors_digest, weights_digest
-from zofed.core.estimators import size_exponents
-from zofed.core.genesis import make_genesis
-from zofed.core.optimizers import Optimizer
+from zofed.core.digests import tensors_digest, weights_digest
 from zofed.core.replica import Replica
-from zofed.data import classes, documents, encoding, partitions, readers, subsets, tokenizers
+from zofed.data import classes, documents, encoding, partitions
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
-from zofed.models import classifier, initial, limits, scopes, sources, spec
-from zofed.models.precision import Model
+from zofed.models import classifier, initial, limits, spec
 from zofed.models.spec import ModelSpec
 from zofed.training.modes import mode_of
+from zofed.training.process import device
+from zofed.training.replicas import replica_of
 from zofed.training.tasks import TASKS, Encoder, TaskType
 
 SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
@@ -357,40 +351,6 @@ class Task:
         return replica_of(self.settings, spec.create_model(self.settings, self.tokenizer, self.labels))
 
 
-def replica_of(settings: Settings, model: Model) -> Replica:
-    """A replica of a model at its base weights, with the genesis that the settings give it, on their device."""
-    names = scopes.trainable_names(model, settings.scope)
-    if frozen := scopes.frozen_though_drawn(model, names):
-        warnings.warn(
-            f"scope = {settings.scope!r} leaves {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''} as drawn: "
-            "the model's folder lacks them, and they do not train; set scope to head, last-1 or full to train them",
-            stacklevel=2,
-        )
-    matrices = frozenset(scopes.inner_matrices(model, names))
-
-    def rule(name: Literal["sgd", "adamw", "mudamw"]) -> Optimizer:
-        orthogonal = matrices if name == "mudamw" else frozenset[str]()
-        return Optimizer(name, settings.momentum, settings.weight_decay, settings.cautious, orthogonal)
-
-    # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are.
-    outer = Optimizer("sgd", weight_decay=settings.weight_decay)
-    parameters = named_parameters(model)
-    mode = mode_of(settings)
-    has_directions = mode.measures_slopes or mode.trains_coefficients
-    in_proportion = has_directions and settings.direction_scale == "rms"
-    genesis = make_genesis(
-        model,
-        spec.describe(settings.model, model),
-        names,
-        seed=settings.seed,
-        kind=mode.direction_kind,
-        optimizer=outer if mode.trains_coefficients else rule(settings.optimizer),
-        size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
-        backprop_optimizer=(rule(settings.bp_optimizer or settings.optimizer) if mode.helps_zeroth_order else None),
-    )
-    return Replica(nn.Module.to(model, device(settings)), genesis)
-
-
 def _at(examples: Examples, positions: Tensor) -> Examples:
     return {name: tensor[positions] for name, tensor in examples.items()}
 
@@ -409,78 +369,3 @@ def _named(part: str, remedy: str = "") -> Iterator[None]:
         if isinstance(error, limits.Unreadable):  # no other share of the documents mends that
             raise limits.Unreadable(told) from error
         raise UserError(f"{told}, {remedy}" if remedy else told) from error
-
-
-NAMES = {
-    "model": tuple(sources.SIZES),
-    "dataset": documents.KNOWN_NAMES,
-    "bp_dataset": documents.KNOWN_NAMES,
-    "eval_dataset": documents.KNOWN_NAMES,
-    "tokenizer": tokenizers.KNOWN_NAMES,
-}
-
-
-def with_absolute_paths(settings: Settings) -> Settings:
-    """The settings with local paths absolute and a hub model's commit, so that they mean the same everywhere and later.
-
-    Raises UserError for a revision that is not there.
-    """
-    update = {key: absolute_path(key, getattr(settings, key)) for key in NAMES}
-    update["revision"] = sources.commit(settings.model, settings.revision)
-    return settings.model_copy(update=update)
-
-
-def absolute_path(key: str, name: str) -> str:
-    """What the setting `key` of NAMES names, as an absolute path where it is on this machine; else the name."""
-    path = os.path.expanduser(name)
-    if key.endswith("dataset") and name and name not in NAMES[key] and (folder := subsets.find(name)):
-        return str(folder)
-    return os.path.abspath(path) if path and path not in NAMES[key] and os.path.exists(path) else name
-
-
-def check_absolute(settings: Settings) -> None:
-    """Raise UserError for data or a model named relative to a working folder that is not the user's.
-
-    For what Flower starts: `flwr run` unpacks an app and runs it in a folder of its own.
-    """
-    for key in NAMES:
-        name = getattr(settings, key)
-        if not name or name in NAMES[key] or os.path.isabs(os.path.expanduser(name)):
-            continue
-        if key.endswith("dataset"):
-            is_relative = os.sep in name or name.endswith(readers.SUFFIXES)
-        else:
-            is_relative = name.startswith(".") or name.count("/") > 1  # OWNER/NAME is of the hub
-        if is_relative:
-            raise UserError(
-                f"{key.replace('_', '-')} = {name!r} is a relative path, but Flower runs the app in a folder of its "
-                "own, not in yours: give the absolute path"
-            )
-
-
-def prepare_process(threads: int) -> None:
-    """Set what belongs to the process and not to a model: CPU threads, memory, the library's chatter."""
-    torch.set_num_threads(threads)
-    keep_freed_memory()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
-def device(settings: Settings) -> torch.device:
-    """The device of a run, the first of several. Raises UserError for a CUDA device this machine does not have."""
-    return devices(settings)[0]
-
-
-def devices(settings: Settings) -> list[torch.device]:
-    """The devices that share a run's queries, mostly one. Raises UserError for one this machine does not have."""
-    if settings.device == "auto" and not settings.devices:
-        return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
-    key = "devices" if settings.devices else "device"
-    names = getattr(settings, key)
-    chosen = [torch.device(name.strip()) for name in names.split(",")]
-    if any(one.type == "cuda" and (one.index or 0) >= torch.cuda.device_count() for one in chosen):
-        raise UserError(
-            f"{key} = {names!r}: this machine has {torch.cuda.device_count()} CUDA devices; "
-            f"set {key} to cpu{' or auto' if key == 'device' else ',cpu or to those it has'}"
-        )
-    return chosen

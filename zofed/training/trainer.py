@@ -1,25 +1,25 @@
-"""Ask, write down, move: the one loop of every way to run, and the replay that rebuilds its weights."""
+"""Ask, write down, move: the one loop of every way to run, and what it goes on from."""
 
 import itertools
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from zofed.base.errors import DivergenceError, UserError
 from zofed.config import Settings
-from zofed.core import directions, snapshots
-from zofed.core.journal import Entry, Journal, link
+from zofed.core import snapshots
+from zofed.core.journal import Entry, Journal
 from zofed.core.measure import Update
 from zofed.core.metrics import Scores
-from zofed.core.records import Guided, Record, Seeded, Skipped
+from zofed.core.records import Record, Skipped
 from zofed.core.replica import NotKept, Replica, update_digest
-from zofed.runs.run_folder import EVALUATIONS, METRICS, RunFolder, read_checkpoint, timestamp
+from zofed.runs.run_folder import EVALUATIONS, METRICS, RunFolder, timestamp
 from zofed.runs.tables import Row, Table, keep_rows, sure_rows
 from zofed.training.modes import mode_of
+from zofed.training.rebuilding import restore
 
 
 @dataclass(frozen=True)
@@ -335,27 +335,6 @@ def sure_lines(folder: RunFolder, last: int) -> tuple[list[Row], list[Row]]:
     return rows, [score for row in rows if row.get("eval_loss") for score in scores[int(row["step"])].values()]
 
 
-def restore(replica: Replica, entries: Sequence[Entry], folder: RunFolder, latest: int) -> bool:
-    """Bring the replica to the newest undamaged checkpoint of this history, no later than round `latest`.
-
-    Returns whether there is one; else the replica stays where it is. A checkpoint is of the round that the journal
-    gives its head; one that says another is damaged.
-    """
-    rounds = {entry.chain.hex(): entry.record.round for entry in entries}
-    for path in reversed(folder.checkpoints()):
-        found = read_checkpoint(path)
-        tensors, facts = found or ({}, {})
-        round_ = rounds.get(str(facts.get("head")))
-        if found and round_ is None:
-            continue  # of another history
-        if round_ is None or round_ != facts.get("round") or not snapshots.fits(replica, tensors):
-            warnings.warn(f"checkpoint {path} is damaged and left aside for what lies before it", stacklevel=2)
-        elif round_ <= latest:
-            snapshots.take_over(replica, tensors, round_, bytes.fromhex(facts["head"]))
-            return True
-    return False
-
-
 def diverged(round_: int, settings: Settings, more: str = "", what: str = "is not finite") -> DivergenceError:
     """What to say when a loss is no number any more, or (what) far above where it began. more: what else is known."""
     own = f" and local-learning-rate = {settings.local_learning_rate:g}" if settings.local_learning_rate else ""
@@ -363,41 +342,3 @@ def diverged(round_: int, settings: Settings, more: str = "", what: str = "is no
         f"the loss of step {round_} (seed {settings.seed}) {what}: training diverged with learning-rate = "
         f"{settings.learning_rate:g}{own}; start again with a tenth of it{more}"
     )
-
-
-def replay(
-    replica: Replica, records: Iterable[Record], kept: Callable[[bytes], Update | None] = lambda _: None
-) -> None:
-    """Move the replica through the records. kept: the gradient or guide of a digest, where there is one.
-
-    Raises NotKept for a record that needs one which was not kept; the replica stands before that record.
-    """
-
-    def linked() -> Iterator[Entry]:
-        head = replica.head
-        for record in records:
-            entry = link(head, record)
-            head = entry.chain
-            yield entry
-
-    replica.replay(linked(), kept)
-
-
-def with_random_slopes(records: Iterable[Record], run_seed: int) -> list[Record]:
-    """The control: the same records with the sign of every coefficient drawn at random.
-
-    Steps of the same size along the same directions, but uninformed: what remains of a run's gain under it was not
-    learnt. Of a guided record the noise alone is so treated, not the guide.
-    """
-
-    def flipped(record: Record) -> Record:
-        if isinstance(record, Guided):
-            return replace(record, seeded=flipped_seeded(record.seeded))
-        return flipped_seeded(record) if isinstance(record, Seeded) else record
-
-    def flipped_seeded(record: Seeded) -> Seeded:
-        seed = directions.derive_seed("zofed-control", run_seed, record.round)
-        coins: list[int] = directions.signs([seed], 0, 0, len(record.coefficients))[0].tolist()
-        return replace(record, coefficients=tuple(c * coin for c, coin in zip(record.coefficients, coins, strict=True)))
-
-    return [flipped(record) for record in records]

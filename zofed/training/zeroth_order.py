@@ -18,10 +18,11 @@ from zofed.base.errors import UserError
 from zofed.core import aggregation
 from zofed.core.aggregation import Measured, seeded
 from zofed.core.digests import named_parameters
-from zofed.core.directions import KIND_PATTERN, direction_seeds
+from zofed.core.directions import direction_seeds
 from zofed.core.estimators import Estimate, Points, size_exponents
 from zofed.core.genesis import make_genesis
 from zofed.core.journal import Journal, differences, link, read
+from zofed.core.kinds import KIND_PATTERN
 from zofed.core.optimizers import Optimizer
 from zofed.core.perturbed import Loss
 from zofed.core.records import Seeded

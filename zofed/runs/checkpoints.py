@@ -1,0 +1,56 @@
+"""Tensors and facts in one file, whole or not there at all: checkpoints, and the gradients that a run keeps."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zofed.base.errors import DiskError
+from zofed.base.files import sync_file, sync_folder
+from zofed.core.digests import tensors_digest
+
+
+def write(folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Write NAME.safetensors into `folder`, which is made; on disk before this returns. Raises DiskError."""
+    temporary = folder / f".{name}.new"
+    held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    digest, written = tensors_digest(held), json.dumps(facts)
+    try:
+        folder.mkdir(exist_ok=True)
+        save_file(held, temporary, {"facts": written, "digest": digest, "seal": _seal(digest, written)})
+        sync_file(temporary)
+        temporary.rename(folder / f"{name}.safetensors")
+        sync_folder(folder)
+    except (SafetensorError, OSError) as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise DiskError(f"cannot write {temporary}: {error}; free some space") from error
+
+
+def read(path: Path, wanted: str = "") -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and facts of a file, or None where it is damaged.
+
+    wanted: the tensors' digest, hex; empty: the one in the file. A file of an earlier version has no seal over its
+    facts: whoever goes by them compares them with the journal.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        facts, digest = json.loads(about["facts"]), about["digest"]
+        if not isinstance(facts, dict) or about.get("seal", sealed := _seal(digest, about["facts"])) != sealed:
+            return None
+        tensors = load_file(path)
+        return (tensors, facts) if tensors_digest(tensors) == (wanted or digest) else None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+
+
+def _seal(digest: str, facts: str) -> str:
+    """SHA-256, hex, over a file's facts and the digest of its tensors."""
+    return hashlib.sha256(f"{digest}\n{facts}".encode()).hexdigest()

@@ -1,0 +1,51 @@
+"""A run's replica: its model at the base weights, with the genesis that its settings give it."""
+
+import warnings
+from typing import Literal
+
+from torch import nn
+
+from zofed.config import Settings
+from zofed.core.digests import named_parameters
+from zofed.core.estimators import size_exponents
+from zofed.core.genesis import make_genesis
+from zofed.core.optimizers import Optimizer
+from zofed.core.replica import Replica
+from zofed.models import scopes, spec
+from zofed.models.precision import Model
+from zofed.training.modes import mode_of
+from zofed.training.process import device
+
+
+def replica_of(settings: Settings, model: Model) -> Replica:
+    """A replica of a model at its base weights, with the genesis that the settings give it, on their device."""
+    names = scopes.trainable_names(model, settings.scope)
+    if frozen := scopes.frozen_though_drawn(model, names):
+        warnings.warn(
+            f"scope = {settings.scope!r} leaves {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''} as drawn: "
+            "the model's folder lacks them, and they do not train; set scope to head, last-1 or full to train them",
+            stacklevel=2,
+        )
+    matrices = frozenset(scopes.inner_matrices(model, names))
+
+    def rule(name: Literal["sgd", "adamw", "mudamw"]) -> Optimizer:
+        orthogonal = matrices if name == "mudamw" else frozenset[str]()
+        return Optimizer(name, settings.momentum, settings.weight_decay, settings.cautious, orthogonal)
+
+    # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are.
+    outer = Optimizer("sgd", weight_decay=settings.weight_decay)
+    parameters = named_parameters(model)
+    mode = mode_of(settings)
+    has_directions = mode.measures_slopes or mode.trains_coefficients
+    in_proportion = has_directions and settings.direction_scale == "rms"
+    genesis = make_genesis(
+        model,
+        spec.describe(settings.model, model),
+        names,
+        seed=settings.seed,
+        kind=mode.direction_kind,
+        optimizer=outer if mode.trains_coefficients else rule(settings.optimizer),
+        size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
+        backprop_optimizer=(rule(settings.bp_optimizer or settings.optimizer) if mode.helps_zeroth_order else None),
+    )
+    return Replica(nn.Module.to(model, device(settings)), genesis)
