@@ -20,7 +20,7 @@ from benchmarks.tiny_models import END, EXAMPLES, TOKENS, examples
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.core import metrics
-from zofed.core.estimators import FiniteDifference, asked, scalar
+from zofed.core.estimators import FiniteDifference, bound_loss, scalar
 from zofed.core.perturbed import Loss
 from zofed.core.replica import Replica
 from zofed.data import encoding
@@ -97,7 +97,7 @@ def _outcome(replica: Replica, model: Any, task: str, is_own: bool) -> tuple[str
         batch = {name: tensor.unflatten(0, (QUERIES, EXAMPLES)) for name, tensor in batch.items()}
     loss, own = loss_of(model, batch, is_own)
     with torch.no_grad():
-        first, second = (scalar(asked(loss, own, 0)()) for _ in range(2))
+        first, second = (scalar(bound_loss(loss, own, 0)()) for _ in range(2))
     if not torch.equal(first, second):
         return "refused", torch.nan, f"the loss is random: {float(first)}, then {float(second)}"
     seeds = list(range(1, QUERIES + 1))

@@ -942,5 +942,5 @@ def test_a_mode_says_what_it_asks_and_what_that_costs(mode: str, asked: list[str
     """3 queries one-sided are 4 passes of 6 examples; a backward pass counts two."""
     values = {"mode": mode, "batch-size": 6, "queries": 3, "bp-interval": 3, "bp-batch-size": 5}
     own = modes.mode_of(config.resolve(values | {"gradient-accumulation": 2, "subspace-interval": 7}))
-    assert [own.ask(round_) for round_ in (1, 2, 3, 4)] == asked
+    assert [own.request(round_) for round_ in (1, 2, 3, 4)] == asked
     assert (own.examples_of_a_step, own.cost) == (examples, cost)

@@ -66,8 +66,8 @@ def of_server(replica: Replica, entry: journal.Entry, *_: Any) -> int:
 
 
 POINTS: dict[str, Point] = {
-    "before asking": around(Rounds, "ask", lambda _, round_: round_, after=False),
-    "after asking": around(Rounds, "ask", lambda _, round_: round_, after=True),
+    "before asking": around(Rounds, "measure", lambda _, round_: round_, after=False),
+    "after asking": around(Rounds, "measure", lambda _, round_: round_, after=True),
     "before the journal": around(Journal, "append_all", lambda _, some: some[0].round, after=False),
     "after the journal": around(Journal, "append_all", lambda _, some: some[0].round, after=True),
     "before moving": around(Replica, "apply", of_server, after=False),

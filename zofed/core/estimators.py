@@ -106,7 +106,7 @@ class FiniteDifference:
     ) -> Tensor:
         """Losses at the shifted weights of some of the queries: float32 or float64 (queries, steps), on the CPU.
 
-        seeds, examples: of all queries. To the bits that these give when all are asked here, where `some` begins and
+        seeds, examples: of all queries. To the bits that these give when all are measured here, where `some` begins and
         ends at multiples of `together`, or with the last query.
         """
         seeds = seeds[some]
@@ -197,13 +197,13 @@ def materialised_losses(
     rows: list[list[Tensor]] = []
     with weights_restored(parameters) as saved:
         for query, seed in enumerate(seeds):
-            ask = asked(loss, examples, query)
+            call = bound_loss(loss, examples, query)
             rows.append([])
             for step in steps:
                 for name, parameter in parameters.items():
                     size = (sizes or {}).get(name, 1.0) * kinds.unit(kind)
                     _shift(parameter, saved[name], kind, seed, name, step * size)
-                rows[-1].append(scalar(ask()))
+                rows[-1].append(scalar(call()))
     return torch.stack([torch.stack(row) for row in rows])
 
 
@@ -231,10 +231,10 @@ def _is_used(loss: Loss, parameters: Parameters, name: str, examples: Any) -> bo
     """Whether the loss changes when every entry of a parameter does."""
     one = {name: parameters[name]}
     with torch.no_grad(), weights_restored(one):
-        ask = asked(loss, examples, 0)
-        before = ask()
+        call = bound_loss(loss, examples, 0)
+        before = call()
         one[name].mul_(1.5).add_(0.5)
-        return not torch.equal(torch.as_tensor(ask()), torch.as_tensor(before))
+        return not torch.equal(torch.as_tensor(call()), torch.as_tensor(before))
 
 
 @torch.no_grad()
@@ -243,10 +243,10 @@ def _base_losses(loss: Loss, count: int, examples: Any) -> list[Tensor]:
     with in_pieces():
         if examples is None:
             return [scalar(loss())] * count
-        return [scalar(asked(loss, examples, query)()) for query in range(count)]
+        return [scalar(bound_loss(loss, examples, query)()) for query in range(count)]
 
 
-def asked(loss: Loss, examples: Any, query: int) -> Callable[[], Any]:
+def bound_loss(loss: Loss, examples: Any, query: int) -> Callable[[], Any]:
     """The loss of one query's examples."""
     if examples is None:
         return loss

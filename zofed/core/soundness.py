@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from zofed.base.errors import UserError
 from zofed.core import directions, perturbed, refusals
 from zofed.core.directions import Factors
-from zofed.core.estimators import SIZE_FLOOR, Parameters, asked, unused
+from zofed.core.estimators import SIZE_FLOOR, Parameters, bound_loss, unused
 from zofed.core.observed_pass import ObservedPass, random_state
 from zofed.core.perturbed import CannotBatch, Loss
 
@@ -61,14 +61,14 @@ def check_repeats(model: nn.Module, parameters: Parameters, loss: Loss, examples
     then as before. A buffer that is not saved with the model may be filled by the first pass: such are caches. Where
     the loss is not finite nothing is checked, and `Base.value` says so.
     """
-    ask = asked(loss, examples, 0)
+    call = bound_loss(loss, examples, 0)
     everything = dict(model.named_parameters())
     weights = {name: checksum(parameter) for name, parameter in everything.items()}
     saved, states = persistent_buffers(model), [_buffers(model)]
     runs: list[ObservedPass] = []
     try:
         for _ in range(2):
-            runs.append(ObservedPass(model, ask))
+            runs.append(ObservedPass(model, call))
             if not math.isfinite(runs[-1].value):
                 return Base(runs[-1].value, 0.0, False)
             states.append(_buffers(model))
@@ -102,14 +102,14 @@ def check_shifted(
     where the loss draws random numbers there, CannotBatch where the two ways give another loss or the batched one
     cannot run.
     """
-    ask = asked(loss, examples, 0)
+    call = bound_loss(loss, examples, 0)
     factors = _direction(parameters)
     share = COARSE_SHARE if base.is_coarse else SHARE
     drawn_before = random_state(())
     change, step = 0.0, STEPS[0]
     for step in STEPS:
         with _shifted(parameters, factors, step):
-            run = ObservedPass(model, ask)
+            run = ObservedPass(model, call)
         change = run.value - base.value
         if drawn := run.drawn_since(drawn_before):
             raise refusals.draws(model, drawn, "at shifted weights")

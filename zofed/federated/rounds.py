@@ -19,7 +19,7 @@ from zofed.federated.traffic import Traffic
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Row
 from zofed.training import guided, guides, measurements, schedules, step_records
-from zofed.training.modes import Ask, mode_of
+from zofed.training.modes import Request, mode_of
 from zofed.training.task import Task
 from zofed.training.trainer import SUMS, Step, diverged
 
@@ -47,21 +47,21 @@ class Rounds:
         self.journal, self.folder = journal, folder
         self.slope_size: float | None = None
 
-    def ask(self, round_: int) -> Step | Sequence[Step]:
+    def measure(self, round_: int) -> Step | Sequence[Step]:
         """Ask clients about the next round, or several, and merge what is usable."""
         if round_ <= self.journal.last_round:
             return self._step_again(round_)
         self.members.look()
         self.traffic.begin()
         self.slope_size = None
-        answers: dict[Ask, Callable[[int], Step | Sequence[Step]]] = {
+        answers: dict[Request, Callable[[int], Step | Sequence[Step]]] = {
             "slopes": self._zeroth_order,
             "coefficients": self._in_subspace,
             "gradient": self._calibrated,
             "guided": self._guided,
             "update": self._first_order,
         }
-        return answers[mode_of(self.settings).ask(round_)](round_)
+        return answers[mode_of(self.settings).request(round_)](round_)
 
     def _step_again(self, round_: int) -> Step:
         """Killed between the journal and the tables: what was announced is not asked again."""

@@ -165,7 +165,7 @@ class Server:
 
     def run(self) -> dict[str, Any]:
         with sinks.opened(self.settings, self.folder.path, self._show) as self.trainer.show:
-            totals = self.trainer.run(self.settings.rounds, self.rounds.ask)
+            totals = self.trainer.run(self.settings.rounds, self.rounds.measure)
         digests = self.exchanges.digests(self.members.there())
         wrong = self._wrong(digests)
         if wrong:

@@ -105,16 +105,7 @@ def finish(
         "bytes_down_per_client_round": 0.0,
         **cost,
         "peak_memory_bytes": peak_memory_bytes(),
-        "base": {
-            "model": task.settings.model,
-            "revision": task.settings.revision,
-            "weights": replica.genesis["weights"],
-        },
-        "drawn": list(initial.drawn(replica.model)),
-        "parameters": {"total": scopes.true_count(replica.model), "trainable": _count(replica)},
-        "data": task.digests(),
-        "data_read": [reading.facts() for reading in task.readings],
-        **({"classes": list(task.class_names)} if task.labels else {}),
+        **_started_from(task, replica),
         "versions": versions(),
         "arithmetic": arithmetic.described(),
         **(extra or {}),
@@ -144,6 +135,19 @@ def draw(name: str, *arguments: Any) -> None:
             file=sys.stderr,
             flush=True,
         )
+
+
+def _started_from(task: Task, replica: Replica) -> dict[str, Any]:
+    """What a run was made of: its model and its data."""
+    settings = task.settings
+    return {
+        "base": {"model": settings.model, "revision": settings.revision, "weights": replica.genesis["weights"]},
+        "drawn": list(initial.drawn(replica.model)),
+        "parameters": {"total": scopes.true_count(replica.model), "trainable": _count(replica)},
+        "data": task.digests(),
+        "data_read": [reading.facts() for reading in task.readings],
+        **({"classes": list(task.class_names)} if task.labels else {}),
+    }
 
 
 def _divergence(

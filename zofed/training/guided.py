@@ -19,7 +19,7 @@ from zofed.core.digests import tensors_digest
 from zofed.core.estimators import (
     FiniteDifference,
     Parameters,
-    asked,
+    bound_loss,
     degrees_of_freedom,
     materialised_losses,
     scalar,
@@ -163,12 +163,12 @@ def _line(
     """The arm `line`: the slope along the guide's kept part alone, and plain two-point queries beside it."""
     replica.measure.check(loss, batch)
     step = shape.step / math.sqrt(own.kept_square)
-    ask = asked(loss, batch, 0)
+    call = bound_loss(loss, batch, 0)
     ends = []
     with torch.no_grad(), weights_restored(replica.parameters) as saved, in_pieces():
         for length in (step, -step):
             _write(replica.parameters, saved, own, length)
-            ends.append(float(scalar(ask())))
+            ends.append(float(scalar(call())))
     slope = (ends[0] - ends[1]) / (2 * step)
     how = FiniteDifference(
         replica.kind, shape.epsilon, "two-point", shape.perturbations_per_pass
@@ -227,11 +227,11 @@ def _side(
 
     copies: perturbed copies in one pass; None: one after the other, in the weights.
     """
-    asked_of, noise = (loss, replica.parameters, replica.kind, seeds), (step * own.noise,)
+    common, noise = (loss, replica.parameters, replica.kind, seeds), (step * own.noise,)
     with _guide_written(replica, own, step):
         if copies:
-            return perturbed.losses(*asked_of, noise, copies, examples=batch)
-        return materialised_losses(*asked_of, noise, examples=batch)
+            return perturbed.losses(*common, noise, copies, examples=batch)
+        return materialised_losses(*common, noise, examples=batch)
 
 
 @torch.no_grad()
@@ -243,7 +243,7 @@ def _masked_losses(
     unit = kinds.unit(replica.kind) * own.noise
     with weights_restored(replica.parameters) as saved, in_pieces():
         for query, seed in enumerate(seeds):
-            ask = asked(loss, batch, query)
+            call = bound_loss(loss, batch, query)
             rows.append([])
             for step in steps:
                 for name, parameter in replica.parameters.items():
@@ -251,7 +251,7 @@ def _masked_losses(
                     drawn = directions.direction(replica.kind, seed, name, tuple(parameter.shape)).to(parameter)
                     shift = torch.where(guide.abs() >= own.threshold, guide, drawn.mul_(unit))
                     torch.add(saved[name], shift.mul_(step), out=parameter)
-                rows[-1].append(scalar(ask()))
+                rows[-1].append(scalar(call()))
     return torch.stack([torch.stack(row) for row in rows])
 
 

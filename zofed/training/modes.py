@@ -15,7 +15,7 @@ from zofed.training import measurements
 
 # What a round asks: slopes along seeded directions; coefficients of seeded directions, trained; a gradient, which is
 # the step; a gradient, and slopes along directions that it shapes; an update of clients that train on their own.
-Ask = Literal["slopes", "coefficients", "gradient", "guided", "update"]
+Request = Literal["slopes", "coefficients", "gradient", "guided", "update"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,8 @@ class Mode:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
-    def ask(self, round_: int) -> Ask:
-        """What a round asks."""
+    def request(self, round_: int) -> Request:
+        """What a round asks for."""
         return "slopes"
 
     @property
@@ -104,7 +104,7 @@ class FirstOrder(Mode):
     has_gradients = True
     measures_slopes = False
 
-    def ask(self, round_: int) -> Ask:
+    def request(self, round_: int) -> Request:
         """An update, in every round."""
         return "update"
 
@@ -143,7 +143,7 @@ class Instruct(Mode):
     has_gradients = True
     helps_zeroth_order = True
 
-    def ask(self, round_: int) -> Ask:
+    def request(self, round_: int) -> Request:
         """The first round of each interval begins with a gradient."""
         return "guided" if (round_ - 1) % self.settings.bp_interval == 0 else "slopes"
 
@@ -163,7 +163,7 @@ class Calibrate(Mode):
     has_gradients = True
     helps_zeroth_order = True
 
-    def ask(self, round_: int) -> Ask:
+    def request(self, round_: int) -> Request:
         """The last round of each interval is a gradient."""
         return "gradient" if round_ % self.settings.bp_interval == 0 else "slopes"
 
@@ -183,7 +183,7 @@ class Subspace(Mode):
     measures_slopes = False
     trains_coefficients = True
 
-    def ask(self, round_: int) -> Ask:
+    def request(self, round_: int) -> Request:
         """Coefficients, in every round."""
         return "coefficients"
 

@@ -11,7 +11,7 @@ from zofed.core.records import Dense
 from zofed.core.replica import Replica
 from zofed.data.encoding import Examples
 from zofed.training import guided, guides, measurements, schedules, step_records
-from zofed.training.modes import Ask, mode_of
+from zofed.training.modes import Request, mode_of
 from zofed.training.trainer import Step, diverged
 
 
@@ -30,14 +30,14 @@ def step_function(
     backprop_examples: Examples | None = None,
     split: Split | None = None,
 ) -> Callable[[int], Step]:
-    """What asks one round of a mode, out of `total`.
+    """What measures one round of a mode, out of `total`.
 
     examples: what zeroth order sees; backprop_examples: what backpropagation sees, None: the same. split: measures
     shares of a step's queries in several places (zo).
     """
     steps = Steps(settings, replica, examples, total, backprop_examples or examples, split)
     mode = mode_of(settings)
-    answers: dict[Ask, Callable[[int], Step]] = {
+    answers: dict[Request, Callable[[int], Step]] = {
         "slopes": steps.zeroth_order,
         "coefficients": steps.in_subspace,
         "gradient": steps.first_order,
@@ -45,16 +45,16 @@ def step_function(
         "update": steps.first_order,  # of the only client, whose update is its gradient
     }
 
-    def ask(round_: int) -> Step:
+    def measure(round_: int) -> Step:
         try:
-            return answers[mode.ask(round_)](round_)
+            return answers[mode.request(round_)](round_)
         except ValueError as error:
             told = diverged(round_, settings)
             if ":" in settings.objective:  # a function of the user's, which may have raised it
                 raise UserError(f"{told}, or mend objective = {settings.objective!r}: {error}") from error
             raise told from error
 
-    return ask
+    return measure
 
 
 class Steps:

@@ -1,4 +1,4 @@
-"""Ask, write down, move: the one loop of every way to run, and what it goes on from."""
+"""Measurement, write down, move: the one loop of every way to run, and what it goes on from."""
 
 import itertools
 import math
@@ -44,7 +44,7 @@ class Step:
 
 
 # Round -> its step, or those of the rounds from it on that one exchange gave; must not move the weights.
-Ask = Callable[[int], Step | Sequence[Step]]
+Measurement = Callable[[int], Step | Sequence[Step]]
 Evaluate = Callable[[torch.nn.Module], Scores]
 
 # Modes whose journal does not replay from the start unless gradients are kept beside it.
@@ -123,7 +123,7 @@ class Trainer:
         self._scored: tuple[int, Scores | None] = -1, None  # the round scored last, and what it gave
         self._saved = -1  # the round of the checkpoint saved last
 
-    def run(self, total: int, ask: Ask) -> Totals:
+    def run(self, total: int, measure: Measurement) -> Totals:
         """Catch up with the journal, then train up to round `total`, or until a budget is spent.
 
         Returns what the whole run cost.
@@ -142,10 +142,10 @@ class Trainer:
                 if round_ <= self.replica.round:  # behind a checkpoint that had to be taken
                     continue
                 is_new = round_ > told
-                # A step is asked again for its line of metrics, or for a gradient that was not kept.
+                # A step is measured again for its line of metrics, or for a gradient that was not kept.
                 digest = update_digest(entry.record)
                 update = self.folder.update(digest) if digest else None
-                step = _first(ask(round_)) if is_new or (digest is not None and update is None) else None
+                step = _first(measure(round_)) if is_new or (digest is not None and update is None) else None
                 if step and digest and update is None and update_digest(step.record) != digest:
                     raise UserError(
                         f"the gradient of round {round_} comes out otherwise than the journal says: go on with the "
@@ -156,13 +156,13 @@ class Trainer:
                 try:
                     norm = self.replica.apply(entry, update if update or step is None else step.update)
                 except NotKept:
-                    self._pass_over(round_, told, table, totals, ask)
+                    self._pass_over(round_, told, table, totals, measure)
                     continue
                 if step and is_new:
                     self._account(table, totals, step, norm, total)
                 del step  # its gradient would stay while the next one is made
             while self.replica.round < total and not totals.spent(self.settings):
-                self._take(ask(self.replica.round + 1), table, totals, total)
+                self._take(measure(self.replica.round + 1), table, totals, total)
             # Killed between the last line and its checkpoint, or that is damaged.
             if self._is_due(last := self.replica.round, True) and self._saved != last:
                 self._save_checkpoint(last)
@@ -173,7 +173,7 @@ class Trainer:
         totals.scores = scores if scored == self.replica.round else None
         return totals
 
-    def _pass_over(self, round_: int, told: int, table: Table, totals: Totals, ask: Ask) -> None:
+    def _pass_over(self, round_: int, told: int, table: Table, totals: Totals, measure: Measurement) -> None:
         """Go on from a checkpoint behind a gradient that is gone for good, as that of a federation's round is.
 
         The rounds on the way get the lines that what was logged of them gives: without a norm, and without scores of
@@ -189,13 +189,13 @@ class Trainer:
             )
         self._saved = self.replica.round
         for passed in range(max(round_, told + 1), self.replica.round + 1):
-            step = _first(ask(passed))
+            step = _first(measure(passed))
             totals.add(step)
             self._tell(table, self._row(passed, totals, step))
 
-    def _take(self, asked: Step | Sequence[Step], table: Table, totals: Totals, total: int) -> None:
+    def _take(self, measured: Step | Sequence[Step], table: Table, totals: Totals, total: int) -> None:
         """Write new steps down, all at once, and move by one after the other."""
-        steps = [asked] if isinstance(asked, Step) else asked
+        steps = [measured] if isinstance(measured, Step) else measured
         for step in steps:
             self.replica.check_exact(step.record)
             self._keep(step)
@@ -297,8 +297,8 @@ class Trainer:
         self._saved = round_
 
 
-def _first(asked: Step | Sequence[Step]) -> Step:
-    return asked if isinstance(asked, Step) else asked[0]
+def _first(measured: Step | Sequence[Step]) -> Step:
+    return measured if isinstance(measured, Step) else measured[0]
 
 
 def _name(round_: int) -> str:
