@@ -211,6 +211,7 @@ def test_a_run_of_a_version_with_other_names_goes_on(quick: Callable[..., Any], 
         file.write_text(text)
     again = central.resume(tmp_path / "run", lambda row: steps.append(row["step"]))
     assert again["digest"] == whole["digest"] and steps[-1] == 4
+    config.resolve(config.read_toml(tmp_path / "run" / "settings.toml"))  # what `the same once more` names
 
 
 def test_a_sweep_tells_what_acts_in_none_of_its_runs(tmp_path: Path) -> None:

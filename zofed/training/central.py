@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import kinds, metrics, pass_memory
@@ -70,6 +71,7 @@ def resume(path: Path, show: Show, expect: Expect = lambda _: None) -> dict[str,
         is_whole = folder.has_model() and len(rows) == done + 1
         if is_finished and is_whole and (total == done or Totals.of(rows[-1]).spent(settings)):
             return summary
+        folder.write_text("settings.toml", config.to_toml(settings))  # an earlier version's had other names
         return _run(task, replica, examples, journal, folder, show, expect)
 
 
