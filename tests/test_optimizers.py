@@ -52,7 +52,7 @@ def step(
 ) -> Tensor:
     """The weight after the whole of it has moved, as a new tensor; the gradient is left as it was."""
     moved = weight.clone()
-    optimizer.move(name, moved, gradient.clone(), optimizer.moments(name, weight), RATE, corrections, size)
+    optimizer.step(name, moved, gradient.clone(), optimizer.moments(name, weight), RATE, corrections, size)
     return moved
 
 
@@ -179,7 +179,7 @@ def test_a_tensor_moves_to_the_same_bits_in_blocks_of_rows_and_whole(rule: str, 
         for first in range(0, len(weight), at_once):
             some = slice(first, first + at_once)
             state = {name: moment[some] for name, moment in moments.items()}
-            pieces.move("w", weight[some], gradient[some].clone(), state, RATE, corrections, 0.5)
+            pieces.step("w", weight[some], gradient[some].clone(), state, RATE, corrections, 0.5)
     assert torch.equal(weight, expected)
     first, second = whole.state_dict(), pieces.state_dict()
     assert first.keys() == second.keys()
@@ -243,7 +243,7 @@ def test_a_step_moves_the_weight_in_place_and_keeps_hold_of_no_gradient(rule: st
     optimizer, weight = made(rule), start.clone()
     for gradient in (first.clone(), second.clone()):
         moments = optimizer.moments("w", weight)
-        optimizer.move("w", weight, gradient, moments, RATE, optimizer.begin_step())
+        optimizer.step("w", weight, gradient, moments, RATE, optimizer.begin_step())
         gradient.fill_(torch.nan)
     assert torch.equal(weight, path(made(rule), start, [first, second])[-1])
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 from zofed.config.fields import CENTRAL, FEDERATED, Section, Unlike, setting, when
 from zofed.core import kinds
+from zofed.core.kinds import OptimizerName
 
 WITH_BACKPROP = ("instruct", "calibrate")  # modes of zeroth order that backpropagation helps
 ZEROTH_ORDER = ("zo", *WITH_BACKPROP)  # modes that measure slopes along seeded directions
@@ -166,7 +167,7 @@ class ZerothOrder(Section):
 class Optimizer(Section):
     """From a gradient estimate to a step."""
 
-    optimizer: Literal["sgd", "adamw", "mudamw"] = setting(
+    optimizer: OptimizerName = setting(
         "sgd", "rule that turns a gradient estimate into a step; mudamw orthogonalises AdamW's", first=True
     )
     learning_rate: float = setting(0.01, "step size of the optimizer", gt=0, first=True)
@@ -209,7 +210,7 @@ class Backpropagation(Section):
         le=2**20,
         acts_when=when({"mode": WITH_BACKPROP}, {"mode": "fo", "run": CENTRAL}, mode="fo", local_steps=1),
     )
-    bp_optimizer: Literal["", "sgd", "adamw", "mudamw"] = setting(
+    bp_optimizer: Literal["", OptimizerName] = setting(
         "",
         "rule for the steps that backprop gives, with a state of its own; empty: as optimizer",
         acts_when=when(mode=WITH_BACKPROP),

@@ -1,12 +1,14 @@
-"""The kinds of directions by their names: what a direction is the sum of, and what its integers are worth.
+"""The kinds of directions by their names, what a direction is the sum of and what its integers are worth; optimizers.
 
 Without torch, so that settings can be read before it is loaded.
 """
 
 from math import isqrt, sqrt
+from typing import Literal
 
 Kind = str  # rank1, rank2, ... (sums of so many outer products), rademacher, gaussian; core: all pairs of factors
 KIND_PATTERN = r"rank[1-9][0-9]?|rademacher|gaussian"
+OptimizerName = Literal["sgd", "adamw", "mudamw"]  # the keys of `optimizers.RULES`
 
 
 def terms(kind: Kind) -> int:

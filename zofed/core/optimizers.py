@@ -5,19 +5,18 @@ on some machines and twice on others), no `alpha=`, no division by a Python numb
 instead), no `pow`. Matrices are orthogonalised with exact products. State is rebuilt by replaying the journal.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import sqrt
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from zofed.core.kinds import OptimizerName
 from zofed.core.orthogonal import orthogonalised
 
-Name = Literal["sgd", "adamw", "mudamw"]
 BETAS = (0.9, 0.999)  # Loshchilov and Hutter, "Decoupled weight decay regularization", ICLR 2019
-EPSILONS = {"adamw": 1e-8, "mudamw": 1e-6}
 ORTHOGONAL_SIZE = 0.2  # gives an orthogonalised update the root mean square of an Adam step (Liu et al., 2025)
 
 Corrections = tuple[float, float]  # 1 - beta^t of both moments
@@ -43,18 +42,97 @@ def _root(values: Tensor) -> Tensor:
     return values.to(torch.float64).sqrt_().to(torch.float32)
 
 
-@dataclass
-class Optimizer:
-    """SGD (with momentum), AdamW or MuDaMW, applied to a part of a tensor at a time.
+class Rule(ABC):
+    """How one optimizer turns a gradient estimate into an update. It has no state: an `Optimizer` holds that."""
 
-    All decouple the weight decay: weight *= 1 - rate * weight_decay. The estimate of the gradient may come from
-    backpropagation or from a record: the arithmetic is the same. MuDaMW takes AdamW's step (epsilon 1e-6) and, for the
-    matrices listed in `orthogonal`, orthogonalises it (Jordan et al., "Muon", 2024) and scales it by
-    0.2 sqrt(max(rows, columns)); `cautious` drops the entries whose step points up the present gradient and scales the
-    others up (Liang et al., "Cautious optimizers", 2024).
+    @abstractmethod
+    def moment_names(self, of: "Optimizer") -> tuple[str, ...]:
+        """What is remembered of each tensor."""
+
+    @abstractmethod
+    def update(
+        self, of: "Optimizer", name: str, gradient: Tensor, moments: dict[str, Tensor], corrections: Corrections
+    ) -> Tensor:
+        """What the weights lose, times the rate: float32 of the gradient's shape. The moments are overwritten."""
+
+    def needs_whole(self, of: "Optimizer", name: str) -> bool:
+        """Whether a step of this tensor cannot be taken a few rows at a time."""
+        return False
+
+
+class SGD(Rule):
+    """The gradient estimate, or its heavy-ball momentum."""
+
+    def moment_names(self, of: "Optimizer") -> tuple[str, ...]:
+        """One moment, or none."""
+        return ("momentum",) if of.momentum else ()
+
+    def update(
+        self, of: "Optimizer", name: str, gradient: Tensor, moments: dict[str, Tensor], corrections: Corrections
+    ) -> Tensor:
+        """v = momentum * v + g."""
+        return moments["momentum"].mul_(of.momentum).add_(gradient) if of.momentum else gradient
+
+
+class AdamW(Rule):
+    """Adam with its decay decoupled (Loshchilov and Hutter, 2019)."""
+
+    epsilon = 1e-8
+
+    def moment_names(self, of: "Optimizer") -> tuple[str, ...]:
+        """The running means of the gradient and of its square."""
+        return "mean", "square"
+
+    def update(
+        self, of: "Optimizer", name: str, gradient: Tensor, moments: dict[str, Tensor], corrections: Corrections
+    ) -> Tensor:
+        """The corrected mean over the root of the corrected square and epsilon."""
+        mean = moments["mean"].mul_(BETAS[0]).add_(gradient * (1.0 - BETAS[0]))
+        square = moments["square"].mul_(BETAS[1]).add_((gradient * gradient).mul_(1.0 - BETAS[1]))
+        below = _root(square * (1.0 / corrections[1])).add_(self.epsilon)
+        return (mean * (1.0 / corrections[0])).div_(below)
+
+
+class MuDaMW(AdamW):
+    """AdamW's step, for the matrices listed in `orthogonal` orthogonalised (Jordan et al., "Muon", 2024) and scaled by
+    0.2 sqrt(max(rows, columns)).
+
+    `cautious` drops the entries whose step points up the present gradient and scales the others up (Liang et al.,
+    "Cautious optimizers", 2024).
     """
 
-    name: Name
+    epsilon = 1e-6
+
+    def needs_whole(self, of: "Optimizer", name: str) -> bool:
+        """The signs of all entries are counted, a matrix is orthogonalised as one."""
+        return of.cautious or name in of.orthogonal
+
+    def update(
+        self, of: "Optimizer", name: str, gradient: Tensor, moments: dict[str, Tensor], corrections: Corrections
+    ) -> Tensor:
+        """AdamW's, cautious and orthogonalised as asked."""
+        update = super().update(of, name, gradient, moments, corrections)
+        if of.cautious:
+            agrees = update * gradient > 0
+            update = (update * agrees).mul_(update.numel() / (int(agrees.sum()) + 1))
+        if name in of.orthogonal:
+            update = orthogonalised(update).mul_(ORTHOGONAL_SIZE * sqrt(max(update.shape)))
+        return update
+
+
+RULES: dict[OptimizerName, Rule] = {"sgd": SGD(), "adamw": AdamW(), "mudamw": MuDaMW()}
+
+
+@dataclass
+class Optimizer:
+    """A rule of `RULES` with its state, applied to a part of a tensor at a time.
+
+    All decouple the weight decay: weight *= 1 - rate * weight_decay. The estimate of the gradient may come from
+    backpropagation or from a record: the arithmetic is the same. momentum: of sgd. cautious, orthogonal (names of
+    matrices): of mudamw.
+    """
+
+    name: OptimizerName
     momentum: float = 0.0
     weight_decay: float = 0.0
     cautious: bool = False
@@ -62,21 +140,23 @@ class Optimizer:
     state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     powers: list[float] = field(default_factory=lambda: [1.0, 1.0])  # beta^t, by repeated multiplication
 
+    @property
+    def _rule(self) -> Rule:
+        return RULES[self.name]
+
     def begin_step(self) -> Corrections:
-        """Call once before the tensors of a step; what it gives goes into `move`."""
+        """Call once before the tensors of a step; what it gives goes into `step`."""
         self.powers = [power * beta for power, beta in zip(self.powers, BETAS, strict=True)]
         return 1.0 - self.powers[0], 1.0 - self.powers[1]
 
     def needs_whole(self, name: str) -> bool:
         """Whether a step of this tensor cannot be taken a few rows at a time."""
-        return self.name == "mudamw" and (self.cautious or name in self.orthogonal)
+        return self._rule.needs_whole(self, name)
 
     @property
     def moment_names(self) -> tuple[str, ...]:
         """What the rule remembers of each tensor."""
-        if self.name == "sgd":
-            return ("momentum",) if self.momentum else ()
-        return "mean", "square"
+        return self._rule.moment_names(self)
 
     def moments(self, name: str, weight: Tensor) -> dict[str, Tensor]:
         """The state of a tensor, float32 of the weight's shape, zero at first."""
@@ -84,7 +164,7 @@ class Optimizer:
             self.state[name] = {moment: torch.zeros_like(weight, dtype=torch.float32) for moment in self.moment_names}
         return self.state.get(name, {})
 
-    def move(
+    def step(
         self,
         name: str,
         weight: Tensor,
@@ -99,32 +179,10 @@ class Optimizer:
         moments: those of these entries; they are overwritten, and so is the gradient. size: what multiplies the step,
         not the decay.
         """
-        if self.name == "sgd":
-            update = self._heavy_ball(gradient, moments["momentum"]) if self.momentum else gradient
-        else:
-            update = self._adam(gradient, moments, corrections)
-        if self.name == "mudamw":
-            update = self._mudamw(name, update, gradient)
+        update = self._rule.update(self, name, gradient, moments, corrections)
         if self.weight_decay:
             weight.mul_(1.0 - rate * self.weight_decay)
         weight.sub_(torch.mul(update, rate * size, out=gradient))
-
-    def _heavy_ball(self, gradient: Tensor, velocity: Tensor) -> Tensor:
-        return velocity.mul_(self.momentum).add_(gradient)
-
-    def _adam(self, gradient: Tensor, moments: dict[str, Tensor], corrections: Corrections) -> Tensor:
-        mean = moments["mean"].mul_(BETAS[0]).add_(gradient * (1.0 - BETAS[0]))
-        square = moments["square"].mul_(BETAS[1]).add_((gradient * gradient).mul_(1.0 - BETAS[1]))
-        below = _root(square * (1.0 / corrections[1])).add_(EPSILONS[self.name])
-        return (mean * (1.0 / corrections[0])).div_(below)
-
-    def _mudamw(self, name: str, update: Tensor, gradient: Tensor) -> Tensor:
-        if self.cautious:
-            agrees = update * gradient > 0
-            update = (update * agrees).mul_(update.numel() / (int(agrees.sum()) + 1))
-        if name in self.orthogonal:
-            update = orthogonalised(update).mul_(ORTHOGONAL_SIZE * sqrt(max(update.shape)))
-        return update
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat state for a checkpoint: `<moment>/<tensor name>` and `powers` (float64)."""

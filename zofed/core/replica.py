@@ -128,7 +128,7 @@ class Replica:
                     flat = gradient.flatten()
                     squares[index] += float(torch.dot(flat, flat))
                     own = size if isinstance(record, Seeded) else 1.0
-                    rule.move(name, weight, gradient, state, record.rate, corrections, own)
+                    rule.step(name, weight, gradient, state, record.rate, corrections, own)
                     if now.dtype != torch.float32:
                         weight = self._rounded(weight, name, record.round, some.start * columns)
                 if now.dtype != torch.float32:

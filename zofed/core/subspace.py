@@ -79,7 +79,7 @@ def trained(
             with torch.no_grad():
                 view, change = coefficients.view(side, -1), gradient.to(torch.float32).view(side, -1)
                 state = optimizer.moments(NAME, view)
-                optimizer.move(NAME, view, change, state, own_rate, optimizer.begin_step())
+                optimizer.step(NAME, view, change, state, own_rate, optimizer.begin_step())
     return Trained(tuple(coefficients.tolist()), math.fsum(met) / len(met))
 
 

@@ -172,7 +172,7 @@ def _move(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> int:
 
         def run() -> None:
             weight, gradient = kept.to(torch.float32), torch.ones(kept.shape)
-            trial.move(name, weight, gradient, state, 1e-3, trial.begin_step())
+            trial.step(name, weight, gradient, state, 1e-3, trial.begin_step())
 
         return peak_bytes(torch.no_grad()(run))
 

@@ -1,7 +1,6 @@
 """A run's replica: its model at the base weights, with the genesis that its settings give it."""
 
 import warnings
-from typing import Literal
 
 from torch import nn
 
@@ -9,6 +8,7 @@ from zofed.config import Settings
 from zofed.core.digests import named_parameters
 from zofed.core.estimators import size_exponents
 from zofed.core.genesis import make_genesis
+from zofed.core.kinds import OptimizerName
 from zofed.core.optimizers import Optimizer
 from zofed.core.replica import Replica
 from zofed.models import scopes, spec
@@ -28,7 +28,7 @@ def replica_of(settings: Settings, model: Model) -> Replica:
         )
     matrices = frozenset(scopes.inner_matrices(model, names))
 
-    def rule(name: Literal["sgd", "adamw", "mudamw"]) -> Optimizer:
+    def rule(name: OptimizerName) -> Optimizer:
         orthogonal = matrices if name == "mudamw" else frozenset[str]()
         return Optimizer(name, settings.momentum, settings.weight_decay, settings.cautious, orthogonal)
 
