@@ -4,6 +4,7 @@ from typing import Literal
 
 from zofed.config.fields import CENTRAL, FEDERATED, Section, Unlike, setting, when
 from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
+from zofed.core.kinds import AggregationName
 
 
 class Federation(Section):
@@ -94,7 +95,7 @@ class Federation(Section):
 class Aggregation(Section):
     """How answers become one, and what is checked and sent."""
 
-    aggregation: Literal["mean", "trimmed", "median"] = setting(
+    aggregation: AggregationName = setting(
         "mean",
         "how clients' answers are aggregated; trimmed and median tolerate malicious clients",
         acts_when=when(run=FEDERATED),

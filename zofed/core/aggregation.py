@@ -4,13 +4,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from zofed.core import records
+from zofed.core.aggregation_rules import RULES
 from zofed.core.estimators import Estimate, Points, degrees_of_freedom
+from zofed.core.kinds import AggregationName
 from zofed.core.records import Seeded, Spread
-
-Rule = Literal["mean", "trimmed", "median"]
 
 IMPLAUSIBLE = 1000.0  # times the limit of clipping: such a slope is no outlier but a fault, and its sender is left out
 VANISHING = 2.0**-40  # times the common size: no difference of float32 losses is so far below the others', so likewise
@@ -105,7 +105,7 @@ def merged(
     found: Mapping[int, Slopes],
     *,
     shared: bool,
-    rule: Rule = "mean",
+    rule: AggregationName = "mean",
     trim: float = 0.2,
     limit: float = 0.0,
     largest_weight: int = 0,
@@ -114,8 +114,8 @@ def merged(
 ) -> Merged:
     """One set of slopes from those of all clients, by client index.
 
-    shared: all clients measured the same directions, and a coefficient is their mean, the mean without the share
-    `trim` at either end, or the lower median; else each keeps its own directions, and the rule can only be the mean.
+    shared: all clients measured the same directions, and the rule makes one coefficient of theirs; else each keeps
+    its own directions, and the rule can only be the mean.
     limit: of several clients, slopes beyond so many times the common size are brought back to it; 0: none.
     largest_weight: clients count by their examples, up to so many; 0: all alike. bits: of the largest coefficient.
     usual: as for `common_size`, whose bounds are those of the merged slopes: with shared directions none exceeds limit
@@ -138,21 +138,9 @@ def merged(
         total, count = (sum(own), len(own)) if weights else (1, 1)
         values = [value * weight * count for row, weight in zip(rows, own, strict=True) for value in row]
         return Merged(clients, *rounded(values, total, finest, bits))
-    columns = list(zip(*rows, strict=True))
-    if rule == "median":
-        return Merged((0,), *rounded([statistics.median_low(column) for column in columns], 1, finest, bits))
-    if rule == "trimmed":
-        cut = left_out(len(rows), trim)
-        kept = [sorted(column)[cut : len(rows) - cut] for column in columns]
-        return Merged((0,), *rounded([sum(column) for column in kept], len(rows) - 2 * cut, finest, bits))
-    own = weights or [1] * len(rows)
-    values = [sum(value * weight for value, weight in zip(column, own, strict=True)) for column in columns]
-    return Merged((0,), *rounded(values, sum(own), finest, bits))
-
-
-def left_out(count: int, trim: float) -> int:
-    """How many of `count` values a trimmed mean leaves out at either end: a share, and never all."""
-    return min(math.ceil(trim * count), (count - 1) // 2)
+    own, chosen = weights or [1] * len(rows), RULES[rule]
+    values = [chosen.integers(column, own, trim) for column in zip(*rows, strict=True)]
+    return Merged((0,), *rounded(values, chosen.divisor(own, trim), finest, bits))
 
 
 def _at(slopes: Slopes, exponent: int) -> list[int]:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from zofed.core import aggregation, directions
+from zofed.core import directions
 from zofed.core.measure import Update
 
 BITS = 15
@@ -158,16 +158,3 @@ def split(raw: bytes) -> Iterator[bytes]:
 def norm(update: Mapping[str, Tensor]) -> float:
     """Euclidean norm of all entries together."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in update.values()))
-
-
-def robust_mean(updates: Sequence[Mapping[str, Tensor]], rule: str, trim: float) -> Update:
-    """Entry by entry the lower median, or the mean without the share `trim` at either end."""
-    found: Update = {}
-    for name in updates[0]:
-        stacked = torch.stack([update[name] for update in updates])
-        if rule == "median":
-            found[name] = stacked.median(0).values
-        else:
-            cut = aggregation.left_out(len(updates), trim)
-            found[name] = stacked.sort(0).values[cut : len(updates) - cut].mean(0)
-    return found

@@ -1,4 +1,4 @@
-"""The kinds of directions by their names, what a direction is the sum of and what its integers are worth; optimizers.
+"""Kinds of directions by name: the terms of their sum, the value of their integers; names of optimizers and rules.
 
 Without torch, so that settings can be read before it is loaded.
 """
@@ -9,6 +9,7 @@ from typing import Literal
 Kind = str  # rank1, rank2, ... (sums of so many outer products), rademacher, gaussian; core: all pairs of factors
 KIND_PATTERN = r"rank[1-9][0-9]?|rademacher|gaussian"
 OptimizerName = Literal["sgd", "adamw", "mudamw"]  # the keys of `optimizers.RULES`
+AggregationName = Literal["mean", "trimmed", "median"]  # the keys of `aggregation_rules.RULES`
 
 
 def terms(kind: Kind) -> int:

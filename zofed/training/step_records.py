@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from zofed.config import Settings
-from zofed.core import aggregation, gradient_codec, records
+from zofed.core import aggregation, records
 from zofed.core.aggregation import Measured, Slopes, seeded
+from zofed.core.aggregation_rules import RULES
 from zofed.core.measure import Update
 from zofed.core.records import Seeded
 from zofed.core.replica import Replica
@@ -84,14 +85,8 @@ def merged_updates(settings: Settings, found: Mapping[int, tuple[Update, int]]) 
     Float32 sums in the order of the clients' indices: the same bits on one machine, which is enough, for the update
     itself is journalled and sent.
     """
-    clients = sorted(found)
-    if settings.aggregation != "mean":
-        return gradient_codec.robust_mean([found[client][0] for client in clients], settings.aggregation, settings.trim)
+    updates = [found[client][0] for client in sorted(found)]
     cap = settings.max_examples if settings.weighting == "examples" else 1
-    weights = [max(1, min(found[client][1], cap)) for client in clients]
-    total: Update = {}
-    for client, weight in zip(clients, weights, strict=True):
-        for name, tensor in found[client][0].items():
-            part = tensor * (weight / sum(weights))
-            total[name] = total[name].add_(part) if name in total else part
-    return total
+    weights = [max(1, min(found[client][1], cap)) for client in sorted(found)]
+    rule = RULES[settings.aggregation]
+    return {name: rule.tensors([update[name] for update in updates], weights, settings.trim) for name in updates[0]}
