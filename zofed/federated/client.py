@@ -121,6 +121,11 @@ def _session(written: str, own: str, named: Classes) -> ClientSession:
     return ClientSession(Settings.model_validate_json(written), own, named)
 
 
+def forget() -> None:
+    """Let go of the replica and the data of every run."""
+    _session.cache_clear()
+
+
 def session(context: Context, asked: Plan | Greeting | None = None) -> ClientSession:
     """This process's replica for a run's settings: built at their first message, kept until others come.
 

@@ -1,6 +1,7 @@
 """What deployment takes from Flower's private interfaces: a SuperNode's tasks, its connection, its sleeps.
 
-Written against flwr 1.41, which requirements.txt pins. `tests/test_flower_internals.py` names what a newer one changed.
+Written against flwr 1.41, which requirements.txt pins. `tests/federated/test_flower_internals.py` names what a newer
+one changed.
 """
 
 import sys
