@@ -12,7 +12,7 @@ RESTORED = "weights_restored"  # the context whose end brings every bit back
 
 # Where weights are written outside that context, and why they may be.
 KNOWN = {
-    ("core/optimizers.py", "move"): "the step of a record",
+    ("core/optimizers.py", "step"): "the step of a record",
     ("core/replica.py", "_apply_entries"): "records, applied",
     ("core/replica.py", "load"): "a checkpoint: what applying the entries before it gave",
     ("core/estimators.py", RESTORED): "the context itself",
