@@ -188,7 +188,7 @@ def test_a_pickle_is_found_beside_missing_data(quick: Callable[..., Settings], t
         ({"block_size": 129}, "model", "set block-size to 128 or less"),
         ({"scope": "head"}, "model", "leaves nothing to train"),
         ({"tokenizer": "gpt3"}, "tokenizer", "use 'shipped'"),
-        ({"held_out": 0.01, "block_size": 64, "dataset": "short"}, "data", "held-out part"),
+        ({"held_out_fraction": 0.01, "block_size": 64, "dataset": "short"}, "data", "held-out part"),
         ({"task": "classification"}, "data", "set task to language-model"),
         ({"clients": 41}, "data", "use fewer clients"),
         ({"clients": 2, "quorum": 3}, "federation", "set it to clients = 2 or less"),
