@@ -144,7 +144,7 @@ def federate(values: Values, folder: Path, clients: int, modes: Sequence[str] = 
     """A federated run in this process, or its summary where it is finished already."""
     if (folder / "summary.json").exists() and RunFolder(folder).summary().get("status") == "completed":
         return RunFolder(folder).summary()
-    client._session.cache_clear()
+    client.forget()
     settings = config.resolve(values | {"out": str(folder), "clients": clients})
     grid = LocalGrid(client.app, clients, settings.model_dump(by_alias=True))
     for context, mode in zip(grid._contexts.values(), modes, strict=False):

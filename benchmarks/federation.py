@@ -86,7 +86,7 @@ def quiet() -> Iterator[None]:
 def federate(folder: Path, clients: int, alter: Alter | None = None, **values: Any) -> dict[str, Any]:
     """One run; its summary."""
     shutil.rmtree(folder, ignore_errors=True)
-    client._session.cache_clear()
+    client.forget()
     changed = {key.replace("_", "-"): value for key, value in values.items()}
     settings = config.resolve(BASE | {"out": str(folder), "clients": clients} | changed)
     given = (client.app, clients, settings.model_dump(by_alias=True))
@@ -187,7 +187,7 @@ def _replicas_forget(at: int) -> Iterator[None]:
     def forgetful(plan: Any, context: Any) -> Any:
         if plan.round == at and not done:
             done.append(True)
-            client._session.cache_clear()
+            client.forget()
         return measure(plan, context)
 
     client.measure = forgetful
@@ -410,7 +410,7 @@ def absence(folder: Path, seeds: Sequence[int], only: str) -> None:
     def missing(index: int, answer: Answer, chance: random.Random) -> Answer | None:
         return None if chance.random() < 0.3 else answer
 
-    print("| disturbance | seeds | merge | held-out loss | replies |\n| --- | --- | --- | --- | --- |")
+    print("| disturbance | direction-seeds | aggregation | held-out loss | replies |\n| --- | --- | --- | --- | --- |")
     for name, alter, kind, rule, limit in (
         ("none", None, "distinct", "mean", 10.0),
         ("30 % missing each round", missing, "distinct", "mean", 10.0),
@@ -429,7 +429,7 @@ def absence(folder: Path, seeds: Sequence[int], only: str) -> None:
     ):
         if only not in name:
             continue
-        told = several(alter, direction_seeds=kind, merge=rule, clip_slopes=limit)
+        told = several(alter, direction_seeds=kind, aggregation=rule, clip_slopes=limit)
         print(f"| {name} | {kind} | {rule}{f', clipped at {limit:g}' if limit else ''} | {told} |", flush=True)
 
 

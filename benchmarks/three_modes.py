@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.federated_training import federate
 from zofed.runs import plot_style
-from zofed.runs.run_folder import read_table
+from zofed.runs.tables import read_table
 
 CLIENTS = 4
 BASE: dict[str, Any] = {

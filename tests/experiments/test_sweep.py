@@ -195,6 +195,33 @@ def test_a_wrong_file_is_told_in_one_line_with_its_remedy(tmp_path: Path, text: 
     assert "\n" not in str(told.value)
 
 
+def test_a_former_name_of_a_setting_is_answered_and_read_in_the_copy_that_a_sweep_keeps(tmp_path: Path) -> None:
+    text = """
+[base]
+estimator = "two-point"
+[grid]
+merge = ["mean", "median"]
+[[leave-out]]
+merge = "median"
+seeds = "distinct"
+[[runs]]
+name = "a"
+copies-per-pass = 4
+tune = { coefficient-bits = [6, 18] }
+"""
+    for name in ("mine.toml", "sweep.toml"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=r"\[base\]: setting 'estimator' is now called 'finite-difference'"):
+        sweep_file.read(tmp_path / "mine.toml")
+    (tmp_path / "top.toml").write_text('estimator = "two-point"')
+    with pytest.raises(UserError, match=r"finite-difference is a setting: it goes into \[base\]"):
+        sweep_file.read(tmp_path / "top.toml")
+    found = sweep_file.read(tmp_path / "sweep.toml")
+    assert found.base == {"finite-difference": "two-point"}
+    assert [arm.values["perturbations-per-pass"] for arm in found.arms] == [4] * len(found.arms)
+    assert {key for arm in found.arms for values in arm.tuned for key in values} == {"quantization-bits"}
+
+
 def test_wrong_names_scales_options_and_data_are_told(tmp_path: Path) -> None:
     path = written(tmp_path, SCALED)
     for arguments, what in (

@@ -1,6 +1,7 @@
 """Who may import what, and what the app bundle holds."""
 
 import ast
+import importlib
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,11 @@ def test_help_waits_for_no_large_library() -> None:
     )
     assert "simulate" in told.stdout
     assert not {"torch", "transformers", "datasets", "flwr", "pandas", "matplotlib"} & set(told.stderr.split())
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_imports_what_there_is(path: Path) -> None:
+    importlib.import_module(f"benchmarks.{path.stem}")
 
 
 def test_nothing_unpickles_or_runs_code_of_a_model() -> None:

@@ -90,7 +90,7 @@ def sweep(
                 runner = Runner(wanted, folder, at_a_time, watching)
                 board = runner.run()
         except KeyboardInterrupt:
-            again = shell.command("zofed", "sweep", folder.path / "sweep.toml", "--out", folder.path)
+            again = shell.command("zofed", "sweep", folder.path / sweep_file.COPY, "--out", folder.path)
             raise Interrupted(f"continue with: {again}") from None
     _tell_outcome(runner, board)
     if board.failed or runner.untuned:

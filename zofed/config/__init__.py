@@ -11,6 +11,7 @@ from zofed.config.settings import (
     pinned,
     resolve,
     unknown,
+    unknown_setting,
     with_present_names,
     without_effect,
 )
@@ -20,5 +21,6 @@ from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
 __all__ = [
     "CENTRAL", "FEDERATED", "LONGEST_SHOWN", "RENAMED", "SECTIONS", "SETTINGS", "WITH_BACKPROP", "ZEROTH_ORDER",
     "Settings", "Unlike", "absolute", "acts_in", "changed", "documented_toml", "kebab", "pinned", "read_own_toml",
-    "read_toml", "resolve", "summary", "to_toml", "traits", "unknown", "with_present_names", "without_effect",
+    "read_toml", "resolve", "summary", "to_toml", "traits", "unknown", "unknown_setting", "with_present_names",
+    "without_effect",
 ]  # fmt: skip

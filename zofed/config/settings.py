@@ -205,15 +205,20 @@ def changed(settings: Settings) -> list[str]:
 
 def _explain(problem: Any) -> str:
     key = str(problem["loc"][0])
-    if problem["type"] == "extra_forbidden" and key in RENAMED:
-        return f"setting {key!r} is now called {RENAMED[key]!r}: write {RENAMED[key]} instead"
     if problem["type"] == "extra_forbidden":
-        return unknown(key, list(SETTINGS), "setting")
+        return unknown_setting(key)
     field = SETTINGS[key]
     limit = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     given = repr(problem["input"])
     given = given if len(given) <= LONGEST_SHOWN else f"{given[:LONGEST_SHOWN]}... ({len(given)} characters)"
     return f"{key} = {given}: {limit}; the default is {field.default!r} ({field.description})"
+
+
+def unknown_setting(key: str) -> str:
+    """The sentence for a key that is no setting: its present name, what was meant, or what there is."""
+    if key in RENAMED:
+        return f"setting {key!r} is now called {RENAMED[key]!r}: write {RENAMED[key]} instead"
+    return unknown(key, list(SETTINGS), "setting")
 
 
 def unknown(name: str, known: list[str], what: str) -> str:

@@ -104,7 +104,7 @@ def _in_order(path: Path) -> list[Any]:
 
 def sweep_of(path: Path) -> Sweep | None:
     """The sweep whose folder this is, if any. Raises UserError where this version cannot read it."""
-    file = path / "sweep.toml"
+    file = path / sweep_file.COPY
     return sweep_file.read(file) if file.exists() else None
 
 

@@ -26,6 +26,7 @@ from zofed.config import SETTINGS
 from zofed.experiments.sweep import Arm, Sweep, Values, pairs, safe
 
 SHIPPED = ROOT / "experiments"
+COPY = "sweep.toml"  # the name under which a sweep writes itself down in its folder
 PARTS = ("about", "seeds", "base", "grid", "runs", "tune", "leave-out", "merge", "with-controls")
 OWN = {"out": "--out names the sweep's folder", "seed": "write seeds = [0, 1, 2] at the top of the file"}
 DATA_KEYS = ("dataset", "bp-dataset", "eval-dataset")
@@ -67,10 +68,29 @@ def read(
     wrong in it.
     """
     parts = config.read_toml(path) | ({"with-controls": True} if with_controls else {})
+    if path.name == COPY:
+        parts = _with_present_names(parts)
     try:
         return of(_with_data(_at_scale(parts, scale), data), options or {})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _with_present_names(parts: Values) -> Values:
+    """The parts as a sweep wrote them down, with settings by their present names, whichever version wrote them."""
+    found: Values = {}
+    for key, value in parts.items():
+        if key in ("runs", "leave-out") and isinstance(value, list):
+            value = [_present(one) for one in value]
+        found[key] = _present(value) if key in ("base", "grid", "tune") else value
+    return found
+
+
+def _present(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    named = config.with_present_names(values)
+    return {key: _present(value) if key == "tune" else value for key, value in named.items()}
 
 
 def with_merged(sweep: Sweep, data: Sequence[str]) -> Sweep:
@@ -95,7 +115,8 @@ def _at_scale(parts: Values, scale: str) -> Values:
             parts[key] = before | value if isinstance(before, dict) and isinstance(value, dict) else value
     for key in parts:
         if key not in PARTS:
-            told = f"{key} is a setting: it goes into [base]" if key in SETTINGS else ""
+            present = config.RENAMED.get(key, key)
+            told = f"{present} is a setting: it goes into [base]" if present in SETTINGS else ""
             raise UserError(told or config.unknown(key, [*PARTS, "scale"], "part of a sweep"))
     return parts
 
@@ -250,7 +271,7 @@ def _check_keys(values: Values, where: str) -> None:
         if key in OWN:
             raise UserError(f"{where}: {key} is not for runs to say: {OWN[key]}")
         if key not in SETTINGS:
-            raise UserError(f"{where}: {config.unknown(key, list(SETTINGS), 'setting')}")
+            raise UserError(f"{where}: {config.unknown_setting(key)}")
 
 
 def _check_lists(values: Any, where: str) -> None:

@@ -91,7 +91,7 @@ class SweepFolder:
         if pairs:
             sweep = sweep_file.with_merged(sweep, pairs)
         sweep = sweep_file.of(_with_absolute_paths(sweep.parts))
-        self._write("sweep.toml", tomli_w.dumps(sweep.parts))
+        self._write(sweep_file.COPY, tomli_w.dumps(sweep.parts))
         self._write("sessions.json", json.dumps([*self.sessions(), session()], indent=2) + "\n")
         return sweep
 

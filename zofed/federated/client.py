@@ -127,7 +127,7 @@ def forget() -> None:
 
 
 def session(context: Context, asked: Plan | Greeting | None = None) -> ClientSession:
-    """This process's replica for a run's settings: built at their first message, kept until others come.
+    """This process's replica and data for a run's settings: made at their first message, kept until others come.
 
     asked: tells the run's classes, by whose names the node numbers the labels it reads; None: the data tell.
     """

@@ -19,7 +19,7 @@ from zofed.config import Settings
 from zofed.models import classifier, initial, limits, sources
 from zofed.models.classifier import PooledClassifier, Pooling
 from zofed.models.precision import Model, ready
-from zofed.models.sources import Source, Stored, source_of
+from zofed.models.sources import Fresh, Source, Stored, source_of
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,10 @@ def rebuild(described: Mapping[str, Any], seed: int, dtype: str, name: str = "",
     pooling: Pooling | None = described.get("pooling")
     # Of the library's own classifier the config tells how many classes there are.
     classes = described["classes"] if pooling else int("SequenceClassification" in described["architecture"])
-    if described["name"] in sources.SIZES:
-        name, revision = described["name"], ""
-    spec = ModelSpec(name, revision, seed, dtype, classes)
+    is_fresh = described["name"] in sources.SIZES
+    spec = ModelSpec(described["name"] if is_fresh else name, "" if is_fresh else revision, seed, dtype, classes)
+    if not is_fresh and isinstance(spec.source, Fresh):
+        raise UserError(f"the base of this journal is a saved model, not the size {name!r}: give its folder or hub id")
     config = spec.source.described_config(described["config"], classes, pooling)
     padding = described["config"].get("pad_token_id")
     model = spec.source.create(config, classes, pooling, seed=seed, padding=padding)

@@ -1,8 +1,8 @@
 """One class a mode: what a round asks, what a step costs, what a run needs to go on, what replays.
 
 Central training, the server, forecasts, footprints and tables ask here; nothing else tells modes apart by their names.
-A new mode is a class and a row of `MODES`, and, where it asks what no other does, a method of `steps.Steps` and of the
-server.
+A new mode is a class and a row of `MODES`, and, where it asks what no other does, a method of `steps.Steps` and of
+`federated.rounds.Rounds`.
 """
 
 from collections.abc import Callable

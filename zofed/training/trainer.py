@@ -1,4 +1,4 @@
-"""Measurement, write down, move: the one loop of every way to run, and what it goes on from."""
+"""Measure, record, apply: the one loop of every way to run, and what it goes on from."""
 
 import itertools
 import math
