@@ -21,7 +21,7 @@ from zofed.core import journal
 from zofed.data import encoding
 from zofed.federated.round_log import RoundLog
 from zofed.models import spec
-from zofed.runs import run_folder
+from zofed.runs import checkpoints
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Table
 from zofed.training import central, finalize
@@ -201,7 +201,7 @@ def at_the_end(write: Any) -> Any:
 DISK: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "the journal": lambda patch: patch.setattr(journal, "_sync_data", full),
     "a table": full_table,
-    "a checkpoint": lambda patch: patch.setattr(run_folder, "save_file", full_for_safetensors),
+    "a checkpoint": lambda patch: patch.setattr(checkpoints, "save_file", full_for_safetensors),
     "the model": lambda patch: patch.setattr(spec, "save", full_for_safetensors),
     "the model's tokenizer": lambda patch: patch.setattr(spec, "save", full),
     "the summary": lambda patch: patch.setattr(RunFolder, "write_text", at_the_end(RunFolder.write_text)),
