@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
+from federations import ignore, records_of
 from torch import Tensor
 
 from zofed import config
@@ -84,14 +85,6 @@ def near(monkeypatch: pytest.MonkeyPatch) -> list[NearPipe]:
 
 
 refusing: set[int] = set()
-
-
-def ignore(row: Row) -> None:
-    """A reporter that says nothing."""
-
-
-def records_of(out: Path) -> list[bytes]:
-    return [entry.raw for entry in journal.read(RunFolder(out).journal).entries]
 
 
 def losses_of(out: Path) -> list[str]:

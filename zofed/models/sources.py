@@ -55,13 +55,21 @@ SIZES = {
 class Source(ABC):
     """What makes a Hugging Face module of one model, for a language model, a classifier or an encoder alone.
 
-    name: what a journal's genesis calls it. folder: where its files lie, None where it has none. tokenizer: the
-    name of the one that fits it. classes: 0 for a language model. pooling: of an encoder without a head, else None.
+    name: what a journal's genesis calls it. Of the methods' arguments classes is 0 for a language model, and pooling
+    None but for an encoder without a head.
     """
 
     name: str
-    folder: Path | None
-    tokenizer: str
+
+    @property
+    @abstractmethod
+    def folder(self) -> Path | None:
+        """Where its files lie."""
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> str:
+        """The name of the tokenizer that fits it."""
 
     @abstractmethod
     def kind(self, classes: int, pooling: Pooling | None) -> Any:
@@ -94,12 +102,12 @@ class Fresh(Source):
     name: str
 
     @property
-    def folder(self) -> Path | None:  # type: ignore[override]
+    def folder(self) -> Path | None:
         """None: nothing is read."""
         return None
 
     @property
-    def tokenizer(self) -> str:  # type: ignore[override]
+    def tokenizer(self) -> str:
         """The tokenizer the size is meant for."""
         return SIZES[self.name].tokenizer
 
@@ -150,12 +158,12 @@ class Stored(Source):
         return SAVED
 
     @property
-    def folder(self) -> Path:  # type: ignore[override]
+    def folder(self) -> Path:
         """Its folder, or its snapshot in the hub's cache."""
         return self.saved.folder
 
     @property
-    def tokenizer(self) -> str:  # type: ignore[override]
+    def tokenizer(self) -> str:
         """The one beside the weights."""
         return str(self.folder)
 
