@@ -29,6 +29,7 @@ class Traits:
     """What is known of a setting beside its value and limits.
 
     acts_when: it acts only where one of these holds; empty: always. pins: a resumed run must find it unchanged.
+    spaced: a text whose outer spaces and line breaks are meant.
     shapes_result: it decides what a run finds, not only where and how it computes. scores: held-out losses at two of
     its values cannot be compared. first: one of those that a person needs first.
     """
@@ -38,6 +39,7 @@ class Traits:
     shapes_result: bool = True
     scores: bool = False
     first: bool = False
+    spaced: bool = False
 
 
 def when(*alternatives: Condition, **condition: Any) -> tuple[Condition, ...]:
@@ -54,10 +56,11 @@ def setting(
     shapes_result: bool = True,
     scores: bool = False,
     first: bool = False,
+    spaced: bool = False,
     **limits: Any,
 ) -> Any:
     """A field of a `Section`. limits: as pydantic's `Field` takes them."""
-    traits = Traits(acts_when, pins, shapes_result, scores, first)
+    traits = Traits(acts_when, pins, shapes_result, scores, first, spaced)
     return Field(default, description=description, json_schema_extra={"traits": traits}, **limits)  # type: ignore[dict-item]
 
 
@@ -88,12 +91,14 @@ class Section(BaseModel):
 
     @field_validator("*", mode="after")
     @classmethod
-    def _can_be_kept(cls, value: Any) -> Any:
+    def _can_be_kept(cls, value: Any, info: Any) -> Any:
         """Text that a TOML file and a path can hold and a person sees whole; numbers of 64 bits, as Flower's are."""
         if isinstance(value, str):
-            if value != value.strip():
+            spaced = traits(cls.model_fields[info.field_name]).spaced
+            if not spaced and value != value.strip():
                 raise ValueError("begins or ends with white space, leave it out")
-            if any(unicodedata.category(character) in ("Cc", "Cs") for character in value):
+            seen = value.replace("\n", "") if spaced else value
+            if any(unicodedata.category(character) in ("Cc", "Cs") for character in seen):
                 raise ValueError("holds a line break, a control character or a byte that is no UTF-8, leave it out")
         if isinstance(value, int) and not isinstance(value, bool) and value >= 2**63:
             raise ValueError("should be less than 2**63")

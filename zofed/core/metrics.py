@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from zofed.base.errors import UserError
+from zofed.core import candidates
 from zofed.core.perturbation_mode import in_pieces
 
 Examples = dict[str, Tensor]
@@ -97,10 +99,15 @@ def loss_of(model: nn.Module, batch: Examples, forward_dtype: str = "weights", o
     with torch.autocast(device.type, torch.bfloat16, enabled=forward_dtype == "bfloat16"):
         if ":" in objective:
             return _function(objective)(model, batch)
-        output = model(**batch)
+        output = output_of(model, batch)
         if objective == "loss":
             return output.loss
         return _missed(output.logits, batch["labels"], objective)
+
+
+def output_of(model: nn.Module, batch: Examples) -> Any:
+    """Loss and logits of a batch on the model's device: the model's own, or those of a prompt's candidates."""
+    return candidates.output(model, batch) if candidates.KEY in batch else model(**batch)
 
 
 @cache
@@ -156,7 +163,7 @@ def evaluate(model: nn.Module, examples: Examples, batch_size: int = 32, bytes_p
                 found += [torch.full_like(batch["labels"], IGNORED_LABEL)] if is_classifier else []
                 continue
             with in_pieces():
-                output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+                output = output_of(model, {name: tensor.to(device) for name, tensor in batch.items()})
             losses += float(output.loss) * predicted
             count += predicted
             if is_classifier:

@@ -39,10 +39,11 @@ class Columns:
 
 
 @lru_cache(maxsize=1024)
-def chosen(names: tuple[str, ...]) -> Columns:
+def chosen(names: tuple[str, ...], others: tuple[str, ...] = (), needs_text: bool = True) -> Columns:
     """The columns to read of those that a row has; a name counts without case and outer spaces where none is exact.
 
-    Raises UserError, the end of a sentence about the row, where none holds a text or two could.
+    others: columns that a template names, read as they are. needs_text: whether one must hold a text. Raises UserError,
+    the end of a sentence about the row, where none does or two could.
     """
     source, topic = ("source" if "source" in names else ""), ("topic" if "topic" in names else "")
     pubmedqa = next((found for first, found in PUBMEDQA_COLUMNS.items() if {first, found[1]} <= set(names)), None)
@@ -50,12 +51,12 @@ def chosen(names: tuple[str, ...]) -> Columns:
         text, label = pubmedqa, PUBMEDQA_LABEL if PUBMEDQA_LABEL in names else ""
     else:
         text, label = (_named(names, TEXT_COLUMNS, "text"),), _named(names, LABEL_COLUMNS, "label")
-    if not text[0]:
+    if not text[0] and needs_text:
         raise UserError(
             f"has no text column: it has {listed(names)}; name one of them {', '.join(TEXT_COLUMNS[:-1])} "
             f"or {TEXT_COLUMNS[-1]}{_other_separator(names)}"
         )
-    read = tuple(name for name in (*text, label, source, topic) if name in names)
+    read = tuple(name for name in dict.fromkeys((*text, *others, label, source, topic)) if name in names)
     rest = tuple(name for name in names if name not in read)
     strict = label.strip().casefold() in (LABEL_COLUMNS[0], PUBMEDQA_LABEL)
     return Columns(text, label, source, topic, read, rest, strict, pubmedqa is not None)

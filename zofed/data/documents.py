@@ -19,6 +19,7 @@ from zofed.data import columns, subsets
 from zofed.data.catalog import CATALOG, data_root, suggestion
 from zofed.data.columns import Columns, Unread
 from zofed.data.readers import Rows, rows_of_file, rows_of_folder
+from zofed.data.templates import Template
 
 # Found by __file__, since Flower runs an installed copy of the app from somebody else's working folder.
 SHIPPED = ROOT / "datasets_subset"
@@ -90,7 +91,7 @@ def load_documents(dataset: str) -> list[Document]:
     return read(dataset).documents
 
 
-def read(dataset: str) -> Reading:
+def read(dataset: str, template: Template | None = None) -> Reading:
     """Read every document of a data set, in a fixed order, and say which columns were read.
 
     `dataset` is a shipped sample ('sample-dclm', 'sample-pubmedqa', 'sample-sst2': train rows, then validation rows),
@@ -116,12 +117,17 @@ def read(dataset: str) -> Reading:
     topic, if there, names what a row is about; sample-dclm's topics are the first parts of its urls' paths. Rows whose
     text is blank are left out.
 
+    template: makes the text of each row's columns, among which `text` is what is read without one.
+
     Raises UserError where the name is unknown, nothing is found, or a row cannot be read.
     """
     if dataset == "pydoc":
         from pydoc_data.topics import topics
 
-        return Reading(dataset, [Document(topics[name], dataset) for name in sorted(topics)])
+        texts = ((name, topics[name]) for name in sorted(topics))
+        if template:
+            texts = ((name, template.render({"text": text}, f"topic {name!r}")) for name, text in texts)
+        return Reading(dataset, [Document(text, dataset) for _, text in texts])
     path = subsets.find(dataset) or Path(os.path.expanduser(dataset))
     if dataset not in _SHIPPED_FILES and (not dataset or not path.exists()):
         if dataset in CATALOG:
@@ -138,7 +144,7 @@ def read(dataset: str) -> Reading:
             rows = Rows(row for name in _SHIPPED_FILES[dataset] for row in rows_of_file(SHIPPED / name).found)
         else:
             rows = rows_of_folder(path) if path.is_dir() else rows_of_file(path)
-        return _reading(rows, dataset)
+        return _reading(rows, dataset, template)
     except OSError as error:
         raise UserError(
             f"data set {dataset!r} cannot be read ({said_by(error)}): check that the file is whole and readable"
@@ -216,13 +222,15 @@ def _place(path: Path) -> str:
     return f" (there is no {str(path.absolute())!r})" if path.name else ""
 
 
-def _reading(rows: Rows, dataset: str) -> Reading:
+def _reading(rows: Rows, dataset: str, template: Template | None) -> Reading:
     documents: list[Document] = []
     found: dict[str, None] = {}  # in the order they are met
     unread, blank, label_column = Unread(), 0, ""
     for number, (place, row) in enumerate(rows.found):
-        layout = _layout(place, row)
+        layout = _layout(place, row, template)
         text, label = _text(place, row, layout), _label(place, row, layout)
+        if template:
+            text = template.render(row | ({"text": text} if layout.text[0] else {}), place)
         if number < columns.SAMPLED:
             unread.see(row, layout.rest)
         found |= dict.fromkeys(layout.read)
@@ -266,9 +274,12 @@ def text_and_label(place: str, row: dict[str, Any]) -> tuple[str, int | None]:
     return _text(place, row, layout), _label(place, row, layout)
 
 
-def _layout(place: str, row: dict[str, Any]) -> Columns:
+def _layout(place: str, row: dict[str, Any], template: Template | None = None) -> Columns:
     try:
-        return columns.chosen(tuple(row))
+        if template is None:
+            return columns.chosen(tuple(row))
+        others = template.columns
+        return columns.chosen(tuple(row), others, needs_text="text" in others)
     except UserError as error:
         raise UserError(f"{place} {error}") from None
 
@@ -276,7 +287,7 @@ def _layout(place: str, row: dict[str, Any]) -> Columns:
 def _text(place: str, row: dict[str, Any], layout: Columns) -> str:
     if layout.is_pubmedqa:
         return _pubmedqa_text(place, row, layout.text)
-    return _checked_text(place, layout.text[0], row[layout.text[0]])
+    return _checked_text(place, layout.text[0], row[layout.text[0]]) if layout.text[0] else ""
 
 
 def _label(place: str, row: dict[str, Any], layout: Columns) -> int | None:

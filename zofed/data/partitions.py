@@ -17,6 +17,7 @@ from zofed.config import Settings
 from zofed.data import subsets
 from zofed.data.catalog import CATALOG
 from zofed.data.documents import KNOWN_NAMES, Document, Reading, check_share, random_order, read, shard
+from zofed.data.templates import Template
 
 OTHERS = "others"  # the groups too small to be told apart in a table or a picture
 
@@ -141,7 +142,7 @@ def _holders(sizes: Sequence[int], clients: int) -> list[list[int]]:
     return [list(range(start, start + number)) for start, number in zip(starts, numbers, strict=False)]
 
 
-def own(dataset: str) -> Reading:
+def own(dataset: str, template: Template | None = None) -> Reading:
     """What is read of a node's own data set, which its --node-config names: an absolute path or a known name.
 
     Raises UserError, naming the key, for a relative path, a missing file and whatever cannot be read.
@@ -159,7 +160,7 @@ def own(dataset: str) -> Reading:
             "put it there, or start the node with another --node-config 'dataset=\"/...\"'"
         )
     try:
-        return read(dataset)
+        return read(dataset, template)
     except UserError as error:
         raise UserError(f"node config dataset: {error}") from error
 

@@ -78,7 +78,7 @@ def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> M
     """`get_model_info` of a run's settings; labels: classes, where the task is classification."""
     tokenizer_name = spec.tokenizer_name(settings)
     tokenizer = encoding.load_tokenizer(tokenizer_name)
-    outline = ModelSpec.of(settings, labels if TASKS[settings.task].has_classes else 0).outline(tokenizer)
+    outline = ModelSpec.of(settings, labels if TASKS[settings.task].has_head else 0).outline(tokenizer)
     parameters = named_parameters(outline)
     by_scope = {}
     for scope in SCOPES:

@@ -70,7 +70,9 @@ class Task:
         """
         classifier.check(settings)
         tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
-        return cls.of(settings, tokenizer, documents.read(settings.dataset), named)
+        return cls.of(
+            settings, tokenizer, documents.read(settings.dataset, TASKS[settings.task].template(settings)), named
+        )
 
     @classmethod
     def of(
@@ -88,7 +90,7 @@ class Task:
             return classes.renumbered(reading, named, what)
 
         def more(dataset: str, key: str) -> list[Document]:
-            readings.append(documents.read(dataset))
+            readings.append(documents.read(dataset, kind.template(settings)))
             return labelled(readings[-1], key)
 
         train = labelled(found, "dataset")
@@ -111,7 +113,7 @@ class Task:
         """
         if settings.eval_dataset and not TASKS[settings.task].needs_training_data_to_score:
             tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
-            found = documents.read(settings.eval_dataset)
+            found = documents.read(settings.eval_dataset, TASKS[settings.task].template(settings))
             task = cls(settings, tokenizer, [], found.documents, [], readings=(found,))
         else:
             task = cls.load(settings)
@@ -129,7 +131,7 @@ class Task:
         label that is none of the classes.
         """
         classifier.check(settings)
-        found = partitions.own(dataset)
+        found = partitions.own(dataset, TASKS[settings.task].template(settings))
         own, known = found.documents, Classes.numbered(named) if isinstance(named, int) else named
         if TASKS[settings.task].has_classes:
             what = f"node config dataset = {dataset!r}"
@@ -151,6 +153,11 @@ class Task:
         if self.named:
             return len(self.named)
         return 1 + max(document.label or 0 for document in (*self.train, *self.held_out, *self.backprop))
+
+    @property
+    def outputs(self) -> int:
+        """Number of classes that the model's own head tells apart; 0 for a language model."""
+        return self.labels if self.type.has_head else 0
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -176,7 +183,7 @@ class Task:
         return self.type.examples(documents, self._encoder(cache))
 
     def _encoder(self, cache: bool = True) -> Encoder:
-        encoder = Encoder(self.tokenizer, self.settings.block_size)
+        encoder = Encoder(self.tokenizer, self.settings.block_size, words=self.type.words(self.settings))
         if not (cache and self.type.keeps_tokens):
             return encoder
         return replace(encoder, cache=encoding.default_cache(), digest=self._tokenizer_digest)
@@ -197,12 +204,12 @@ class Task:
         Raises UserError where the model cannot read them.
         """
         settings = self.settings
-        at_end = self.labels > 0 and settings.pooling == "auto" and not settings.freeze_encoder
+        at_end = self.outputs > 0 and settings.pooling == "auto" and not settings.freeze_encoder
         limits.check_tokens(tokens, self.tokenizer, self._model_config, settings.model, at_end=at_end)
         if not settings.freeze_encoder:
             return tokens
         # Not the replica's model, which a shard does not know; this one goes when the features are there.
-        model = spec.create_model(self.settings, self.tokenizer, self.labels)
+        model = spec.create_model(self.settings, self.tokenizer, self.outputs)
         assert isinstance(model, classifier.PooledClassifier)
         chosen = device(self.settings)
         depends_on = (
@@ -348,7 +355,7 @@ class Task:
 
     def replica(self) -> Replica:
         """A new replica at the base weights, on the run's device, with the genesis that pins it."""
-        return replica_of(self.settings, spec.create_model(self.settings, self.tokenizer, self.labels))
+        return replica_of(self.settings, spec.create_model(self.settings, self.tokenizer, self.outputs))
 
 
 def _at(examples: Examples, positions: Tensor) -> Examples:

@@ -14,32 +14,47 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import metrics
-from zofed.data import classes, encoding
+from zofed.data import classes, encoding, prompts
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
+from zofed.data.templates import Template, words_of
 from zofed.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """How documents become tokens. cache: folder to keep them in, by the tokenizer's digest too; None: they are not."""
+    """How documents become tokens. cache: folder to keep them in, by the tokenizer's digest too; None: they are not.
+
+    words: that a prompt's label words are.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     block_size: int
     cache: Path | None = None
     digest: str = ""
+    words: tuple[str, ...] = ()
 
 
 class TaskType(ABC):
     """What every task says of itself."""
 
     has_classes: ClassVar[bool] = False  # documents have labels, which a run numbers
+    has_head: ClassVar[bool] = False  # the classes are outputs of the model
     has_one_example_a_document: ClassVar[bool] = False
     needs_training_data_to_score: ClassVar[bool] = False  # for what scored data alone do not show
     keeps_tokens: ClassVar[bool] = False  # in the user's cache, which takes the tokenizer's digest
+
+    def template(self, settings: Settings) -> Template | None:
+        """What makes a document of a row; None: its text is."""
+        return None
+
+    def words(self, settings: Settings) -> tuple[str, ...]:
+        """What may follow a prompt; empty: there is none."""
+        return ()
 
     def classes(self, settings: Settings, found: Reading) -> Classes | None:
         """The classes of a run that begins with this training data; None: it has none. Raises UserError."""
@@ -99,6 +114,7 @@ class Classification(TaskType):
     """Predict the label of each document."""
 
     has_classes = True
+    has_head = True
     has_one_example_a_document = True
     needs_training_data_to_score = True  # they say which classes there are
 
@@ -124,4 +140,47 @@ class Classification(TaskType):
         return f"documents of {classes} classes"
 
 
-TASKS: dict[str, TaskType] = {"language-model": LanguageModelling(), "classification": Classification()}
+class Prompt(Classification):
+    """Predict the label of each document by the word that a language model finds likeliest after a prompt."""
+
+    has_head = False
+
+    def template(self, settings: Settings) -> Template | None:
+        """The setting of that name."""
+        return Template(settings.template)
+
+    def words(self, settings: Settings) -> tuple[str, ...]:
+        """The setting label-words."""
+        return words_of(settings.label_words)
+
+    def classes(self, settings: Settings, found: Reading) -> Classes | None:
+        """Those that the data show, a word for each. Raises UserError where there are not as many."""
+        words = self.words(settings)
+        shown = classes.of_training(found, settings.model, ())
+        if len(shown) != len(words):
+            raise UserError(
+                f"label-words = {settings.label_words!r} are {len(words)} words, but {found.dataset!r} has "
+                f"{len(shown)} classes ({shown}): give a word for each, in that order"
+            )
+        return shown
+
+    def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
+        """Each prompt with the label words; nothing is cached."""
+        return prompts.prompt_examples(documents, encoder.tokenizer, encoder.block_size, encoder.words)
+
+    def blank(self, examples: int, block_size: int) -> Examples:
+        """Tokens, mask, two words of one token and a label."""
+        ids = torch.zeros(examples, block_size, dtype=torch.int64)
+        mask, words = torch.ones_like(ids), torch.zeros(examples, 2, 1, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": mask, "candidates": words, "labels": ids[:, 0]}
+
+    def named(self, block_size: int, classes: int) -> str:
+        """Prompts."""
+        return f"prompts of {classes} classes"
+
+
+TASKS: dict[str, TaskType] = {
+    "language-model": LanguageModelling(),
+    "classification": Classification(),
+    "prompt": Prompt(),
+}
