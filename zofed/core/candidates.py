@@ -2,8 +2,8 @@
 
 A candidate's score is the mean log-probability of its tokens after the prompt (Malladi et al., "Fine-tuning language
 models with just forward passes", 2023, as MeZO's code has it). Where all candidates are one token the prompt alone
-runs, and of its logits only the last position's. Longer ones follow the prompt in one sequence, each seeing the prompt and
-itself, at the positions it would have there alone.
+runs, and of its logits only the last position's. Longer ones follow the prompt in one sequence, each seeing the prompt
+and itself, at the positions it would have there alone.
 """
 
 from dataclasses import dataclass

@@ -39,11 +39,11 @@ class Columns:
 
 
 @lru_cache(maxsize=1024)
-def chosen(names: tuple[str, ...], others: tuple[str, ...] = (), needs_text: bool = True) -> Columns:
+def chosen(names: tuple[str, ...], others: tuple[str, ...] = ()) -> Columns:
     """The columns to read of those that a row has; a name counts without case and outer spaces where none is exact.
 
-    others: columns that a template names, read as they are. needs_text: whether one must hold a text. Raises UserError,
-    the end of a sentence about the row, where none does or two could.
+    others: columns that a template names, read as they are; only where there are none, or `text` is one of them, must a
+    column hold a text. Raises UserError, the end of a sentence about the row, where none does or two could.
     """
     source, topic = ("source" if "source" in names else ""), ("topic" if "topic" in names else "")
     pubmedqa = next((found for first, found in PUBMEDQA_COLUMNS.items() if {first, found[1]} <= set(names)), None)
@@ -51,7 +51,7 @@ def chosen(names: tuple[str, ...], others: tuple[str, ...] = (), needs_text: boo
         text, label = pubmedqa, PUBMEDQA_LABEL if PUBMEDQA_LABEL in names else ""
     else:
         text, label = (_named(names, TEXT_COLUMNS, "text"),), _named(names, LABEL_COLUMNS, "label")
-    if not text[0] and needs_text:
+    if not text[0] and (not others or "text" in others):
         raise UserError(
             f"has no text column: it has {listed(names)}; name one of them {', '.join(TEXT_COLUMNS[:-1])} "
             f"or {TEXT_COLUMNS[-1]}{_other_separator(names)}"

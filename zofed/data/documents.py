@@ -143,7 +143,8 @@ def read(dataset: str, template: Template | None = None) -> Reading:
         if dataset in _SHIPPED_FILES:
             rows = Rows(row for name in _SHIPPED_FILES[dataset] for row in rows_of_file(SHIPPED / name).found)
         else:
-            rows = rows_of_folder(path) if path.is_dir() else rows_of_file(path)
+            others = template.columns if template else ()
+            rows = rows_of_folder(path, others) if path.is_dir() else rows_of_file(path, others)
         return _reading(rows, dataset, template)
     except OSError as error:
         raise UserError(
@@ -276,10 +277,7 @@ def text_and_label(place: str, row: dict[str, Any]) -> tuple[str, int | None]:
 
 def _layout(place: str, row: dict[str, Any], template: Template | None = None) -> Columns:
     try:
-        if template is None:
-            return columns.chosen(tuple(row))
-        others = template.columns
-        return columns.chosen(tuple(row), others, needs_text="text" in others)
+        return columns.chosen(tuple(row), template.columns if template else ())
     except UserError as error:
         raise UserError(f"{place} {error}") from None
 

@@ -36,11 +36,12 @@ class Rows:
     is_ordered: bool = True
 
 
-def rows_of_file(path: Path) -> Rows:
+def rows_of_file(path: Path, others: tuple[str, ...] = ()) -> Rows:
     """The rows of a .txt, .label, .tsv, .csv, .json, .jsonl or .parquet file, in file order.
 
-    Raises UserError for another suffix, a missing file and whatever cannot be decoded or parsed, the latter while the
-    rows are drawn; OSError where the system refuses to read.
+    others: columns that a template names; of a parquet file those are read that will be. Raises UserError for another
+    suffix, a missing file and whatever cannot be decoded or parsed, the latter while the rows are drawn; OSError
+    where the system refuses to read.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -48,7 +49,7 @@ def rows_of_file(path: Path) -> Rows:
     if not path.is_file():
         raise UserError(f"file {str(path)!r} is missing: restore it, or name another data set")
     if suffix == ".parquet":
-        return _parquet_rows(path)
+        return _parquet_rows(path, others)
     if suffix in (".txt", ".label") and (labelled := _label_rows(path)):
         return labelled
     text = _decoded(path)
@@ -239,7 +240,7 @@ def _table_rows(first: list[str], lines: Iterable[tuple[int, list[str]]], path: 
         yield place, dict(zip(names, cells, strict=True))
 
 
-def _parquet_rows(path: Path) -> Rows:
+def _parquet_rows(path: Path, others: tuple[str, ...]) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -256,7 +257,7 @@ def _parquet_rows(path: Path) -> Rows:
 
     def found() -> Iterator[Row]:
         try:
-            wanted = list(columns.chosen(tuple(schema.names)).read)
+            wanted = list(columns.chosen(tuple(schema.names), others).read)
         except UserError as error:
             raise UserError(f"row 1 of {str(path)!r} {error}") from None
         try:
@@ -286,7 +287,7 @@ def _names_in_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, tupl
         return {}
 
 
-def rows_of_folder(path: Path) -> Rows:
+def rows_of_folder(path: Path, others: tuple[str, ...] = ()) -> Rows:
     """The rows of a subset that zofed made, or of a folder written by `save_to_disk`.
 
     Of several splits it gives train and then validation, never test. Raises UserError where the folder is none, is
@@ -295,7 +296,7 @@ def rows_of_folder(path: Path) -> Rows:
     if subsets.is_subset(path):
         described = subsets.info(path)
         names = tuple(map(str, described.get("classes", ())))
-        found = rows_of_file(subsets.rows_file(path)).found
+        found = rows_of_file(subsets.rows_file(path), others).found
         return Rows(found, {"label": names}, bool(described.get("classes_are_ordered", True)))
     from datasets import ClassLabel, DatasetDict, load_from_disk
 
