@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from zofed.base.errors import UserError
 from zofed.config.federation_sections import Aggregation, Federation, Machine, Output
 from zofed.config.fields import CENTRAL, FEDERATED, Condition, Section, Unlike, kebab, traits
+from zofed.config.task_section import Task
 from zofed.config.training_sections import (
     Backpropagation,
     Data,
@@ -30,6 +31,7 @@ OBJECTIVES = ("loss", "accuracy", "f1")
 SECTIONS: dict[str, type[Section]] = {
     "run": Run,
     "model": Model,
+    "task": Task,
     "data": Data,
     "zeroth-order": ZerothOrder,
     "optimizer": Optimizer,
@@ -54,6 +56,7 @@ class Settings(
     Optimizer,
     ZerothOrder,
     Data,
+    Task,
     Model,
     Run,
 ):

@@ -56,27 +56,6 @@ class Model(Section):
     revision: str = setting(
         "", "commit, branch or tag of a hub model; empty: main as it is cached; a run records the commit", pins=False
     )
-    task: Literal["language-model", "classification", "prompt"] = setting(
-        "language-model",
-        "predict the next token, or the label of each document: by a head (classification), or by the word that a "
-        "language model finds likeliest after a prompt (prompt)",
-        scores=True,
-        first=True,
-    )
-    template: str = setting(
-        "{{ text }}",
-        "prompt made of a row's columns, in Jinja: '{{ text }} It was'",
-        acts_when=when(task="prompt"),
-        scores=True,
-        spaced=True,
-    )
-    label_words: str = setting(
-        "",
-        "what follows the prompt in each class, by commas, spaces counting: ' terrible, great'",
-        acts_when=when(task="prompt"),
-        scores=True,
-        spaced=True,
-    )
     freeze_encoder: bool = setting(
         False,
         "train a classifier's head alone, on features of the encoder computed once",

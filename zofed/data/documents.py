@@ -34,16 +34,27 @@ _DECISIONS = {"yes": 0, "no": 1, "maybe": 2}
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """What one side of a conversation says. role: system, user or assistant."""
+
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """One text, the name of the data set it came from, its class and its topic where the data set has them.
 
-    topic: '' where there is none; it never matters to training, only to who holds what.
+    topic: '' where there is none; it never matters to training, only to who holds what. candidates: what may follow the
+    text, where each row has its own; the label says which does. turns: of a conversation, whose text is empty.
     """
 
     text: str
     source: str
     label: int | None = None
     topic: str = ""
+    candidates: tuple[str, ...] = ()
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +170,11 @@ def documents_digest(documents: Sequence[Document]) -> str:
         text = document.text.encode()
         label = b"none" if document.label is None else b"label %d" % document.label
         digest.update(b"%d %d " % (len(text), len(label)) + text + label)
+        for kind, part in (
+            *(("candidate", candidate) for candidate in document.candidates),
+            *((turn.role, turn.text) for turn in document.turns),
+        ):
+            digest.update(b"%s %d " % (kind.encode(), len(part.encode())) + part.encode())
     return digest.hexdigest()
 
 

@@ -147,7 +147,7 @@ class Prompt(Classification):
 
     def template(self, settings: Settings) -> Template | None:
         """The setting of that name."""
-        return Template(settings.template)
+        return Template(settings.template or "{{ text }}")
 
     def words(self, settings: Settings) -> tuple[str, ...]:
         """The setting label-words."""
