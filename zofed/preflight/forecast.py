@@ -19,7 +19,7 @@ from zofed.training.process import device
 from zofed.training.steps import step_function, steps_of
 from zofed.training.task import Task
 
-QUICK_SECONDS = 2.0  # a first step of one query that takes longer is the only one
+QUICK_SECONDS = 10.0  # a step of two queries that takes longer is not tried with more
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +60,9 @@ def pace(task: Task, replica: Replica, examples: Examples, mode: str, count: int
         replica = replace(task, settings=settings.model_copy(update={"mode": mode})).replica()
     queries = min(2, settings.queries)
     trial = settings.model_copy(update={"mode": mode, "queries": queries, "subspace_interval": 1})
+    _timed(replica, examples, trial.model_copy(update={"batch_size": 1}))  # the first pass checks what no other does
     seconds, loss, moving = _timed(replica, examples, trial)
-    if seconds < QUICK_SECONDS:  # once more, warm, with as many queries as share a pass
+    if seconds < QUICK_SECONDS:  # once more with as many queries as share a pass
         trial = trial.model_copy(
             update={"queries": min(settings.queries, max(queries, settings.perturbations_per_pass))}
         )
