@@ -81,7 +81,7 @@ class StateFile:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)
+            self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115, closed with this object
             free = int(shutil.disk_usage(self._folder).free * SHARE_OF_FREE)
         except OSError as error:
             self._limit, self._why = 0, f"{str(self._folder)!r}: {error.strerror}; set ZOFED_CACHE"

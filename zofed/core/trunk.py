@@ -7,6 +7,7 @@ with the frozen part's activations cached, as for a head on fixed features.
 """
 
 import hashlib
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,10 +196,7 @@ class Trunk:
         rows = len(batch["labels"])
         together = _captured(cut, batch, run)
         bounds = sorted({0, 1, (rows + 1) // 2, rows})
-        parts = [
-            _captured(cut, _part(batch, slice(start, stop)), run)
-            for start, stop in zip(bounds, bounds[1:], strict=False)
-        ]
+        parts = [_captured(cut, _part(batch, slice(start, stop)), run) for start, stop in itertools.pairwise(bounds)]
         if not torch.equal(torch.cat(parts), together):
             self._alone = False  # kernels depend on the number of rows: whole batches are kept, by their size
             backwards = _part(batch, torch.arange(rows - 1, -1, -1))
@@ -215,7 +213,9 @@ def keep(model: nn.Module, trunk: Trunk) -> None:
     _TRUNKS[model] = trunk
 
 
-def filled(model: nn.Module, batch: Examples, run: Run, *, variant: str = "", at_once: int = 0, of: int = 0) -> Examples:
+def filled(
+    model: nn.Module, batch: Examples, run: Run, *, variant: str = "", at_once: int = 0, of: int = 0
+) -> Examples:
     """The batch with its examples' hidden states under KEY, (n, ...); as it is where the model keeps none.
 
     run: gives the model's output for a batch on any device. variant: names what else the states depend on. at_once:
