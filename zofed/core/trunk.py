@@ -37,7 +37,10 @@ class _Unfit(Exception):  # noqa: N818
 
 
 class _Cut(NamedTuple):
-    """layers: the frozen ones, in the order of their calls. is_tuple, others: how the last gives its hidden states."""
+    """layers: the frozen ones, in the order of their calls. is_tuple, others: how the last gives its hidden states.
+
+    others: what it gives beside them, such as the weights of its attention; None stands for each.
+    """
 
     layers: Sequence[nn.Module]
     is_tuple: bool
@@ -47,8 +50,8 @@ class _Cut(NamedTuple):
 class Trunk:
     """The hidden states of one model's frozen layers.
 
-    trained: the parameters that train. layers: gives the model's stack, each of its modules, first to last; none where
-    it has no such stack. folder, limit: where the states are kept, and how many bytes of them.
+    trained: the parameters that train. layers: the model's stack, first to last; none where it has no such stack.
+    folder, limit: where the states are kept, and how many bytes of them.
 
     Nothing tells the states that a weight has changed: those below the cut never do, not by records, snapshots or
     checkpoints, which hold the trained parameters alone.
@@ -57,13 +60,15 @@ class Trunk:
     def __init__(
         self,
         trained: Mapping[str, Tensor],
-        layers: Callable[[nn.Module], Sequence[nn.Module]],
+        layers: Sequence[nn.Module],
         folder: Path,
         limit: int,
     ) -> None:
         self.cut: _Cut | None = None
         self._trained = list(trained.values())
-        self._layers = layers
+        ids = set(map(id, self._trained))
+        holding = (at for at, layer in enumerate(layers) if any(id(tensor) in ids for tensor in layer.parameters()))
+        self._frozen = layers[: next(holding, len(layers))]
         self._states = StateFile(folder, limit)
         self._sizes: dict[Any, int] = {}  # by what a batch is like: bytes of an example's states, 0: none are kept
         self._alone = True  # a row's bits are the same whatever rows run beside it, and however many
@@ -76,7 +81,7 @@ class Trunk:
         kind = variant, *((name, str(tensor.dtype), tuple(tensor.shape[1:])) for name, tensor in batch.items())
         with torch.no_grad(), torch._C.DisableTorchFunction():  # no mode that is active has a part in frozen layers
             if kind not in self._sizes:
-                self._sizes[kind] = self._size(model, _part(batch, slice(0, at_once)), run)
+                self._sizes[kind] = self._size(_part(batch, slice(0, at_once)), run)
             rows = len(batch["labels"])
             if not 0 < rows * self._sizes[kind] <= LARGEST:
                 return batch
@@ -97,7 +102,7 @@ class Trunk:
             made = _captured(self.cut, batch, run)
             self._keep(keys, made, of)
             return made
-        kept = [row for row in range(rows) if row not in set(missing)]
+        kept = sorted(set(range(rows)).difference(missing))
         found = self._states.like(keys[kept[0]], rows)
         self._states.read([keys[row] for row in kept], found, kept)
         if missing:
@@ -120,12 +125,11 @@ class Trunk:
                     stacklevel=2,
                 )
 
-    def _size(self, model: nn.Module, batch: Examples, run: Run) -> int:
+    def _size(self, batch: Examples, run: Run) -> int:
         """Find out where the model is cut, if anywhere, and try it on the first batch of its kind."""
         try:
             if self.cut is None:
-                layers = self._frozen(model)
-                self.cut = self._probed(layers, batch, run) if layers else None
+                self.cut = self._probed(self._frozen, batch, run) if self._frozen else None
                 self._is_uncut = self.cut is None
             return self._tried(self.cut, batch, run) if self.cut else 0
         except _Unfit as reason:
@@ -136,17 +140,10 @@ class Trunk:
             )
             return 0
 
-    def _frozen(self, model: nn.Module) -> Sequence[nn.Module]:
-        """The layers below the first that holds a trained parameter."""
-        trained = set(map(id, self._trained))
-        layers = self._layers(model)
-        holding = (at for at, layer in enumerate(layers) if any(id(tensor) in trained for tensor in layer.parameters()))
-        return layers[: next(holding, len(layers))]
-
     def _probed(self, layers: Sequence[nn.Module], batch: Examples, run: Run) -> _Cut | None:
         """The cut behind these layers; None where their output depends on what trains, such as an embedding.
 
-        Raises _Unfit where they are not called one after the other, or give more than hidden states.
+        Raises _Unfit where they are not called one after the other, or give no hidden states.
         """
         called: list[int] = []
         given: list[Any] = []
@@ -173,8 +170,8 @@ class Trunk:
         if called != list(range(len(layers))):
             raise _Unfit("the model does not call its layers one after the other")
         hidden, *others = given[0] if isinstance(given[0], tuple) else given
-        if not isinstance(hidden, Tensor) or len(hidden) != 1 or any(isinstance(one, Tensor) for one in others):
-            raise _Unfit(f"its {type(layers[-1]).__name__} gives more than the hidden states of each example")
+        if not isinstance(hidden, Tensor) or len(hidden) != 1:
+            raise _Unfit(f"its {type(layers[-1]).__name__} does not give the hidden states of each example")
         return None if hidden.requires_grad else _Cut(layers, isinstance(given[0], tuple), len(others))
 
     def _tried(self, cut: _Cut, batch: Examples, run: Run) -> int:

@@ -54,5 +54,5 @@ def replica_of(settings: Settings, model: Model) -> Replica:
     replica = Replica(nn.Module.to(model, device(settings)), genesis)
     if settings.hidden_states_gigabytes and len(names) < len(parameters):
         limit = int(settings.hidden_states_gigabytes * 1e9)
-        trunk.keep(model, Trunk(replica.parameters, scopes.layers, encoding.default_cache(), limit))
+        trunk.keep(model, Trunk(replica.parameters, scopes.layers(model), encoding.default_cache(), limit))
     return replica
