@@ -42,6 +42,7 @@ def main() -> None:
     one = kinds.add_parser("trunk", help=trunk.__doc__)
     one.add_argument("--model", required=True, help="a causal language model's folder")
     one.add_argument("--data", type=Path, required=True, help="a file of reviews of two classes")
+    one.add_argument("--only", nargs="*", default=list(trunk.STEPS), choices=trunk.STEPS)
     one.add_argument("--threads", type=int, default=1)
     one.add_argument("--pairs", type=int, default=5)
     given = parser.parse_args()
@@ -56,7 +57,7 @@ def main() -> None:
         torch.set_num_threads(given.threads)
         print(common.machine(), flush=True)
         print("| step | full | with kept states | kept / full | full / kept |\n| --- | --- | --- | --- | --- |")
-        trunk.report(given.model, given.data.absolute(), given.threads, given.pairs)
+        trunk.report(given.model, given.data.absolute(), given.threads, given.pairs, given.only)
         return
     if given.what == "memory-of":
         way, size, examples, tokens, copies = given.row
