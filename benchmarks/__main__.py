@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import blas, common, first_order, gpu, memory, model_types, query, replay, three_modes
+from benchmarks import blas, common, first_order, gpu, memory, model_types, query, replay, three_modes, trunk
 
 
 def main() -> None:
@@ -39,6 +39,12 @@ def main() -> None:
     one.add_argument(
         "--out", type=Path, required=True, help="folder of the runs, which it goes on from, and the figure"
     )
+    one = kinds.add_parser("trunk", help=trunk.__doc__)
+    one.add_argument("--model", required=True, help="a causal language model's folder")
+    one.add_argument("--data", type=Path, required=True, help="a file of reviews of two classes")
+    one.add_argument("--only", nargs="*", default=list(trunk.STEPS), choices=trunk.STEPS)
+    one.add_argument("--threads", type=int, default=1)
+    one.add_argument("--pairs", type=int, default=5)
     given = parser.parse_args()
     if given.what == "model-types":
         model_types.report(given.out, given.only)
@@ -46,6 +52,12 @@ def main() -> None:
     if given.what == "three-modes":
         print(common.machine(), flush=True)
         three_modes.report(given.out.absolute())
+        return
+    if given.what == "trunk":
+        torch.set_num_threads(given.threads)
+        print(common.machine(), flush=True)
+        print("| step | full | with kept states | kept / full | full / kept |\n| --- | --- | --- | --- | --- |")
+        trunk.report(given.model, given.data.absolute(), given.threads, given.pairs, given.only)
         return
     if given.what == "memory-of":
         way, size, examples, tokens, copies = given.row

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -195,6 +195,8 @@ def _model(
                 spec.create_model(settings, tokenizer)
             yield from lines
         return
+    # No hidden states are kept: nothing is written, and the time is that of a run which computes them in each pass.
+    task = replace(task, settings=task.settings.model_copy(update={"hidden_states_gigabytes": 0.0}))
     try:
         replica = task.replica()
     except UserError as error:
