@@ -227,3 +227,12 @@ class Machine(Section):
         shapes_result=False,
     )
     threads: int = setting(1, "CPU threads of each process (part of the result)", ge=1, le=1024)
+    hidden_states_gigabytes: float = setting(
+        8.0,
+        "what each process keeps at most, on the disk of ZOFED_CACHE, of what frozen layers make of examples; 0: nothing",
+        ge=0,
+        le=1e6,
+        acts_when=when(scope=Unlike(("full",))),
+        pins=False,
+        shapes_result=False,
+    )

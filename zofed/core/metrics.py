@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zofed.base.errors import UserError
-from zofed.core import candidates
+from zofed.core import candidates, trunk
 from zofed.core.perturbation_mode import in_pieces
 
 Examples = dict[str, Tensor]
@@ -94,20 +94,39 @@ def loss_of(model: nn.Module, batch: Examples, forward_dtype: str = "weights", o
     model defines it; `accuracy` or `f1`, as 1 - score; or `module:function`, called with (model, batch). Raises
     UserError for a function that cannot be found.
     """
-    device = next(model.parameters()).device
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=forward_dtype == "bfloat16"):
+    with _ready(model, batch, forward_dtype) as ready:
         if ":" in objective:
-            return _function(objective)(model, batch)
-        output = output_of(model, batch)
+            return _function(objective)(model, ready)
+        output = output_of(model, ready)
         if objective == "loss":
             return output.loss
-        return _missed(output.logits, batch["labels"], objective)
+        return _missed(output.logits, ready["labels"], objective)
+
+
+@contextmanager
+def _ready(model: nn.Module, batch: Examples, forward_dtype: str) -> Iterator[Examples]:
+    """The batch on the model's device, and the type of its passes."""
+    device = next(model.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=forward_dtype == "bfloat16"):
+        yield {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def output_of(model: nn.Module, batch: Examples) -> Any:
     """Loss and logits of a batch on the model's device: the model's own, or those of a prompt's candidates."""
-    return candidates.output(model, batch) if candidates.KEY in batch else model(**batch)
+    with trunk.reused(model, batch) as rest:
+        return candidates.output(model, rest) if candidates.KEY in rest else model(**rest)
+
+
+def filled(
+    model: nn.Module, batch: Examples, forward_dtype: str = "weights", *, at_once: int = 0, of: int = 0
+) -> Examples:
+    """The batch with what the model's frozen layers make of its examples, where that is kept: see `trunk.filled`."""
+
+    def run(some: Examples) -> Any:
+        with _ready(model, some, forward_dtype) as ready:
+            return output_of(model, ready)
+
+    return trunk.filled(model, batch, run, variant=forward_dtype, at_once=at_once, of=of)
 
 
 @cache
@@ -163,7 +182,8 @@ def evaluate(model: nn.Module, examples: Examples, batch_size: int = 32, bytes_p
                 found += [torch.full_like(batch["labels"], IGNORED_LABEL)] if is_classifier else []
                 continue
             with in_pieces():
-                output = output_of(model, {name: tensor.to(device) for name, tensor in batch.items()})
+                filled_batch = filled(model, batch, of=len(examples["labels"]))
+                output = output_of(model, {name: tensor.to(device) for name, tensor in filled_batch.items()})
             losses += float(output.loss) * predicted
             count += predicted
             if is_classifier:

@@ -73,6 +73,12 @@ def inner_matrices(model: nn.Module, names: Collection[str]) -> list[str]:
     ]
 
 
+def layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model, first to last, as modules that it calls; none where blocks are made of several lists."""
+    stack = _stack(_base(model), set(_used(model)))
+    return [block[0] for block in stack] if all(len(block) == 1 for block in stack) else []
+
+
 def _top(model: nn.Module, everything: Mapping[str, Tensor], scope: str) -> set[str]:
     """Names of what head, reduced or last-K chooses."""
     head = _head(model, everything)

@@ -112,6 +112,11 @@ def query_loss(
         step=(round_ - 1) * settings.local_steps + local + 1,
         batch_size=size,
     )
+    if ":" not in settings.objective:  # a function of the user's may call the model as it likes
+        at_once = each or settings.batch_size
+        drawn = metrics.filled(
+            replica.model, drawn, settings.forward_dtype, at_once=at_once, of=len(examples["labels"])
+        )
     if not each:
         return lambda: metrics.loss_of(replica.model, drawn, *how), None
     own = {name: tensor.unflatten(0, (settings.queries, -1)) for name, tensor in drawn.items()}
@@ -248,10 +253,12 @@ def batches(
     chosen = {"seed": settings.seed, "client": client, "step": replica.round + 1, "purpose": purpose}
     drawn = encoding.batch(examples, **chosen, batch_size=count * size)
     parts = [{name: tensor[i * size : (i + 1) * size] for name, tensor in drawn.items()} for i in range(count)]
-    return [
-        lambda part=part: metrics.loss_of(replica.model, part, settings.forward_dtype)  # type: ignore[misc]
-        for part in parts
-    ]
+
+    def loss(part: Examples) -> Tensor:
+        own = metrics.filled(replica.model, part, settings.forward_dtype, of=len(examples["labels"]))
+        return metrics.loss_of(replica.model, own, settings.forward_dtype)
+
+    return [lambda part=part: loss(part) for part in parts]  # type: ignore[misc]
 
 
 def backprop_batch_size(settings: Settings) -> int:

@@ -5,12 +5,15 @@ import warnings
 from torch import nn
 
 from zofed.config import Settings
+from zofed.core import trunk
 from zofed.core.digests import named_parameters
 from zofed.core.estimators import size_exponents
 from zofed.core.genesis import make_genesis
 from zofed.core.kinds import OptimizerName
 from zofed.core.optimizers import Optimizer
 from zofed.core.replica import Replica
+from zofed.core.trunk import Trunk
+from zofed.data import encoding
 from zofed.models import scopes, spec
 from zofed.models.precision import Model
 from zofed.training.modes import mode_of
@@ -48,4 +51,8 @@ def replica_of(settings: Settings, model: Model) -> Replica:
         size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
         backprop_optimizer=(rule(settings.bp_optimizer or settings.optimizer) if mode.helps_zeroth_order else None),
     )
-    return Replica(nn.Module.to(model, device(settings)), genesis)
+    replica = Replica(nn.Module.to(model, device(settings)), genesis)
+    if settings.hidden_states_gigabytes and len(names) < len(parameters):
+        limit = int(settings.hidden_states_gigabytes * 1e9)
+        trunk.keep(model, Trunk(replica.parameters, scopes.layers, encoding.default_cache(), limit))
+    return replica
