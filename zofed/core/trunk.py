@@ -47,7 +47,8 @@ class Trunk:
     """The hidden states of one model's frozen layers.
 
     trained: the parameters that train. layers: gives the model's stack, each of its modules, first to last; none where
-    it has no such stack. folder, limit: where the states are kept, and how many bytes of them.
+    it has no such stack. folder, limit: where the states are kept, and how many bytes of them. name: says all that they
+    depend on beside the examples, so that another process finds them.
 
     Nothing tells the states that a weight has changed: those below the cut never do, not by records, snapshots or
     checkpoints, which hold the trained parameters alone.
@@ -58,12 +59,13 @@ class Trunk:
         trained: Mapping[str, Tensor],
         layers: Callable[[nn.Module], Sequence[nn.Module]],
         folder: Path,
+        name: str,
         limit: int,
     ) -> None:
         self.cut: _Cut | None = None
         self._trained = list(trained.values())
         self._layers = layers
-        self._states = StateFile(folder, limit)
+        self._states = StateFile(folder, name, limit)
         self._sizes: dict[Any, int] = {}  # by what a batch is like: bytes of an example's states, 0: none are kept
         self._alone = True  # a row's bits are the same whatever rows run beside it, and however many
         self._is_uncut = self._told = False
@@ -215,7 +217,9 @@ def keep(model: nn.Module, trunk: Trunk) -> None:
     _TRUNKS[model] = trunk
 
 
-def filled(model: nn.Module, batch: Examples, run: Run, *, variant: str = "", at_once: int = 0, of: int = 0) -> Examples:
+def filled(
+    model: nn.Module, batch: Examples, run: Run, *, variant: str = "", at_once: int = 0, of: int = 0
+) -> Examples:
     """The batch with its examples' hidden states under KEY, (n, ...); as it is where the model keeps none.
 
     run: gives the model's output for a batch on any device. variant: names what else the states depend on. at_once:
