@@ -51,7 +51,8 @@ class Trunk:
     """The hidden states of one model's frozen layers.
 
     trained: the parameters that train. layers: the model's stack, first to last; none where it has no such stack.
-    folder, limit: where the states are kept, and how many bytes of them.
+    folder, limit: where the states are kept, and how many bytes of them. name: says all that they depend on beside the
+    examples, so that another process finds them.
 
     Nothing tells the states that a weight has changed: those below the cut never do, not by records, snapshots or
     checkpoints, which hold the trained parameters alone.
@@ -62,6 +63,7 @@ class Trunk:
         trained: Mapping[str, Tensor],
         layers: Sequence[nn.Module],
         folder: Path,
+        name: str,
         limit: int,
     ) -> None:
         self.cut: _Cut | None = None
@@ -69,7 +71,7 @@ class Trunk:
         ids = set(map(id, self._trained))
         holding = (at for at, layer in enumerate(layers) if any(id(tensor) in ids for tensor in layer.parameters()))
         self._frozen = layers[: next(holding, len(layers))]
-        self._states = StateFile(folder, limit)
+        self._states = StateFile(folder, name, limit)
         self._sizes: dict[Any, int] = {}  # by what a batch is like: bytes of an example's states, 0: none are kept
         self._alone = True  # a row's bits are the same whatever rows run beside it, and however many
         self._is_uncut = self._told = False

@@ -1,9 +1,13 @@
 """A run's replica: its model at the base weights, with the genesis that its settings give it."""
 
+import hashlib
+import json
 import warnings
 
+import torch
 from torch import nn
 
+from zofed.base import arithmetic
 from zofed.config import Settings
 from zofed.core import trunk
 from zofed.core.digests import named_parameters
@@ -54,5 +58,18 @@ def replica_of(settings: Settings, model: Model) -> Replica:
     replica = Replica(nn.Module.to(model, device(settings)), genesis)
     if settings.hidden_states_gigabytes and len(names) < len(parameters):
         limit = int(settings.hidden_states_gigabytes * 1e9)
-        trunk.keep(model, Trunk(replica.parameters, scopes.layers(model), encoding.default_cache(), limit))
+        folder, name = encoding.default_cache() / "hidden states", _states_name(replica, settings)
+        trunk.keep(model, Trunk(replica.parameters, scopes.layers(model), folder, name, limit))
     return replica
+
+
+def _states_name(replica: Replica, settings: Settings) -> str:
+    """A digest of all that the bits of frozen layers' outputs depend on, apart from the examples."""
+    genesis = replica.genesis
+    depends_on = (
+        "hidden states 1",
+        json.dumps([genesis["model"], genesis["weights"], genesis["trainable"]], sort_keys=True),
+        f"{device(settings)} {torch.get_num_threads()} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}",
+        json.dumps(arithmetic.described(), sort_keys=True),
+    )
+    return hashlib.sha256(" ".join(depends_on).encode()).hexdigest()
