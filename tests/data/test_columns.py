@@ -107,7 +107,7 @@ def test_a_column_called_labels_may_hold_something_else(tmp_path: Path) -> None:
         ("a.csv", 'text,label\n"a\nb",1\nc\n', "line 4 of"),
         ("a.csv", "text,label\na,1.5\n", "'1.5'"),
         ("a.csv", "text,label\na,-2\n", "'-2'"),
-        ("a.csv", "text,label\na,good\n", "may have words"),
+        ("a.csv", "text,label\na,good\nb,1\n", "use numbers or words, not both"),
         ("a.jsonl", '{"text": ["a", "b"]}\n', "write the column as strings"),
         ("a.csv", "text,label\na,1\n".encode("utf-16"), "save it as UTF-8"),
         ("a.label", "pos good\nneg bad\n".encode("utf-16-le"), "save it as UTF-8"),
