@@ -4,7 +4,7 @@ import os
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.data import documents, readers, subsets, tokenizers
+from zofed.data import chat_templates, documents, readers, subsets, tokenizers
 from zofed.models import sources
 
 NAMES = {
@@ -17,11 +17,12 @@ NAMES = {
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """The settings with local paths absolute and a hub model's commit, so that they mean the same everywhere and later.
+    """The settings with local paths absolute, a hub model's commit and the text of a chat template's file.
 
-    Raises UserError for a revision that is not there.
+    So they mean the same everywhere and later. Raises UserError for a revision or a file that is not there.
     """
     update = {key: absolute_path(key, getattr(settings, key)) for key in NAMES}
+    update["chat_template"] = chat_templates.template_text(settings.chat_template)
     update["revision"] = sources.commit(settings.model, settings.revision)
     return settings.model_copy(update=update)
 
