@@ -196,6 +196,8 @@ class Writer:
         return longer, whole if whole[: len(ids)] == ids else [*ids, *self._ids(longer[len(text) :])]
 
     def _asked(self, turns: Sequence[Turn]) -> str:
+        if not turns:  # the assistant begins
+            return _render(self._tokenizer, [Turn("assistant", _PROBE)]).rpartition(_PROBE)[0]
         return _render(self._tokenizer, turns, ask=True) + self._header
 
     def _answered(self, turns: Sequence[Turn]) -> str:
