@@ -26,12 +26,17 @@ _ONE_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 _PROBE = "Qxzv"
 
 
+def is_text(setting: str) -> bool:
+    """Whether a setting is a template itself, not the name of a file."""
+    return "{{" in setting or "{%" in setting
+
+
 def template_text(setting: str) -> str:
     """What the setting chat-template says: '', 'none', a template's text, or the text of the file that it names.
 
     Raises UserError for a file that cannot be read.
     """
-    if setting in ("", NONE) or "{{" in setting or "{%" in setting:
+    if setting in ("", NONE) or is_text(setting):
         return setting
     try:
         text = Path(setting).expanduser().read_text(encoding="utf-8").replace("\r\n", "\n")
@@ -39,7 +44,7 @@ def template_text(setting: str) -> str:
         raise UserError(
             f"chat-template = {setting!r} is no file that can be read ({said_by(error)}): give its path"
         ) from error
-    if "{{" not in text and "{%" not in text:
+    if not is_text(text):
         raise UserError(f"chat-template = {setting!r} holds no Jinja template: write {{{{ ... }}}} for what changes")
     if "\t" in text:
         raise UserError(f"chat-template = {setting!r} holds a tab: write {{{{ '\\t' }}}} or spaces")
@@ -59,7 +64,11 @@ def with_template(tokenizer: "PreTrainedTokenizerBase", setting: str) -> "PreTra
         text = PLAIN if setting in ("", NONE) else setting
         made.chat_template = text
         begin = tokenizer.bos_token
-        if begin and _writes_beginning(tokenizer) and not _render(made, [Turn("user", _PROBE)]).startswith(begin):
+        if (
+            isinstance(begin, str)
+            and _writes_beginning(tokenizer)
+            and not _render(made, [Turn("user", _PROBE)]).startswith(begin)
+        ):
             made.chat_template = _BEGUN + text
     Writer(made)
     return made

@@ -144,10 +144,9 @@ def _turn(place: str, message: Mapping[str, Any]) -> Turn:
     if message.get("weight") in (0, 0.0):
         raise UserError(f"{place} has a turn of weight 0, but all of the assistant's turns train: leave weights out")
     if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        parts = [text for text in texts if isinstance(text, str)]
+        if len(parts) < len(content):
             raise UserError(f"{place} has a turn of the role {role!r} that is not all text: leave such rows out")
         content = "".join(parts)
     return Turn(known, _text(place, content, f"turn of the role {role!r}"))

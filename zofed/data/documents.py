@@ -278,9 +278,9 @@ def _reading(rows: Rows, dataset: str, template: Template | None, wanted: Wanted
     names = words or (tuple(DECISIONS) if label_column == columns.PUBMEDQA_LABEL else rows.names.get(label_column, ()))
     if not names and dataset in CATALOG:
         names = CATALOG[dataset].classes
-    told = [tuple(map(printable, texts)) for texts in (found, unread.found(), names)]  # all go to files and terminals
+    read, rest, names = (tuple(map(printable, texts)) for texts in (found, unread.found(), names))  # for terminals, too
     is_ordered = is_ordered and (rows.is_ordered or bool(words))
-    return Reading(dataset, documents, *told[:2], blank, told[2], is_ordered, chats.told, chats.left_out)
+    return Reading(dataset, documents, read, rest, blank, names, is_ordered, chats.told, chats.left_out)
 
 
 def _content(

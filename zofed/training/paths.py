@@ -13,6 +13,7 @@ NAMES = {
     "bp_dataset": documents.KNOWN_NAMES,
     "eval_dataset": documents.KNOWN_NAMES,
     "tokenizer": tokenizers.KNOWN_NAMES,
+    "chat_template": (chat_templates.NONE,),
 }
 
 
@@ -22,13 +23,17 @@ def with_absolute_paths(settings: Settings) -> Settings:
     So they mean the same everywhere and later. Raises UserError for a revision or a file that is not there.
     """
     update = {key: absolute_path(key, getattr(settings, key)) for key in NAMES}
-    update["chat_template"] = chat_templates.template_text(settings.chat_template)
     update["revision"] = sources.commit(settings.model, settings.revision)
     return settings.model_copy(update=update)
 
 
 def absolute_path(key: str, name: str) -> str:
-    """What the setting `key` of NAMES names, as an absolute path where it is on this machine; else the name."""
+    """What the setting `key` of NAMES names, as an absolute path where it is on this machine; else the name.
+
+    Of a chat template the text, which needs no file elsewhere or later. Raises UserError for one that is not there.
+    """
+    if key == "chat_template":
+        return chat_templates.template_text(name)
     path = os.path.expanduser(name)
     if key.endswith("dataset") and name and name not in NAMES[key] and (folder := subsets.find(name)):
         return str(folder)
@@ -46,6 +51,8 @@ def check_absolute(settings: Settings) -> None:
             continue
         if key.endswith("dataset"):
             is_relative = os.sep in name or name.endswith(readers.SUFFIXES)
+        elif key == "chat_template":
+            is_relative = not chat_templates.is_text(name)
         else:
             is_relative = name.startswith(".") or name.count("/") > 1  # OWNER/NAME is of the hub
         if is_relative:
