@@ -115,6 +115,8 @@ def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:
         console.print(f"stopped by {summary['stopped_by']}")
     if "perplexity" in summary and "bits_per_byte" in summary:
         console.print(f"perplexity {figure(summary['perplexity'])}, {summary['bits_per_byte']:.4f} bits per byte")
+    elif "perplexity" in summary:
+        console.print(f"perplexity {figure(summary['perplexity'])}")
     if "accuracy" in summary:
         majority = summary["baselines"]["majority_accuracy"]
         console.print(

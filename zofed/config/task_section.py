@@ -64,6 +64,7 @@ class Task(Section):
         "plainly; or a Jinja file",
         acts_when=when(task="instruction"),
         scores=True,
+        spaced=True,
     )
     packing: bool = setting(
         False, "several conversations in one example, none seeing another", acts_when=when(task="instruction")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from zofed.base.errors import UserError
-from zofed.core import candidates, trunk
+from zofed.core import candidates, packed, trunk
 from zofed.core.perturbation_mode import in_pieces
 
 Examples = dict[str, Tensor]
@@ -28,18 +28,20 @@ class Score:
     """Mean loss in nats (per predicted token, or per document of a classifier), and what else it is worth.
 
     accuracy, f1: of a classifier; f1 is the mean of F1 over the classes that occur among labels or predictions.
-    bytes_per_token: UTF-8 bytes of text that a predicted token stands for, of a language model.
+    bytes_per_token: UTF-8 bytes of text that a predicted token stands for, of a language model. is_per_token: whether
+    the loss is; so it is where that is known.
     """
 
     loss: float
     accuracy: float | None = None
     f1: float | None = None
     bytes_per_token: float | None = None
+    is_per_token: bool = False
 
     @property
     def perplexity(self) -> float | None:
-        """exp(loss) of a language model; infinite where float64 cannot hold it."""
-        if self.bytes_per_token is None:
+        """exp(loss) of a predicted token; infinite where float64 cannot hold it."""
+        if self.bytes_per_token is None and not self.is_per_token:
             return None
         return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
 
@@ -114,6 +116,8 @@ def _ready(model: nn.Module, batch: Examples, forward_dtype: str) -> Iterator[Ex
 def output_of(model: nn.Module, batch: Examples) -> Any:
     """Loss and logits of a batch on the model's device: the model's own, or those of a prompt's candidates."""
     with trunk.reused(model, batch) as rest:
+        if packed.KEY in rest:
+            return packed.output(model, rest)
         return candidates.output(model, rest) if candidates.KEY in rest else model(**rest)
 
 
@@ -191,7 +195,7 @@ def evaluate(model: nn.Module, examples: Examples, batch_size: int = 32, bytes_p
     if count == 0:
         raise UserError(f"{len(examples['labels'])} examples hold no token to predict: score data that have some")
     if not is_classifier:
-        return Score(losses / count, bytes_per_token=bytes_per_token)
+        return Score(losses / count, bytes_per_token=bytes_per_token, is_per_token=True)
     counts = examples["labels"] != IGNORED_LABEL
     guesses, labels = torch.cat(found)[counts], examples["labels"][counts]
     classes = torch.arange(int(max(guesses.max(), labels.max())) + 1)

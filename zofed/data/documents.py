@@ -2,9 +2,8 @@
 
 import hashlib
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,11 @@ import numpy as np
 from zofed.base.errors import UserError
 from zofed.base.files import ROOT
 from zofed.base.texts import printable, said_by
-from zofed.data import columns, subsets
+from zofed.data import columns, labels, subsets
 from zofed.data.catalog import CATALOG, data_root, suggestion
-from zofed.data.columns import Columns, Unread
+from zofed.data.columns import AS_RECOGNISED, Columns, Roles, Unread, Wanted, checked_text
+from zofed.data.conversations import Conversations, Turn, candidates_of, text_of
+from zofed.data.labels import DECISIONS, Labels, decision, of_candidates
 from zofed.data.readers import Rows, rows_of_file, rows_of_folder
 from zofed.data.templates import Template
 
@@ -30,15 +31,6 @@ _SHIPPED_FILES = {
     "sample-sst2": ("sst2/train.jsonl", "sst2/validation.jsonl"),
 }
 KNOWN_NAMES = (*_SHIPPED_FILES, "pydoc")
-_DECISIONS = {"yes": 0, "no": 1, "maybe": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """What one side of a conversation says. role: system, user or assistant."""
-
-    role: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +48,11 @@ class Document:
     candidates: tuple[str, ...] = ()
     turns: tuple[Turn, ...] = ()
 
+    @property
+    def size(self) -> int:
+        """Characters of its text or turns."""
+        return len(self.text) + sum(len(turn.text) for turn in self.turns)
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -63,7 +60,8 @@ class Reading:
 
     read: the columns that were; unread: those that hold text and were not. blank: rows left out because their text is
     blank. names: what the data call the labels 0, 1, ..., if anything; is_ordered: whether that order is the data's
-    own, so that a number means the same class elsewhere, or just that of the words' letters.
+    own, so that a number means the same class elsewhere, or just that of the words' letters. shape: of conversations,
+    with its columns or roles. left_out: what of them was, in sentences.
     """
 
     dataset: str
@@ -73,17 +71,20 @@ class Reading:
     blank: int = 0
     names: tuple[str, ...] = ()
     is_ordered: bool = True
+    shape: str = ""
+    left_out: tuple[str, ...] = ()
 
     def told(self) -> str:
         """One line for people."""
         name = os.path.basename(self.dataset) if os.path.isabs(self.dataset) else self.dataset
         parts = [f"{len(self.documents):,} documents of {name}"]
-        if self.read:
-            parts.append(f"read from {', '.join(self.read)}")
+        if self.read or self.shape:
+            parts.append(f"read from {', '.join(part for part in (self.shape, *self.read) if part)}")
         if self.unread:
             parts.append(f"text that was NOT read: {', '.join(self.unread)}")
         if self.blank:
             parts.append(f"{self.blank:,} rows without text left out")
+        parts += self.left_out
         return "; ".join(parts)
 
     def facts(self) -> dict[str, Any]:
@@ -94,6 +95,8 @@ class Reading:
             "columns_read": list(self.read),
             "text_columns_not_read": list(self.unread),
             "blank_rows": self.blank,
+            **({"shape": self.shape} if self.shape else {}),
+            **({"left_out": list(self.left_out)} if self.left_out else {}),
         }
 
 
@@ -102,7 +105,7 @@ def load_documents(dataset: str) -> list[Document]:
     return read(dataset).documents
 
 
-def read(dataset: str, template: Template | None = None) -> Reading:
+def read(dataset: str, template: Template | None = None, roles: Roles = (), *, turns: bool = False) -> Reading:
     """Read every document of a data set, in a fixed order, and say which columns were read.
 
     `dataset` is a shipped sample ('sample-dclm', 'sample-pubmedqa', 'sample-sst2': train rows, then validation rows),
@@ -122,13 +125,15 @@ def read(dataset: str, template: Template | None = None) -> Reading:
     - a folder written by `zofed data download` or `merge`.
 
     The text is the first of the columns text, sentence, content; a PubMedQA row (either spelling) gives its question,
-    contexts and long answer as one text, and the label 0, 1 or 2 for yes, no or maybe. The column label, if there, is
-    an integer; -1 marks a hidden label and counts as none. A column labels is taken for it where it holds such. Case
-    and outer spaces of these names do not count. The column source, if there, names where a row came from. The column
-    topic, if there, names what a row is about; sample-dclm's topics are the first parts of its urls' paths. Rows whose
-    text is blank are left out.
+    contexts and long answer as one text, and the label 0, 1 or 2 for yes, no or maybe; a row without a text but with a
+    conversation (see `columns.Shape`) its turns as one. The column label, if there, holds integers from 0, of which -1
+    marks a hidden label and counts as none, or words, numbered in sorted order. A column labels is taken for it where
+    it holds such. Case and outer spaces of these names do not count. The column source, if there, names where a row
+    came from. The column topic (or category, or task), if there, names what a row is about; sample-dclm's topics are
+    the first parts of its urls' paths. Rows whose text is blank are left out.
 
-    template: makes the text of each row's columns, among which `text` is what is read without one.
+    template: makes the text of each row's columns, among which `text` is what is read without one; of a conversation
+    the prompt. roles: columns of other names, see `columns.roles_of`. turns: rows are read as conversations.
 
     Raises UserError where the name is unknown, nothing is found, or a row cannot be read.
     """
@@ -136,6 +141,8 @@ def read(dataset: str, template: Template | None = None) -> Reading:
         from pydoc_data.topics import topics
 
         texts = ((name, topics[name]) for name in sorted(topics))
+        if turns or roles:
+            raise UserError(f"data set {dataset!r} is text alone, without columns or conversations: name another")
         if template:
             texts = ((name, template.render({"text": text}, f"topic {name!r}")) for name, text in texts)
         return Reading(dataset, [Document(text, dataset) for _, text in texts])
@@ -150,13 +157,13 @@ def read(dataset: str, template: Template | None = None) -> Reading:
             f"data set {dataset!r} is neither a known name nor an existing path{_place(path)}: {suggestion(dataset)}"
             f"use one of {', '.join(KNOWN_NAMES)}, a name of zofed data list, or the path of a local file or folder"
         )
+    wanted = Wanted(template.columns if template else (), roles, turns)
     try:
         if dataset in _SHIPPED_FILES:
             rows = Rows(row for name in _SHIPPED_FILES[dataset] for row in rows_of_file(SHIPPED / name).found)
         else:
-            others = template.columns if template else ()
-            rows = rows_of_folder(path, others) if path.is_dir() else rows_of_file(path, others)
-        return _reading(rows, dataset, template)
+            rows = rows_of_folder(path, wanted) if path.is_dir() else rows_of_file(path, wanted)
+        return _reading(rows, dataset, template, wanted)
     except OSError as error:
         raise UserError(
             f"data set {dataset!r} cannot be read ({said_by(error)}): check that the file is whole and readable"
@@ -239,61 +246,85 @@ def _place(path: Path) -> str:
     return f" (there is no {str(path.absolute())!r})" if path.name else ""
 
 
-def _reading(rows: Rows, dataset: str, template: Template | None) -> Reading:
+def _reading(rows: Rows, dataset: str, template: Template | None, wanted: Wanted) -> Reading:
     documents: list[Document] = []
     found: dict[str, None] = {}  # in the order they are met
-    unread, blank, label_column = Unread(), 0, ""
+    unread, found_labels, chats, blank, label_column, strict = Unread(), Labels(), Conversations(), 0, "", False
     for number, (place, row) in enumerate(rows.found):
-        layout = _layout(place, row, template)
-        text, label = _text(place, row, layout), _label(place, row, layout)
-        if template:
-            text = template.render(row | ({"text": text} if layout.text[0] else {}), place)
+        layout = _layout(place, row, wanted)
         if number < columns.SAMPLED:
             unread.see(row, layout.rest)
-        found |= dict.fromkeys(layout.read)
-        label_column = layout.label or label_column
-        if text.strip():
-            documents.append(Document(text, _source(place, row, dataset), label, _topic(row, dataset)))
-        else:
+        found |= dict.fromkeys(name for name in layout.read if not layout.shape or name not in layout.shape.columns)
+        label_column, strict = layout.label or label_column, strict or layout.strict
+        text, turns = _content(place, row, layout, template, wanted, chats)
+        candidates = candidates_of(place, row, layout.candidates) if layout.candidates else ()
+        label = _label(place, row, layout)
+        if candidates:
+            label = of_candidates(place, label, candidates)
+        if text.strip() or turns:
+            found_labels.add(place, label)
+            source, topic = _source(place, row, layout, dataset), _topic(row, layout, dataset)
+            documents.append(Document(text, source, None, topic, candidates, turns))
+        elif not layout.shape:
             blank += 1
     if not documents:
-        raise UserError(f"data set {dataset!r} is empty: 0 rows hold text, at least 1 is needed; use another data set")
-    names = tuple(_DECISIONS) if label_column == columns.PUBMEDQA_LABEL else rows.names.get(label_column, ())
+        what = "; ".join(chats.left_out) or "0 rows hold text"
+        raise UserError(f"data set {dataset!r} is empty: {what}, at least 1 is needed; use another data set")
+    numbers, words, is_ordered = found_labels.numbered(strict=strict)
+    documents = [
+        document if number is None else replace(document, label=number)
+        for document, number in zip(documents, numbers, strict=True)
+    ]
+    names = words or (tuple(DECISIONS) if label_column == columns.PUBMEDQA_LABEL else rows.names.get(label_column, ()))
     if not names and dataset in CATALOG:
         names = CATALOG[dataset].classes
-    told = [tuple(map(printable, texts)) for texts in (found, unread.found(), names)]  # all go to files and terminals
-    return Reading(dataset, documents, told[0], told[1], blank, told[2], rows.is_ordered)
+    read, rest, names = (tuple(map(printable, texts)) for texts in (found, unread.found(), names))  # for terminals, too
+    is_ordered = is_ordered and (rows.is_ordered or bool(words))
+    return Reading(dataset, documents, read, rest, blank, names, is_ordered, chats.told, chats.left_out)
 
 
-def _source(place: str, row: dict[str, Any], dataset: str) -> str:
-    """Where a row came from: what its column `source` says, as one printable line, else the data set.
+def _content(
+    place: str, row: dict[str, Any], layout: Columns, template: Template | None, wanted: Wanted, chats: Conversations
+) -> tuple[str, tuple[Turn, ...]]:
+    """A row's text, or its turns where those are wanted."""
+    named = row | {role: row[names[0]] for role, names in wanted.roles}
+    if layout.shape and wanted.turns:
+        return "", chats.turns(place, row, layout.shape, template.render(named, place) if template else None)
+    text = text_of(chats.turns(place, row, layout.shape)) if layout.shape else _text(place, row, layout)
+    if template:
+        text = template.render(named | ({"text": text} if layout.text[0] or layout.shape else {}), place)
+    return text, ()
+
+
+def _source(place: str, row: dict[str, Any], layout: Columns, dataset: str) -> str:
+    """Where a row came from: what its column for it says, as one printable line, else the data set.
 
     Raises UserError for a cell without a name, so that no source is called ''.
     """
-    source = row.get("source", dataset)
+    source = row[layout.source] if layout.source else dataset
     if type(source) is int:
         return str(source)
     if not isinstance(source, str) or not source.strip():
         raise UserError(f"{place} has an empty source ({source!r}): name where the row came from, or drop the column")
-    return printable(source) if "source" in row else source
+    return printable(source) if layout.source else source
 
 
-def _topic(row: dict[str, Any], dataset: str) -> str:
-    topic = row.get("topic")
+def _topic(row: dict[str, Any], layout: Columns, dataset: str) -> str:
+    topic = row[layout.topic] if layout.topic else None
     if topic is None and dataset == "sample-dclm":  # generated with https://example.org/TOPIC/...; other urls say less
         topic = urlsplit(row["url"]).path.split("/")[1]
     return "" if topic is None or topic != topic else str(topic).strip()  # NaN: an empty cell
 
 
-def text_and_label(place: str, row: dict[str, Any]) -> tuple[str, int | None]:
+def text_and_label(place: str, row: dict[str, Any]) -> tuple[str, int | str | None]:
     """A row's text ('' where it has none) and class; `place` names the row in the UserError of a wrong one."""
-    layout = _layout(place, row)
+    layout = _layout(place, row, AS_RECOGNISED)
     return _text(place, row, layout), _label(place, row, layout)
 
 
-def _layout(place: str, row: dict[str, Any], template: Template | None = None) -> Columns:
+def _layout(place: str, row: dict[str, Any], wanted: Wanted) -> Columns:
     try:
-        return columns.chosen(tuple(row), template.columns if template else ())
+        return columns.chosen(tuple(row), wanted)
     except UserError as error:
         raise UserError(f"{place} {error}") from None
 
@@ -301,19 +332,19 @@ def _layout(place: str, row: dict[str, Any], template: Template | None = None) -
 def _text(place: str, row: dict[str, Any], layout: Columns) -> str:
     if layout.is_pubmedqa:
         return _pubmedqa_text(place, row, layout.text)
-    return _checked_text(place, layout.text[0], row[layout.text[0]]) if layout.text[0] else ""
+    return checked_text(place, layout.text[0], row[layout.text[0]]) if layout.text[0] else ""
 
 
-def _label(place: str, row: dict[str, Any], layout: Columns) -> int | None:
+def _label(place: str, row: dict[str, Any], layout: Columns) -> int | str | None:
     value = row.get(layout.label) if layout.label else None
-    if layout.is_pubmedqa:
-        return _decision(place, value)
+    if layout.label == columns.PUBMEDQA_LABEL:
+        return decision(place, value)
     try:
-        return _number(place, value)
+        return labels.read(place, value)
     except UserError:
         if layout.strict:
             raise
-        return None  # `labels` may be many other things: of words, of tokens
+        return None  # `labels` may be many other things: lists of words, of tokens
 
 
 def _pubmedqa_text(place: str, row: dict[str, Any], columns: tuple[str, ...]) -> str:
@@ -325,46 +356,5 @@ def _pubmedqa_text(place: str, row: dict[str, Any], columns: tuple[str, ...]) ->
             'use PubMedQA\'s own schema, {"contexts": ["...", "..."]} or a list'
         )
     parts = [(columns[0], question), *((columns[1], part) for part in contexts), (columns[2], long_answer)]
-    texts = [_checked_text(place, column, part) for column, part in parts]
+    texts = [checked_text(place, column, part) for column, part in parts]
     return "\n".join(text for text in texts if text.strip())
-
-
-def _checked_text(place: str, column: str, value: object) -> str:
-    if value is None or value != value:  # NaN: an empty cell
-        return ""
-    if not isinstance(value, str):
-        raise UserError(
-            f"{place} has a {column} of type {type(value).__name__}: it must be a string; quote the value or write the "
-            "column as strings"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no encoder accepts
-        raise UserError(
-            f"{place} has an unpaired surrogate at character {error.start + 1} of its {column}: remove it"
-        ) from error
-    return value
-
-
-def _number(place: str, value: object) -> int | None:
-    """Parquet turns integers with gaps into floats and text files hold strings: both count when they are whole."""
-    if value is None or value != value or (isinstance(value, str) and not value.strip()):
-        return None
-    try:
-        label = int(value) if isinstance(value, bool) else int(re.sub(r"\.0+$", "", str(value).strip()))
-    except ValueError:
-        label = -2
-    if label < -1:
-        raise UserError(
-            f"{place} has the label {value!r}: a label must be an integer from 0 (or -1 if hidden); a .label file "
-            "of lines `label text` may have words"
-        )
-    return None if label == -1 else label
-
-
-def _decision(place: str, value: object) -> int | None:
-    if value is None or value == "":
-        return None
-    if value not in _DECISIONS:
-        raise UserError(f"{place} has the final_decision {value!r}: it must be {', '.join(_DECISIONS)} or left out")
-    return _DECISIONS[str(value)]

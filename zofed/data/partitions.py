@@ -16,6 +16,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.data import subsets
 from zofed.data.catalog import CATALOG
+from zofed.data.columns import Roles
 from zofed.data.documents import KNOWN_NAMES, Document, Reading, check_share, random_order, read, shard
 from zofed.data.templates import Template
 
@@ -142,10 +143,11 @@ def _holders(sizes: Sequence[int], clients: int) -> list[list[int]]:
     return [list(range(start, start + number)) for start, number in zip(starts, numbers, strict=False)]
 
 
-def own(dataset: str, template: Template | None = None) -> Reading:
+def own(dataset: str, template: Template | None = None, roles: Roles = (), *, turns: bool = False) -> Reading:
     """What is read of a node's own data set, which its --node-config names: an absolute path or a known name.
 
-    Raises UserError, naming the key, for a relative path, a missing file and whatever cannot be read.
+    The other arguments are those of `documents.read`. Raises UserError, naming the key, for a relative path, a missing
+    file and whatever cannot be read.
     """
     path = Path(os.path.expanduser(dataset))
     known = dataset in KNOWN_NAMES or dataset in CATALOG or subsets.find(dataset) is not None
@@ -160,7 +162,7 @@ def own(dataset: str, template: Template | None = None) -> Reading:
             "put it there, or start the node with another --node-config 'dataset=\"/...\"'"
         )
     try:
-        return read(dataset, template)
+        return read(dataset, template, roles, turns=turns)
     except UserError as error:
         raise UserError(f"node config dataset: {error}") from error
 

@@ -13,6 +13,7 @@ from typing import Any
 from zofed.base.errors import UserError
 from zofed.base.texts import said_by
 from zofed.data import columns, subsets
+from zofed.data.columns import AS_RECOGNISED, Wanted
 
 SUFFIXES = (".txt", ".label", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
 
@@ -36,10 +37,10 @@ class Rows:
     is_ordered: bool = True
 
 
-def rows_of_file(path: Path, others: tuple[str, ...] = ()) -> Rows:
+def rows_of_file(path: Path, wanted: Wanted = AS_RECOGNISED) -> Rows:
     """The rows of a .txt, .label, .tsv, .csv, .json, .jsonl or .parquet file, in file order.
 
-    others: columns that a template names; of a parquet file those are read that will be. Raises UserError for another
+    wanted: what is asked for beside the usual; of a parquet file no more is read. Raises UserError for another
     suffix, a missing file and whatever cannot be decoded or parsed, the latter while the rows are drawn; OSError
     where the system refuses to read.
     """
@@ -49,7 +50,7 @@ def rows_of_file(path: Path, others: tuple[str, ...] = ()) -> Rows:
     if not path.is_file():
         raise UserError(f"file {str(path)!r} is missing: restore it, or name another data set")
     if suffix == ".parquet":
-        return _parquet_rows(path, others)
+        return _parquet_rows(path, wanted)
     if suffix in (".txt", ".label") and (labelled := _label_rows(path)):
         return labelled
     text = _decoded(path)
@@ -57,7 +58,9 @@ def rows_of_file(path: Path, others: tuple[str, ...] = ()) -> Rows:
         raise UserError(f"{str(path)!r} has a line without a label and a text: begin every line with its label")
     if suffix == ".txt":
         return Rows((f"document {number} of {str(path)!r}", {"text": text}) for number, text in _grouped(text))
-    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".tsv": _tsv_rows, ".csv": _csv_rows}
+    if suffix == ".tsv":
+        return Rows(_tsv_rows(text, path, wanted))
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
     return Rows(readers[suffix](text, path))
 
 
@@ -197,12 +200,12 @@ def _as_row(place: str, value: object) -> dict[str, Any]:
     return value
 
 
-def _tsv_rows(text: str, path: Path) -> Iterator[Row]:
+def _tsv_rows(text: str, path: Path, wanted: Wanted) -> Iterator[Row]:
     lines = [(number, line.split("\t")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         return
     first = lines[0][1]
-    if any(map(columns.is_known, first)):
+    if columns.is_header(first, wanted):
         lines = lines[1:]
     elif len(first) == 1:
         first = ["text"]
@@ -240,7 +243,7 @@ def _table_rows(first: list[str], lines: Iterable[tuple[int, list[str]]], path: 
         yield place, dict(zip(names, cells, strict=True))
 
 
-def _parquet_rows(path: Path, others: tuple[str, ...]) -> Rows:
+def _parquet_rows(path: Path, wanted: Wanted) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
@@ -257,15 +260,15 @@ def _parquet_rows(path: Path, others: tuple[str, ...]) -> Rows:
 
     def found() -> Iterator[Row]:
         try:
-            wanted = list(columns.chosen(tuple(schema.names), others).read)
+            read = list(columns.chosen(tuple(schema.names), wanted).read)
         except UserError as error:
             raise UserError(f"row 1 of {str(path)!r} {error}") from None
         try:
             # Web crawls carry large columns beside the text: only the first rows are read with them.
-            whole = wanted + [name for name in texts if name not in wanted]
+            whole = read + [name for name in texts if name not in read]
             some = next(file.iter_batches(columns.SAMPLED, columns=whole), None)
             rows = some.to_pylist() if some is not None else []
-            rows += pyarrow.parquet.read_table(path, columns=wanted).slice(len(rows)).to_pylist()
+            rows += pyarrow.parquet.read_table(path, columns=read).slice(len(rows)).to_pylist()
         except (pyarrow.ArrowException, ValueError) as error:
             raise UserError(f"{spoilt} ({said_by(error)}): fetch or write it again") from error
         for number, row in enumerate(rows, 1):
@@ -287,7 +290,7 @@ def _names_in_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, tupl
         return {}
 
 
-def rows_of_folder(path: Path, others: tuple[str, ...] = ()) -> Rows:
+def rows_of_folder(path: Path, wanted: Wanted = AS_RECOGNISED) -> Rows:
     """The rows of a subset that zofed made, or of a folder written by `save_to_disk`.
 
     Of several splits it gives train and then validation, never test. Raises UserError where the folder is none, is
@@ -296,7 +299,7 @@ def rows_of_folder(path: Path, others: tuple[str, ...] = ()) -> Rows:
     if subsets.is_subset(path):
         described = subsets.info(path)
         names = tuple(map(str, described.get("classes", ())))
-        found = rows_of_file(subsets.rows_file(path), others).found
+        found = rows_of_file(subsets.rows_file(path), wanted).found
         return Rows(found, {"label": names}, bool(described.get("classes_are_ordered", True)))
     from datasets import ClassLabel, DatasetDict, load_from_disk
 

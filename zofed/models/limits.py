@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from zofed.base.errors import UserError
 from zofed.base.texts import said_by
-from zofed.core import metrics
+from zofed.core import metrics, packed
 from zofed.data import encoding
 from zofed.data.encoding import Document, Examples
 from zofed.data.tokenizers import PROBE
@@ -98,6 +98,14 @@ def check_causal(model: nn.Module, name: str) -> None:
         raise UserError(
             f"model {name!r} ({type(model).__name__}) sees the tokens it should predict, so it is no language model: "
             "set task to classification, or give a causal model such as GPT-2 or Llama"
+        )
+
+
+def check_packs(model: nn.Module, name: str) -> None:
+    """Refuse a model that would let packed conversations see one another."""
+    if packed.leaks(model):
+        raise UserError(
+            f"model {name!r} ({type(model).__name__}) lets packed conversations see one another: set packing to false"
         )
 
 

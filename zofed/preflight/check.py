@@ -12,7 +12,7 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core.replica import Replica
-from zofed.data import documents, encoding, tokenizers
+from zofed.data import encoding, tokenizers
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
 from zofed.federated import protocol
@@ -23,7 +23,7 @@ from zofed.runs import run_folder
 from zofed.training.modes import MODES
 from zofed.training.paths import with_absolute_paths
 from zofed.training.process import device, prepare_process
-from zofed.training.task import Task
+from zofed.training.task import Task, read
 
 SAMPLED = 500_000  # characters that are tokenised to count blocks; the rest is taken to be like them
 
@@ -68,7 +68,7 @@ def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
             faults.append(Line("fix", "tokenizer" if is_size else "model", str(error)))
     found: Reading | None = None
     with _collect(faults, "data"):
-        found = documents.read(settings.dataset)
+        found = read(settings, settings.dataset)
     yield from faults
     task, examples, blocks = None, None, 0
     if tokenizer is not None and found is not None:
@@ -151,7 +151,7 @@ def _count(task: Task, part: list[Document]) -> tuple[Examples, int]:
     """Examples of the first documents, and about how many all of them give."""
     some, characters, total = 0, 0, _size(part)
     while some < len(part) and characters < SAMPLED:
-        characters += len(part[some].text)
+        characters += part[some].size
         some += 1
     examples = task.examples(part[:some], cache=False)
     count = len(examples["labels"])
@@ -159,7 +159,7 @@ def _count(task: Task, part: list[Document]) -> tuple[Examples, int]:
 
 
 def _size(part: list[Document]) -> int:
-    return sum(len(document.text) for document in part)
+    return sum(document.size for document in part)
 
 
 def _model(

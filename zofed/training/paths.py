@@ -4,7 +4,7 @@ import os
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.data import documents, readers, subsets, tokenizers
+from zofed.data import chat_templates, documents, readers, subsets, tokenizers
 from zofed.models import sources
 
 NAMES = {
@@ -13,13 +13,14 @@ NAMES = {
     "bp_dataset": documents.KNOWN_NAMES,
     "eval_dataset": documents.KNOWN_NAMES,
     "tokenizer": tokenizers.KNOWN_NAMES,
+    "chat_template": (chat_templates.NONE,),
 }
 
 
 def with_absolute_paths(settings: Settings) -> Settings:
-    """The settings with local paths absolute and a hub model's commit, so that they mean the same everywhere and later.
+    """The settings with local paths absolute, a hub model's commit and the text of a chat template's file.
 
-    Raises UserError for a revision that is not there.
+    So they mean the same everywhere and later. Raises UserError for a revision or a file that is not there.
     """
     update = {key: absolute_path(key, getattr(settings, key)) for key in NAMES}
     update["revision"] = sources.commit(settings.model, settings.revision)
@@ -27,7 +28,12 @@ def with_absolute_paths(settings: Settings) -> Settings:
 
 
 def absolute_path(key: str, name: str) -> str:
-    """What the setting `key` of NAMES names, as an absolute path where it is on this machine; else the name."""
+    """What the setting `key` of NAMES names, as an absolute path where it is on this machine; else the name.
+
+    Of a chat template the text, which needs no file elsewhere or later. Raises UserError for one that is not there.
+    """
+    if key == "chat_template":
+        return chat_templates.template_text(name)
     path = os.path.expanduser(name)
     if key.endswith("dataset") and name and name not in NAMES[key] and (folder := subsets.find(name)):
         return str(folder)
@@ -45,6 +51,8 @@ def check_absolute(settings: Settings) -> None:
             continue
         if key.endswith("dataset"):
             is_relative = os.sep in name or name.endswith(readers.SUFFIXES)
+        elif key == "chat_template":
+            is_relative = not chat_templates.is_text(name)
         else:
             is_relative = name.startswith(".") or name.count("/") > 1  # OWNER/NAME is of the hub
         if is_relative:

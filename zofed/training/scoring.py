@@ -21,13 +21,15 @@ OF_A_RUN = (
     "eval-dataset",
     "eval-examples",
     "held-out-fraction",
+    "columns",
     "block-size",
     "tokenizer",
     "device",
     "dtype",
     "threads",
 )
-OF_A_MODEL = ("task", "pooling", "freeze-encoder", "seed", *OF_A_RUN)
+OF_A_TASK = ("template", "label-words", "loss-on", "chat-template")
+OF_A_MODEL = ("task", *OF_A_TASK, "pooling", "freeze-encoder", "seed", *OF_A_RUN)
 OF_THE_BASE = ("model", "revision")  # which a run's best weights are loaded into
 
 

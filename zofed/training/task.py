@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from zofed.config import Settings
 from zofed.core import metrics
 from zofed.core.digests import tensors_digest, weights_digest
 from zofed.core.replica import Replica
-from zofed.data import classes, documents, encoding, partitions
+from zofed.data import classes, columns, documents, encoding, partitions
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
@@ -70,9 +70,7 @@ class Task:
         """
         classifier.check(settings)
         tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
-        return cls.of(
-            settings, tokenizer, documents.read(settings.dataset, TASKS[settings.task].template(settings)), named
-        )
+        return cls.of(settings, tokenizer, read(settings, settings.dataset), named)
 
     @classmethod
     def of(
@@ -80,6 +78,7 @@ class Task:
     ) -> "Task":
         """A task whose tokenizer and documents were read already. Raises UserError for what is unusable."""
         kind = TASKS[settings.task]
+        tokenizer = kind.tokenizer(settings, tokenizer)
         named = (named or kind.classes(settings, found)) if kind.has_classes else None
         readings = [found]
 
@@ -90,7 +89,7 @@ class Task:
             return classes.renumbered(reading, named, what)
 
         def more(dataset: str, key: str) -> list[Document]:
-            readings.append(documents.read(dataset, kind.template(settings)))
+            readings.append(read(settings, dataset))
             return labelled(readings[-1], key)
 
         train = labelled(found, "dataset")
@@ -113,7 +112,8 @@ class Task:
         """
         if settings.eval_dataset and not TASKS[settings.task].needs_training_data_to_score:
             tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
-            found = documents.read(settings.eval_dataset, TASKS[settings.task].template(settings))
+            tokenizer = TASKS[settings.task].tokenizer(settings, tokenizer)
+            found = read(settings, settings.eval_dataset)
             task = cls(settings, tokenizer, [], found.documents, [], readings=(found,))
         else:
             task = cls.load(settings)
@@ -131,13 +131,14 @@ class Task:
         label that is none of the classes.
         """
         classifier.check(settings)
-        found = partitions.own(dataset, TASKS[settings.task].template(settings))
+        found = read(settings, dataset, partitions.own)
         own, known = found.documents, Classes.numbered(named) if isinstance(named, int) else named
         if TASKS[settings.task].has_classes:
             what = f"node config dataset = {dataset!r}"
             classes.check_labelled(found, what)
             own = classes.renumbered(found, known if len(known) else classes.shown(found), what)
         tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
+        tokenizer = TASKS[settings.task].tokenizer(settings, tokenizer)
         return cls(settings, tokenizer, own, [], own, known if len(known) else None, (found,))
 
     @property
@@ -183,7 +184,9 @@ class Task:
         return self.type.examples(documents, self._encoder(cache))
 
     def _encoder(self, cache: bool = True) -> Encoder:
-        encoder = Encoder(self.tokenizer, self.settings.block_size, words=self.type.words(self.settings))
+        settings = self.settings
+        how = {"words": self.type.words(settings), "loss_on": settings.loss_on, "packing": settings.packing}
+        encoder = Encoder(self.tokenizer, settings.block_size, **how)
         if not (cache and self.type.keeps_tokens):
             return encoder
         return replace(encoder, cache=encoding.default_cache(), digest=self._tokenizer_digest)
@@ -339,7 +342,12 @@ class Task:
             **({"backprop": encoding.documents_digest(self.backprop)} if self.backprop is not self.train else {}),
             **({"groups": self._groups_digest()} if self.settings.partition != "iid" else {}),
             "tokenizer": self._tokenizer_digest,
+            **({"chat template": self._template_digest} if self.type.reads_turns else {}),
         }
+
+    @property
+    def _template_digest(self) -> str:
+        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
 
     def _groups_digest(self) -> str:
         """SHA-256 of what decides who holds which document, which the texts do not tell."""
@@ -355,7 +363,16 @@ class Task:
 
     def replica(self) -> Replica:
         """A new replica at the base weights, on the run's device, with the genesis that pins it."""
-        return replica_of(self.settings, spec.create_model(self.settings, self.tokenizer, self.outputs))
+        model = spec.create_model(self.settings, self.tokenizer, self.outputs)
+        if self.type.reads_turns and self.settings.packing:
+            limits.check_packs(model, self.settings.model)
+        return replica_of(self.settings, model)
+
+
+def read(settings: Settings, dataset: str, reader: Callable[..., Reading] = documents.read) -> Reading:
+    """What a run of these settings reads of a data set. Raises UserError as `reader`."""
+    kind = TASKS[settings.task]
+    return reader(dataset, kind.template(settings), columns.roles_of(settings.columns), turns=kind.reads_turns)
 
 
 def _at(examples: Examples, positions: Tensor) -> Examples:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import metrics
-from zofed.data import classes, encoding, prompts
+from zofed.data import chat_templates, classes, encoding, instructions, prompts
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
@@ -29,7 +29,7 @@ from zofed.models.spec import ModelSpec
 class Encoder:
     """How documents become tokens. cache: folder to keep them in, by the tokenizer's digest too; None: they are not.
 
-    words: that a prompt's label words are.
+    words: that a prompt's label words are. loss_on, packing: the settings of that name.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -37,6 +37,8 @@ class Encoder:
     cache: Path | None = None
     digest: str = ""
     words: tuple[str, ...] = ()
+    loss_on: str = "response"
+    packing: bool = False
 
 
 class TaskType(ABC):
@@ -46,11 +48,16 @@ class TaskType(ABC):
     has_head: ClassVar[bool] = False  # the classes are outputs of the model
     has_one_example_a_document: ClassVar[bool] = False
     needs_training_data_to_score: ClassVar[bool] = False  # for what scored data alone do not show
+    reads_turns: ClassVar[bool] = False  # documents are conversations
     keeps_tokens: ClassVar[bool] = False  # in the user's cache, which takes the tokenizer's digest
 
     def template(self, settings: Settings) -> Template | None:
         """What makes a document of a row; None: its text is."""
         return None
+
+    def tokenizer(self, settings: Settings, loaded: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """The tokenizer as the run uses and saves it. Raises UserError where it cannot be used."""
+        return loaded
 
     def words(self, settings: Settings) -> tuple[str, ...]:
         """What may follow a prompt; empty: there is none."""
@@ -179,8 +186,42 @@ class Prompt(Classification):
         return f"prompts of {classes} classes"
 
 
+class Instruction(TaskType):
+    """Answer as the assistant of each conversation does: its turns train, each with the token that ends it."""
+
+    reads_turns = True
+
+    def template(self, settings: Settings) -> Template | None:
+        """The setting of that name, which makes the prompt; None: the row has its own."""
+        return Template(settings.template) if settings.template else None
+
+    def tokenizer(self, settings: Settings, loaded: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """With the chat template that the setting of that name says."""
+        return chat_templates.with_template(loaded, settings.chat_template)
+
+    def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
+        """Each conversation, or several packed into one block; nothing is cached."""
+        return instructions.instruction_examples(
+            documents, encoder.tokenizer, encoder.block_size, encoder.loss_on, encoder.packing
+        )
+
+    def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
+        """Of uniform guesses, and of the training responses' frequencies of tokens; the base model's is the start."""
+        return {"uniform": math.log(vocabulary), "unigram": encoding.unigram_loss(train, held_out, vocabulary)}
+
+    def blank(self, examples: int, block_size: int) -> Examples:
+        """Tokens, mask and labels."""
+        ids = torch.zeros(examples, block_size, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+    def named(self, block_size: int, classes: int) -> str:
+        """Conversations."""
+        return f"conversations of at most {block_size} tokens"
+
+
 TASKS: dict[str, TaskType] = {
     "language-model": LanguageModelling(),
     "classification": Classification(),
     "prompt": Prompt(),
+    "instruction": Instruction(),
 }
