@@ -79,7 +79,7 @@ def test_scores_are_those_of_each_candidate_alone_behind_its_prompt(family: str,
     torch.manual_seed(0)
     model = FAMILIES[family]().eval().double()
     (ids, mask), chosen = prompts(), choices(width)
-    found = candidates.scores(model, ids, mask, chosen)
+    found = candidates.scores(model, {"input_ids": ids, "attention_mask": mask, "candidates": chosen})
     for row in range(3):
         prompt = ids[row][mask[row] > 0].tolist()
         for number in range(3):
