@@ -76,16 +76,18 @@ def test_a_long_prompt_loses_its_beginning_and_that_is_said() -> None:
     tokenizer = load_tokenizer("shipped")
     long = Document(" ".join(["word"] * 60) + " It was", "films", 1)
     with pytest.warns(UserWarning, match="1 of 2 prompts are longer than block-size = 8 tokens"):
-        found = prompts.prompt_examples([long, Document("fine It was", "films", 0)], tokenizer, 8, (" bad", " good"))
+        encoding = prompts.Encoding(tokenizer, 8, (" yes", " no"))
+        found = prompts.prompt_examples([long, Document("fine It was", "films", 0)], encoding)
     assert tokenizer.decode(found["input_ids"][0]).endswith("word It was")
-    assert found["attention_mask"].sum(1).tolist()[0] == 8 and found["attention_mask"][1, 0] == 0
+    assert found["attention_mask"].sum(1).tolist()[0] == 8 - (found["candidates"].shape[2] - 1)
+    assert found["attention_mask"][1, 0] == 0
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"label_words": ""}, "give a word for each class"),
-        ({"label_words": " bad, good, fine"}, "are 3 words, but .* has 2 classes"),
+        ({"label_words": " bad, good, fine"}, "are 3 words .*, but there are 2 classes"),
         ({"label_words": " bad, bad"}, "has one word twice"),
         ({"template": "{{ premise }}"}, "has no column 'premise'"),
         ({"model": "bert"}, "set task to"),

@@ -246,14 +246,16 @@ def _reading(rows: Rows, dataset: str, template: Template | None) -> Reading:
     for number, (place, row) in enumerate(rows.found):
         layout = _layout(place, row, template)
         text, label = _text(place, row, layout), _label(place, row, layout)
+        candidates: tuple[str, ...] = ()
         if template:
-            text = template.render(row | ({"text": text} if layout.text[0] else {}), place)
+            values = row | ({"text": text} if layout.text[0] else {})
+            text, candidates = template.render(values, place), template.candidates(values, candidates, place)
         if number < columns.SAMPLED:
             unread.see(row, layout.rest)
         found |= dict.fromkeys(layout.read)
         label_column = layout.label or label_column
         if text.strip():
-            documents.append(Document(text, _source(place, row, dataset), label, _topic(row, dataset)))
+            documents.append(Document(text, _source(place, row, dataset), label, _topic(row, dataset), candidates))
         else:
             blank += 1
     if not documents:

@@ -21,6 +21,11 @@ BLANK = "[MASK]"  # in a template: where a masked model's mask token goes
 BETWEEN = "\n\n"  # solved prompts
 
 
+def is_masked(template: str) -> bool:
+    """Whether a masked model fills a place in the template, and not a causal one its end."""
+    return BLANK in template
+
+
 @dataclass(frozen=True)
 class Encoding:
     """How prompts become tokens, of at most block_size with their longest candidate.
@@ -44,7 +49,7 @@ class Encoding:
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text alone; of a masked model's prompt with its mask token."""
-        written = text.replace(BLANK, self.tokenizer.mask_token) if self.is_masked else text
+        written = text.replace(BLANK, str(self.tokenizer.mask_token)) if self.is_masked else text
         return self.tokenizer(written, add_special_tokens=False, verbose=False)["input_ids"]
 
     @cached_property
@@ -74,6 +79,8 @@ def candidates_of(words: Sequence[str], encoding: Encoding, what: str = "label w
 
     Raises UserError for a word without tokens, for two of the same, and for one of several tokens at a mask.
     """
+    if not words:
+        raise UserError("there are no label words: a prompt is answered by one of two or more")
     found = [encoding.ids(word) for word in words]
     for position, (word, ids) in enumerate(zip(words, found, strict=True)):
         if not ids:
@@ -157,18 +164,10 @@ def right_alone(examples: Examples) -> Examples:
     return examples | {KEY: right[..., :width].contiguous(), "labels": torch.zeros_like(labels)}
 
 
-def without_content(examples: Examples, prompt: Document, encoding: Encoding) -> Examples:
-    """The prompt of a document without content before the candidates of the examples, once for all of the same."""
-    candidates = examples[KEY]
-    if bool((candidates == candidates[:1]).all()):
-        candidates = candidates[:1]
-    longest = int((candidates != NO_TOKEN).sum(2).max())
-    widest = replace(prompt, candidates=(), label=0)
-    own = replace(encoding, words=("a",), block_size=encoding.block_size - (0 if encoding.is_masked else longest - 1))
-    one = prompt_examples([widest], own)
-    count = len(candidates)
-    spread = {name: tensor.expand(count, *tensor.shape[1:]) for name, tensor in one.items()}
-    return spread | {KEY: candidates}
+def without_content(documents: Sequence[Document], prompt: str) -> list[Document]:
+    """The documents' candidates behind a prompt without content: one document for all that have none of their own."""
+    found = [replace(document, text=prompt) for document in documents]
+    return found if documents[0].candidates else found[:1]
 
 
 def _mask(ids: Sequence[int], encoding: Encoding, document: Document) -> int:
@@ -193,19 +192,29 @@ def _label(document: Document, candidates: int) -> int:
     return document.label
 
 
-def check_candidates(documents: Sequence[Document], what: str) -> None:
-    """Raise UserError, which begins with `what`, where some rows have candidates and some none, or one has too few."""
-    without = sum(not document.candidates for document in documents)
-    if without:
+def check_own(documents: Sequence[Document], what: str) -> None:
+    """Raise UserError, which begins with `what`, where a row has not two candidates of its own, the right one among
+    them.
+    """
+    if without := sum(not document.candidates for document in documents):
         raise UserError(
-            f"{what}: {without:,} of {len(documents):,} rows have no candidates of their own: give them, or leave these "
-            "rows out"
+            f"{what}: {without:,} of {len(documents):,} rows have no candidates of their own, and label-words is empty"
+            ": give a word for each class, separated by commas, such as ' terrible, great', or a column candidates"
         )
     for document in documents:
         if len(document.candidates) < 2:
             raise UserError(f"{what}: {_shown(document)} has a single candidate: give two or more, or leave it out")
         if document.label is not None:
             _label(document, len(document.candidates))
+
+
+def check_none_own(documents: Sequence[Document], what: str) -> None:
+    """Raise UserError, which begins with `what`, where a row has candidates of its own beside the label words."""
+    if own := sum(bool(document.candidates) for document in documents):
+        raise UserError(
+            f"{what}: {own:,} of {len(documents):,} rows have candidates of their own, and there are label-words too: "
+            "leave label-words empty, or call the column another name"
+        )
 
 
 def drawn(documents: Sequence[Document], count: int, seed: int) -> tuple[list[Document], list[Document]]:
@@ -217,7 +226,7 @@ def drawn(documents: Sequence[Document], count: int, seed: int) -> tuple[list[Do
         return list(documents), []
     if count >= len(documents):
         raise UserError(
-            f"shots = {count} takes {count:,} documents out of the training data, which has {len(documents):,}: lower it"
+            f"shots = {count} takes as many documents out of the training data, which has {len(documents):,}: lower it"
         )
     ranks: dict[int | None, int] = {}
     order = []
@@ -230,13 +239,13 @@ def drawn(documents: Sequence[Document], count: int, seed: int) -> tuple[list[Do
     return [documents[position] for position in others], [documents[position] for position in chosen]
 
 
-def solved(document: Document, words: Sequence[str]) -> str:
+def solved(document: Document, encoding: Encoding) -> str:
     """A prompt with its right candidate."""
-    candidates = document.candidates or words
+    candidates = document.candidates or encoding.words
     word = candidates[_label(document, len(candidates))]
-    before, blank, behind = document.text.partition(BLANK)
-    if not blank:
+    if not encoding.is_masked:
         return f"{document.text}{word}"
+    before, _, behind = document.text.partition(BLANK)
     return f"{before}{word.lstrip() if before[-1:].isspace() else word}{behind}"
 
 
@@ -247,16 +256,13 @@ def with_shots(documents: Sequence[Document], demonstrations: Sequence[Document]
     stands before a document of the same text. Raises UserError where a demonstration has no label, or one beyond its
     candidates.
     """
-    texts = [(one.text, solved(one, encoding.words).strip()) for one in demonstrations]
+    texts = [(one.text, solved(one, encoding).strip()) for one in demonstrations]
     found, short = [], 0
     for document in documents:
         own = [text for prompt, text in texts if prompt != document.text]
-        room = encoding.room(document)
-        fewer = own
-        while fewer and len(encoding.ids(whole := BETWEEN.join([*fewer, document.text.lstrip()]))) > room:
-            fewer = fewer[1:]
-        short += len(fewer) < len(own)
-        found.append(replace(document, text=whole) if fewer else document)
+        whole, left_out = _fitting(own, document, encoding)
+        short += left_out > 0
+        found.append(replace(document, text=whole))
     if short:
         warnings.warn(
             f"{short:,} of {len(found):,} prompts have fewer than {len(demonstrations)} demonstrations before them: "
@@ -264,6 +270,16 @@ def with_shots(documents: Sequence[Document], demonstrations: Sequence[Document]
             stacklevel=2,
         )
     return found
+
+
+def _fitting(solved_ones: Sequence[str], document: Document, encoding: Encoding) -> tuple[str, int]:
+    """A document's text behind as many of them as its room holds, and how many were left out."""
+    room = encoding.room(document)
+    for left_out in range(len(solved_ones)):
+        whole = BETWEEN.join([*solved_ones[left_out:], document.text.lstrip()])
+        if len(encoding.ids(whole)) <= room:
+            return whole, left_out
+    return document.text, len(solved_ones)
 
 
 def _shown(document: Document) -> str:
