@@ -66,7 +66,8 @@ def _behind(model: nn.Module, batch: Examples) -> Tensor:
     behind = width - 1  # tokens of a candidate that are fed: the last is predicted, and nothing is behind it
     fed = candidates[:, :, :behind]
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    after = (mask.sum(1)[:, None, None] + torch.arange(behind, device=mask.device)) * (fed != NO_TOKEN)
+    predicts = candidates[:, :, 1:] != NO_TOKEN  # what else is fed may lie beyond the model's positions
+    after = (mask.sum(1)[:, None, None] + torch.arange(behind, device=mask.device)) * predicts
     logits = model(
         input_ids=torch.cat([prompts, fed.clamp(min=0).flatten(1)], 1),
         attention_mask=_tree(mask, classes, behind, next(model.parameters()).dtype),

@@ -176,7 +176,7 @@ class Task:
         lines = [reading.told() for reading in self.readings]
         if self.named:
             lines.append(classes.told(self.named, [*self.train, *self.held_out]))
-        lines += [line for line in [self.type.told(self.settings, self.class_names)] if line]
+        lines += self.type.told(self.settings, self.class_names)
         return "\n".join(f"data: {line}" for line in lines)
 
     def check_held_out(self) -> None:

@@ -107,9 +107,9 @@ class TaskType(ABC):
     def named(self, block_size: int, classes: int) -> str:
         """What its examples are, for people."""
 
-    def told(self, settings: Settings, names: tuple[str, ...]) -> str:
-        """What else of the data people should see before a run, on one line; empty: nothing."""
-        return ""
+    def told(self, settings: Settings, names: tuple[str, ...]) -> list[str]:
+        """What else of the data people should see before a run, in lines."""
+        return []
 
 
 class LanguageModelling(TaskType):
@@ -254,11 +254,13 @@ class Prompt(Classification):
         """Prompts."""
         return f"prompts of {classes} classes" if classes else "prompts with candidates of their own"
 
-    def told(self, settings: Settings, names: tuple[str, ...]) -> str:
-        """Which class gets which word."""
+    def told(self, settings: Settings, names: tuple[str, ...]) -> list[str]:
+        """Which class gets which word, and how many documents are demonstrations."""
         words = self.words(settings, names) if names else ()
         shown = [f"{name} {word!r}" for name, word in zip(names[: classes.SHOWN], words, strict=False)]
-        return f"label words: {', '.join(shown)}{', ...' if len(words) > classes.SHOWN else ''}" if words else ""
+        rest = ", ..." if len(words) > classes.SHOWN else ""
+        shots = f"{settings.shots} of the training documents stand before each prompt, and nobody trains on them"
+        return [f"label words: {', '.join(shown)}{rest}"] * bool(words) + [shots] * bool(settings.shots)
 
 
 TASKS: dict[str, TaskType] = {
