@@ -30,6 +30,8 @@ def is_masked(template: str) -> bool:
 class Encoding:
     """How prompts become tokens, of at most block_size with their longest candidate.
 
+    Raises UserError for a masked model whose tokenizer has no mask token.
+
     words: candidates of each prompt whose document has none of its own. is_masked: a masked model reads them.
     """
 
@@ -37,6 +39,13 @@ class Encoding:
     block_size: int
     words: tuple[str, ...] = ()
     is_masked: bool = False
+
+    def __post_init__(self) -> None:
+        if self.is_masked and not isinstance(self.tokenizer.mask_token_id, int):
+            raise UserError(
+                f"the template has {BLANK}, but the tokenizer has no mask token: give a masked language model such as "
+                f"BERT or RoBERTa with its tokenizer, or take {BLANK} out, so that the word follows the prompt"
+            )
 
     @cached_property
     def edges(self) -> tuple[list[int], list[int]]:

@@ -103,19 +103,12 @@ def check_causal(model: nn.Module, name: str) -> None:
 
 
 @torch.no_grad()
-def check_prompts(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, name: str, block_size: int, *, is_masked: bool
-) -> None:
+def check_prompts(model: nn.Module, name: str, block_size: int, *, is_masked: bool) -> None:
     """Refuse a model whose scores of several candidates in one pass are not those of a pass for each of them.
 
     Such are models without attention masks or positions, or with a window of attention shorter than the block.
     """
     kind = type(model).__name__
-    if is_masked and not isinstance(tokenizer.mask_token_id, int):
-        raise UserError(
-            f"the template has [MASK], but the tokenizer of model {name!r} has no mask token: set tokenizer to the "
-            "model's own, or take [MASK] out of the template"
-        )
     window = None if is_masked else attention_window(model.config)
     if window is not None and block_size > window:
         raise UserError(

@@ -83,7 +83,7 @@ class ModelSpec:
             if not self.classes and self.prompts != "masked":
                 limits.check_causal(model, self.name)
             if self.prompts:
-                limits.check_prompts(model, tokenizer, self.name, self.block_size, is_masked=self.prompts == "masked")
+                limits.check_prompts(model, self.name, self.block_size, is_masked=self.prompts == "masked")
         return ready(model, self.dtype)
 
     def outline(self, tokenizer: PreTrainedTokenizerBase) -> Model:
