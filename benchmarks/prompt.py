@@ -17,24 +17,20 @@ from zofed.training.process import prepare_process
 from zofed.training.steps import step_function
 from zofed.training.task import Task
 
-WORDS = {"one token": " terrible, great", "three tokens": " a terrible film, a great film"}
-QUERIES, BATCH, BLOCK = 3, 16, 40
+ONE, THREE = " terrible, great", " a terrible film, a great film"  # label words of one token each, and of three
+QUERIES, BATCH, BLOCK = 7, 16, 40
 
 
 def report(folder: Path, threads: int, pairs: int) -> None:
     """Print a row for each kind of step and for the scores of candidates; ratios of `pairs` alternating runs."""
-    for words in WORDS:
-        for mode, queries in (("zo", QUERIES), ("fo", 0)):
-            passes = f"{queries + 1} plain passes" if queries else "a plain pass forward and backward"
-            print(f"| {mode} step | {words} | {passes} | {_step(folder, threads, pairs, mode, words)} |", flush=True)
-        print(
-            f"| scores | {words} | a pass for each candidate | {_scores(folder, threads, pairs, words)} |", flush=True
-        )
+    print(f"| fo step | one token | a pass forward and backward | {_step(folder, threads, pairs, 'fo')} |", flush=True)
+    print(f"| scores | three tokens | a pass for each candidate | {_scores(folder, threads, pairs)} |", flush=True)
+    print(f"| zo step | one token | {QUERIES + 1} passes forward | {_step(folder, threads, pairs, 'zo')} |", flush=True)
 
 
-def _step(folder: Path, threads: int, pairs: int, mode: str, words: str) -> str:
+def _step(folder: Path, threads: int, pairs: int, mode: str) -> str:
     with tempfile.TemporaryDirectory() as place:
-        task = _task(folder, threads, mode, words, Path(place))
+        task = _task(folder, threads, mode, ONE, Path(place))
         replica, examples = task.replica(), task.shard(0, 1)
         ask = step_function(task.settings, replica, examples, 10**6)
         batch = encoding.batch(examples, batch_size=BATCH, seed=0, client=0, step=0)
@@ -48,9 +44,9 @@ def _step(folder: Path, threads: int, pairs: int, mode: str, words: str) -> str:
             return common.median(common.ratios({"step": ours}, plain, pairs)["step"])
 
 
-def _scores(folder: Path, threads: int, pairs: int, words: str) -> str:
+def _scores(folder: Path, threads: int, pairs: int) -> str:
     with tempfile.TemporaryDirectory() as place:
-        task = _task(folder, threads, "zo", words, Path(place))
+        task = _task(folder, threads, "zo", THREE, Path(place))
         model, examples = task.replica().model, task.shard(0, 1)
         batch = encoding.batch(examples, batch_size=BATCH, seed=0, client=0, step=0)
 
@@ -81,7 +77,7 @@ def _task(folder: Path, threads: int, mode: str, words: str, place: Path) -> Tas
     ]
     (place / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     chosen = {"mode": mode, "queries": QUERIES, "model": str(folder), "dataset": str(place / "data.jsonl")}
-    prompt = {"task": "prompt", "template": "{{ text }} It was", "label-words": WORDS[words]}
+    prompt = {"task": "prompt", "template": "{{ text }} It was", "label-words": words}
     sizes = {"batch-size": BATCH, "block-size": BLOCK, "learning-rate": 1e-9, "threads": threads, "device": "cpu"}
     return Task.load(config.resolve(chosen | prompt | sizes))
 
