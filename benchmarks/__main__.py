@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import blas, common, first_order, gpu, memory, model_types, query, replay, three_modes, trunk
+from benchmarks import blas, common, first_order, gpu, memory, model_types, prompt, query, replay, three_modes, trunk
 
 
 def main() -> None:
@@ -30,6 +30,10 @@ def main() -> None:
     one = kinds.add_parser("gpu", help=gpu.__doc__)
     one.add_argument("--device", default="cuda")
     one.add_argument("--size", choices=common.SIZES, default="124M")
+    one = kinds.add_parser("prompt", help=prompt.__doc__)
+    one.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
+    one.add_argument("--threads", type=int, default=2)
+    one.add_argument("--pairs", type=int, default=5)
     one = kinds.add_parser("model-types", help=model_types.__doc__)
     one.add_argument(
         "--out", type=Path, required=True, help="folder of rows.jsonl, which it goes on from, and table.md"
@@ -93,6 +97,9 @@ def main() -> None:
     elif given.what == "blas":
         print("| model | batch | mode | plain forward | step |\n| --- | --- | --- | --- | --- |", flush=True)
         blas.report(given.size, given.threads, given.pairs)
+    elif given.what == "prompt":
+        print("| what | candidates | over | ratio |\n| --- | --- | --- | --- |", flush=True)
+        prompt.report(given.model, given.threads, given.pairs)
     elif given.what == "replay":
         print("| model | records x directions | directions a second | over torch.randn |\n| --- | --- | --- | --- |")
         replay.report(given.size, given.threads, given.pairs)

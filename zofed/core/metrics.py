@@ -168,19 +168,27 @@ def _mean_f1(found: Tensor, wanted: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, examples: Examples, batch_size: int = 32, bytes_per_token: float | None = None) -> Score:
+def evaluate(
+    model: nn.Module,
+    examples: Examples,
+    batch_size: int = 32,
+    bytes_per_token: float | None = None,
+    empty: Examples | None = None,
+) -> Score:
     """Score on all of the examples, in batches of `batch_size`, with dropout off whatever mode the model is in.
 
     Every predicted token (of a classifier: every document) counts the same, whichever batch it falls in; labels of
-    -100 do not count. bytes_per_token: of the predicted tokens, for a language model. Raises UserError where the
-    examples predict nothing.
+    -100 do not count. bytes_per_token: of the predicted tokens, for a language model. empty: the candidates of each of
+    the examples, or once of all, behind a prompt without content; their scores there are subtracted where a class is
+    predicted. Raises UserError where the examples predict nothing.
     """
     device = next(model.parameters()).device
     is_classifier = examples["labels"].dim() == 1
     losses, count = 0.0, 0
     found: list[Tensor] = []
     with _without_dropout(model):
-        for batch in _batches(examples, batch_size):
+        less = None if empty is None else _logits(model, empty, batch_size).expand(len(examples["labels"]), -1)
+        for at, batch in _batches(examples, batch_size):
             predicted = int((predicted_labels(batch["labels"]) != IGNORED_LABEL).sum())
             if predicted == 0:  # its mean is 0/0
                 found += [torch.full_like(batch["labels"], IGNORED_LABEL)] if is_classifier else []
@@ -191,7 +199,8 @@ def evaluate(model: nn.Module, examples: Examples, batch_size: int = 32, bytes_p
             losses += float(output.loss) * predicted
             count += predicted
             if is_classifier:
-                found.append(output.logits.argmax(-1).cpu())
+                scores = output.logits if less is None else candidates.calibrated(output.logits, less[at])
+                found.append(scores.argmax(-1).cpu())
     if count == 0:
         raise UserError(f"{len(examples['labels'])} examples hold no token to predict: score data that have some")
     if not is_classifier:
@@ -220,9 +229,20 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _batches(examples: Examples, batch_size: int) -> Iterator[Examples]:
+def _logits(model: nn.Module, examples: Examples, batch_size: int) -> Tensor:
+    """Of all of the examples, on the model's device."""
+    device = next(model.parameters()).device
+    found = []
+    for _, batch in _batches(examples, batch_size):
+        with in_pieces():
+            found.append(output_of(model, {name: tensor.to(device) for name, tensor in batch.items()}).logits)
+    return torch.cat(found)
+
+
+def _batches(examples: Examples, batch_size: int) -> Iterator[tuple[slice, Examples]]:
     for start in range(0, len(examples["labels"]), batch_size):
-        yield {name: tensor[start : start + batch_size] for name, tensor in examples.items()}
+        at = slice(start, start + batch_size)
+        yield at, {name: tensor[at] for name, tensor in examples.items()}
 
 
 def class_baselines(train_labels: Tensor, held_out_labels: Tensor, classes: int) -> dict[str, float]:

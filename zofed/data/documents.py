@@ -256,11 +256,7 @@ def _reading(rows: Rows, dataset: str, template: Template | None, wanted: Wanted
             unread.see(row, layout.rest)
         found |= dict.fromkeys(name for name in layout.read if not layout.shape or name not in layout.shape.columns)
         label_column, strict = layout.label or label_column, strict or layout.strict
-        text, turns = _content(place, row, layout, template, wanted, chats)
-        candidates = candidates_of(place, row, layout.candidates) if layout.candidates else ()
-        label = _label(place, row, layout)
-        if candidates:
-            label = of_candidates(place, label, candidates)
+        text, turns, candidates, label = _content(place, row, layout, template, wanted, chats)
         if text.strip() or turns:
             found_labels.add(place, label)
             source, topic = _source(place, row, layout, dataset), _topic(row, layout, dataset)
@@ -285,15 +281,20 @@ def _reading(rows: Rows, dataset: str, template: Template | None, wanted: Wanted
 
 def _content(
     place: str, row: dict[str, Any], layout: Columns, template: Template | None, wanted: Wanted, chats: Conversations
-) -> tuple[str, tuple[Turn, ...]]:
-    """A row's text, or its turns where those are wanted."""
-    named = row | {role: row[names[0]] for role, names in wanted.roles}
+) -> tuple[str, tuple[Turn, ...], tuple[str, ...], int | str | None]:
+    """A row's text, or its turns where those are wanted; its candidates, and its label."""
+    named, label = row | {role: row[names[0]] for role, names in wanted.roles}, _label(place, row, layout)
     if layout.shape and wanted.turns:
-        return "", chats.turns(place, row, layout.shape, template.render(named, place) if template else None)
+        prompt = template.render(named, place) if template else None
+        return "", chats.turns(place, row, layout.shape, prompt), (), label
+    candidates = candidates_of(place, row, layout.candidates) if layout.candidates else ()
+    if candidates:
+        label = of_candidates(place, label, candidates)
     text = text_of(chats.turns(place, row, layout.shape)) if layout.shape else _text(place, row, layout)
     if template:
-        text = template.render(named | ({"text": text} if layout.text[0] or layout.shape else {}), place)
-    return text, ()
+        values = named | ({"text": text} if layout.text[0] or layout.shape else {})
+        text, candidates = template.render(values, place), template.candidates(values, candidates, place)
+    return text, (), candidates, label
 
 
 def _source(place: str, row: dict[str, Any], layout: Columns, dataset: str) -> str:

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from zofed.base.errors import UserError
 from zofed.base.texts import said_by
-from zofed.core import metrics, packed
+from zofed.core import candidates, metrics, packed
 from zofed.data import encoding
 from zofed.data.encoding import Document, Examples
 from zofed.data.tokenizers import PROBE
@@ -97,7 +97,8 @@ def check_causal(model: nn.Module, name: str) -> None:
     if not torch.allclose(first, second, rtol=1e-4, atol=1e-6):
         raise UserError(
             f"model {name!r} ({type(model).__name__}) sees the tokens it should predict, so it is no language model: "
-            "set task to classification, or give a causal model such as GPT-2 or Llama"
+            "set task to classification, or to prompt with [MASK] in the template, or give a causal model such as "
+            "GPT-2 or Llama"
         )
 
 
@@ -107,6 +108,72 @@ def check_packs(model: nn.Module, name: str) -> None:
         raise UserError(
             f"model {name!r} ({type(model).__name__}) lets packed conversations see one another: set packing to false"
         )
+
+
+@torch.no_grad()
+def check_prompts(model: nn.Module, name: str, block_size: int, *, is_masked: bool) -> None:
+    """Refuse a model whose scores of several candidates in one pass are not those of a pass for each of them.
+
+    Such are models without attention masks or positions, or with a window of attention shorter than the block.
+    """
+    kind = type(model).__name__
+    window = None if is_masked else attention_window(model.config)
+    if window is not None and block_size > window:
+        raise UserError(
+            f"block-size = {block_size} is longer than the window of {window} tokens that layers of model {name!r} "
+            f"({kind}) see, which prompts with candidates do not keep to: set block-size to {window} or less"
+        )
+    ids, mask = torch.tensor([[0, 1, 0, 1], [0, 0, 1, 1]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+    words = torch.tensor([[[0, 1], [1, candidates.NO_TOKEN]]] * 2)
+    batch = {"input_ids": ids, "attention_mask": mask, candidates.KEY: words}
+    if is_masked:
+        batch |= {
+            "attention_mask": mask.flip(1),
+            candidates.PLACE: torch.tensor([1, 1]),
+            candidates.KEY: words[..., :1],
+        }
+    try:
+        found = candidates.scores(model, batch)
+        wanted = _one_by_one(model, batch)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever its layers raise
+        raise UserError(
+            f"model {name!r} ({kind}) does not score candidates of a prompt in one pass ({said_by(error)}): give a "
+            "model such as GPT-2 or Llama, or BERT with [MASK] in the template"
+        ) from error
+    if not torch.allclose(found, wanted, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"model {name!r} ({kind}) gives candidates other scores in one pass than one by one, so it has no "
+            "attention mask of its own for each: give a model such as GPT-2 or Llama"
+        )
+
+
+def _one_by_one(model: nn.Module, batch: Examples) -> Tensor:
+    """What `candidates.scores` must give, from a plain pass for each example and candidate."""
+    found = torch.empty(batch[candidates.KEY].shape[:2])
+    for row, (ids, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+        prompt = ids[mask > 0]
+        for number, word in enumerate(batch[candidates.KEY][row]):
+            word = word[word != candidates.NO_TOKEN]
+            if candidates.PLACE in batch:
+                logs = model(input_ids=prompt[None]).logits[0].log_softmax(-1)
+                found[row, number] = logs[batch[candidates.PLACE][row], word[0]]
+            else:
+                logs = model(input_ids=torch.cat([prompt, word])[None]).logits[0].log_softmax(-1)
+                found[row, number] = logs[len(prompt) - 1 : -1].gather(1, word[:, None]).mean()
+    return found
+
+
+def attention_window(config: Any) -> int | None:
+    """Tokens that layers with a sliding window, or chunks, of attention see, by a model's config; None: no limit."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    slides = kinds is None or any("sliding" in kind or "chunked" in kind for kind in kinds)
+    windows = [getattr(text, key, None) for key in ("sliding_window", "attention_chunk_size")]
+    if not slides or getattr(text, "use_sliding_window", True) is False:
+        return None
+    return min((window for window in windows if isinstance(window, int) and window > 0), default=None)
 
 
 def check_tokens(tokens: Examples, tokenizer: PreTrainedTokenizerBase, config: Any, name: str, *, at_end: bool) -> None:

@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
@@ -40,6 +41,7 @@ SINGLE_LABEL = "single_label_classification"  # one label a document: what zofed
 
 _CHOICES = {
     AutoModelForCausalLM: (MODEL_FOR_CAUSAL_LM_MAPPING, "causal language model"),
+    AutoModelForMaskedLM: (MODEL_FOR_MASKED_LM_MAPPING, "masked language model"),
     AutoModelForSequenceClassification: (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "classifier"),
     AutoModel: (MODEL_MAPPING, "encoder"),
 }
@@ -66,10 +68,13 @@ class Saved:
         mapping, what = _CHOICES[kind]
         if type(config) not in mapping:
             others = type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and kind is AutoModelForCausalLM
-            remedy = "set task to classification, or give a causal model such as GPT-2 or Llama"
+            remedy = (
+                "set task to classification, or to prompt with [MASK] in the template where it is a masked language "
+                "model, or give a causal model such as GPT-2 or Llama"
+            )
             raise UserError(
                 f"{self.where} is of the type {config.model_type!r}, of which transformers has no {what}: "
-                f"{remedy if others else 'give a model such as ' + _example(kind)}"
+                f"{remedy if others else _example(kind)}"
             )
         if kind is AutoModelForSequenceClassification:
             self._check_single_label()
@@ -314,7 +319,9 @@ def _prefix(model: PreTrainedModel) -> str:
 
 
 def _example(kind: Any) -> str:
-    return "GPT-2 or Llama" if kind is AutoModelForCausalLM else "BERT, GPT-2 or Llama"
+    if kind is AutoModelForMaskedLM:
+        return "take [MASK] out of the template, so that the word follows it, or give a model such as BERT or RoBERTa"
+    return f"give a model such as {'GPT-2 or Llama' if kind is AutoModelForCausalLM else 'BERT, GPT-2 or Llama'}"
 
 
 def _starts(file: Path, beginning: bytes) -> bool:

@@ -12,6 +12,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
@@ -148,9 +149,13 @@ class Fresh(Source):
 
 @dataclass(frozen=True, slots=True)
 class Stored(Source):
-    """A saved model, in safetensors. Raises UserError for files that cannot be used, and for missing weights."""
+    """A saved model, in safetensors. Raises UserError for files that cannot be used, and for missing weights.
+
+    is_masked: whether its language model fills masks, and does not go on with a text.
+    """
 
     saved: Saved
+    is_masked: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -169,7 +174,9 @@ class Stored(Source):
 
     def kind(self, classes: int, pooling: Pooling | None) -> Any:
         """One of transformers' AutoModel classes."""
-        return AutoModel if pooling else AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+        if pooling or classes:
+            return AutoModel if pooling else AutoModelForSequenceClassification
+        return AutoModelForMaskedLM if self.is_masked else AutoModelForCausalLM
 
     def config(self, tokenizer: PreTrainedTokenizerBase, classes: int, pooling: Pooling | None) -> Any:
         """The saved one, with the run's number of classes."""
@@ -198,17 +205,22 @@ class Stored(Source):
         return self.saved.outline(self.kind(classes, pooling), config)
 
 
-def source_of(name: str, revision: str = "") -> Source:
-    """What the setting model names. Raises UserError for nothing known."""
+def source_of(name: str, revision: str = "", *, is_masked: bool = False) -> Source:
+    """What the setting model names. Raises UserError for nothing known, and for a size where a masked model must be."""
     if name in SIZES:
+        if is_masked:
+            raise UserError(
+                f"model = {name!r} is causal, but the template has [MASK]: take it out, so that the word follows the "
+                "prompt, or give the folder of a masked language model such as BERT or RoBERTa"
+            )
         return Fresh(name)
     folder = model_folder(name, revision)
     if _local(name):
         again, config = "copy the folder again from where it came", "bring back the config.json it was saved with"
-        return Stored(Saved(folder, f"model folder {str(folder)!r}", again, config))
+        return Stored(Saved(folder, f"model folder {str(folder)!r}", again, config), is_masked)
     # Not the snapshot alone: its files are links to others beside it, which would be taken for whole.
     again = f"remove {str(folder.parent.parent)!r} and run zofed models download {name}, or choose another model"
-    return Stored(Saved(folder, f"hub model {name!r} at {folder.name}", again, again))
+    return Stored(Saved(folder, f"hub model {name!r} at {folder.name}", again, again), is_masked)
 
 
 def model_folder(name: str, revision: str = "") -> Path:

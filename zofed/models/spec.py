@@ -11,11 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
 from zofed.base.texts import printable
 from zofed.config import Settings
+from zofed.data import prompts
 from zofed.models import classifier, initial, limits, sources
 from zofed.models.classifier import PooledClassifier, Pooling
 from zofed.models.precision import Model, ready
@@ -29,7 +31,8 @@ class ModelSpec:
     name, revision: what the settings model and revision say. seed: of every tensor that is drawn. dtype: of the
     weights. classes: of a classifier; 0: a language model. pooling: how a classifier's encoder is pooled; auto: as its
     folder says, else by the library's own classifier, else (is_frozen: the head alone trains) by the mean. block_size:
-    tokens of an example, which the model must be able to read.
+    tokens of an example, which the model must be able to read. prompts: whether a language model chooses among
+    candidates behind a prompt (causal), or where a mask stands (masked).
     """
 
     name: str
@@ -40,6 +43,7 @@ class ModelSpec:
     pooling: Literal["auto", "mean", "pooler", "last-token"] = "auto"
     is_frozen: bool = False
     block_size: int = 2
+    prompts: Literal["", "causal", "masked"] = ""
 
     @classmethod
     def of(cls, settings: Settings, classes: int = 0) -> "ModelSpec":
@@ -53,12 +57,13 @@ class ModelSpec:
             pooling=settings.pooling,
             is_frozen=settings.freeze_encoder,
             block_size=settings.block_size,
+            prompts=_prompts(settings),
         )
 
     @cached_property
     def source(self) -> Source:
         """Where it comes from. Raises UserError for an unknown model."""
-        return source_of(self.name, self.revision)
+        return source_of(self.name, self.revision, is_masked=self.prompts == "masked")
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> Model:
         """The module on the CPU, in evaluation mode (no dropout), in its dtype.
@@ -75,8 +80,10 @@ class ModelSpec:
         model = ready(model, "float32")  # looked at before it is rounded
         if isinstance(self.source, Stored):
             limits.check_reads(model, tokenizer, self.name, self.block_size, self.classes)
-            if not self.classes:
+            if not self.classes and self.prompts != "masked":
                 limits.check_causal(model, self.name)
+            if self.prompts:
+                limits.check_prompts(model, self.name, self.block_size, is_masked=self.prompts == "masked")
         return ready(model, self.dtype)
 
     def outline(self, tokenizer: PreTrainedTokenizerBase) -> Model:
@@ -170,13 +177,27 @@ def rebuild(described: Mapping[str, Any], seed: int, dtype: str, name: str = "",
     # Of the library's own classifier the config tells how many classes there are.
     classes = described["classes"] if pooling else int("SequenceClassification" in described["architecture"])
     is_fresh = described["name"] in sources.SIZES
-    spec = ModelSpec(described["name"] if is_fresh else name, "" if is_fresh else revision, seed, dtype, classes)
+    masked = not classes and described["architecture"] in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+    spec = ModelSpec(
+        described["name"] if is_fresh else name,
+        "" if is_fresh else revision,
+        seed,
+        dtype,
+        classes,
+        prompts="masked" if masked and not is_fresh else "",
+    )
     if not is_fresh and isinstance(spec.source, Fresh):
         raise UserError(f"the base of this journal is a saved model, not the size {name!r}: give its folder or hub id")
     config = spec.source.described_config(described["config"], classes, pooling)
     padding = described["config"].get("pad_token_id")
     model = spec.source.create(config, classes, pooling, seed=seed, padding=padding)
     return ready(spec.with_head(model, pooling) if pooling else model, dtype)
+
+
+def _prompts(settings: Settings) -> Literal["", "causal", "masked"]:
+    if settings.task != "prompt":
+        return ""
+    return "masked" if prompts.is_masked(settings.template) else "causal"
 
 
 def tokenizer_name(settings: Settings) -> str:
@@ -209,7 +230,7 @@ def _finite(value: Any) -> Any:
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, class_names: Sequence[str] = ()) -> None:
-    """A folder that `AutoModelForCausalLM` (or its kin for classifiers) and `AutoTokenizer` load; safetensors.
+    """A folder that `AutoModelForCausalLM` (or its kin for classifiers, masks) and `AutoTokenizer` load; safetensors.
 
     Of a pooled classifier `AutoModel` loads the encoder; its head lies beside it, where `ModelSpec.build` finds it.
     class_names: of a classifier's classes 0, 1, ..., for id2label and label2id of its config.

@@ -179,7 +179,7 @@ def _move(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> int:
 
 def _loss(model: nn.Module, settings: Settings, examples: int, forward_dtype: str) -> perturbed.Loss:
     """The loss of a batch of zeros, of the shapes a run has."""
-    batch = TASKS[settings.task].blank(examples, settings.block_size)
+    batch = TASKS[settings.task].blank(examples, settings)
     return lambda: metrics.loss_of(model, batch, forward_dtype)
 
 

@@ -19,7 +19,7 @@ from zofed.config import Settings
 from zofed.core import metrics
 from zofed.core.digests import tensors_digest, weights_digest
 from zofed.core.replica import Replica
-from zofed.data import classes, columns, documents, encoding, partitions
+from zofed.data import classes, columns, documents, encoding, partitions, prompts
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
@@ -37,12 +37,14 @@ SOURCES = 16  # scored apart, at most: a column `source` may well name a page fo
 class Sample:
     """The examples that every evaluation of a run reads, out of the `held_out` that there are.
 
-    bytes_per_token: UTF-8 bytes that one of their predicted tokens stands for, of a language model.
+    bytes_per_token: UTF-8 bytes that one of their predicted tokens stands for, of a language model. empty: what their
+    predictions are calibrated by.
     """
 
     examples: Examples
     held_out: int
     bytes_per_token: float | None = None
+    empty: Examples | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Task:
 
     train: documents any client may hold a shard of; held_out: documents nobody trains on; backprop: those that
     backpropagation sees beside zeroth order (instruct, calibrate). The labels of all are numbers of the run's classes;
-    named: those, None: as many as the documents show. readings: what was read of which data set.
+    named: those, None: as many as the documents show. readings: what was read of which data set. demonstrations: those
+    before each prompt, which nobody trains on.
     """
 
     settings: Settings
@@ -61,6 +64,7 @@ class Task:
     backprop: list[Document]
     named: Classes | None = None
     readings: tuple[Reading, ...] = ()
+    demonstrations: tuple[Document, ...] = ()
 
     @classmethod
     def load(cls, settings: Settings, named: Classes | None = None) -> "Task":
@@ -83,10 +87,7 @@ class Task:
         readings = [found]
 
         def labelled(reading: Reading, key: str) -> list[Document]:
-            if named is None:
-                return reading.documents
-            classes.check_labelled(reading, what := f"{key} = {reading.dataset!r}")
-            return classes.renumbered(reading, named, what)
+            return kind.labelled(settings, reading, named, f"{key} = {reading.dataset!r}")
 
         def more(dataset: str, key: str) -> list[Document]:
             readings.append(read(settings, dataset))
@@ -97,12 +98,13 @@ class Task:
             held_out = more(settings.eval_dataset, "eval-dataset")
         else:
             train, held_out = encoding.split_held_out(train, settings.held_out_fraction, settings.seed)
+        train, shots = prompts.drawn(train, settings.shots, settings.seed)
         backprop = train
         if mode_of(settings).helps_zeroth_order and settings.bp_dataset:
             backprop = more(settings.bp_dataset, "bp-dataset")
         elif mode_of(settings).helps_zeroth_order and settings.bp_data_fraction:
             train, backprop = encoding.split_held_out(train, settings.bp_data_fraction, settings.seed, "backprop")
-        return cls(settings, tokenizer, train, held_out, backprop, named, tuple(readings))
+        return cls(settings, tokenizer, train, held_out, backprop, named, tuple(readings), tuple(shots))
 
     @classmethod
     def to_score(cls, settings: Settings, share: float = 0.0) -> "Task":
@@ -131,12 +133,17 @@ class Task:
         label that is none of the classes.
         """
         classifier.check(settings)
+        kind, what = TASKS[settings.task], f"node config dataset = {dataset!r}"
+        if settings.shots:
+            raise UserError(
+                f"{what}, but the {settings.shots} shots come from the run's own data set, which this node does not "
+                "read: write solved examples into the template and set shots to 0, or leave the node's dataset out"
+            )
         found = read(settings, dataset, partitions.own)
-        own, known = found.documents, Classes.numbered(named) if isinstance(named, int) else named
-        if TASKS[settings.task].has_classes:
-            what = f"node config dataset = {dataset!r}"
-            classes.check_labelled(found, what)
-            own = classes.renumbered(found, known if len(known) else classes.shown(found), what)
+        known = Classes.numbered(named) if isinstance(named, int) else named
+        own = kind.labelled(
+            settings, found, known if len(known) or not kind.has_classes else classes.shown(found), what
+        )
         tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
         tokenizer = TASKS[settings.task].tokenizer(settings, tokenizer)
         return cls(settings, tokenizer, own, [], own, known if len(known) else None, (found,))
@@ -148,8 +155,8 @@ class Task:
 
     @property
     def labels(self) -> int:
-        """Number of classes of a classification task, 0 for a language model."""
-        if not self.type.has_classes:
+        """Number of classes of a classification task, 0 for a language model and where each row has its own choice."""
+        if not self.type.has_classes or self.type.has_own_candidates(self.settings):
             return 0
         if self.named:
             return len(self.named)
@@ -170,6 +177,7 @@ class Task:
         lines = [reading.told() for reading in self.readings]
         if self.named:
             lines.append(classes.told(self.named, [*self.train, *self.held_out]))
+        lines += self.type.told(self.settings, self.class_names)
         return "\n".join(f"data: {line}" for line in lines)
 
     def check_held_out(self) -> None:
@@ -180,13 +188,23 @@ class Task:
         """Documents as the tensors the model reads. cache: keep and find them in the user's cache."""
         return self._read_by_model(self._tokens(documents, cache), cache)
 
+    def examples_to_train(self, documents: list[Document]) -> Examples:
+        """The same, of which the task may leave something out that only scores need."""
+        return self.type.to_train(self.settings, self.examples(documents))
+
     def _tokens(self, documents: list[Document], cache: bool = True) -> Examples:
         return self.type.examples(documents, self._encoder(cache))
 
     def _encoder(self, cache: bool = True) -> Encoder:
-        settings = self.settings
-        how = {"words": self.type.words(settings), "loss_on": settings.loss_on, "packing": settings.packing}
-        encoder = Encoder(self.tokenizer, settings.block_size, **how)
+        encoder = Encoder(
+            self.tokenizer,
+            self.settings.block_size,
+            words=self.type.words(self.settings, self.class_names),
+            is_masked=prompts.is_masked(self.settings.template),
+            demonstrations=self.demonstrations,
+            loss_on=self.settings.loss_on,
+            packing=self.settings.packing,
+        )
         if not (cache and self.type.keeps_tokens):
             return encoder
         return replace(encoder, cache=encoding.default_cache(), digest=self._tokenizer_digest)
@@ -236,7 +254,7 @@ class Task:
         """The examples of one client out of `clients`; disjoint from every other client's."""
         found = self.client_documents(client, clients)
         with _named(f"client {client} of {clients}" if clients > 1 else ""):
-            return self.examples(found)
+            return self.examples_to_train(found)
 
     def client_parts(self, client: int, clients: int, share: float) -> tuple[Examples, Examples | None]:
         """(training, held-out) examples of one client: `share` of its documents, split off by the seed; 0: None.
@@ -250,7 +268,7 @@ class Task:
         with _named(f"client-held-out-fraction = {share:g}, {whose}"):
             train, held_out = encoding.split_held_out(found, share, self.settings.seed, "client held out")
         with _named(f"training part of {whose}", "or lower client-held-out-fraction"):
-            examples = self.examples(train)
+            examples = self.examples_to_train(train)
         with _named(f"held-out part of {whose}", "or raise client-held-out-fraction"):
             return examples, self.examples(held_out)
 
@@ -270,7 +288,7 @@ class Task:
         settings = self.settings
         need = settings.gradient_accumulation * (settings.bp_batch_size or settings.batch_size)
         try:
-            found = self.examples(self.backprop)
+            found = self.examples_to_train(self.backprop)
         except UserError as error:
             raise UserError(f"backprop's part of the data: {error}") from error
         if len(found["labels"]) < need and self.backprop is not self.train:
@@ -314,8 +332,9 @@ class Task:
         chosen = self._chosen(tokens)
         examples, count = self._read_by_model(_at(tokens, chosen)), len(tokens["labels"])
         sizes = self.type.token_bytes(documents, self._encoder())
-        if sizes is None:
-            return Sample(examples, count)
+        if sizes is None:  # then an example is a document
+            of_sample = [documents[position] for position in chosen.tolist()]
+            return Sample(examples, count, empty=self.type.empty(self.settings, of_sample, self._encoder()))
         return Sample(examples, count, float(metrics.predicted_labels(sizes[chosen]).double().mean()))
 
     def sampled(self, examples: Examples) -> Examples:
@@ -340,6 +359,7 @@ class Task:
         return {
             "documents": encoding.documents_digest([*self.train, *self.held_out]),
             **({"backprop": encoding.documents_digest(self.backprop)} if self.backprop is not self.train else {}),
+            **({"shots": encoding.documents_digest(self.demonstrations)} if self.demonstrations else {}),
             **({"groups": self._groups_digest()} if self.settings.partition != "iid" else {}),
             "tokenizer": self._tokenizer_digest,
             **({"chat template": self._template_digest} if self.type.reads_turns else {}),
@@ -380,7 +400,7 @@ def _at(examples: Examples, positions: Tensor) -> Examples:
 
 
 def _score(model: nn.Module, sample: Sample) -> metrics.Score:
-    return metrics.evaluate(model, sample.examples, bytes_per_token=sample.bytes_per_token)
+    return metrics.evaluate(model, sample.examples, bytes_per_token=sample.bytes_per_token, empty=sample.empty)
 
 
 @contextmanager

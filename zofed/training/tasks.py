@@ -17,11 +17,13 @@ from transformers import PreTrainedTokenizerBase
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import metrics
+from zofed.core.candidates import KEY, NO_TOKEN, PLACE
 from zofed.data import chat_templates, classes, encoding, instructions, prompts
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
-from zofed.data.templates import Template, words_of
+from zofed.data.label_words import label_words
+from zofed.data.templates import Template
 from zofed.models.spec import ModelSpec
 
 
@@ -29,7 +31,8 @@ from zofed.models.spec import ModelSpec
 class Encoder:
     """How documents become tokens. cache: folder to keep them in, by the tokenizer's digest too; None: they are not.
 
-    words: that a prompt's label words are. loss_on, packing: the settings of that name.
+    words: that a prompt's label words are. is_masked: a masked model reads prompts. demonstrations: solved, before each
+    prompt. loss_on, packing: the settings of that name.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -37,6 +40,8 @@ class Encoder:
     cache: Path | None = None
     digest: str = ""
     words: tuple[str, ...] = ()
+    is_masked: bool = False
+    demonstrations: tuple[Document, ...] = ()
     loss_on: str = "response"
     packing: bool = False
 
@@ -59,17 +64,39 @@ class TaskType(ABC):
         """The tokenizer as the run uses and saves it. Raises UserError where it cannot be used."""
         return loaded
 
-    def words(self, settings: Settings) -> tuple[str, ...]:
-        """What may follow a prompt; empty: there is none."""
+    def has_own_candidates(self, settings: Settings) -> bool:
+        """Whether each row has candidates of its own, among which its label says which is right."""
+        return False
+
+    def words(self, settings: Settings, names: tuple[str, ...]) -> tuple[str, ...]:
+        """What may follow a prompt in the classes of these names; empty: there is none."""
         return ()
 
     def classes(self, settings: Settings, found: Reading) -> Classes | None:
         """The classes of a run that begins with this training data; None: it has none. Raises UserError."""
         return None
 
+    def labelled(self, settings: Settings, found: Reading, named: Classes | None, what: str) -> list[Document]:
+        """The documents of a data set, their labels as the run has them. named: its classes, None where it has none.
+
+        Raises UserError, which begins with `what`, for labels and candidates that are missing or none of them.
+        """
+        if not self.has_classes:
+            return found.documents
+        classes.check_labelled(found, what)
+        return found.documents if named is None else classes.renumbered(found, named, what)
+
     @abstractmethod
     def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
         """Documents as the tensors that a model reads."""
+
+    def to_train(self, settings: Settings, examples: Examples) -> Examples:
+        """What of the examples trains; scores see them as they are."""
+        return examples
+
+    def empty(self, settings: Settings, documents: list[Document], encoder: Encoder) -> Examples | None:
+        """What predictions are calibrated by; None: they are not."""
+        return None
 
     def token_bytes(self, documents: list[Document], encoder: Encoder) -> Tensor | None:
         """UTF-8 bytes that each token of the examples stands for; None: scores do not count bytes."""
@@ -80,12 +107,16 @@ class TaskType(ABC):
         """Losses (nats) of knowing nothing on the held-out examples; a name that ends in `accuracy`: a share."""
 
     @abstractmethod
-    def blank(self, examples: int, block_size: int) -> Examples:
+    def blank(self, examples: int, settings: Settings) -> Examples:
         """A batch of zeros, of the shapes that a run has."""
 
     @abstractmethod
     def named(self, block_size: int, classes: int) -> str:
         """What its examples are, for people."""
+
+    def told(self, settings: Settings, names: tuple[str, ...]) -> list[str]:
+        """What else of the data people should see before a run, in lines."""
+        return []
 
 
 class LanguageModelling(TaskType):
@@ -107,9 +138,9 @@ class LanguageModelling(TaskType):
         """Of uniform guesses, and of the training tokens' frequencies."""
         return {"uniform": math.log(vocabulary), "unigram": encoding.unigram_loss(train, held_out, vocabulary)}
 
-    def blank(self, examples: int, block_size: int) -> Examples:
+    def blank(self, examples: int, settings: Settings) -> Examples:
         """Tokens and labels."""
-        ids = torch.zeros(examples, block_size, dtype=torch.int64)
+        ids = torch.zeros(examples, settings.block_size, dtype=torch.int64)
         return {"input_ids": ids, "labels": ids}
 
     def named(self, block_size: int, classes: int) -> str:
@@ -137,9 +168,9 @@ class Classification(TaskType):
         """Of uniform guesses, and of the training labels' frequencies; the accuracy of the most frequent label."""
         return metrics.class_baselines(train["labels"], held_out["labels"], classes)
 
-    def blank(self, examples: int, block_size: int) -> Examples:
+    def blank(self, examples: int, settings: Settings) -> Examples:
         """Tokens, mask and one label a document."""
-        ids = torch.zeros(examples, block_size, dtype=torch.int64)
+        ids = torch.zeros(examples, settings.block_size, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[:, 0]}
 
     def named(self, block_size: int, classes: int) -> str:
@@ -148,42 +179,95 @@ class Classification(TaskType):
 
 
 class Prompt(Classification):
-    """Predict the label of each document by the word that a language model finds likeliest after a prompt."""
+    """Predict the label of each document by the candidate that a language model finds likeliest after a prompt.
+
+    Candidates are the label words, or each row's own.
+    """
 
     has_head = False
 
     def template(self, settings: Settings) -> Template | None:
-        """The setting of that name."""
-        return Template(settings.template or "{{ text }}")
+        """The setting of that name, and those that label-words may be. Raises UserError for what cannot be used."""
+        words, prompt = label_words(settings.label_words), settings.calibration_prompt
+        if prompt and prompts.is_masked(prompt) != prompts.is_masked(settings.template):
+            one, other = ("without", "with") if prompts.is_masked(settings.template) else ("with", "without")
+            raise UserError(
+                f"calibration-prompt = {prompt!r} is {one} {prompts.BLANK}, but the template is {other} it: write both "
+                "for the same kind of model"
+            )
+        return Template(settings.template or "{{ text }}", candidates=words.texts if words.are_templates else ())
 
-    def words(self, settings: Settings) -> tuple[str, ...]:
-        """The setting label-words."""
-        return words_of(settings.label_words)
+    def has_own_candidates(self, settings: Settings) -> bool:
+        """Unless label-words are words."""
+        words = label_words(settings.label_words)
+        return words.are_templates or not words.texts
+
+    def words(self, settings: Settings, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The setting label-words, in the classes' order. Raises UserError where they do not fit the classes."""
+        return () if self.has_own_candidates(settings) else label_words(settings.label_words).of(names)
 
     def classes(self, settings: Settings, found: Reading) -> Classes | None:
-        """Those that the data show, a word for each. Raises UserError where there are not as many."""
-        words = self.words(settings)
+        """Those that the data show, a word for each; None where each row has candidates of its own.
+
+        Raises UserError where there are not as many words.
+        """
+        if self.has_own_candidates(settings):
+            return None
         shown = classes.of_training(found, settings.model, ())
-        if len(shown) != len(words):
-            raise UserError(
-                f"label-words = {settings.label_words!r} are {len(words)} words, but {found.dataset!r} has "
-                f"{len(shown)} classes ({shown}): give a word for each, in that order"
-            )
+        self.words(settings, shown.names)
         return shown
 
-    def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
-        """Each prompt with the label words; nothing is cached."""
-        return prompts.prompt_examples(documents, encoder.tokenizer, encoder.block_size, encoder.words)
+    def labelled(self, settings: Settings, found: Reading, named: Classes | None, what: str) -> list[Document]:
+        """The same; the label of a row with candidates of its own stays a number of them."""
+        own = self.has_own_candidates(settings)
+        (prompts.check_own if own else prompts.check_none_own)(found.documents, what)
+        return super().labelled(settings, found, None if own else named, what)
 
-    def blank(self, examples: int, block_size: int) -> Examples:
-        """Tokens, mask, two words of one token and a label."""
-        ids = torch.zeros(examples, block_size, dtype=torch.int64)
-        mask, words = torch.ones_like(ids), torch.zeros(examples, 2, 1, dtype=torch.int64)
-        return {"input_ids": ids, "attention_mask": mask, "candidates": words, "labels": ids[:, 0]}
+    def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
+        """Each prompt, behind the demonstrations, with its candidates; nothing is cached."""
+        encoding = prompts.Encoding(encoder.tokenizer, encoder.block_size, encoder.words, encoder.is_masked)
+        return prompts.prompt_examples(prompts.with_shots(documents, encoder.demonstrations, encoding), encoding)
+
+    def to_train(self, settings: Settings, examples: Examples) -> Examples:
+        """Under teacher forcing the right candidates alone."""
+        return prompts.right_alone(examples) if settings.prompt_loss == "teacher-forcing" else examples
+
+    def empty(self, settings: Settings, documents: list[Document], encoder: Encoder) -> Examples | None:
+        """The candidates behind the setting calibration-prompt."""
+        prompt = settings.calibration_prompt
+        return self.examples(prompts.without_content(documents, prompt), encoder) if prompt else None
+
+    def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
+        """As of classes; where rows have candidates of their own, of choosing among them blindly."""
+        if classes:
+            return super().baselines(train, held_out, vocabulary, classes)
+        counts = (held_out[KEY][:, :, 0] != NO_TOKEN).sum(1).double()
+        return {"uniform": float(counts.log().mean()), "uniform_accuracy": float((1 / counts).mean())}
+
+    def blank(self, examples: int, settings: Settings) -> Examples:
+        """Tokens, mask, a label, and the label words as one token each; two where nobody knows how many there are."""
+        ids = torch.zeros(examples, settings.block_size, dtype=torch.int64)
+        is_one = settings.prompt_loss == "teacher-forcing"
+        classes = 1 if is_one else max(2, len(label_words(settings.label_words).texts))
+        batch = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            KEY: ids.new_zeros(examples, classes, 1),
+            "labels": ids[:, 0],
+        }
+        return batch | ({PLACE: ids[:, 0]} if prompts.is_masked(settings.template) else {})
 
     def named(self, block_size: int, classes: int) -> str:
         """Prompts."""
-        return f"prompts of {classes} classes"
+        return f"prompts of {classes} classes" if classes else "prompts with candidates of their own"
+
+    def told(self, settings: Settings, names: tuple[str, ...]) -> list[str]:
+        """Which class gets which word, and how many documents are demonstrations."""
+        words = self.words(settings, names) if names else ()
+        shown = [f"{name} {word!r}" for name, word in zip(names[: classes.SHOWN], words, strict=False)]
+        rest = ", ..." if len(words) > classes.SHOWN else ""
+        shots = f"{settings.shots} of the training documents stand before each prompt, and nobody trains on them"
+        return [f"label words: {', '.join(shown)}{rest}"] * bool(words) + [shots] * bool(settings.shots)
 
 
 class Instruction(TaskType):
