@@ -26,6 +26,7 @@ from zofed.federated.traffic import Traffic
 from zofed.runs import sinks
 from zofed.runs.run_folder import DEPLOYED, SIMULATED, RunFolder
 from zofed.runs.tables import Row
+from zofed.training import baselines
 from zofed.training.finalize import draw, finish, status_kept
 from zofed.training.modes import mode_of
 from zofed.training.paths import check_absolute, with_absolute_paths
@@ -164,6 +165,7 @@ class Server:
         )
 
     def run(self) -> dict[str, Any]:
+        baselines.keep(self.task, self.replica.model, self.folder)
         with sinks.opened(self.settings, self.folder.path, self._show) as self.trainer.show:
             totals = self.trainer.run(self.settings.rounds, self.rounds.measure)
         digests = self.exchanges.digests(self.members.there())

@@ -19,7 +19,7 @@ from zofed.data.encoding import Examples
 from zofed.runs import sinks
 from zofed.runs.run_folder import CENTRAL, RunFolder
 from zofed.runs.tables import Row
-from zofed.training import device_pool
+from zofed.training import baselines, device_pool
 from zofed.training.finalize import finish, status_kept
 from zofed.training.modes import mode_of
 from zofed.training.paths import with_absolute_paths
@@ -85,6 +85,7 @@ def _run(
     backprop_examples = task.backprop_examples if mode_of(settings).helps_zeroth_order else None
     trainer = Trainer(replica, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
+        baselines.keep(task, replica.model, folder)
         with (
             sinks.opened(settings, folder.path, show) as trainer.show,
             device_pool.opened(task, replica, journal, folder.path) as split,

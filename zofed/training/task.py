@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import metrics
+from zofed.core import metrics, text_scores
 from zofed.core.digests import tensors_digest, weights_digest
 from zofed.core.replica import Replica
 from zofed.data import classes, documents, encoding, partitions
@@ -25,10 +25,11 @@ from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
 from zofed.models import classifier, initial, limits, spec
 from zofed.models.spec import ModelSpec
+from zofed.training import generation
 from zofed.training.modes import mode_of
 from zofed.training.process import device
 from zofed.training.replicas import replica_of
-from zofed.training.tasks import TASKS, Encoder, TaskType
+from zofed.training.tasks import TASKS, Encoder, Question, TaskType
 
 SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
 
@@ -287,9 +288,26 @@ class Task:
         coverage = metrics.Coverage(
             len(whole.examples["labels"]), whole.held_out, len(sources), of_sources if of_sources > 1 else 0
         )
-        return metrics.Scores(
-            _score(model, whole), {name: _score(model, own) for name, own in sources.items()}, coverage
-        )
+        answered = self._answered(model)
+        score = replace(_score(model, whole), **text_scores.means((one.answer, one.wanted) for one in answered))
+        return metrics.Scores(score, {name: _score(model, own) for name, own in sources.items()}, coverage, answered)
+
+    def _answered(self, model: nn.Module) -> tuple[metrics.Answered, ...]:
+        """A model's answers to some held-out prompts, the same in every evaluation of a run; none of other tasks."""
+        encoder = self._encoder()
+        stop = self.type.stop_tokens(encoder)
+        return tuple(generation.answered(model, self._questions, encoder, stop, self.settings.max_new_tokens))
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        chosen = encoding.sample(len(self.held_out), self.settings.generated_examples, self.settings.seed)
+        return self.type.prompts_to_answer([self.held_out[at] for at in chosen.tolist()], self._encoder())
+
+    @property
+    def scored_documents(self) -> list[Document]:
+        """The held-out documents that evaluations read, of a task with one example a document."""
+        chosen = encoding.sample(len(self.held_out), self.settings.eval_examples, self.settings.seed)
+        return [self.held_out[at] for at in chosen.tolist()]
 
     @cached_property
     def _samples_by_source(self) -> dict[str, Sample]:

@@ -6,7 +6,7 @@ makes a module for each. A new task is a class and a row of `TASKS`.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -39,8 +39,18 @@ class Encoder:
     words: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """prompt: token ids, as a model reads them before it answers. wanted: the text of the right answer."""
+
+    prompt: tuple[int, ...]
+    wanted: str
+
+
 class TaskType(ABC):
     """What every task says of itself."""
+
+    base_name: ClassVar[str] = ""  # of what untrained weights score, a baseline; empty: those weights know nothing
 
     has_classes: ClassVar[bool] = False  # documents have labels, which a run numbers
     has_head: ClassVar[bool] = False  # the classes are outputs of the model
@@ -67,6 +77,19 @@ class TaskType(ABC):
     def token_bytes(self, documents: list[Document], encoder: Encoder) -> Tensor | None:
         """UTF-8 bytes that each token of the examples stands for; None: scores do not count bytes."""
         return None
+
+    def prompts_to_answer(self, documents: list[Document], encoder: Encoder) -> list[Question]:
+        """What a model may be asked of each document; empty: the task has no answers."""
+        return []
+
+    def stop_tokens(self, encoder: Encoder) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+        end = encoder.tokenizer.eos_token_id
+        return (end,) if isinstance(end, int) else ()
+
+    def demonstrated(self, documents: list[Document], shown: list[Document], settings: Settings) -> list[Document]:
+        """The documents with others, solved, before each; empty: the task has none to solve."""
+        return []
 
     @abstractmethod
     def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
@@ -144,6 +167,7 @@ class Prompt(Classification):
     """Predict the label of each document by the word that a language model finds likeliest after a prompt."""
 
     has_head = False
+    base_name = "zero_shot"
 
     def template(self, settings: Settings) -> Template | None:
         """The setting of that name."""
@@ -167,6 +191,12 @@ class Prompt(Classification):
     def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
         """Each prompt with the label words; nothing is cached."""
         return prompts.prompt_examples(documents, encoder.tokenizer, encoder.block_size, encoder.words)
+
+    def demonstrated(self, documents: list[Document], shown: list[Document], settings: Settings) -> list[Document]:
+        """Prompts with their right words before each, a blank line between them."""
+        words = self.words(settings)
+        before = "".join(f"{one.text}{words[one.label or 0]}\n\n" for one in shown)
+        return [replace(document, text=before + document.text) for document in documents]
 
     def blank(self, examples: int, block_size: int) -> Examples:
         """Tokens, mask, two words of one token and a label."""
