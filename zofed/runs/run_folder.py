@@ -35,7 +35,8 @@ METRICS = (
     "cosine_kept", "cosine_direction", "share_kept",
 )  # fmt: skip
 EVALUATIONS = (
-    "step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1", "auc", "exact_match", "token_f1", "rouge_l",
+    "step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1", "auc", "exact_match", "token_f1",
+    "rouge_l",
 )  # fmt: skip
 BEST = "best"  # name of the checkpoint with the lowest held-out loss
 

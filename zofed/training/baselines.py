@@ -34,7 +34,7 @@ def keep(task: Task, model: nn.Module, folder: RunFolder) -> None:
 
     model: at the base weights. A run that goes on finds it there.
     """
-    if _kept(folder) is None:
+    if task.settings.baselines and task.type.base_name and task.type.has_classes and _kept(folder) is None:
         folder.write_text(KEPT, json.dumps(measured(task, model), indent=2) + "\n")
 
 
@@ -58,9 +58,7 @@ def _kept(folder: RunFolder) -> dict[str, float] | None:
 
 
 def measured(task: Task, model: nn.Module) -> dict[str, float]:
-    """The baselines of a task's base weights that evaluations do not give; none of a task without prompts."""
-    if not (task.settings.baselines and task.type.base_name and task.type.has_one_example_a_document):
-        return {}
+    """The baselines of the base weights that evaluations do not give, of a task whose prompts have classes."""
     print("baselines: the untrained model, with a threshold and with solved examples before each prompt", flush=True)
     found: dict[str, float] = {}
     if not any(document.candidates for document in task.held_out):  # else a class is but a place in a row's list

@@ -15,6 +15,8 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import text_scores
 from zofed.core.metrics import IGNORED_LABEL, Answered
+from zofed.core.perturbation_mode import is_shared
+from zofed.core.perturbed import CannotBatch
 from zofed.data.encoding import Examples, load_tokenizer
 from zofed.models import limits, spec
 from zofed.training.tasks import TASKS, Encoder, Question
@@ -38,8 +40,11 @@ def answers(
 
     prompts: token ids. stop: ids that end an answer; pad: of padding, which nothing reads. Where the model's context
     ends earlier, so does the answer. Whatever the model's folder says of generation does not count, and dropout is off.
-    Raises UserError for a prompt of no tokens, or one that leaves no room for an answer.
+    Raises UserError for a prompt of no tokens, or one that leaves no room for an answer; CannotBatch in a pass of many
+    perturbed copies, whose answers part ways at every token.
     """
+    if is_shared():
+        raise CannotBatch("it generates text")
     longest = limits.positions(model)
     rooms = [max_new_tokens if longest is None else min(max_new_tokens, longest - len(ids)) for ids in prompts]
     for ids, room in zip(prompts, rooms, strict=True):
@@ -128,7 +133,9 @@ def answered(
     found = answers(model, [one.prompt for one in asked], stop, padding(tokenizer), max_new_tokens)
     return [
         Answered(
-            str(tokenizer.decode(one.prompt)), str(tokenizer.decode(answer.ids, skip_special_tokens=True)), one.wanted
+            str(tokenizer.decode(list(one.prompt))),
+            str(tokenizer.decode(list(answer.ids), skip_special_tokens=True)),
+            one.wanted,
         )
         for one, answer in zip(asked, found, strict=True)
     ]
