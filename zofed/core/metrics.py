@@ -30,15 +30,16 @@ class Score:
 
     accuracy, f1, auc: of a classifier; f1 is the mean of F1 over the classes that occur among labels or predictions,
     auc the area under the curve of two classes. bytes_per_token: UTF-8 bytes of text that a predicted token stands for,
-    of a language model. is_of_tokens: whether tokens are predicted. exact_match, token_f1, rouge_l: of answers.
+    of a language model. is_per_token: whether the loss is; so it is where that is known. exact_match, token_f1,
+    rouge_l: means over generated answers.
     """
 
     loss: float
     accuracy: float | None = None
     f1: float | None = None
     bytes_per_token: float | None = None
+    is_per_token: bool = False
     auc: float | None = None
-    is_of_tokens: bool = False
     exact_match: float | None = None
     token_f1: float | None = None
     rouge_l: float | None = None
@@ -46,7 +47,7 @@ class Score:
     @property
     def perplexity(self) -> float | None:
         """exp(loss) of a language model or of responses; infinite where float64 cannot hold it."""
-        if self.bytes_per_token is None and not self.is_of_tokens:
+        if self.bytes_per_token is None and not self.is_per_token:
             return None
         return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
 
@@ -184,7 +185,7 @@ def evaluate(model: nn.Module, examples: Examples, batch_size: int = 32, bytes_p
     """
     loss, logits = outcomes(model, examples, batch_size)
     if logits is None:
-        return Score(loss, bytes_per_token=bytes_per_token, is_of_tokens=True)
+        return Score(loss, bytes_per_token=bytes_per_token, is_per_token=True)
     return score_of_classes(loss, logits, examples["labels"])
 
 

@@ -140,7 +140,7 @@ def of_run(path: Path, *, compare: bool = False, changes: Mapping[str, Any] | No
     models: dict[str, nn.Module] = {TUNED: _loaded(own, tokenizer, len(names) if kind.has_head else 0)}
     if compare:
         models[BASE] = base_replica(folder)[0].model
-    found = Speaker(settings, tokenizer, models, (), kind.has_turns, kind.words(settings) or names)
+    found = Speaker(settings, tokenizer, models, (), kind.reads_turns, kind.words(settings) or names)
     return replace(found, stop=kind.stop_tokens(found.encoder))
 
 

@@ -24,7 +24,7 @@ from zofed.runs.tables import read_table
 from zofed.training.task import Task
 
 FITTED_ON = 256  # training documents that a threshold is fitted on, at most
-SHOTS = 8  # solved examples before each prompt, where the setting shots says none
+SHOTS = 8  # solved examples before each prompt
 SWEEPS = 8  # over the classes; two have their best threshold after one
 KEPT = "baselines.json"
 
@@ -40,7 +40,7 @@ def keep(task: Task, model: nn.Module, folder: RunFolder) -> None:
 
 def of(task: Task, folder: RunFolder) -> dict[str, float]:
     """All baselines of a run, by name: losses in nats, and scores; the base weights' are those of its first line."""
-    name, found = task.type.base_name, task.baselines()
+    name, found = ("few_shot" if task.settings.shots else task.type.base_name), task.baselines()
     first = next((row for row in read_table(folder.path / "evaluations.csv") if not row["source"]), {})
     if name and first.get("step") == "0":
         measures = [measure for measure in ("loss", *metrics.SCORES) if first.get(measure)]
@@ -63,6 +63,8 @@ def measured(task: Task, model: nn.Module) -> dict[str, float]:
     found: dict[str, float] = {}
     if not any(document.candidates for document in task.held_out):  # else a class is but a place in a row's list
         found["threshold_accuracy"] = _with_threshold(task, model)
+    if task.settings.shots:  # the run's own prompts have them already
+        return found
     try:
         found |= {f"few_shot_{name}": value for name, value in _few_shot(task, model).items()}
     except UserError as error:
@@ -119,7 +121,7 @@ def _few_shot(task: Task, model: nn.Module) -> dict[str, float]:
     Raises UserError where they do not fit what the model reads.
     """
     settings = task.settings
-    count = min(settings.shots or SHOTS, len(task.train))
+    count = min(SHOTS, len(task.train))
     order = random_order(len(task.train), "shots", settings.seed)[:count].tolist()
     asked = task.type.demonstrated(task.scored_documents, [task.train[at] for at in order], settings)
     longest, words = limits.positions(model), task.type.words(settings)

@@ -53,7 +53,7 @@ class TaskType(ABC):
     base_name: ClassVar[str] = ""  # of what untrained weights score, a baseline; empty: those weights know nothing
 
     has_classes: ClassVar[bool] = False  # documents have labels, which a run numbers
-    has_turns: ClassVar[bool] = False  # documents are conversations
+    reads_turns: ClassVar[bool] = False  # documents are conversations
     has_head: ClassVar[bool] = False  # the classes are outputs of the model
     has_one_example_a_document: ClassVar[bool] = False
     needs_training_data_to_score: ClassVar[bool] = False  # for what scored data alone do not show
