@@ -83,7 +83,7 @@ class Speaker:
         that leaves no room for an answer.
         """
         for request in requests:
-            if not request.row and not request.shown.strip():
+            if not (self.type.has_classes and request.row) and not request.shown.strip():
                 raise UserError("an empty prompt has no answer: write something")
         if self.type.has_classes:
             return self._classified(requests)

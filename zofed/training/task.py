@@ -294,6 +294,8 @@ class Task:
 
     def _answered(self, model: nn.Module) -> tuple[metrics.Answered, ...]:
         """A model's answers to some held-out prompts, the same in every evaluation of a run; none of other tasks."""
+        if not self._questions:
+            return ()
         encoder = self._encoder()
         stop = self.type.stop_tokens(encoder)
         return tuple(generation.answered(model, self._questions, encoder, stop, self.settings.max_new_tokens))
