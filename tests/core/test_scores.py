@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from zofed.core import metrics, text_scores
+from zofed.base import text_scores
+from zofed.core import metrics
 from zofed.core.metrics import Score, auc, score_of_classes
 
 

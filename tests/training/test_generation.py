@@ -15,9 +15,9 @@ from torch import nn
 from trainings import train_cut
 from transformers import GenerationConfig, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from zofed.base import text_scores
 from zofed.base.errors import DiskError, UserError
 from zofed.config import Settings
-from zofed.core import text_scores
 from zofed.core.metrics import Answered
 from zofed.data.encoding import load_tokenizer
 from zofed.runs import samples

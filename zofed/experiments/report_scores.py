@@ -14,8 +14,8 @@ from zofed.runs.run_result import Result
 
 TOLD = (
     "scores lie between 0 and 1, at the end of the runs; below each arm those of no learning, on the same examples: "
-    "the untrained model (zero shot, base), it with a fitted threshold and with solved examples before each prompt (few "
-    "shot), and the most frequent label (majority)"
+    "the untrained model (zero shot, base), it with a fitted threshold and with solved examples before each prompt "
+    "(few shot), and the most frequent label (majority)"
 )
 RUNS, LONGEST = 6, 600  # whose samples are shown, characters of each text
 

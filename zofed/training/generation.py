@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from zofed.base import text_scores
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import text_scores
 from zofed.core.metrics import IGNORED_LABEL, Answered
 from zofed.core.perturbation_mode import is_shared
 from zofed.core.perturbed import CannotBatch

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from zofed import config
+from zofed.base import text_scores
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import metrics, text_scores
+from zofed.core import metrics
 from zofed.core.digests import tensors_digest, weights_digest
 from zofed.core.replica import Replica
 from zofed.data import classes, documents, encoding, partitions
