@@ -18,6 +18,7 @@ from zofed.data.tokenizers import load_tokenizer
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
 from zofed.models.spec import ModelSpec
+from zofed.training import pins
 from zofed.training.task import Task
 
 WORDS = {"neg": "bad and sad", "neu": "a plain table", "pos": "good and bright"}
@@ -85,7 +86,7 @@ def test_the_training_datas_names_number_every_file(tmp_path: Path) -> None:
     assert found.class_names == ("neg", "neu", "pos") and labels(found) == [2, 0] and found.labels == 3
     way = {"mode": "instruct", "bp_dataset": two}
     assert [document.label for document in task(train, **way).backprop] == [2, 0]
-    assert found.inputs()["classes"] == ["neg", "neu", "pos"]
+    assert pins.of(found)["classes"] == ["neg", "neu", "pos"]
     assert found.told().splitlines()[-1] == "data: 3 classes: 0 neg (11), 1 neu (10), 2 pos (11)"
 
 

@@ -20,6 +20,7 @@ from zofed.config import Settings
 from zofed.data import documents, encoding, mixing, partitions
 from zofed.data.documents import Document, load_documents, shard
 from zofed.runs import pictures
+from zofed.training import pins
 from zofed.training.task import Task
 
 KINDS = ("iid", "dirichlet", "source")
@@ -290,7 +291,7 @@ def test_a_thousand_clients_of_one_process_cost_one_digest_of_the_tokenizer(
     task = Task.load(quick())
     for client in range(4):
         task.shard(client, 4)
-    assert task.digests()["tokenizer"] == digest(task.tokenizer)
+    assert pins.digests(task)["tokenizer"] == digest(task.tokenizer)
     assert len(asked_for) == 1
 
 
@@ -311,7 +312,7 @@ def test_a_resumed_run_must_find_the_groups_it_was_dealt_by(tmp_path: Path, quic
         file = tmp_path / f"{topic}.jsonl"
         rows = [{"text": f"a text of some words, number {n}", "topic": topic if n % 2 else "z"} for n in range(40)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        iid, by_topic = (Task.load(quick(dataset=str(file), partition=kind)).digests() for kind in KINDS[:2])
+        iid, by_topic = (pins.digests(Task.load(quick(dataset=str(file), partition=kind))) for kind in KINDS[:2])
         assert "groups" not in iid and {**iid, "groups": by_topic["groups"]} == by_topic
         digests.append(by_topic)
     assert digests[0]["documents"] == digests[1]["documents"] and digests[0]["groups"] != digests[1]["groups"]

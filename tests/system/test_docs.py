@@ -430,6 +430,8 @@ def not_run(command: Command, folder: Path) -> str:
         return "it takes a GPU"
     if values.get("devices"):
         return "it starts processes"
+    if values.get("chat"):
+        return "it reads what is typed"
     if str(values.get("out", "")).startswith("/"):
         return "it writes to a folder of its own choice"
     return ""

@@ -19,7 +19,7 @@ from zofed.data import partitions
 from zofed.data.chat_templates import Writer
 from zofed.data.encoding import load_tokenizer
 from zofed.runs.run_folder import RunFolder
-from zofed.training import central, scoring
+from zofed.training import central, pins, scoring
 from zofed.training.paths import with_absolute_paths
 from zofed.training.task import Task
 
@@ -134,7 +134,7 @@ def test_the_template_file_is_read_once_pinned_and_saved_with_the_model(
 
 def test_other_templates_are_other_inputs(quick: Quick, questions: Path) -> None:
     one, other = (
-        Task.load(quick(dataset=str(questions), **WAY | {"chat_template": name})).digests()
+        pins.digests(Task.load(quick(dataset=str(questions), **WAY | {"chat_template": name})))
         for name in ("none", TEMPLATE)
     )
     assert {key for key in one if one[key] != other[key]} == {"chat template"}

@@ -25,7 +25,7 @@ from zofed.core.perturbed import CannotBatch
 from zofed.federated import server
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Row, read_table
-from zofed.training import central, device_pool
+from zofed.training import central, device_pool, pins
 from zofed.training.task import Task
 
 Quick = Callable[..., Settings]
@@ -76,7 +76,7 @@ def near(monkeypatch: pytest.MonkeyPatch) -> list[NearPipe]:
     pipes: list[NearPipe] = []
 
     def start(settings: Settings, device: str, digests: dict[str, str]) -> tuple[Any, Any]:
-        assert digests == Task.load(settings).digests()
+        assert digests == pins.digests(Task.load(settings))
         pipes.append(NearPipe(settings, device, cannot_batch=len(pipes) in refusing))
         return NearProcess(), pipes[-1]
 

@@ -115,14 +115,7 @@ def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:
         console.print(f"stopped by {summary['stopped_by']}")
     if "perplexity" in summary and "bits_per_byte" in summary:
         console.print(f"perplexity {figure(summary['perplexity'])}, {summary['bits_per_byte']:.4f} bits per byte")
-    elif "perplexity" in summary:
-        console.print(f"perplexity {figure(summary['perplexity'])}")
-    if "accuracy" in summary:
-        majority = summary["baselines"]["majority_accuracy"]
-        console.print(
-            f"accuracy {summary['accuracy']:.4f} (always the most frequent label: {majority:.4f}), "
-            f"F1 {summary['f1']:.4f}"
-        )
+    tell_scores(summary)
     if sources := summary.get("sources"):
         console.print("by source:")
         for source, found in sources.items():
@@ -141,10 +134,24 @@ def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:
     console.print(f"next: {shell.command('zofed', 'journal', 'replay', folder.path)}", markup=False)
 
 
+def tell_scores(summary: dict[str, Any]) -> None:
+    """A table of the scores at the end, over those of what is no learning."""
+    from zofed.core.metrics import SCORES, scores_among
+
+    if not (measures := [measure for measure in SCORES if measure in summary]):
+        return
+    table = Table("score (0 to 1)", *(measure.replace("_", " ") for measure in measures), box=None, pad_edge=False)
+    for name, found in {"end": summary, **scores_among(summary["baselines"])}.items():
+        what = name if name == "end" else f"baseline {name.replace('_', ' ')}"
+        table.add_row(what, *(f"{found[measure]:.4f}" if measure in found else "" for measure in measures))
+    console.print(table)
+
+
 CONTENTS = {
     "summary.json": "losses, baselines, cost, digests, versions",
     "metrics.csv": "one line a step",
     "evaluations.csv": "one line an evaluation and source",
+    "samples.jsonl": "held-out prompts, what the model answered at each evaluation, and what was wanted",
     "rounds.csv": "one line a round: replies, bytes, where the time went",
     "clients.csv": "one line a reply",
     "rounds.log": "what each exchange found out, durable; a run that goes on rebuilds its tables from it",

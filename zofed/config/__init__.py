@@ -6,6 +6,7 @@ from zofed.config.settings import (
     RENAMED,
     SECTIONS,
     SETTINGS,
+    TEXT_OBJECTIVES,
     Settings,
     changed,
     pinned,
@@ -19,8 +20,8 @@ from zofed.config.toml import absolute, documented_toml, read_own_toml, read_tom
 from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
 
 __all__ = [
-    "CENTRAL", "FEDERATED", "LONGEST_SHOWN", "RENAMED", "SECTIONS", "SETTINGS", "WITH_BACKPROP", "ZEROTH_ORDER",
-    "Settings", "Unlike", "absolute", "acts_in", "changed", "documented_toml", "kebab", "pinned", "read_own_toml",
-    "read_toml", "resolve", "summary", "to_toml", "traits", "unknown", "unknown_setting", "with_present_names",
-    "without_effect",
+    "CENTRAL", "FEDERATED", "LONGEST_SHOWN", "RENAMED", "SECTIONS", "SETTINGS", "TEXT_OBJECTIVES", "WITH_BACKPROP",
+    "ZEROTH_ORDER", "Settings", "Unlike", "absolute", "acts_in", "changed", "documented_toml", "kebab", "pinned",
+    "read_own_toml", "read_toml", "resolve", "summary", "to_toml", "traits", "unknown", "unknown_setting",
+    "with_present_names", "without_effect",
 ]  # fmt: skip

@@ -26,7 +26,8 @@ from zofed.config.training_sections import (
 from zofed.core import kinds
 
 LONGEST_SHOWN = 200  # characters of a wrong value in its message
-OBJECTIVES = ("loss", "accuracy", "f1")
+TEXT_OBJECTIVES = ("exact-match", "token-f1", "rouge-l")  # of the answers that a model generates
+OBJECTIVES = ("loss", "accuracy", "f1", *TEXT_OBJECTIVES)
 # By name, in the order in which a person meets them.
 SECTIONS: dict[str, type[Section]] = {
     "run": Run,
@@ -125,6 +126,11 @@ def _clashes(settings: Settings) -> list[str]:
         found.append(f"{unknown(settings.objective, list(OBJECTIVES), 'objective')}, or module:function")
     if settings.objective != "loss" and settings.mode != "zo":
         found.append(f"objective = {settings.objective!r} takes mode = zo: backprop follows the loss alone")
+    if settings.objective in TEXT_OBJECTIVES and not _has_responses(settings):
+        found.append(
+            f"objective = {settings.objective!r} scores generated responses: it takes task = instruction, loss-on = "
+            "response and packing = false"
+        )
     if settings.devices and settings.mode != "zo":
         found.append(f"devices = {settings.devices!r} takes mode = zo: {settings.mode} runs on one; set device")
     if settings.bp_dataset and settings.bp_data_fraction:
@@ -151,6 +157,11 @@ def _clashes(settings: Settings) -> list[str]:
         if settings.subspace_variant == "diagonal" and not kinds.terms(settings.directions):
             found.append(f"directions = {settings.directions!r} have no factors to train along: take rank1")
     return found
+
+
+def _has_responses(settings: Settings) -> bool:
+    """Whether a batch of the run tells each prompt from the response to it."""
+    return settings.task == "instruction" and settings.loss_on == "response" and not settings.packing
 
 
 def without_effect(settings: Settings, keys: Iterable[str], run: str = "") -> list[str]:

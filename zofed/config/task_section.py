@@ -78,5 +78,13 @@ class Task(Section):
         shapes_result=False,
     )
     max_new_tokens: int = setting(
-        64, "tokens that a generated answer may have", ge=1, le=65536, acts_when=when(task="instruction"), pins=False
+        64, "tokens that a generated answer may have", ge=1, le=65536, acts_when=when(task="instruction")
+    )
+    baselines: bool = setting(
+        True,
+        "before the run, score what is no learning: the untrained model with a fitted threshold, and with solved "
+        "examples before each prompt",
+        acts_when=when(task="prompt"),
+        pins=False,
+        shapes_result=False,
     )

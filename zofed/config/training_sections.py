@@ -150,7 +150,9 @@ class ZerothOrder(Section):
         acts_when=when(mode=ZEROTH_ORDER, query_batches="per-query"),
     )
     objective: str = setting(
-        "loss", "what zo lowers: loss, accuracy or f1 (as 1 - score), or module:function of (model, batch)"
+        "loss",
+        "what zo lowers: loss; accuracy or f1, or of generated responses exact-match, token-f1 or rouge-l (as 1 - "
+        "score); or module:function of (model, batch)",
     )
     perturbations_per_pass: int = setting(
         8,

@@ -70,7 +70,7 @@ class Measure:
         Raises UserError for a loss that is no function of the weights alone, see `check`.
         """
         self.check(loss, examples)
-        if self._batches:
+        if self._can_batch(loss):
             try:
                 return run(True)
             except CannotBatch as reason:
@@ -95,11 +95,15 @@ class Measure:
             return
         try:
             soundness.check_shifted(
-                self._model, self._parameters, loss, base, examples, batched=batched and self._batches
+                self._model, self._parameters, loss, base, examples, batched=batched and self._can_batch(loss)
             )
         except CannotBatch as reason:
             self._cannot_batch(reason)
         self._sound = signature
+
+    def _can_batch(self, loss: Loss) -> bool:
+        """Whether copies may share a pass; a loss that knows better says so itself, by an attribute `batches`."""
+        return self._batches and getattr(loss, "batches", True)
 
     def _cannot_batch(self, reason: CannotBatch) -> None:
         self._batches = False

@@ -19,7 +19,8 @@ from zofed.core.perturbation_mode import in_pieces
 Examples = dict[str, Tensor]
 
 SCORE = "accuracy"  # of the measures the one that people rank models by, where a task has it
-MEASURES = ("loss", "perplexity", "bits_per_byte", "accuracy", "f1")
+SCORES = ("accuracy", "exact_match", "token_f1", "rouge_l", "auc", "f1")  # between 0 and 1, the higher the better
+MEASURES = ("loss", "perplexity", "bits_per_byte", "accuracy", "f1", "auc", "exact_match", "token_f1", "rouge_l")
 IGNORED_LABEL = -100  # of a token or document that no loss counts
 
 
@@ -27,9 +28,10 @@ IGNORED_LABEL = -100  # of a token or document that no loss counts
 class Score:
     """Mean loss in nats (per predicted token, or per document of a classifier), and what else it is worth.
 
-    accuracy, f1: of a classifier; f1 is the mean of F1 over the classes that occur among labels or predictions.
-    bytes_per_token: UTF-8 bytes of text that a predicted token stands for, of a language model. is_per_token: whether
-    the loss is; so it is where that is known.
+    accuracy, f1, auc: of a classifier; f1 is the mean of F1 over the classes that occur among labels or predictions,
+    auc the area under the curve of two classes. bytes_per_token: UTF-8 bytes of text that a predicted token stands for,
+    of a language model. is_per_token: whether the loss is; so it is where that is known. exact_match, token_f1,
+    rouge_l: means over generated answers.
     """
 
     loss: float
@@ -37,10 +39,14 @@ class Score:
     f1: float | None = None
     bytes_per_token: float | None = None
     is_per_token: bool = False
+    auc: float | None = None
+    exact_match: float | None = None
+    token_f1: float | None = None
+    rouge_l: float | None = None
 
     @property
     def perplexity(self) -> float | None:
-        """exp(loss) of a predicted token; infinite where float64 cannot hold it."""
+        """exp(loss) of a language model or of responses; infinite where float64 cannot hold it."""
         if self.bytes_per_token is None and not self.is_per_token:
             return None
         return math.exp(self.loss) if self.loss < math.log(sys.float_info.max) else math.inf
@@ -57,8 +63,18 @@ class Score:
 
 
 def losses_among(baselines: Mapping[str, float]) -> dict[str, float]:
-    """Those of the baselines that are losses, in nats: not the shares of right answers."""
-    return {name: value for name, value in baselines.items() if not name.endswith(SCORE)}
+    """Those of the baselines that are losses, in nats: not the scores."""
+    return {name: value for name, value in baselines.items() if not name.endswith(SCORES)}
+
+
+def scores_among(baselines: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Those of the baselines that are scores, by what was scored (`zero_shot`) and measure (`accuracy`)."""
+    found: dict[str, dict[str, float]] = {}
+    for name, value in baselines.items():
+        measure = next((score for score in SCORES if name.endswith(f"_{score}")), None)
+        if measure:
+            found.setdefault(name.removesuffix(f"_{measure}"), {})[measure] = value
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +97,25 @@ class Coverage:
 
 
 @dataclass(frozen=True, slots=True)
+class Answered:
+    """What a model wrote after a prompt, and what was wanted."""
+
+    prompt: str
+    answer: str
+    wanted: str
+
+
+@dataclass(frozen=True, slots=True)
 class Scores:
-    """What an evaluation found: of all sources together, and of each source by its name, which may be any text."""
+    """What an evaluation found: of all sources together, and of each source by its name, which may be any text.
+
+    answered: the prompts that were answered, where the task has any.
+    """
 
     whole: Score
     sources: Mapping[str, Score]
     coverage: Coverage
+    answered: tuple[Answered, ...] = ()
 
 
 def loss_of(model: nn.Module, batch: Examples, forward_dtype: str = "weights", objective: str = "loss") -> Tensor:
@@ -182,34 +211,72 @@ def evaluate(
     the examples, or once of all, behind a prompt without content; their scores there are subtracted where a class is
     predicted. Raises UserError where the examples predict nothing.
     """
+    loss, logits = outcomes(model, examples, batch_size, empty)
+    if logits is None:
+        return Score(loss, bytes_per_token=bytes_per_token, is_per_token=True)
+    return score_of_classes(loss, logits, examples["labels"])
+
+
+@torch.no_grad()
+def outcomes(
+    model: nn.Module, examples: Examples, batch_size: int = 32, empty: Examples | None = None
+) -> tuple[float, Tensor | None]:
+    """Mean loss of all of the examples, as `evaluate` says; and of documents with a label the logits (n, classes).
+
+    empty: as there. Logits of a batch without a label that counts are zero. Raises UserError where the examples predict
+    nothing.
+    """
     device = next(model.parameters()).device
-    is_classifier = examples["labels"].dim() == 1
+    has_classes = examples["labels"].dim() == 1
     losses, count = 0.0, 0
-    found: list[Tensor] = []
+    found: list[Tensor | int] = []  # a batch's logits, or how many examples it leaves out
     with _without_dropout(model):
         less = None if empty is None else _logits(model, empty, batch_size).expand(len(examples["labels"]), -1)
         for at, batch in _batches(examples, batch_size):
             predicted = int((predicted_labels(batch["labels"]) != IGNORED_LABEL).sum())
             if predicted == 0:  # its mean is 0/0
-                found += [torch.full_like(batch["labels"], IGNORED_LABEL)] if is_classifier else []
+                found.append(len(batch["labels"]))
                 continue
             with in_pieces():
                 filled_batch = filled(model, batch, of=len(examples["labels"]))
                 output = output_of(model, {name: tensor.to(device) for name, tensor in filled_batch.items()})
             losses += float(output.loss) * predicted
             count += predicted
-            if is_classifier:
-                scores = output.logits if less is None else candidates.calibrated(output.logits, less[at])
-                found.append(scores.argmax(-1).cpu())
+            if has_classes:
+                scores = output.logits.float()
+                found.append((scores if less is None else candidates.calibrated(scores, less[at])).cpu())
     if count == 0:
         raise UserError(f"{len(examples['labels'])} examples hold no token to predict: score data that have some")
-    if not is_classifier:
-        return Score(losses / count, bytes_per_token=bytes_per_token, is_per_token=True)
-    counts = examples["labels"] != IGNORED_LABEL
-    guesses, labels = torch.cat(found)[counts], examples["labels"][counts]
+    if not has_classes:
+        return losses / count, None
+    classes = next(logits.shape[1] for logits in found if isinstance(logits, Tensor))
+    whole = [logits if isinstance(logits, Tensor) else torch.zeros(logits, classes) for logits in found]
+    return losses / count, torch.cat(whole)
+
+
+def score_of_classes(loss: float, logits: Tensor, labels: Tensor) -> Score:
+    """What logits (n, classes) are worth, the highest being what is predicted; labels of -100 do not count."""
+    counts = labels != IGNORED_LABEL
+    logits, labels = logits[counts], labels[counts]
+    guesses = logits.argmax(-1)
     classes = torch.arange(int(max(guesses.max(), labels.max())) + 1)
     f1 = _mean_f1(guesses[:, None] == classes, labels[:, None] == classes)
-    return Score(losses / count, float((guesses == labels).double().mean()), float(f1))
+    accuracy = float((guesses == labels).double().mean())
+    area = auc(logits[:, 1].double() - logits[:, 0].double(), labels == 1) if logits.shape[1] == 2 else None
+    return Score(loss, accuracy, float(f1), auc=area)
+
+
+def auc(scores: Tensor, positive: Tensor) -> float | None:
+    """Area under the curve: the share of pairs of a positive and another whose positive has the higher score.
+
+    scores: float (n,); positive: bool (n,). Equal scores count half (Mann and Whitney, 1947). None where all are of one
+    class, or a score is no number.
+    """
+    above, below = scores[positive].double(), scores[~positive].double().sort().values
+    if not len(above) or not len(below) or bool(scores.isnan().any()):
+        return None
+    wins = torch.searchsorted(below, above) + torch.searchsorted(below, above, right=True)
+    return float(wins.sum()) / (2.0 * len(above) * len(below))
 
 
 def predicted_labels(labels: Tensor) -> Tensor:

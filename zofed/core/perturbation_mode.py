@@ -185,6 +185,12 @@ def in_pieces() -> Perturbation:
     return Perturbation({}, torch.ones(1), set())
 
 
+def is_shared() -> bool:
+    """Whether the pass that runs is one of many perturbed copies together."""
+    modes = torch.overrides._get_current_function_mode_stack()
+    return any(isinstance(mode, Perturbation) and mode.copies is not None for mode in modes)
+
+
 def _is_large(weight: Tensor) -> bool:
     """An output layer over a vocabulary, by its shape; the layers inside a model widen four times at most."""
     if weight.dim() != 2 or torch.is_grad_enabled():

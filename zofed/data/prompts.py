@@ -281,6 +281,14 @@ def with_shots(documents: Sequence[Document], demonstrations: Sequence[Document]
     return found
 
 
+def block_for(documents: Sequence[Document], demonstrations: Sequence[Document], encoding: Encoding) -> int:
+    """A block size that holds all demonstrations before each document's prompt, with its longest candidate."""
+    shown = sum(len(encoding.ids(solved(one, encoding) + BETWEEN)) for one in demonstrations)
+    edges = sum(map(len, encoding.edges))
+    whole = (len(encoding.ids(one.text)) + max(map(len, encoding.candidates(one))) for one in documents)
+    return edges + shown + max(whole)
+
+
 def _fitting(solved_ones: Sequence[str], document: Document, encoding: Encoding) -> tuple[str, int]:
     """A document's text behind as many of them as its room holds, and how many were left out."""
     room = encoding.room(document)

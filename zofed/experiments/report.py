@@ -12,7 +12,7 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
 from zofed.core.metrics import SCORE
-from zofed.experiments import comparisons, plot_arms, plot_run, plot_sweep
+from zofed.experiments import comparisons, plot_arms, plot_run, plot_sweep, report_scores
 from zofed.experiments.arms import Arm, collect, differing, grouped, incomparable, sweep_of
 from zofed.experiments.html_page import Page, Rows
 from zofed.experiments.sweep_folder import SweepFolder
@@ -42,6 +42,10 @@ def write_report(path: Path, points: int) -> tuple[Path, Path]:
     page.heading("Arms", short=True)
     page.table(*_arms(arms), short=True)
     page.sentences([plot_arms.EQUIVALENTS, f"± is the standard deviation over seeds; {_rule(arms)}"], short=True)
+    if scores := report_scores.table(arms):
+        page.heading("Scores", short=True)
+        page.table(*scores, short=True)
+        page.sentences([report_scores.TOLD], short=True)
     if pairs := _pairs(arms):
         page.heading("Differences between arms")
         page.table(*pairs)
@@ -58,6 +62,10 @@ def write_report(path: Path, points: int) -> tuple[Path, Path]:
     if controls := _controls(arms):
         page.heading("Controls")
         page.table(*controls)
+    if answers := report_scores.samples(found):
+        page.heading("Samples")
+        for told, table in answers:
+            page.table(*table, folded=told)
     page.heading("Settings")
     _settings(page, found, arms)
     page.heading("Runs")

@@ -26,6 +26,7 @@ from zofed.federated.traffic import Traffic
 from zofed.runs import sinks
 from zofed.runs.run_folder import DEPLOYED, SIMULATED, RunFolder
 from zofed.runs.tables import Row
+from zofed.training import baselines, pins
 from zofed.training.finalize import draw, finish, status_kept
 from zofed.training.modes import mode_of
 from zofed.training.paths import check_absolute, with_absolute_paths
@@ -91,7 +92,7 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
         places = Places.read(out, are_lasting=os.environ.get(WITHOUT_KEYS) != "1")
         members = Members(grid, task.settings, replica, earlier, task.named, places)
         members.meet()
-        inputs, nodes = task.inputs(), members.partitions
+        inputs, nodes = pins.of(task), members.partitions
         folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, inputs, way, nodes)
     except BaseException:
         if earlier:
@@ -116,7 +117,7 @@ def _reopened(out: Path, way: str, task: Task, replica: Replica) -> Journal:
     folder.check_way(way)
     journal = Journal.open(folder.journal)
     try:
-        folder.check_unchanged(task.inputs(), journal.genesis, replica.genesis)
+        folder.check_unchanged(pins.of(task), journal.genesis, replica.genesis)
         done = journal.last_round
         if done > task.settings.rounds:
             raise UserError(f"rounds = {task.settings.rounds}, but {out} has done {done}: set rounds to {done} or more")
@@ -164,6 +165,7 @@ class Server:
         )
 
     def run(self) -> dict[str, Any]:
+        baselines.keep(self.task, self.replica.model, self.folder)
         with sinks.opened(self.settings, self.folder.path, self._show) as self.trainer.show:
             totals = self.trainer.run(self.settings.rounds, self.rounds.measure)
         digests = self.exchanges.digests(self.members.there())

@@ -23,7 +23,8 @@ from zofed.runs import run_folder
 from zofed.training.modes import MODES
 from zofed.training.paths import with_absolute_paths
 from zofed.training.process import device, prepare_process
-from zofed.training.task import Task, read
+from zofed.training.task import Task
+from zofed.training.tasks import read
 
 SAMPLED = 500_000  # characters that are tokenised to count blocks; the rest is taken to be like them
 

@@ -34,7 +34,10 @@ METRICS = (
     "grad_norm", "eval_loss", "forward_passes", "backward_passes", "forward_equivalents", "tokens", "seconds", "bytes",
     "cosine_kept", "cosine_direction", "share_kept",
 )  # fmt: skip
-EVALUATIONS = ("step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1")
+EVALUATIONS = (
+    "step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1", "auc", "exact_match", "token_f1",
+    "rouge_l",
+)  # fmt: skip
 BEST = "best"  # name of the checkpoint with the lowest held-out loss
 
 WAY, NODES, ARITHMETIC = "way", "nodes", "arithmetic"  # what inputs.json says of a run beside what must not change
@@ -44,6 +47,7 @@ RESTORE = "restore it from a copy"
 _OF_REFUSED = (
     "settings.toml", "inputs.json", "journal.zofed", "metrics.csv", "evaluations.csv", "summary.json", "rounds.csv",
     "clients.csv", "client_evaluations.csv", "partition.csv", "partition.png", "rounds.log", "members.json",
+    "baselines.json", "samples.jsonl",
 )  # fmt: skip
 _OF_FEDERATIONS = ("rounds.csv", "clients.csv", "client_evaluations.csv", "partition.csv")
 

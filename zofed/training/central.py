@@ -19,7 +19,7 @@ from zofed.data.encoding import Examples
 from zofed.runs import sinks
 from zofed.runs.run_folder import CENTRAL, RunFolder
 from zofed.runs.tables import Row
-from zofed.training import device_pool
+from zofed.training import baselines, device_pool, pins
 from zofed.training.finalize import finish, status_kept
 from zofed.training.modes import mode_of
 from zofed.training.paths import with_absolute_paths
@@ -42,7 +42,7 @@ def train(settings: Settings, out: Path, show: Show, expect: Expect = lambda _: 
     task = Task.load(with_absolute_paths(settings))
     task.check_held_out()
     examples, replica = task.shard(0, 1), task.first_replica()
-    folder = RunFolder.create(out, task.settings, task.inputs())
+    folder = RunFolder.create(out, task.settings, pins.of(task))
     with Journal.create(folder.journal, replica.genesis) as journal:
         return _run(task, replica, examples, journal, folder, show, expect)
 
@@ -60,7 +60,7 @@ def resume(path: Path, show: Show, expect: Expect = lambda _: None) -> dict[str,
     task = Task.load(settings)
     replica = task.replica()
     with Journal.open(folder.journal) as journal:
-        folder.check_unchanged(task.inputs(), journal.genesis, replica.genesis)
+        folder.check_unchanged(pins.of(task), journal.genesis, replica.genesis)
         done = journal.last_round
         examples = task.shard(0, 1)
         total = steps_of(settings, len(examples["labels"]))
@@ -85,6 +85,7 @@ def _run(
     backprop_examples = task.backprop_examples if mode_of(settings).helps_zeroth_order else None
     trainer = Trainer(replica, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
+        baselines.keep(task, replica.model, folder)
         with (
             sinks.opened(settings, folder.path, show) as trainer.show,
             device_pool.opened(task, replica, journal, folder.path) as split,

@@ -33,7 +33,7 @@ from zofed.core.perturbed import CannotBatch
 from zofed.core.replica import Replica, catch_up
 from zofed.data.encoding import Examples
 from zofed.runs.run_folder import RunFolder
-from zofed.training import measurements
+from zofed.training import measurements, pins
 from zofed.training.process import devices, prepare_process
 from zofed.training.task import Task
 
@@ -76,7 +76,7 @@ class Pool:
         self._told_idle = False
         self.members: list[Member] = []
         others = devices(task.settings)[1:]
-        digests = task.digests() if others else {}
+        digests = pins.digests(task) if others else {}
         base = genesis_chain(replica.genesis)
         patience = min(task.settings.round_timeout, LONGEST_WAIT)
         try:
@@ -214,7 +214,7 @@ def serve(pipe: Connection, written: str, digests: dict[str, str]) -> None:
             settings = Settings.model_validate_json(written)
             prepare_process(settings.threads)
             task = Task.load(settings)
-            if task.digests() != digests:
+            if pins.digests(task) != digests:
                 raise UserError("it read other data than the run, which changed since: bring them back")
             replica, examples = task.replica(), task.shard(0, 1)
             while True:

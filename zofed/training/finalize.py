@@ -24,6 +24,7 @@ from zofed.core.replica import NotKept, Replica, update_digest
 from zofed.models import initial, scopes, spec
 from zofed.runs.run_folder import RunFolder, peak_memory_bytes, versions
 from zofed.runs.tables import read_table
+from zofed.training import baselines, pins
 from zofed.training.divergence import has_diverged
 from zofed.training.process import device, prepare_process
 from zofed.training.rebuilding import replay, restore, with_random_slopes
@@ -86,7 +87,7 @@ def finish(
     scores, digest = totals.scores or task.evaluate(replica.model), replica.digest()
     cost = totals.columns()
     replayed = _replay_digest(task, journal, folder)
-    baselines = task.baselines()
+    known = baselines.of(task, folder)
     rows = read_table(folder.path / "metrics.csv")
     summary: dict[str, Any] = {
         "status": "completed",
@@ -96,7 +97,7 @@ def finish(
         "evaluated": asdict(scores.coverage),
         **{key: value for key, value in scores.whole.columns().items() if key != "loss"},
         **({"sources": {name: own.columns() for name, own in scores.sources.items()}} if scores.sources else {}),
-        "baselines": baselines,
+        "baselines": known,
         "controls": _controls(task, journal, folder) if task.settings.controls else {},
         "digest": digest,
         "replay_digest": replayed,
@@ -111,7 +112,7 @@ def finish(
         **(extra or {}),
     }
     save_model(task, replica, folder)
-    draw("plot_loss", folder, baselines)
+    draw("plot_loss", folder, known)
     if replayed not in (None, digest):
         raise UserError(
             f"the replay of {folder.journal} gives {replayed}, the run holds {digest}: report this as a bug"
@@ -144,7 +145,7 @@ def _started_from(task: Task, replica: Replica) -> dict[str, Any]:
         "base": {"model": settings.model, "revision": settings.revision, "weights": replica.genesis["weights"]},
         "drawn": list(initial.drawn(replica.model)),
         "parameters": {"total": scopes.true_count(replica.model), "trainable": _count(replica)},
-        "data": task.digests(),
+        "data": pins.digests(task),
         "data_read": [reading.facts() for reading in task.readings],
         **({"classes": list(task.class_names)} if task.labels else {}),
     }

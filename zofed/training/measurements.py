@@ -10,7 +10,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from zofed.config import WITH_BACKPROP, Settings
+from zofed.config import TEXT_OBJECTIVES, WITH_BACKPROP, Settings
 from zofed.core import directions, gradient_codec, kinds, metrics, records, subspace
 from zofed.core.aggregation import Measured
 from zofed.core.estimators import (
@@ -27,7 +27,7 @@ from zofed.core.perturbed import Loss
 from zofed.core.replica import Replica
 from zofed.data import encoding
 from zofed.data.encoding import Examples
-from zofed.training import guided, guides, schedules
+from zofed.training import generation, guided, guides, schedules
 
 
 def slopes(
@@ -118,8 +118,12 @@ def query_loss(
             replica.model, drawn, settings.forward_dtype, at_once=at_once, of=len(examples["labels"])
         )
     if not each:
+        if settings.objective in TEXT_OBJECTIVES:
+            return generation.TextLoss(settings, replica.model, drawn), None
         return lambda: metrics.loss_of(replica.model, drawn, *how), None
     own = {name: tensor.unflatten(0, (settings.queries, -1)) for name, tensor in drawn.items()}
+    if settings.objective in TEXT_OBJECTIVES:
+        return generation.TextLoss(settings, replica.model, None), own
     return lambda batch: metrics.loss_of(replica.model, batch, *how), own
 
 

@@ -1,9 +1,8 @@
 """What a run's settings mean: its tokenizer, its documents and examples, its model."""
 
-import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,22 +12,23 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from zofed import config
+from zofed.base import text_scores
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import metrics
 from zofed.core.digests import tensors_digest, weights_digest
 from zofed.core.replica import Replica
-from zofed.data import classes, columns, documents, encoding, partitions, prompts
+from zofed.data import classes, encoding, partitions, prompts
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
 from zofed.models import classifier, initial, limits, spec
 from zofed.models.spec import ModelSpec
+from zofed.training import generation
 from zofed.training.modes import mode_of
 from zofed.training.process import device
 from zofed.training.replicas import replica_of
-from zofed.training.tasks import TASKS, Encoder, TaskType
+from zofed.training.tasks import TASKS, Encoder, Question, TaskType, encoder_of, read
 
 SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
 
@@ -196,18 +196,14 @@ class Task:
         return self.type.examples(documents, self._encoder(cache))
 
     def _encoder(self, cache: bool = True) -> Encoder:
-        encoder = Encoder(
-            self.tokenizer,
-            self.settings.block_size,
-            words=self.type.words(self.settings, self.class_names),
-            is_masked=prompts.is_masked(self.settings.template),
-            demonstrations=self.demonstrations,
-            loss_on=self.settings.loss_on,
-            packing=self.settings.packing,
-        )
+        encoder = encoder_of(self.settings, self.tokenizer, self.class_names, self.demonstrations)
         if not (cache and self.type.keeps_tokens):
             return encoder
-        return replace(encoder, cache=encoding.default_cache(), digest=self._tokenizer_digest)
+        return replace(encoder, cache=encoding.default_cache(), digest=self.tokenizer_digest)
+
+    def block_for(self, documents: list[Document]) -> int:
+        """The block-size that holds all demonstrations before each document's prompt."""
+        return self.type.block_for(documents, self._encoder())
 
     @cached_property
     def _model_config(self) -> Any:
@@ -215,7 +211,7 @@ class Task:
         return ModelSpec.of(self.settings).saved_config()
 
     @cached_property
-    def _tokenizer_digest(self) -> str:
+    def tokenizer_digest(self) -> str:
         """Computed once: a process may serve a thousand clients."""
         return encoding.tokenizer_digest(self.tokenizer)
 
@@ -308,9 +304,28 @@ class Task:
         coverage = metrics.Coverage(
             len(whole.examples["labels"]), whole.held_out, len(sources), of_sources if of_sources > 1 else 0
         )
-        return metrics.Scores(
-            _score(model, whole), {name: _score(model, own) for name, own in sources.items()}, coverage
-        )
+        answered = self._answered(model)
+        score = replace(_score(model, whole), **text_scores.means((one.answer, one.wanted) for one in answered))
+        return metrics.Scores(score, {name: _score(model, own) for name, own in sources.items()}, coverage, answered)
+
+    def _answered(self, model: nn.Module) -> tuple[metrics.Answered, ...]:
+        """A model's answers to some held-out prompts, the same in every evaluation of a run; none of other tasks."""
+        if not self._questions:
+            return ()
+        encoder = self._encoder()
+        stop = self.type.stop_tokens(encoder)
+        return tuple(generation.answered(model, self._questions, encoder, stop, self.settings.max_new_tokens))
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        chosen = encoding.sample(len(self.held_out), self.settings.generated_examples, self.settings.seed)
+        return self.type.prompts_to_answer([self.held_out[at] for at in chosen.tolist()], self._encoder())
+
+    @property
+    def scored_documents(self) -> list[Document]:
+        """The held-out documents that evaluations read, of a task with one example a document."""
+        chosen = encoding.sample(len(self.held_out), self.settings.eval_examples, self.settings.seed)
+        return [self.held_out[at] for at in chosen.tolist()]
 
     @cached_property
     def _samples_by_source(self) -> dict[str, Sample]:
@@ -349,31 +364,6 @@ class Task:
         train, held_out = self._tokens(self.train), self.held_out_sample.examples
         return self.type.baselines(train, held_out, len(self.tokenizer), self.labels)
 
-    def inputs(self) -> dict[str, Any]:
-        """All that decides what the run's steps are, apart from the genesis: settings, and digests of what it reads."""
-        names = {"classes": list(self.class_names)} if self.labels else {}
-        return config.pinned(self.settings) | self.digests() | names
-
-    def digests(self) -> dict[str, str]:
-        """SHA-256 of the documents and of the tokenizer: what the run read."""
-        return {
-            "documents": encoding.documents_digest([*self.train, *self.held_out]),
-            **({"backprop": encoding.documents_digest(self.backprop)} if self.backprop is not self.train else {}),
-            **({"shots": encoding.documents_digest(self.demonstrations)} if self.demonstrations else {}),
-            **({"groups": self._groups_digest()} if self.settings.partition != "iid" else {}),
-            "tokenizer": self._tokenizer_digest,
-            **({"chat template": self._template_digest} if self.type.reads_turns else {}),
-        }
-
-    @property
-    def _template_digest(self) -> str:
-        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()
-
-    def _groups_digest(self) -> str:
-        """SHA-256 of what decides who holds which document, which the texts do not tell."""
-        names = [partitions.group(document, self.settings.partition) for document in self.train]
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-
     def first_replica(self) -> Replica:
         """`replica`, of whoever begins a run: says what the saved model lacks and the run draws."""
         replica = self.replica()
@@ -387,12 +377,6 @@ class Task:
         if self.type.reads_turns and self.settings.packing:
             limits.check_packs(model, self.settings.model)
         return replica_of(self.settings, model)
-
-
-def read(settings: Settings, dataset: str, reader: Callable[..., Reading] = documents.read) -> Reading:
-    """What a run of these settings reads of a data set. Raises UserError as `reader`."""
-    kind = TASKS[settings.task]
-    return reader(dataset, kind.template(settings), columns.roles_of(settings.columns), turns=kind.reads_turns)
 
 
 def _at(examples: Examples, positions: Tensor) -> Examples:

@@ -6,6 +6,7 @@ makes a module for each. A new task is a class and a row of `TASKS`.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -18,7 +19,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import metrics
 from zofed.core.candidates import KEY, NO_TOKEN, PLACE
-from zofed.data import chat_templates, classes, encoding, instructions, prompts
+from zofed.data import chat_templates, classes, columns, documents, encoding, instructions, prompts
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
@@ -46,10 +47,21 @@ class Encoder:
     packing: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """prompt: token ids, as a model reads them before it answers. wanted: the text of the right answer."""
+
+    prompt: tuple[int, ...]
+    wanted: str
+
+
 class TaskType(ABC):
     """What every task says of itself."""
 
+    base_name: ClassVar[str] = ""  # of what untrained weights score, a baseline; empty: those weights know nothing
+
     has_classes: ClassVar[bool] = False  # documents have labels, which a run numbers
+    reads_turns: ClassVar[bool] = False  # documents are conversations
     has_head: ClassVar[bool] = False  # the classes are outputs of the model
     has_one_example_a_document: ClassVar[bool] = False
     needs_training_data_to_score: ClassVar[bool] = False  # for what scored data alone do not show
@@ -101,6 +113,19 @@ class TaskType(ABC):
     def token_bytes(self, documents: list[Document], encoder: Encoder) -> Tensor | None:
         """UTF-8 bytes that each token of the examples stands for; None: scores do not count bytes."""
         return None
+
+    def prompts_to_answer(self, documents: list[Document], encoder: Encoder) -> list[Question]:
+        """What a model may be asked of each document; empty: the task has no answers."""
+        return []
+
+    def stop_tokens(self, encoder: Encoder) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer."""
+        end = encoder.tokenizer.eos_token_id
+        return (end,) if isinstance(end, int) else ()
+
+    def block_for(self, documents: list[Document], encoder: Encoder) -> int:
+        """The block size that holds all of the encoder's demonstrations before each of the documents."""
+        return encoder.block_size
 
     @abstractmethod
     def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
@@ -185,6 +210,7 @@ class Prompt(Classification):
     """
 
     has_head = False
+    base_name = "zero_shot"
 
     def template(self, settings: Settings) -> Template | None:
         """The setting of that name, and those that label-words may be. Raises UserError for what cannot be used."""
@@ -225,8 +251,15 @@ class Prompt(Classification):
 
     def examples(self, documents: list[Document], encoder: Encoder) -> Examples:
         """Each prompt, behind the demonstrations, with its candidates; nothing is cached."""
-        encoding = prompts.Encoding(encoder.tokenizer, encoder.block_size, encoder.words, encoder.is_masked)
+        encoding = self._encoding(encoder)
         return prompts.prompt_examples(prompts.with_shots(documents, encoder.demonstrations, encoding), encoding)
+
+    def block_for(self, documents: list[Document], encoder: Encoder) -> int:
+        """By the tokens of the longest prompt and of all demonstrations."""
+        return prompts.block_for(documents, encoder.demonstrations, self._encoding(encoder))
+
+    def _encoding(self, encoder: Encoder) -> prompts.Encoding:
+        return prompts.Encoding(encoder.tokenizer, encoder.block_size, encoder.words, encoder.is_masked)
 
     def to_train(self, settings: Settings, examples: Examples) -> Examples:
         """Under teacher forcing the right candidates alone."""
@@ -274,6 +307,7 @@ class Instruction(TaskType):
     """Answer as the assistant of each conversation does: its turns train, each with the token that ends it."""
 
     reads_turns = True
+    base_name = "base"
 
     def template(self, settings: Settings) -> Template | None:
         """The setting of that name, which makes the prompt; None: the row has its own."""
@@ -289,13 +323,25 @@ class Instruction(TaskType):
             documents, encoder.tokenizer, encoder.block_size, encoder.loss_on, encoder.packing
         )
 
+    def prompts_to_answer(self, documents: list[Document], encoder: Encoder) -> list[Question]:
+        """The last response of each conversation, behind the tokens that it was trained behind."""
+        return [
+            Question(tuple(instructions.prompt_tokens(document, encoder.tokenizer)), document.turns[-1].text)
+            for document in documents
+            if document.turns[-1].role == "assistant"
+        ]
+
+    def stop_tokens(self, encoder: Encoder) -> tuple[int, ...]:
+        """What the chat template writes behind a response."""
+        return instructions.stop_tokens(encoder.tokenizer)
+
     def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
         """Of uniform guesses, and of the training responses' frequencies of tokens; the base model's is the start."""
         return {"uniform": math.log(vocabulary), "unigram": encoding.unigram_loss(train, held_out, vocabulary)}
 
-    def blank(self, examples: int, block_size: int) -> Examples:
+    def blank(self, examples: int, settings: Settings) -> Examples:
         """Tokens, mask and labels."""
-        ids = torch.zeros(examples, block_size, dtype=torch.int64)
+        ids = torch.zeros(examples, settings.block_size, dtype=torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
     def named(self, block_size: int, classes: int) -> str:
@@ -309,3 +355,27 @@ TASKS: dict[str, TaskType] = {
     "prompt": Prompt(),
     "instruction": Instruction(),
 }
+
+
+def read(settings: Settings, dataset: str, reader: Callable[..., Reading] = documents.read) -> Reading:
+    """What a run of these settings reads of a data set. Raises UserError as `reader`."""
+    kind = TASKS[settings.task]
+    return reader(dataset, kind.template(settings), columns.roles_of(settings.columns), turns=kind.reads_turns)
+
+
+def encoder_of(
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    class_names: tuple[str, ...] = (),
+    demonstrations: tuple[Document, ...] = (),
+) -> Encoder:
+    """How documents of a run become tokens, in training, scores and use alike; nothing is cached."""
+    return Encoder(
+        tokenizer,
+        settings.block_size,
+        words=TASKS[settings.task].words(settings, class_names),
+        is_masked=prompts.is_masked(settings.template),
+        demonstrations=demonstrations,
+        loss_on=settings.loss_on,
+        packing=settings.packing,
+    )

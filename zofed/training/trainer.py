@@ -16,6 +16,7 @@ from zofed.core.measure import Update
 from zofed.core.metrics import Scores
 from zofed.core.records import Record, Skipped
 from zofed.core.replica import NotKept, Replica, update_digest
+from zofed.runs import samples
 from zofed.runs.run_folder import EVALUATIONS, METRICS, RunFolder, timestamp
 from zofed.runs.tables import Row, Table, keep_rows, sure_rows
 from zofed.training.modes import mode_of
@@ -119,6 +120,7 @@ class Trainer:
         self._rows, scored = sure_lines(self.folder, last if self.latest is None else min(last, self.latest))
         keep_rows(self.folder.path / "metrics.csv", METRICS, self._rows)
         keep_rows(self.folder.path / "evaluations.csv", EVALUATIONS, scored)
+        samples.keep(self.folder.path, {int(row["step"]) for row in scored})
         self._best = min((float(row["eval_loss"]) for row in self._rows if row.get("eval_loss")), default=math.inf)
         self._scored: tuple[int, Scores | None] = -1, None  # the round scored last, and what it gave
         self._saved = -1  # the round of the checkpoint saved last
@@ -242,6 +244,7 @@ class Trainer:
                     f"{scores.coverage.examples:,} held-out examples; give other weights or data, or dtype float32"
                 )
             raise diverged(round_, self.settings)
+        samples.add(self.folder.path, round_, scores.answered)  # durable before the scores that they gave
         with Table(self.folder.path / "evaluations.csv", EVALUATIONS) as table:
             # The whole comes first, under a name that no source has.
             told = (("", scores.whole), *scores.sources.items())
