@@ -24,6 +24,7 @@ from zofed.training.modes import MODES
 from zofed.training.paths import with_absolute_paths
 from zofed.training.process import device, prepare_process
 from zofed.training.task import Task
+from zofed.training.tasks import TASKS
 
 SAMPLED = 500_000  # characters that are tokenised to count blocks; the rest is taken to be like them
 
@@ -68,7 +69,7 @@ def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
             faults.append(Line("fix", "tokenizer" if is_size else "model", str(error)))
     found: Reading | None = None
     with _collect(faults, "data"):
-        found = documents.read(settings.dataset)
+        found = documents.read(settings.dataset, TASKS[settings.task].template(settings))
     yield from faults
     task, examples, blocks = None, None, 0
     if tokenizer is not None and found is not None:
