@@ -29,7 +29,12 @@ from zofed.core.metrics import evaluate
 from zofed.data import prompts
 from zofed.data.encoding import Document, load_tokenizer
 from zofed.models.limits import attention_window
+<<<<<<< HEAD
 from zofed.training import central, pins
+=======
+from zofed.preflight.check import check
+from zofed.training import central
+>>>>>>> w-prompts
 from zofed.training.task import Task
 
 Quick = Callable[..., Settings]
@@ -291,3 +296,8 @@ def test_scores_of_a_real_model_are_those_of_a_plain_loop_row_by_row(quick: Quic
                 logs = model(input_ids=torch.tensor([prompt + ids])).logits[0].float().log_softmax(-1)
             mean = sum(float(logs[len(prompt) - 1 + at, token]) for at, token in enumerate(ids)) / len(ids)
             assert float(found[row, number]) == pytest.approx(mean, abs=1e-5 * max(1, abs(mean)))
+
+
+def test_a_check_before_the_run_reads_rows_by_the_template(quick: Quick, films: Path, tmp_path: Path) -> None:
+    settings = quick(dataset=str(films), model=str(save_masked("bert", tmp_path / "m")), block_size=30, **MASKED)
+    assert {line.what: line.verdict for line in check(settings, ["zo"])}["data"] == "ok"
