@@ -22,7 +22,7 @@ Zofed = Callable[..., tuple[int, str, str]]
 # Settings that always act; every other one says when it does.
 ALWAYS = {
     "mode", "model", "revision", "task", "dataset", "tokenizer", "block-size", "scope", "optimizer", "learning-rate",
-    "weight-decay", "schedule", "warmup-steps", "clip-norm", "batch-size", "objective", "max-forward-equivalents",
+    "columns", "weight-decay", "schedule", "warmup-steps", "clip-norm", "batch-size", "objective", "max-forward-equivalents",
     "max-seconds", "max-tokens", "seed", "dtype", "forward-dtype", "threads", "eval-interval", "eval-examples",
     "eval-dataset", "save-interval", "keep-best", "controls", "tensorboard", "out",
 }  # fmt: skip

@@ -165,7 +165,11 @@ def test_samples_are_found_from_any_working_folder(tmp_path: Path, monkeypatch: 
         ("a.jsonl", '{"body": "a", "title": "b"}\n', ["line 1", "'body', 'title'", "text, sentence or content"]),
         ("a.jsonl", '{"text": 7}\n', ["line 1", "int", "string"]),
         ("a.jsonl", '{"text": "\\ud800"}\n', ["line 1", "surrogate"]),
-        ("a.jsonl", '{"text": "a", "label": "good"}\n{"text": "b", "label": 1}\n', ["line 1", "'good'", "line 2", "not both"]),
+        (
+            "a.jsonl",
+            '{"text": "a", "label": "good"}\n{"text": "b", "label": 1}\n',
+            ["line 1", "'good'", "line 2", "not both"],
+        ),
         ("a.jsonl", '{"text": "a", "label": 0.5}\n', ["0.5", "whole number"]),
         ("a.jsonl", json.dumps({**HUB_ROW, "final_decision": "perhaps"}), ["'perhaps'", "yes, no, maybe"]),
         ("a.jsonl", json.dumps({**HUB_ROW, "context": "one."}), ["line 1", "contexts"]),
