@@ -5,6 +5,7 @@ The bugs are numbered as people report them of other tools: 1 a response's marke
 responses, 8 turns' ends that never train, 9 the last turn alone, 10 another template in use, 11 a masked first token.
 """
 
+import os
 import warnings
 from typing import Any
 
@@ -185,3 +186,11 @@ def test_what_is_saved_with_the_model_writes_what_was_trained(kind: str, setting
     again = load_tokenizer(str(tmp_path))
     assert again.chat_template == tokenizer.chat_template
     assert prompt_tokens(CHAT, again) == prompt_tokens(CHAT, tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ZOFED_REAL_MODELS" not in os.environ, reason="needs ZOFED_REAL_MODELS, a folder with smollm2")
+def test_a_real_tokenizer_with_its_own_template() -> None:
+    tokenizer = with_template(load_tokenizer(os.path.join(os.environ["ZOFED_REAL_MODELS"], "smollm2")), "")
+    assert trained(tokenizer, CHAT) == ["It is red.<|im_end|>", "That is blue, I say.<|im_end|>"]
+    assert tokenizer.decode(prompt_tokens(CHAT, tokenizer)).endswith("And that?<|im_end|>\n<|im_start|>assistant\n")
