@@ -29,12 +29,8 @@ from zofed.core.metrics import evaluate
 from zofed.data import prompts
 from zofed.data.encoding import Document, load_tokenizer
 from zofed.models.limits import attention_window
-<<<<<<< HEAD
-from zofed.training import central, pins
-=======
 from zofed.preflight.check import check
-from zofed.training import central
->>>>>>> w-prompts
+from zofed.training import central, pins
 from zofed.training.task import Task
 
 Quick = Callable[..., Settings]

@@ -24,11 +24,7 @@ from zofed.training.modes import MODES
 from zofed.training.paths import with_absolute_paths
 from zofed.training.process import device, prepare_process
 from zofed.training.task import Task
-<<<<<<< HEAD
 from zofed.training.tasks import read
-=======
-from zofed.training.tasks import TASKS
->>>>>>> w-prompts
 
 SAMPLED = 500_000  # characters that are tokenised to count blocks; the rest is taken to be like them
 
@@ -73,11 +69,7 @@ def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
             faults.append(Line("fix", "tokenizer" if is_size else "model", str(error)))
     found: Reading | None = None
     with _collect(faults, "data"):
-<<<<<<< HEAD
         found = read(settings, settings.dataset)
-=======
-        found = documents.read(settings.dataset, TASKS[settings.task].template(settings))
->>>>>>> w-prompts
     yield from faults
     task, examples, blocks = None, None, 0
     if tokenizer is not None and found is not None:
