@@ -47,7 +47,6 @@ def chosen(names: tuple[str, ...], others: tuple[str, ...] = ()) -> Columns:
     """
     source, topic = ("source" if "source" in names else ""), ("topic" if "topic" in names else "")
     pubmedqa = next((found for first, found in PUBMEDQA_COLUMNS.items() if {first, found[1]} <= set(names)), None)
-    pubmedqa = None if "answers" in names else pubmedqa  # SQuAD's rows have a question and a context, too
     if pubmedqa:
         text, label = pubmedqa, PUBMEDQA_LABEL if PUBMEDQA_LABEL in names else ""
     else:
