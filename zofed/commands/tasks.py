@@ -83,7 +83,7 @@ def _explained(key: str, value: Any) -> str:
         return "the type"
     if key == "dataset":
         return CATALOG[value].about if value in CATALOG else "the data"
-    return re.split("[;:]", config.SETTINGS[key].description)[0]
+    return re.split("[;:]", config.SETTINGS[key].description or "")[0]
 
 
 def _tell_row(row: "TaskRow", dataset: str, model: str) -> None:
