@@ -109,7 +109,7 @@ def _with_absolute_paths(settings: dict[str, Any], folder: Path) -> dict[str, An
     found = dict(settings)
     for key in (*DATA, "chat-template"):
         name = found.get(key, "")
-        if isinstance(name, str) and (os.sep in name or Path(name).suffix or name == "~"):
+        if isinstance(name, str) and "{" not in name and (os.sep in name or Path(name).suffix):  # no template's text
             found[key] = os.path.abspath(folder / os.path.expanduser(name))
     return found
 

@@ -52,7 +52,7 @@ def task_row(settings: Settings, number: int) -> TaskRow:
     if not 1 <= number <= rows:
         raise UserError(f"row {number} is not there: {settings.dataset!r} has the rows 1 to {rows:,}")
     document = task.train[number - 1]
-    if not task.type.has_one_example_a_document:
+    if not (document.turns or task.type.has_one_example_a_document):
         return TaskRow(number, rows, (Piece(document.text, True),))
     examples = task.examples([document], cache=False)
     label = task.class_names[document.label] if document.label is not None and task.type.has_classes else ""
