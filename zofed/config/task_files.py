@@ -58,18 +58,17 @@ def is_file(task: object) -> bool:
 
 def find(task: str) -> Path:
     """The file of that path, which ends in .toml, or of the shipped task of that name. Raises UserError for neither."""
+    shown = repr(task) if len(task) <= LONGEST_SHOWN else f"{task[:LONGEST_SHOWN]!r}... ({len(task)} characters)"
+    if task in names():
+        return SHIPPED / f"{task}{SUFFIX}"
     if task.endswith(SUFFIX):
         path = Path(os.path.expanduser(task)).absolute()
-        if not path.is_file():
-            raise UserError(
-                f"task = {task!r}: there is no file {str(path)!r}; name a task file, or a task of zofed tasks"
-            )
-        return path
-    if "/" not in task and task and (shipped := SHIPPED / f"{task}{SUFFIX}").is_file():
-        return shipped
+        if os.path.isfile(path):
+            return path
+        place = f" {str(path)!r}" if len(task) <= LONGEST_SHOWN else ""
+        raise UserError(f"task = {shown}: there is no such file{place}; name a task file, or a task of zofed tasks")
     close = difflib.get_close_matches(task[:LONGEST_SHOWN], [*names(), *TYPES], n=1, cutoff=0.5)
     meant = f"did you mean {close[0]!r}? " if close else ""
-    shown = repr(task) if len(task) <= LONGEST_SHOWN else f"{task[:LONGEST_SHOWN]!r}... ({len(task)} characters)"
     raise UserError(
         f"unknown task {shown}: {meant}give a type ({', '.join(TYPES)}), a task ({', '.join(names())}), or the path of "
         f"a task file, which ends in {SUFFIX}"
