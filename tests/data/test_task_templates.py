@@ -140,7 +140,7 @@ def right(settings: dict[str, Any], row: dict[str, Any]) -> str:
     if settings["task"] == "instruction":
         answer = row[own["completion"][0]]
         return f" {answer}" if "' '" in settings.get("chat-template", "") else answer
-    label = row.get(own.get("label", ["final_decision" if "final_decision" in row else "label"])[0])
+    label: Any = row.get(own.get("label", ["final_decision" if "final_decision" in row else "label"])[0])
     if "candidates" in own:
         cells = row[own["candidates"][0]] if len(own["candidates"]) == 1 else [row[one] for one in own["candidates"]]
         candidate = label if isinstance(label, str) else cells[label]
