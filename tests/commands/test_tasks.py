@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_colours_stand_for_brackets_on_a_terminal_alone(monkeypatch: pytest.Monk
 
     row = TaskRow(1, 1, (Piece("Answer:", False), Piece(" yes", True)), 3, 1)
 
-    def told(**kind: bool) -> str:
+    def told(**kind: Any) -> str:
         console = PlainConsole(highlight=False, soft_wrap=True, color_system="standard", **kind)
         monkeypatch.setattr(tasks, "console", console)
         with console.capture() as captured:
