@@ -117,6 +117,15 @@ def test_accuracies_are_compared_in_points_of_a_per_cent() -> None:
     assert "ccuracy" not in said(arm("a", 3.0, 3.1))
 
 
+def test_arms_are_compared_by_the_metric_of_their_task() -> None:
+    def scored(name: str, score: float, metric: str) -> Arm:
+        return Arm(name, {}, [result(0.5, 0, summary={"accuracy": 0.5, "token_f1": score}, metric=metric)])
+
+    told = said(scored("zo", 0.70, "token_f1"), scored("fo", 0.80, "token_f1"))
+    assert "Highest token_f1: fo, 80.0 % (n = 1)." in told and "accuracy" not in told
+    assert "Highest" not in said(scored("zo", 0.70, "token_f1"), scored("fo", 0.80, "accuracy"))
+
+
 # --- the page ---
 
 

@@ -36,7 +36,7 @@ import zofed
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.commands import cli, console
-from zofed.config import SETTINGS, Settings
+from zofed.config import SETTINGS, Settings, task_files
 from zofed.data import catalog, encoding
 from zofed.experiments import sweep_file
 from zofed.federated import client, server, traffic, wire
@@ -229,13 +229,19 @@ def parse(words: tuple[str, ...], *, whole: bool = True) -> Parsed:
     given = {key.replace("_", "-"): value for key, value in values.items() if key in Settings.model_fields}
     if words[0] == "zofed" and set(given) == set(SETTINGS):
         typed = {key: value for key, value in given.items() if value is not None}
-        config.resolve({key: value for key, value in typed.items() if not is_placeholder(value)})
+        stated = {key: value for key, value in typed.items() if not is_placeholder(value)}
+        config.resolve({key: value for key, value in stated.items() if not is_own_task(key, value)})
     return Parsed(" ".join(names), values)
 
 
 def is_placeholder(word: str) -> bool:
     """FOLDER, OWNER/NAME, ...: what a reader is to replace."""
     return bool(re.fullmatch(r"[A-Z][A-Z_./-]+|\.\.\.|…", word))
+
+
+def is_own_task(key: str, value: str) -> bool:
+    """A task file that a reader is to write."""
+    return key == "task" and value.endswith(task_files.SUFFIX)
 
 
 def check(words: tuple[str, ...], *, whole: bool = True) -> None:
@@ -318,10 +324,10 @@ def options_there_are() -> set[str]:
 
 @functools.cache
 def names_there_are() -> set[str]:
-    """Commands, choices of settings, data sets, programs of Flower, and every word of zofed's own files."""
+    """Commands, choices of settings, data sets, tasks, programs of Flower, and every word of zofed's own files."""
     found = {name for field in SETTINGS.values() for name in get_args(field.annotation) if isinstance(name, str)}
     found |= {option.removeprefix("--") for option in options_there_are()} | set(catalog.CATALOG)
-    found |= set(sweep_file.names())
+    found |= {*sweep_file.names(), *task_files.names()}
     found |= {path.name for path in Path(sys.executable).parent.glob("flw*")}
     for folder, pattern in (("zofed", "*.py"), ("deploy", "*"), ("tests", "test_proxy.py")):
         for path in filter(Path.is_file, (ROOT / folder).rglob(pattern)):
@@ -418,6 +424,10 @@ def not_run(command: Command, folder: Path) -> str:
     if values.get("model", "tiny") not in ("tiny", "FOLDER") and not is_run(values["model"]):
         return "its model is not here, or large"
     named = [values.get(key, "") for key in ("dataset", "eval-dataset", "bp-dataset")]
+    if task_files.is_file(task := values.get("task", "prompt")):
+        if task not in task_files.names() and not (folder / task).exists():
+            return "its file is not here"
+        named[0] = named[0] or task_files.load(task).settings["dataset"]
     if parsed.name.startswith("data "):
         named += [values.get("name", ""), *values.get("names", ())]
     if parsed.name != "data show" and not all(is_here(name, folder) for name in named if name):
@@ -585,6 +595,8 @@ def wrong_value(key: str, value: str) -> str:
         return f"no setting is called {key}"
     if is_placeholder(value):
         return ""
+    if is_own_task(key, value) or (key == "task" and value in task_files.names()):
+        return ""
     try:
         Settings.model_validate({key: value})  # what other settings must be beside it, the sentence says
     except ValueError as error:
@@ -637,6 +649,9 @@ def check_toml(block: Block, folder: Path) -> None:
     if {"base", "grid", "runs", "tune", "leave-out", "scale", "merge"} & set(found) and not set(found) & {"superlink"}:
         (folder / "sweep.toml").write_text(block.text)
         sweep_file.read(folder / "sweep.toml")
+    elif "about" in found:
+        (folder / "task.toml").write_text(block.text)
+        task_files.load(str(folder / "task.toml"))
     elif not any(isinstance(value, dict) for value in found.values()):
         config.resolve(found)
 

@@ -21,13 +21,14 @@ from zofed.commands.console import Interrupted, console
 from zofed.commands.data import app as data_app
 from zofed.commands.journal import app as journal_app
 from zofed.commands.keys import app as keys_app
+from zofed.commands.tasks import app as tasks_app
 from zofed.config import SETTINGS
 
 HELP = "Tune language models by forward passes alone, by backpropagation or by both: alone or in a federation."
 # What `zofed --help` shows, in the order in which a person meets it.
 GROUPS = {
     "Train": ("quickstart", "train", "simulate", "sweep"),
-    "Before a run": ("check", "models", "settings", "memory", "diagnose"),
+    "Before a run": ("tasks", "check", "models", "settings", "memory", "diagnose"),
     "Results": ("eval", "generate", "plot", "report", "journal"),
     "Data": ("data", "make-data"),
     "Machines": ("keys", "superlink", "supernode", "worker", "run"),
@@ -54,6 +55,7 @@ deployment.register(app)
 experiments.register(app)
 generate.register(app)
 app.add_typer(data_app, name="data")
+app.add_typer(tasks_app, name="tasks")
 app.add_typer(keys_app, name="keys")
 
 # What to do where the operating system refuses, besides choosing another place.

@@ -138,7 +138,7 @@ def settings_from(file: Path | None, options: dict[str, str], run: str | None = 
     several runs, one warning tells.
     """
     written = config.read_toml(file) if file else {}
-    settings = config.resolve({**written, **options})
+    settings = config.resolve(config.over(written, options))
     if run is None:
         return settings
     if idle := config.without_effect(settings, options, run):

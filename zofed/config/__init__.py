@@ -10,18 +10,18 @@ from zofed.config.settings import (
     Settings,
     changed,
     pinned,
-    resolve,
     unknown,
     unknown_setting,
     with_present_names,
     without_effect,
 )
+from zofed.config.task_files import absolute_task, given, over, resolve
 from zofed.config.toml import absolute, documented_toml, read_own_toml, read_toml, summary, to_toml
 from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
 
 __all__ = [
     "CENTRAL", "FEDERATED", "LONGEST_SHOWN", "RENAMED", "SECTIONS", "SETTINGS", "TEXT_OBJECTIVES", "WITH_BACKPROP",
-    "ZEROTH_ORDER", "Settings", "Unlike", "absolute", "acts_in", "changed", "documented_toml", "kebab", "pinned",
-    "read_own_toml", "read_toml", "resolve", "summary", "to_toml", "traits", "unknown", "unknown_setting",
-    "with_present_names", "without_effect",
+    "ZEROTH_ORDER", "Settings", "Unlike", "absolute", "absolute_task", "acts_in", "changed", "documented_toml",
+    "given", "kebab", "over", "pinned", "read_own_toml", "read_toml", "resolve", "summary", "to_toml", "traits",
+    "unknown", "unknown_setting", "with_present_names", "without_effect",
 ]  # fmt: skip

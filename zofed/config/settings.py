@@ -100,8 +100,8 @@ def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
     return {RENAMED.get(key, key): value for key, value in values.items()}
 
 
-def resolve(values: Mapping[str, Any]) -> Settings:
-    """The settings that `values` (kebab-case keys) and the defaults give.
+def validated(values: Mapping[str, Any]) -> Settings:
+    """The settings that `values` (kebab-case keys; `task` is a type) and the defaults give.
 
     Raises UserError, one line that names every wrong key or value with its limit and remedy.
     """

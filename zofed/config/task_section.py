@@ -11,7 +11,8 @@ class Task(Section):
     task: Literal["language-model", "classification", "prompt", "instruction"] = setting(
         "language-model",
         "predict the next token; the label of each document, by a head (classification) or by the words that a model "
-        "finds likeliest after a prompt (prompt); or the response to a prompt, the turns of a chat (instruction)",
+        "finds likeliest after a prompt (prompt); the response to a prompt, the turns of a chat (instruction); or what "
+        "a task file says, by its name or path (zofed tasks)",
         scores=True,
         first=True,
     )
@@ -87,4 +88,7 @@ class Task(Section):
         acts_when=when(task="prompt"),
         pins=False,
         shapes_result=False,
+    )
+    metric: Literal["", "loss", "accuracy", "f1", "auc", "exact_match", "token_f1", "rouge_l"] = setting(
+        "", "score that people rank runs by, in reports and tables; empty: accuracy", pins=False, shapes_result=False
     )

@@ -16,6 +16,7 @@ from zofed.base.files import ROOT
 from zofed.base.texts import printable, said_by
 from zofed.data import columns, labels, subsets
 from zofed.data.catalog import CATALOG, data_root, suggestion
+from zofed.data.cells import with_paths
 from zofed.data.columns import AS_RECOGNISED, Columns, Roles, Unread, Wanted, checked_text
 from zofed.data.conversations import Conversations, Turn, candidates_of, text_of
 from zofed.data.labels import DECISIONS, Labels, decision, of_candidates
@@ -251,6 +252,7 @@ def _reading(rows: Rows, dataset: str, template: Template | None, wanted: Wanted
     found: dict[str, None] = {}  # in the order they are met
     unread, found_labels, chats, blank, label_column, strict = Unread(), Labels(), Conversations(), 0, "", False
     for number, (place, row) in enumerate(rows.found):
+        row = with_paths(row, wanted.names())
         layout = _layout(place, row, wanted)
         if number < columns.SAMPLED:
             unread.see(row, layout.rest)

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
 from zofed.base.texts import said_by
-from zofed.data import documents, hub, subsets
+from zofed.data import columns, documents, hub, subsets
 from zofed.data.catalog import DatasetInfo
 
 _ROWS_BETWEEN_STATES = 500
@@ -198,8 +198,20 @@ def _kept(row: dict[str, Any], entry: DatasetInfo, number: int) -> bytes | None:
             "name another --config or --revision, or a --from folder in the hub's schema"
         )
     kept = {column: row[column] for column in entry.columns}
-    text, _ = documents.text_and_label(f"row {number} of {entry.name}", kept)
+    if {*columns.TEXT_COLUMNS, "long_answer"} & set(entry.columns):
+        text, _ = documents.text_and_label(f"row {number} of {entry.name}", kept)
+    else:  # a task says what is read of it
+        text = "".join(_texts(kept))
     return (json.dumps(kept, ensure_ascii=False, default=str) + "\n").encode() if text.strip() else None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a cell, in lists and in tables."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for own in value.values() if isinstance(value, dict) else value:
+            yield from _texts(own)
 
 
 def _save(folder: Path, part: BinaryIO, state: dict[str, Any]) -> None:

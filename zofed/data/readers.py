@@ -13,6 +13,7 @@ from typing import Any
 from zofed.base.errors import UserError
 from zofed.base.texts import said_by
 from zofed.data import columns, subsets
+from zofed.data.cells import column_of
 from zofed.data.columns import AS_RECOGNISED, Wanted
 
 SUFFIXES = (".txt", ".label", ".tsv", ".csv", ".json", ".jsonl", ".parquet")
@@ -260,7 +261,9 @@ def _parquet_rows(path: Path, wanted: Wanted) -> Rows:
 
     def found() -> Iterator[Row]:
         try:
-            read = list(columns.chosen(tuple(schema.names), wanted).read)
+            paths = [one for one in wanted.names() if one not in schema.names and column_of(one) in schema.names]
+            chosen = columns.chosen((*schema.names, *paths), wanted).read
+            read = list(dict.fromkeys(column_of(name) if name in paths else name for name in chosen))
         except UserError as error:
             raise UserError(f"row 1 of {str(path)!r} {error}") from None
         try:

@@ -164,7 +164,13 @@ def _at_equal_cost(arms: Sequence[Arm], column: str) -> str:
 
 
 def _accuracies(arms: Sequence[Arm]) -> list[str]:
-    """Which arm classifies best, and by how much, in per cent and points of it; nothing where none classifies."""
+    """Which arm answers best by its metric, and by how much, in per cent and points of it; nothing where none does.
+
+    Nor where the arms have several metrics, of tasks that cannot be compared.
+    """
+    if len(metrics := {result.metric for arm in arms for result in arm.results}) > 1:
+        return []
+    metric = next(iter(metrics), "")
     scores = {
         arm.name: {
             int(result.settings["seed"]): 100 * result.score for result in arm.results if math.isfinite(result.score)
@@ -176,15 +182,17 @@ def _accuracies(arms: Sequence[Arm]) -> list[str]:
         return []
     best, *others = sorted(found, key=lambda name: -found[name].mean)
     spread = f", standard deviation {found[best].deviation:.1f}" if found[best].n > 1 else ""
-    told = [f"Highest accuracy: {best}, {found[best].mean:.1f} % (n = {found[best].n}{spread})."]
+    told = [f"Highest {metric}: {best}, {found[best].mean:.1f} % (n = {found[best].n}{spread})."]
     for name in others[:SHOWN]:
         less, paired = difference(scores[name], scores[best])
         how = f"95 % t interval {less.low:+.1f} to {less.high:+.1f}" if less.n > 1 else "no interval"
         how += f"{', paired by seed' * paired}, n = {less.n}"
         where = f"{less.mean:.1f} points below {best}" if less.is_clear else f"not told apart from {best}"
-        told.append(f"Accuracy of {name}: {found[name].mean:.1f} %, {where}; difference {less.mean:+.1f} ({how}).")
+        told.append(
+            f"{metric.capitalize()} of {name}: {found[name].mean:.1f} %, {where}; difference {less.mean:+.1f} ({how})."
+        )
     if others[SHOWN:]:
-        told.append(f"Accuracies of {len(others) - SHOWN} more arms are lower; the table has them.")
+        told.append(f"{len(others) - SHOWN} more arms have a lower {metric}; the table has them.")
     return told
 
 

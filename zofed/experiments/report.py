@@ -11,7 +11,6 @@ from typing import Any
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
-from zofed.core.metrics import SCORE
 from zofed.experiments import comparisons, plot_arms, plot_run, plot_sweep, report_scores
 from zofed.experiments.arms import Arm, collect, differing, grouped, incomparable, sweep_of
 from zofed.experiments.html_page import Page, Rows
@@ -85,7 +84,8 @@ def _arms(arms: Sequence[Arm]) -> tuple[list[str], Rows]:
     equal = [(column, cost) for column in comparisons.COSTS if math.isfinite(cost := comparisons.least(known, column))]
     head += [f"at {comparisons.said(cost)} {comparisons.COSTS[column]}" for column, cost in equal]
     scored = any(math.isfinite(result.score) for arm in arms for result in arm.results)
-    head += [SCORE] * scored
+    metrics = {result.metric for arm in arms for result in arm.results}
+    head += [next(iter(metrics)) if len(metrics) == 1 else "score"] * scored
     head += ["forward passes", "backward passes", "forward-equivalents", "seconds", "bytes", "peak MiB"]
     for arm in known:
         done = [result for result in arm.results if result.is_complete]
@@ -98,7 +98,8 @@ def _arms(arms: Sequence[Arm]) -> tuple[list[str], Rows]:
         row.append(_plus(comparisons.estimate([result.best for result in done])))
         row += [_plus(there) if (there := comparisons.at_cost(arm, column, cost)) else "" for column, cost in equal]
         if scored:
-            row.append(_plus(comparisons.estimate([result.score for result in done])))
+            named = f" {done[0].metric}" if len(metrics) > 1 else ""
+            row.append(_plus(comparisons.estimate([result.score for result in done])) + named)
         for column in ("forward_passes", "backward_passes", "forward_equivalents", "seconds", "bytes"):
             row.append(_mean([result.total(column) for result in done]))
         row.append(_mean([result.summary.get("peak_memory_bytes", math.nan) / 2**20 for result in done]))

@@ -166,6 +166,8 @@ def _with_absolute_paths(value: Any, key: str = "") -> Any:
         return {name: _with_absolute_paths(own, name) for name, own in value.items()}
     if isinstance(value, list):
         return [_with_absolute_paths(own, key) for own in value]
+    if key == "task":
+        return config.absolute_task(value)
     key = key.replace("-", "_")
     return absolute_path(key, value) if key in NAMES and isinstance(value, str) else value
 

@@ -135,7 +135,7 @@ def session(context: Context, asked: Plan | Greeting | None = None) -> ClientSes
         named = Classes.unpacked(asked.classes, asked.names) if asked else Classes.numbered(0)
     except ValueError as error:
         raise UserError(f"the server's message is damaged ({error}): give all machines the same zofed") from error
-    settings = config.resolve(dict(context.run_config))
+    settings = config.resolve(config.given(context.run_config))
     protocol.check_settings(settings)
     if device := context.node_config.get("device"):
         settings = config.resolve(settings.model_dump(by_alias=True) | {"device": device})

@@ -49,10 +49,9 @@ def main(grid: Grid, context: Context) -> None:
         flower_internals.hasten(module)
     way = DEPLOYED if is_deployed else SIMULATED
     try:
-        settings = config.resolve(dict(context.run_config))
-        check_absolute(settings)
-        # Flower hands over every setting, so that only those that differ from their defaults can have been given.
-        if idle := config.without_effect(settings, config.changed(settings), config.FEDERATED):
+        given = config.given(context.run_config)
+        check_absolute(settings := config.resolve(given))
+        if idle := config.without_effect(settings, given, config.FEDERATED):
             warnings.warn("; ".join(idle), stacklevel=1)
         run(grid, settings, f"flower-{context.run_id}", way)
     except UserError as error:

@@ -63,11 +63,16 @@ class Result:
         return math.nan if self.has_diverged else float(self.summary.get("eval_loss_end", math.nan))
 
     @property
-    def score(self) -> float:
-        """The share of right answers at the end, of a task that has some; NaN of another, or where it has not ended."""
+    def metric(self) -> str:
+        """The score that people rank such runs by."""
         from zofed.core.metrics import SCORE  # which takes torch: `zofed report --help` need not wait
 
-        return float(self.summary.get(SCORE, math.nan)) if self.is_complete else math.nan
+        return str(self.settings.get("metric") or SCORE)
+
+    @property
+    def score(self) -> float:
+        """The metric at the end, as the share of right answers; NaN where its task has none, or it has not ended."""
+        return float(self.summary.get(self.metric, math.nan)) if self.is_complete else math.nan
 
     @property
     def best(self) -> float:
