@@ -1,8 +1,10 @@
 """Tensors kept by key in a file that processes share: found again, bounded, whole whatever happens to the file."""
 
+import errno
 import multiprocessing
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -121,3 +123,19 @@ def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
     assert key(0) not in file
     with pytest.raises(Full, match="set ZOFED_CACHE"):
         file.add(key(0), states(0))
+
+
+def test_a_full_disk_ends_the_keeping_and_what_was_kept_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = opened(tmp_path)
+    one = states(1)
+    file.add(key(1), one)
+
+    def refuse(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    for _ in range(2):
+        with pytest.raises(Full, match="No space left on device; set ZOFED_CACHE") as full:
+            file.add(key(2), states(2))
+        assert full.value.count == 1
+    assert held(tmp_path, 3) == [1]

@@ -1,10 +1,6 @@
 """Hidden states that are kept give the bits of those that are computed, and no frozen layer computes them twice."""
 
-import errno
-import os
-import signal
-import subprocess
-import sys
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,12 +13,12 @@ from transformers.modeling_outputs import CausalLMOutput
 from benchmarks import tiny_models
 from zofed.core import metrics, trunk
 from zofed.core.digests import named_parameters
-from zofed.core.state_file import Full, StateFile
 from zofed.core.trunk import Trunk
 from zofed.models import scopes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Batch = dict[str, Tensor]
+MODELS = itertools.count()  # what each keeps has a name of its own
 
 
 def kept_by(model: nn.Module, names: list[str], folder: Path, limit: int = 10**8, layers: Any = None) -> Trunk:
@@ -30,7 +26,8 @@ def kept_by(model: nn.Module, names: list[str], folder: Path, limit: int = 10**8
     everything = named_parameters(model)
     for name, parameter in everything.items():
         parameter.requires_grad_(name in names)
-    found = Trunk({name: everything[name] for name in names}, layers or scopes.layers(model), folder, limit)
+    trained = {name: everything[name] for name in names}
+    found = Trunk(trained, layers or scopes.layers(model), folder, f"model {next(MODELS)}", limit)
     trunk.keep(model, found)
     return found
 
@@ -182,54 +179,3 @@ def test_where_the_number_of_rows_has_a_part_whole_batches_are_kept(tmp_path: Pa
             del calls[:]
             other = metrics.output_of(model, metrics.filled(model, part)).logits
         assert torch.equal(plain, other) and len(calls) == ran
-
-
-def test_a_file_keeps_tensors_of_any_type_up_to_its_limit(tmp_path: Path) -> None:
-    file = StateFile(tmp_path / "new", 40)
-    one, other = torch.randn(2, 3), torch.randn(4).to(torch.bfloat16)
-    file.add(b"one", one)
-    file.add(b"other", other)
-    file.add(b"one", one)
-    with pytest.raises(Full, match="hidden-states-gigabytes"):
-        file.add(b"third", torch.randn(3))
-    assert b"third" not in file and b"one" in file
-    for key, tensor in ((b"one", one), (b"other", other)):
-        found = file.like(key, 2)
-        file.read([key], found, [1])
-        assert found.dtype == tensor.dtype and torch.equal(found[1], tensor)
-
-
-def test_a_full_disk_ends_the_keeping_and_what_was_kept_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = StateFile(tmp_path, 10**6)
-    one = torch.randn(5)
-    file.add(b"one", one)
-
-    def refuse(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", refuse)
-    for _ in range(2):
-        with pytest.raises(Full, match="No space left on device; set ZOFED_CACHE") as full:
-            file.add(b"other", one)
-        assert full.value.count == 1
-    found = file.like(b"one", 1)
-    file.read([b"one"], found, [0])
-    assert torch.equal(found[0], one)
-
-
-def test_a_folder_that_cannot_be_written_keeps_nothing(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(Full, match="set ZOFED_CACHE"):
-        StateFile(tmp_path / "file" / "cache", 10**6).add(b"one", torch.randn(5))
-
-
-def test_a_killed_process_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
-    script = (
-        "import torch, time; from pathlib import Path; from zofed.core.state_file import StateFile\n"
-        f"file = StateFile(Path({str(tmp_path)!r}), 10**9); file.add(b'one', torch.ones(10**6))\n"
-        "print('kept', flush=True); time.sleep(60)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "kept\n"
-        process.send_signal(signal.SIGKILL)
-    assert list(tmp_path.iterdir()) == []

@@ -229,7 +229,7 @@ class Machine(Section):
     threads: int = setting(1, "CPU threads of each process (part of the result)", ge=1, le=1024)
     hidden_states_gigabytes: float = setting(
         8.0,
-        "hidden states of frozen layers that each process keeps in the folder of ZOFED_CACHE, at most; 0: none",
+        "hidden states of frozen layers kept in the folder of ZOFED_CACHE, for all runs, at most; 0: none",
         ge=0,
         le=1e6,
         acts_when=when(scope=Unlike(("full",))),
