@@ -122,7 +122,10 @@ def layers_run(settings: Settings) -> tuple[list[int], int]:
 
 
 @pytest.mark.parametrize("way", ["zo", "fo", "per-query"])
-def test_once_all_examples_were_seen_no_frozen_layer_runs(quick: Quick, films: Path, way: str) -> None:
+def test_once_all_examples_were_seen_no_frozen_layer_runs(
+    quick: Quick, films: Path, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOFED_CACHE", str(tmp_path / "cache"))
     own = {"gradient_accumulation": 1} if way == "fo" else {}
     own |= {"queries": 2, "query_batch_size": 3} if way == "per-query" else {}
     settings = quick(dataset=str(films), task="classification", scope="last-1", **(RUNS[way] | {"batch_size": 6} | own))
@@ -130,6 +133,8 @@ def test_once_all_examples_were_seen_no_frozen_layer_runs(quick: Quick, films: P
     assert examples == 18
     # The first epoch lacks its first batch, which no step reads: the second meets those examples for the first time.
     assert all(ran[:2]) and len(ran) == 9 and not any(ran[5:])
+    ran, _ = layers_run(settings.model_copy(update=KEPT))
+    assert not any(ran[1:]), "what another process computed is found; the first batch of its kind is tried"
     ran, _ = layers_run(settings.model_copy(update=NONE))
     assert all(ran)
 
