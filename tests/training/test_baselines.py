@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trainings import train_cut
 
 from zofed.config import Settings
 from zofed.data.encoding import Document, sample
+from zofed.data.prompts import drawn
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import read_table
 from zofed.training import baselines, central
@@ -66,7 +68,7 @@ def films(tmp_path: Path) -> Path:
 
 
 def test_a_prompted_run_tells_what_its_untrained_model_scores(quick: Quick, films: Path, tmp_path: Path) -> None:
-    settings = quick(dataset=str(films), held_out_fraction=0.4, eval_examples=20, learning_rate=0.3, **WAY)
+    settings = quick(dataset=str(films), held_out_fraction=0.4, eval_examples=20, learning_rate=0.03, **WAY)
     summary = central.train(settings, tmp_path / "run", ignore)
     found = summary["baselines"]
     first = read_table(tmp_path / "run" / "evaluations.csv")[0]
@@ -134,10 +136,15 @@ def test_solved_examples_stand_before_each_prompt_where_they_fit(
 ) -> None:
     settings = quick(dataset=str(films), **WAY)
     task = Task.load(settings)
-    shown = task.type.demonstrated(task.scored_documents[:1], task.train[:2], settings)[0]
+    demonstrations = tuple(drawn(task.train, 2, settings.seed)[1])
+    asked = replace(task, demonstrations=demonstrations)
+    need = asked.block_for(task.scored_documents)
+    wider = replace(asked, settings=settings.model_copy(update={"block_size": need}))
     words = (" bad", " good")
-    before = "".join(f"{one.text}{words[one.label or 0]}\n\n" for one in task.train[:2])
-    assert shown.text == before + task.scored_documents[0].text and shown.label == task.scored_documents[0].label
+    before = "".join(f"{one.text}{words[one.label or 0]}\n\n" for one in demonstrations)
+    examples, document = wider.examples(task.scored_documents[:1]), task.scored_documents[0]
+    ids = examples["input_ids"][0][examples["attention_mask"][0] > 0]
+    assert task.tokenizer.decode(ids) == before + document.text and int(examples["labels"][0]) == document.label
     model = task.replica().model
     monkey = pytest.MonkeyPatch()
     monkey.setattr(baselines, "SHOTS", 3)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from federations import federate, ignore, records_of
-from instructions import PlainInstruction
 from networks import GPT2
 from torch import nn
 from trainings import train_cut
@@ -137,11 +136,11 @@ def test_what_a_batch_asks_is_what_lies_before_its_last_response() -> None:
 
 
 @pytest.fixture
-def questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Forty prompts of one answer, and the task that reads them."""
-    monkeypatch.setitem(tasks.TASKS, "instruction", PlainInstruction())
+def questions(tmp_path: Path) -> Path:
+    """Forty prompts of one answer."""
     path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps({"text": f"ask {n % 5} =>the yes it is"}) + "\n" for n in range(40)))
+    rows = ({"prompt": f"ask {n % 5} =>", "completion": "the yes it is"} for n in range(40))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

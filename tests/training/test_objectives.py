@@ -179,8 +179,8 @@ def two_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every data set comes from two sources by turns."""
     read = documents.read
 
-    def of_two(dataset: str) -> documents.Reading:
-        found = read(dataset)
+    def of_two(*asked: Any, **how: Any) -> documents.Reading:
+        found = read(*asked, **how)
         two = [replace(document, source="ab"[index % 2]) for index, document in enumerate(found.documents)]
         return replace(found, documents=two)
 

@@ -17,9 +17,9 @@ from zofed.config import Settings
 from zofed.core.metrics import IGNORED_LABEL, Answered
 from zofed.core.perturbation_mode import is_shared
 from zofed.core.perturbed import CannotBatch
-from zofed.data.encoding import Examples, load_tokenizer
-from zofed.models import limits, spec
-from zofed.training.tasks import TASKS, Encoder, Question, encoder_of
+from zofed.data.encoding import Examples
+from zofed.models import limits
+from zofed.training.tasks import TASKS, Encoder, Question, encoder_of, tokenizer_of
 
 SPEAKS = ("task", "model", "revision", "tokenizer", "chat-template")  # settings that decide a run's tokenizer
 TOGETHER = 16  # prompts that are answered in one batch
@@ -213,5 +213,4 @@ class TextLoss:
 @lru_cache(maxsize=4)
 def _tokenizer(*named: tuple[str, str]) -> PreTrainedTokenizerBase:
     """Read once: each of a run's losses decodes. named: the settings of SPEAKS, with their values."""
-    settings = Settings.model_validate(dict(named))
-    return TASKS[settings.task].tokenizer(settings, load_tokenizer(spec.tokenizer_name(settings)))
+    return tokenizer_of(Settings.model_validate(dict(named)))

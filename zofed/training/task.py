@@ -28,7 +28,7 @@ from zofed.training import generation
 from zofed.training.modes import mode_of
 from zofed.training.process import device
 from zofed.training.replicas import replica_of
-from zofed.training.tasks import TASKS, Encoder, Question, TaskType, encoder_of, read
+from zofed.training.tasks import TASKS, Encoder, Question, TaskType, encoder_of, read, tokenizer_of
 
 SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
 
@@ -113,8 +113,7 @@ class Task:
         share: of the eval-dataset that is scored, split off by the seed; 0: all. Raises UserError as `load`.
         """
         if settings.eval_dataset and not TASKS[settings.task].needs_training_data_to_score:
-            tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
-            tokenizer = TASKS[settings.task].tokenizer(settings, tokenizer)
+            tokenizer = tokenizer_of(settings)
             found = read(settings, settings.eval_dataset)
             task = cls(settings, tokenizer, [], found.documents, [], readings=(found,))
         else:
@@ -141,12 +140,11 @@ class Task:
             )
         found = read(settings, dataset, partitions.own)
         known = Classes.numbered(named) if isinstance(named, int) else named
-        own = kind.labelled(
-            settings, found, known if len(known) or not kind.has_classes else classes.shown(found), what
-        )
-        tokenizer = encoding.load_tokenizer(spec.tokenizer_name(settings))
-        tokenizer = TASKS[settings.task].tokenizer(settings, tokenizer)
-        return cls(settings, tokenizer, own, [], own, known if len(known) else None, (found,))
+        if kind.has_classes and not len(known):
+            classes.check_labelled(found, what)
+        shown = known if len(known) or not kind.has_classes else classes.shown(found)
+        own = kind.labelled(settings, found, shown, what)
+        return cls(settings, tokenizer_of(settings), own, [], own, known if len(known) else None, (found,))
 
     @property
     def type(self) -> TaskType:
@@ -305,8 +303,15 @@ class Task:
             len(whole.examples["labels"]), whole.held_out, len(sources), of_sources if of_sources > 1 else 0
         )
         answered = self._answered(model)
-        score = replace(_score(model, whole), **text_scores.means((one.answer, one.wanted) for one in answered))
-        return metrics.Scores(score, {name: _score(model, own) for name, own in sources.items()}, coverage, answered)
+        score = replace(self._score(model, whole), **text_scores.means((one.answer, one.wanted) for one in answered))
+        return metrics.Scores(
+            score, {name: self._score(model, own) for name, own in sources.items()}, coverage, answered
+        )
+
+    def _score(self, model: nn.Module, sample: Sample) -> metrics.Score:
+        found = metrics.evaluate(model, sample.examples, bytes_per_token=sample.bytes_per_token, empty=sample.empty)
+        # Candidates of a row's own are no classes: only whether the right one was chosen says something.
+        return found if self.labels or found.accuracy is None else replace(found, f1=None, auc=None)
 
     def _answered(self, model: nn.Module) -> tuple[metrics.Answered, ...]:
         """A model's answers to some held-out prompts, the same in every evaluation of a run; none of other tasks."""
@@ -381,10 +386,6 @@ class Task:
 
 def _at(examples: Examples, positions: Tensor) -> Examples:
     return {name: tensor[positions] for name, tensor in examples.items()}
-
-
-def _score(model: nn.Module, sample: Sample) -> metrics.Score:
-    return metrics.evaluate(model, sample.examples, bytes_per_token=sample.bytes_per_token, empty=sample.empty)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
 from zofed.data.label_words import label_words
 from zofed.data.templates import Template
+from zofed.models import spec
 from zofed.models.spec import ModelSpec
 
 
@@ -357,10 +358,16 @@ TASKS: dict[str, TaskType] = {
 }
 
 
-def read(settings: Settings, dataset: str, reader: Callable[..., Reading] = documents.read) -> Reading:
-    """What a run of these settings reads of a data set. Raises UserError as `reader`."""
+def read(settings: Settings, dataset: str, reader: Callable[..., Reading] | None = None) -> Reading:
+    """What a run of these settings reads of a data set. reader: None: `documents.read`. Raises UserError as that."""
     kind = TASKS[settings.task]
-    return reader(dataset, kind.template(settings), columns.roles_of(settings.columns), turns=kind.reads_turns)
+    how = dataset, kind.template(settings), columns.roles_of(settings.columns)
+    return (reader or documents.read)(*how, turns=kind.reads_turns)
+
+
+def tokenizer_of(settings: Settings) -> PreTrainedTokenizerBase:
+    """A run's tokenizer, with the chat template that it writes conversations by. Raises UserError for one it lacks."""
+    return TASKS[settings.task].tokenizer(settings, encoding.load_tokenizer(spec.tokenizer_name(settings)))
 
 
 def encoder_of(

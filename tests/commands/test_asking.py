@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from federations import ignore
-from instructions import PlainInstruction
 
 from zofed import config
 from zofed.config import Settings
 from zofed.data.encoding import load_tokenizer
-from zofed.training import asking, central, generation, tasks
+from zofed.training import asking, central, generation
 from zofed.training.asking import BASE, TUNED, Request
 
 Command = Callable[..., tuple[int, str, str]]
@@ -34,30 +33,25 @@ def settings_of(**changes: Any) -> Settings:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Of each kind of task a run that has learnt one thing by heart."""
     folder = tmp_path_factory.mktemp("asked")
-    texts, films = folder / "texts.jsonl", folder / "films.jsonl"
+    texts, asked, films = (folder / f"{name}.jsonl" for name in ("texts", "asked", "films"))
+    asked.write_text((json.dumps({"prompt": "ask me =>", "completion": "the yes it is"}) + "\n") * 40)
     texts.write_text((json.dumps({"text": "ask me =>the yes it is"}) + "\n") * 40)
     rows = [{"title": "fine" if n % 2 else "dull", "text": "a film", "label": n % 2} for n in range(40)]
     films.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = {"template": "{{ title }}, {{ text }} It was", "label-words": " bad, good", "dataset": str(films)}
     kinds: dict[str, dict[str, Any]] = {
         "text": {"dataset": str(texts)},
-        "instruction": {"dataset": str(texts), "task": "instruction", "max-new-tokens": 9, "generated-examples": 1},
+        "instruction": {"dataset": str(asked), "task": "instruction", "max-new-tokens": 9, "generated-examples": 1},
         "prompt": {"task": "prompt", "baselines": False, **words},
         "classification": {"task": "classification", "dataset": str(films)},
     }
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZOFED_CACHE", str(folder / "cache"))
-        patch.setitem(tasks.TASKS, "instruction", PlainInstruction())
         for name, own in kinds.items():
             found[name] = folder / name
             central.train(config.resolve(COMMON | LEARN | own), found[name], ignore)
     return found
-
-
-@pytest.fixture(autouse=True)
-def instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tasks.TASKS, "instruction", PlainInstruction())
 
 
 def test_a_prompt_is_answered_as_it_was_trained(runs: dict[str, Path], zofed_command: Command) -> None:
