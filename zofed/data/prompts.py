@@ -283,7 +283,8 @@ def with_shots(documents: Sequence[Document], demonstrations: Sequence[Document]
 
 def block_for(documents: Sequence[Document], demonstrations: Sequence[Document], encoding: Encoding) -> int:
     """A block size that holds all demonstrations before each document's prompt, with its longest candidate."""
-    shown = sum(len(encoding.ids(solved(one, encoding) + BETWEEN)) for one in demonstrations)
+    # One more each: what is joined may fall into other tokens than its parts.
+    shown = sum(1 + len(encoding.ids(solved(one, encoding) + BETWEEN)) for one in demonstrations)
     edges = sum(map(len, encoding.edges))
     whole = (len(encoding.ids(one.text)) + max(map(len, encoding.candidates(one))) for one in documents)
     return edges + shown + max(whole)
