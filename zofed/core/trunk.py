@@ -82,10 +82,11 @@ class Trunk:
             return batch
         kind = variant, *((name, str(tensor.dtype), tuple(tensor.shape[1:])) for name, tensor in batch.items())
         with torch.no_grad(), torch._C.DisableTorchFunction():  # no mode that is active has a part in frozen layers
-            if kind not in self._sizes:
-                self._sizes[kind] = self._size(_part(batch, slice(0, at_once)), run)
             rows = len(batch["labels"])
-            if not 0 < rows * self._sizes[kind] <= LARGEST:
+            tried = min(rows, at_once), kind  # kernels may depend on the number of rows: each is tried
+            if tried not in self._sizes:
+                self._sizes[tried] = self._size(_part(batch, slice(0, at_once)), run)
+            if not 0 < rows * self._sizes[tried] <= LARGEST:
                 return batch
             parts = [
                 self._found(_part(batch, slice(start, start + at_once)), run, kind, of)
@@ -128,7 +129,7 @@ class Trunk:
                 )
 
     def _size(self, batch: Examples, run: Run) -> int:
-        """Find out where the model is cut, if anywhere, and try it on the first batch of its kind."""
+        """Find out where the model is cut, if anywhere, and try it on the first batch of its kind and size."""
         try:
             if self.cut is None:
                 self.cut = self._probed(self._frozen, batch, run) if self._frozen else None
