@@ -83,7 +83,7 @@ def test_a_run_gives_the_same_with_kept_states_and_without(
     settings = quick(dataset=str(films), scope=scope, **({"batch_size": 3} | RUNS[way]))
     with_states = central.train(settings.model_copy(update=KEPT), tmp_path / "kept", ignore)
     # Of this mode's kernels a row's bits depend on its place in an odd batch: such batches are computed, which is told.
-    assert filled and all(filled) or (arithmetic.mkl_mode() == "COMPATIBLE" and any(filled))
+    assert (filled and all(filled)) or (arithmetic.mkl_mode() == "COMPATIBLE" and any(filled))
     del filled[:]
     without = central.train(settings.model_copy(update=NONE), tmp_path / "none", ignore)
     assert not any(filled)
