@@ -233,7 +233,7 @@ FILES: dict[str, bytes | str] = {
         ("--dataset {tmp}", "{tmp}", "save_to_disk"),
         ("--task classification --dataset {tmp}/unlabelled.jsonl", "unlabelled.jsonl", "set task to language-model"),
         ("--task classification --dataset {tmp}/half.jsonl", "half.jsonl", "set task to language-model"),
-        ("--task classification --dataset {tmp}/words.jsonl", "'good'", "must be an integer"),
+        ("--task classification --dataset {tmp}/words.jsonl", "the labels good:", "at least 2 classes"),
         ("--task classification --dataset {tmp}/gap.jsonl", "labels 5, 6", "renumber them"),
         ("--task classification --dataset {tmp}/huge.jsonl", "labels 0, 1000000000", "renumber them"),
         ("--task classification --dataset {tmp}/alone.jsonl", "labels 0:", "at least 2 classes"),

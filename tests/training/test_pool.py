@@ -321,7 +321,7 @@ def test_the_wait_of_a_pipe_may_be_as_long_as_the_longest() -> None:
 
 @pytest.mark.slow
 def test_a_process_that_fails_says_why(quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Task, "digests", lambda self: {"documents": "as they were before"})
+    monkeypatch.setattr(pins, "digests", lambda _: {"documents": "as they were before"})
     run = tmp_path / "run"
     with pytest.raises(UserError, match="process 1 of 1, on cpu, failed: it read other data than the run"):
         central.train(quick(devices="cpu,cpu", perturbations_per_pass=1), run, ignore)

@@ -112,7 +112,8 @@ def of_training(found: Reading, model: str, head: Sequence[str]) -> Classes:
     if head and (found.names or labels[-1] < len(head) or not Classes(tuple(head)).are_numbers):
         return _of_head(found, what, model, tuple(head))
     if len(labels) < 2 or (not found.names and labels != list(range(len(labels)))):
-        shown = ", ".join(map(str, labels[:5])) + (", ..." if len(labels) > 5 else "")
+        known = [found.names[label] if label < len(found.names) else str(label) for label in labels[:5]]
+        shown = ", ".join(known) + (", ..." if len(labels) > 5 else "")
         raise UserError(
             f"{what} has the labels {shown}: classification takes at least 2 classes, numbered from 0 "
             "without gaps; renumber them"
