@@ -73,20 +73,24 @@ def test_the_second_part_of_an_instruction_the_system_and_earlier_turns_belong_t
     )
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.parquet"])
-def test_every_format_has_the_shapes(tmp_path: Path, name: str) -> None:
-    rows = [{"prompt": f"Say {number}", "response": f"It is {number}", "extra": "not at all"} for number in range(3)]
-    path = tmp_path / name
-    if name == "a.parquet":
+def written(path: Path, rows: list[dict[str, str]]) -> str:
+    """A file of rows, in the format of its name."""
+    if path.suffix == ".parquet":
         from datasets import Dataset
 
         Dataset.from_list(rows).to_parquet(str(path))
-    elif name == "a.json":
+    elif path.suffix == ".json":
         path.write_text(json.dumps(rows))
     else:
-        mark = "," if name == "a.csv" else "\t"
+        mark = "," if path.suffix == ".csv" else "\t"
         path.write_text("".join(mark.join(line) + "\n" for line in [list(rows[0]), *(row.values() for row in rows)]))
-    found = read(str(path), turns=True)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.parquet"])
+def test_every_format_has_the_shapes(tmp_path: Path, name: str) -> None:
+    rows = [{"prompt": f"Say {number}", "response": f"It is {number}", "extra": "not at all"} for number in range(3)]
+    found = read(written(tmp_path / name, rows), turns=True)
     assert [document.turns[1].text for document in found.documents] == ["It is 0", "It is 1", "It is 2"]
     assert found.unread == ("extra",)
 
@@ -229,17 +233,7 @@ def test_dollys_category_and_natural_instructions_task_are_topics(tmp_path: Path
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.parquet"])
 def test_labels_in_words_are_numbered_by_their_letters_in_every_format(tmp_path: Path, name: str) -> None:
     rows = [{"text": f"text {label}", "label": label} for label in ("positive", "negative", "positive")]
-    path = tmp_path / name
-    if name == "a.parquet":
-        from datasets import Dataset
-
-        Dataset.from_list(rows).to_parquet(str(path))
-    elif name == "a.json":
-        path.write_text(json.dumps(rows))
-    else:
-        mark = "," if name == "a.csv" else "\t"
-        path.write_text("".join(mark.join(line) + "\n" for line in [list(rows[0]), *(row.values() for row in rows)]))
-    found = read(str(path))
+    found = read(written(tmp_path / name, rows))
     assert [document.label for document in found.documents] == [1, 0, 1]
     assert found.names == ("negative", "positive") and not found.is_ordered
 

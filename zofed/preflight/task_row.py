@@ -9,10 +9,9 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core.candidates import KEY, NO_TOKEN
 from zofed.core.metrics import IGNORED_LABEL, Examples
-from zofed.data import classes, encoding
-from zofed.models import spec
-from zofed.training.task import Task, read
-from zofed.training.tasks import TASKS
+from zofed.data import classes
+from zofed.training.task import Task
+from zofed.training.tasks import TASKS, read, tokenizer_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +80,7 @@ def _whole(settings: Settings) -> Task:
     """The task with all of its data as training data, in their order."""
     kind, what = TASKS[settings.task], f"dataset = {settings.dataset!r}"
     found = read(settings, settings.dataset)
-    tokenizer = kind.tokenizer(settings, encoding.load_tokenizer(spec.tokenizer_name(settings)))
+    tokenizer = tokenizer_of(settings)
     if not kind.has_classes:
         return Task(settings, tokenizer, found.documents, [], [])
     classes.check_labelled(found, what)

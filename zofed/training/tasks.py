@@ -60,9 +60,7 @@ class TaskType(ABC):
     """What every task says of itself."""
 
     base_name: ClassVar[str] = ""  # of what untrained weights score, a baseline; empty: those weights know nothing
-
     has_classes: ClassVar[bool] = False  # documents have labels, which a run numbers
-    reads_turns: ClassVar[bool] = False  # documents are conversations
     has_head: ClassVar[bool] = False  # the classes are outputs of the model
     has_one_example_a_document: ClassVar[bool] = False
     needs_training_data_to_score: ClassVar[bool] = False  # for what scored data alone do not show
@@ -128,9 +126,12 @@ class TaskType(ABC):
         """The block size that holds all of the encoder's demonstrations before each of the documents."""
         return encoder.block_size
 
-    @abstractmethod
     def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
-        """Losses (nats) of knowing nothing on the held-out examples; a name that ends in `accuracy`: a share."""
+        """What knowing nothing scores on the held-out examples: losses (nats); a name that ends in `accuracy`: a share.
+
+        Of tokens: uniform guesses, and the frequencies of those that train.
+        """
+        return {"uniform": math.log(vocabulary), "unigram": encoding.unigram_loss(train, held_out, vocabulary)}
 
     @abstractmethod
     def blank(self, examples: int, settings: Settings) -> Examples:
@@ -159,10 +160,6 @@ class LanguageModelling(TaskType):
     def token_bytes(self, documents: list[Document], encoder: Encoder) -> Tensor | None:
         """Of each token of each block."""
         return encoding.token_bytes(documents, encoder.tokenizer, encoder.block_size, encoder.cache, encoder.digest)
-
-    def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
-        """Of uniform guesses, and of the training tokens' frequencies."""
-        return {"uniform": math.log(vocabulary), "unigram": encoding.unigram_loss(train, held_out, vocabulary)}
 
     def blank(self, examples: int, settings: Settings) -> Examples:
         """Tokens and labels."""
@@ -335,10 +332,6 @@ class Instruction(TaskType):
     def stop_tokens(self, encoder: Encoder) -> tuple[int, ...]:
         """What the chat template writes behind a response."""
         return instructions.stop_tokens(encoder.tokenizer)
-
-    def baselines(self, train: Examples, held_out: Examples, vocabulary: int, classes: int) -> dict[str, float]:
-        """Of uniform guesses, and of the training responses' frequencies of tokens; the base model's is the start."""
-        return {"uniform": math.log(vocabulary), "unigram": encoding.unigram_loss(train, held_out, vocabulary)}
 
     def blank(self, examples: int, settings: Settings) -> Examples:
         """Tokens, mask and labels."""
