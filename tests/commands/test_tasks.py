@@ -101,3 +101,34 @@ def test_what_trains_of_a_text_is_all_of_it(zofed_command: Zofed, tmp_path: Path
     path.write_text('task = "language-model"\ndataset = "sample-dclm"\n')
     status, output, _ = zofed_command("tasks", "show", path)
     assert status == 0 and output[output.index("row 1 of 2,000") :].splitlines()[1].startswith("[")
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "shown"),
+    [
+        (
+            "copa",
+            {
+                "premise": "It fell.",
+                "choice1": "It broke.",
+                "choice2": "It was dropped.",
+                "question": "cause",
+                "label": 1,
+            },
+            ["It fell because", "        [ it broke.]", "  right [ it was dropped.]"],
+        ),
+        (
+            "record",
+            {"passage": "B went.", "query": "Then @placeholder ate.", "entities": ["Ann", "Bob"], "answers": ["Bob"]},
+            ["B went.", "-", "        [ Then Ann ate.]", "  right [ Then Bob ate.]"],
+        ),
+    ],
+)
+def test_candidates_of_a_rows_own_are_shown(
+    zofed_command: Zofed, tmp_path: Path, task: str, row: dict[str, Any], shown: list[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    status, output, errors = zofed_command("tasks", "show", task, "--dataset", path)
+    assert status == 0, errors
+    assert output[output.index("row 1 of 1") :].splitlines()[1:] == shown

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zofed.core import masks
+
 Examples = dict[str, Tensor]
 
 NO_TOKEN = -100  # behind a candidate that is shorter than others; one of nothing else is absent
@@ -85,7 +87,7 @@ def _tree(mask: Tensor, classes: int, width: int, dtype: torch.dtype) -> Tensor:
     """What each token sees: an additive mask (n, 1, length, length), 0 or the type's lowest number.
 
     A prompt's token sees the prompt up to itself; a candidate's the prompt and its own candidate up to itself; padding
-    sees itself alone, so that no row is empty.
+    sees itself alone.
     """
     count, block = mask.shape
     length = block + classes * width
@@ -94,8 +96,7 @@ def _tree(mask: Tensor, classes: int, width: int, dtype: torch.dtype) -> Tensor:
     is_prompt = at < block
     sees = (at[:, None] >= at) & (is_prompt | (owner[:, None] == owner))
     there = torch.cat([mask.bool(), torch.ones(count, length - block, dtype=torch.bool, device=mask.device)], 1)
-    sees = (sees & there[:, None, :]) | torch.eye(length, dtype=torch.bool, device=mask.device)
-    return torch.zeros(sees.shape, dtype=dtype, device=mask.device).masked_fill(~sees, torch.finfo(dtype).min)[:, None]
+    return masks.additive(sees & there[:, None, :], dtype)
 
 
 def _in_place(model: nn.Module, batch: Examples) -> Tensor:

@@ -230,9 +230,8 @@ def outcomes(
     has_classes = examples["labels"].dim() == 1
     losses, count = 0.0, 0
     found: list[Tensor | int] = []  # a batch's logits, or how many examples it leaves out
-    with _without_dropout(model):
-        less = None if empty is None else _logits(model, empty, batch_size).expand(len(examples["labels"]), -1)
-        for at, batch in _batches(examples, batch_size):
+    with without_dropout(model):
+        for batch in _batches(examples, batch_size):
             predicted = int((predicted_labels(batch["labels"]) != IGNORED_LABEL).sum())
             if predicted == 0:  # its mean is 0/0
                 found.append(len(batch["labels"]))
@@ -243,15 +242,19 @@ def outcomes(
             losses += float(output.loss) * predicted
             count += predicted
             if has_classes:
-                scores = output.logits.float()
-                found.append((scores if less is None else candidates.calibrated(scores, less[at])).cpu())
+                found.append(output.logits.float().cpu())
     if count == 0:
         raise UserError(f"{len(examples['labels'])} examples hold no token to predict: score data that have some")
     if not has_classes:
         return losses / count, None
     classes = next(logits.shape[1] for logits in found if isinstance(logits, Tensor))
     whole = [logits if isinstance(logits, Tensor) else torch.zeros(logits, classes) for logits in found]
-    return losses / count, torch.cat(whole)
+    logits = torch.cat(whole)
+    if empty is not None:
+        less = outcomes(model, empty, batch_size)[1]
+        assert less is not None, "candidates have scores"
+        logits = candidates.calibrated(logits, less)
+    return losses / count, logits
 
 
 def score_of_classes(loss: float, logits: Tensor, labels: Tensor) -> Score:
@@ -285,7 +288,7 @@ def predicted_labels(labels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _without_dropout(model: nn.Module) -> Iterator[None]:
+def without_dropout(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode; each of its modules is then again in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -296,20 +299,9 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _logits(model: nn.Module, examples: Examples, batch_size: int) -> Tensor:
-    """Of all of the examples, on the model's device."""
-    device = next(model.parameters()).device
-    found = []
-    for _, batch in _batches(examples, batch_size):
-        with in_pieces():
-            found.append(output_of(model, {name: tensor.to(device) for name, tensor in batch.items()}).logits)
-    return torch.cat(found)
-
-
-def _batches(examples: Examples, batch_size: int) -> Iterator[tuple[slice, Examples]]:
+def _batches(examples: Examples, batch_size: int) -> Iterator[Examples]:
     for start in range(0, len(examples["labels"]), batch_size):
-        at = slice(start, start + batch_size)
-        yield at, {name: tensor[at] for name, tensor in examples.items()}
+        yield {name: tensor[start : start + batch_size] for name, tensor in examples.items()}
 
 
 def class_baselines(train_labels: Tensor, held_out_labels: Tensor, classes: int) -> dict[str, float]:

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zofed.core import masks
+
 Examples = dict[str, Tensor]
 
 KEY = "segments"  # of a batch: int64 (n, block): 1, 2, ... for each example's tokens, 0 for padding
@@ -17,9 +19,10 @@ def output(model: nn.Module, batch: Examples) -> Any:
     -100: the token before it is another's. The mask is made here, since it is block times as large as its key.
     """
     segments = batch[KEY]
+    is_token = (segments != 0)[..., :, None]
     return model(
         input_ids=batch["input_ids"],
-        attention_mask=_mask(segments, next(model.parameters()).dtype),
+        attention_mask=masks.additive(_same(segments) & is_token, next(model.parameters()).dtype),
         position_ids=_positions(segments),
         labels=batch["labels"],
         use_cache=False,
@@ -35,16 +38,6 @@ def _same(segments: Tensor) -> Tensor:
 def _positions(segments: Tensor) -> Tensor:
     """Of each token within its example: int64 (n, block)."""
     return _same(segments).sum(-1) - 1
-
-
-def _mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """What each token sees, additive: (n, 1, block, block), 0 or the type's lowest number; padding sees itself."""
-    block = segments.shape[-1]
-    sees = _same(segments) & (
-        (segments != 0)[..., :, None] | torch.eye(block, dtype=torch.bool, device=segments.device)
-    )
-    hidden = torch.zeros(sees.shape, dtype=dtype, device=segments.device)
-    return hidden.masked_fill(~sees, torch.finfo(dtype).min)[:, None]
 
 
 @torch.no_grad()

@@ -150,8 +150,9 @@ def _of_head(found: Reading, what: str, model: str, head: tuple[str, ...]) -> Cl
     return classes
 
 
-def shown(found: Reading) -> Classes:
-    """The classes that the labels of a data set show by themselves."""
+def shown(found: Reading, what: str) -> Classes:
+    """The classes that the labels of a data set show by themselves. Raises UserError as `check_labelled`."""
+    check_labelled(found, what)
     labels = [document.label for document in found.documents if document.label is not None]
     return Classes(found.names, found.is_ordered) if found.names else Classes.numbered(1 + max(labels))
 

@@ -54,7 +54,7 @@ def task_row(settings: Settings, number: int) -> TaskRow:
     if not (document.turns or task.type.has_one_example_a_document):
         return TaskRow(number, rows, (Piece(document.text, True),))
     examples = task.examples([document], cache=False)
-    label = task.class_names[document.label] if document.label is not None and task.type.has_classes else ""
+    label = task.class_names[document.label] if document.label is not None and task.named else ""
     ids, trains = _tokens(examples)
     pieces = tuple(
         Piece(_text(task, [token for token, _ in run]), is_trained)
@@ -81,11 +81,9 @@ def _whole(settings: Settings) -> Task:
     kind, what = TASKS[settings.task], f"dataset = {settings.dataset!r}"
     found = read(settings, settings.dataset)
     tokenizer = tokenizer_of(settings)
-    if not kind.has_classes:
-        return Task(settings, tokenizer, found.documents, [], [])
-    classes.check_labelled(found, what)
-    named = classes.shown(found)
-    return Task(settings, tokenizer, classes.renumbered(found, named, what), [], [], named)
+    is_numbered = kind.has_classes and not kind.has_own_candidates(settings)
+    named = classes.shown(found, what) if is_numbered else None
+    return Task(settings, tokenizer, kind.labelled(settings, found, named, what), [], [], named)
 
 
 def _tokens(examples: Examples) -> tuple[list[int], list[bool]]:

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from zofed.base import text_scores
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core.metrics import IGNORED_LABEL, Answered
+from zofed.core.metrics import IGNORED_LABEL, Answered, without_dropout
 from zofed.core.perturbation_mode import is_shared
 from zofed.core.perturbed import CannotBatch
 from zofed.data.encoding import Examples
@@ -105,15 +105,13 @@ def _ended(tokens: list[int], stop: frozenset[int]) -> Answer:
 @contextmanager
 def _as_it_scores(model: Any) -> Iterator[None]:
     """Without dropout, and without what the model's folder wants of generation: penalties, samples, forced tokens."""
-    own, training = model.generation_config, [module for module in model.modules() if module.training]
+    own = model.generation_config
     model.generation_config = GenerationConfig()
-    model.eval()
     try:
-        yield
+        with without_dropout(model):
+            yield
     finally:
         model.generation_config = own
-        for module in training:
-            module.training = True
 
 
 def answered(

@@ -140,9 +140,7 @@ class Task:
             )
         found = read(settings, dataset, partitions.own)
         known = Classes.numbered(named) if isinstance(named, int) else named
-        if kind.has_classes and not len(known):
-            classes.check_labelled(found, what)
-        shown = known if len(known) or not kind.has_classes else classes.shown(found)
+        shown = known if len(known) or not kind.has_classes else classes.shown(found, what)
         own = kind.labelled(settings, found, shown, what)
         return cls(settings, tokenizer_of(settings), own, [], own, known if len(known) else None, (found,))
 
