@@ -1,6 +1,6 @@
 """The pictures that every run leaves in its folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -26,12 +26,27 @@ def plot_loss(folder: RunFolder, baselines: Mapping[str, float]) -> Path:
     seen = np.flatnonzero(np.isfinite(training))
     place.plot(steps[seen], training[seen], color="0.7", lw=1, label="training")
     place.plot(steps[rows], held_out, **plot_style.stroke(0).line(), label="held-out")
-    for index, (name, loss) in enumerate(losses_among(baselines).items()):
+    lines = sorted(losses_among(baselines).items(), key=lambda line: line[1])
+    for index, (_, loss) in enumerate(lines):
         place.axhline(loss, color="0.35", lw=1, ls=("--", "-.", ":")[index % 3])
-        place.annotate(f"{name} {loss:.2f}", (1, loss), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+    low, high = place.get_ylim()
+    for group in _near(lines, (high - low) / 20):  # the height of a line of text
+        told = ", ".join(f"{name.removesuffix('_loss').replace('_', ' ')} {loss:.2f}" for name, loss in group)
+        place.annotate(told, (1, group[-1][1]), xycoords=("axes fraction", "data"), ha="right", va="bottom")
     place.set(xlabel="step", ylabel="loss (nats)")
     place.legend(loc="best", fontsize="small")
     return plot_style.save(figure, folder.path / "loss.png")
+
+
+def _near(lines: Sequence[tuple[str, float]], distance: float) -> list[list[tuple[str, float]]]:
+    """Lines of rising height in groups, each no further than `distance` from the one below it."""
+    groups: list[list[tuple[str, float]]] = []
+    for line in lines:
+        if groups and line[1] - groups[-1][-1][1] < distance:
+            groups[-1].append(line)
+        else:
+            groups.append([line])
+    return groups
 
 
 def partition(counts_by_client: Mapping[int, Mapping[str, int]], path: Path) -> Path:
