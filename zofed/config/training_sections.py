@@ -72,6 +72,20 @@ class Model(Section):
     scope: str = setting(
         "full", "what trains: full, reduced, norms, biases, head, last-K, or a regular expression of names", first=True
     )
+    adapter: Literal["none", "lora"] = setting(
+        "none",
+        "lora: low-rank matrices beside the model's own train in its place, within scope; saved as peft reads them",
+        first=True,
+    )
+    lora_rank: int = setting(8, "rank of an adapter's matrices", ge=1, le=4096, acts_when=when(adapter="lora"))
+    lora_alpha: float = setting(
+        16.0, "an adapter counts alpha / rank times", gt=0, le=1e6, acts_when=when(adapter="lora")
+    )
+    lora_targets: str = setting(
+        "",
+        "modules that get an adapter, by commas: q_proj, v_proj; or all-linear; empty: as peft has it for the model",
+        acts_when=when(adapter="lora"),
+    )
     dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the weights, and of computing with them")
     forward_dtype: Literal["weights", "bfloat16"] = setting(
         "weights", "type of the forward passes; bfloat16: autocast (part of the result)"

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zofed.core import directions
 
@@ -29,10 +29,16 @@ def draw(model: nn.Module, seed: int, fresh: Collection[str] | None) -> None:
             parameter.fill_(1.0)
         else:
             std = residual if name.endswith("c_proj.weight") else INITIAL_STD
-            flat = parameter.view(-1)
-            for start in range(0, len(flat), BLOCK):
-                some = flat[start : start + BLOCK]
-                some.copy_(directions.normal(key, name, some.shape, start) * std)
+            fill(parameter, key, name, std)
+
+
+@torch.no_grad()
+def fill(parameter: Tensor, key: int, name: str, std: float) -> None:
+    """Set a tensor to normal values, mean 0, that are a function of (key, name)."""
+    flat = parameter.view(-1)
+    for start in range(0, len(flat), BLOCK):
+        some = flat[start : start + BLOCK]
+        some.copy_(directions.normal(key, name, some.shape, start) * std)
 
 
 def remember(model: nn.Module, names: Iterable[str]) -> None:

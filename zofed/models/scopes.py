@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zofed.base.errors import UserError
 from zofed.core.digests import named_parameters
 from zofed.core.perturbation_mode import Watch
+from zofed.models import adapters
 from zofed.models.classifier import PooledClassifier
 from zofed.models.initial import drawn
 
@@ -32,9 +33,12 @@ def trainable_names(model: nn.Module, scope: str) -> list[str]:
     scope: full; reduced (the last block's MLP and the norm before it, and the head); norms; biases; head (all outside
     the base model); last-K (the last K blocks, what the forward pass uses after them, and the head); or a regular
     expression searched in the names. A tied tensor goes by its first name. With reduced, head and last-K whatever was
-    drawn because the model's folder lacks it trains too. Raises UserError when nothing is left to train.
+    drawn because the model's folder lacks it trains too. Of a model with an adapter nothing else may train than this
+    and what was drawn. Raises UserError when nothing is left to train.
     """
     everything = model.may_train(scope) if isinstance(model, PooledClassifier) else named_parameters(model)
+    if adapted := adapters.names(model):
+        everything = {name: tensor for name, tensor in everything.items() if name in adapted | set(drawn(model))}
     if scope == "full":
         chosen = set(everything)
     elif scope == "norms":
@@ -52,6 +56,7 @@ def trainable_names(model: nn.Module, scope: str) -> list[str]:
         raise UserError(
             f"scope = {scope!r} leaves nothing to train: use full, last-1 or a regular expression that is found in "
             f"parameter names such as {', '.join(list(everything)[-4:])}"
+            + (", of the adapter, which alone trains" if adapted else "")
         )
     return names
 

@@ -1,5 +1,6 @@
 """One description of a run's model, from which building, outlining, describing and rebuilding follow."""
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,8 +18,10 @@ from zofed.base.errors import UserError
 from zofed.base.files import write_whole
 from zofed.base.texts import printable
 from zofed.config import Settings
+from zofed.core.digests import named_parameters
 from zofed.data import prompts
-from zofed.models import classifier, initial, limits, sources
+from zofed.models import adapters, classifier, initial, limits, scopes, sources
+from zofed.models.adapters import Lora
 from zofed.models.classifier import PooledClassifier, Pooling
 from zofed.models.precision import Model, ready
 from zofed.models.sources import Fresh, Source, Stored, source_of
@@ -32,7 +35,8 @@ class ModelSpec:
     weights. classes: of a classifier; 0: a language model. pooling: how a classifier's encoder is pooled; auto: as its
     folder says, else by the library's own classifier, else (is_frozen: the head alone trains) by the mean. block_size:
     tokens of an example, which the model must be able to read. prompts: whether a language model chooses among
-    candidates behind a prompt (causal), or where a mask stands (masked).
+    candidates behind a prompt (causal), or where a mask stands (masked). adapter: what is set into it and trains in its
+    place; None: nothing, and an adapter that `name` holds is added to its base. scope: where a new one is set in.
     """
 
     name: str
@@ -44,6 +48,8 @@ class ModelSpec:
     is_frozen: bool = False
     block_size: int = 2
     prompts: Literal["", "causal", "masked"] = ""
+    adapter: Lora | Mapping[str, Any] | None = None
+    scope: str = "full"
 
     @classmethod
     def of(cls, settings: Settings, classes: int = 0) -> "ModelSpec":
@@ -58,12 +64,36 @@ class ModelSpec:
             is_frozen=settings.freeze_encoder,
             block_size=settings.block_size,
             prompts=_prompts(settings),
+            adapter=_lora(settings),
+            scope=settings.scope,
         )
 
     @cached_property
+    def saved_adapter(self) -> adapters.Folder | None:
+        """The adapter that `name` holds; None: it is a whole model. Raises UserError for one that cannot be used."""
+        return None if self.name in sources.SIZES else adapters.folder_of(sources.model_folder(self.name, self.revision))
+
+    @cached_property
     def source(self) -> Source:
-        """Where it comes from. Raises UserError for an unknown model."""
-        return source_of(self.name, self.revision, is_masked=self.prompts == "masked")
+        """Where its weights come from: of an adapter its base. Raises UserError for an unknown model."""
+        own = self.saved_adapter
+        name, revision = (own.base, own.revision) if own else (self.name, self.revision)
+        try:
+            return source_of(name, revision, is_masked=self.prompts == "masked")
+        except UserError as error:
+            if own is None:
+                raise
+            raise UserError(
+                f"{own.where} is of the base {own.base!r}: {error}; or write where it lies into "
+                f"base_model_name_or_path of its {adapters.CONFIG}"
+            ) from error
+
+    @property
+    def tokenizer(self) -> str:
+        """The name of the tokenizer that fits it: beside an adapter, where one is there."""
+        own = self.saved_adapter
+        has_own = own is not None and (own.path / "tokenizer_config.json").is_file()
+        return str(own.path) if own and has_own else self.source.tokenizer
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> Model:
         """The module on the CPU, in evaluation mode (no dropout), in its dtype.
@@ -84,7 +114,30 @@ class ModelSpec:
                 limits.check_causal(model, self.name)
             if self.prompts:
                 limits.check_prompts(model, self.name, self.block_size, is_masked=self.prompts == "masked")
-        return ready(model, self.dtype)
+        return self._adapted(model)
+
+    def _adapted(self, model: Model) -> Model:
+        """The float32 model in its dtype, with its adapter, whether new, saved, or saved and to be added."""
+        saved = self.saved_adapter
+        if not (saved or self.adapter):
+            return ready(model, self.dtype)
+        base = adapters.base_digest(model)
+        if saved and not self.adapter:
+            adapters.inject(model, saved, self.seed, base)
+            adapters.merge(model)
+        model = ready(model, self.dtype)
+        if self.adapter:
+            if saved:
+                adapters.check_same(self.adapter, _USUAL, saved)
+            self._inject(model, base)
+        return model
+
+    def _inject(self, model: Model, base: str) -> None:
+        """Set the adapter in; a new one where it trains alone."""
+        assert self.adapter is not None
+        adapters.inject(model, self.saved_adapter or self.adapter, self.seed, base)
+        if not self.saved_adapter and isinstance(self.adapter, Lora):
+            adapters.keep(model, scopes.trainable_names(model, self.scope))
 
     def outline(self, tokenizer: PreTrainedTokenizerBase) -> Model:
         """The module `build` would make, its shapes without its memory: on the meta device.
@@ -100,7 +153,11 @@ class ModelSpec:
             with torch.device("meta"):
                 model = PooledClassifier(model, pooling, self.classes, self.is_frozen)
             nn.Module.to(model, "meta")
-        return ready(model, self.dtype)
+        model = ready(model, self.dtype)
+        if self.adapter:
+            with torch.device("meta"):
+                self._inject(model, "")
+        return model
 
     @property
     def _pooling(self) -> Pooling | None:
@@ -111,12 +168,18 @@ class ModelSpec:
     def _head_of_its_own(self) -> Pooling | None:
         if self.pooling != "auto":
             return self.pooling
-        saved = classifier.saved_pooling(self.source.folder) if self.source.folder else None
+        saved = classifier.saved_pooling(self._head_folder) if self._head_folder else None
         return saved or ("mean" if self.is_frozen else None)
+
+    @property
+    def _head_folder(self) -> Path | None:
+        """Where the head of a pooled classifier may lie."""
+        own = self.saved_adapter
+        return own.path if own and (own.path / classifier.HEAD_FILE).is_file() else self.source.folder
 
     def with_head(self, encoder: PreTrainedModel, pooling: Pooling) -> PooledClassifier:
         """The encoder with the head its folder holds, else with one drawn from the seed."""
-        folder = self.source.folder
+        folder = self._head_folder
         model = PooledClassifier(encoder, pooling, self.classes, self.is_frozen)
         if folder and classifier.saved_pooling(folder):
             classifier.load_head(model, folder)
@@ -144,7 +207,7 @@ class ModelSpec:
             is_classifier = any(name.endswith("ForSequenceClassification") for name in architectures)
         except (OSError, ValueError, AttributeError, TypeError):
             return ()
-        count = classifier.saved_classes(folder)
+        count = classifier.saved_classes(self._head_folder or folder)
         if not count and is_classifier and not self._head_of_its_own:
             count = len(names) or int(written.get("num_labels") or 2)  # the library writes down no default
         if count < 2:
@@ -185,13 +248,26 @@ def rebuild(described: Mapping[str, Any], seed: int, dtype: str, name: str = "",
         dtype,
         classes,
         prompts="masked" if masked and not is_fresh else "",
+        adapter=described.get("adapter"),
     )
     if not is_fresh and isinstance(spec.source, Fresh):
         raise UserError(f"the base of this journal is a saved model, not the size {name!r}: give its folder or hub id")
     config = spec.source.described_config(described["config"], classes, pooling)
     padding = described["config"].get("pad_token_id")
     model = spec.source.create(config, classes, pooling, seed=seed, padding=padding)
-    return ready(spec.with_head(model, pooling) if pooling else model, dtype)
+    return spec._adapted(ready(spec.with_head(model, pooling) if pooling else model, "float32"))
+
+
+def _lora(settings: Settings) -> Lora | None:
+    return None if settings.adapter == "none" else _lora_of(settings)
+
+
+def _lora_of(settings: Settings) -> Lora:
+    targets = tuple(part.strip() for part in settings.lora_targets.split(",") if part.strip())
+    return Lora(settings.lora_rank, settings.lora_alpha, targets)
+
+
+_USUAL = _lora_of(Settings())
 
 
 def _prompts(settings: Settings) -> Literal["", "causal", "masked"]:
@@ -202,7 +278,7 @@ def _prompts(settings: Settings) -> Literal["", "causal", "masked"]:
 
 def tokenizer_name(settings: Settings) -> str:
     """Which tokenizer a run uses: the one named, else the one that fits the model. Raises UserError for no model."""
-    return settings.tokenizer or source_of(settings.model, settings.revision).tokenizer
+    return settings.tokenizer or ModelSpec.of(settings).tokenizer
 
 
 def describe(name: str, model: Model) -> dict[str, Any]:
@@ -217,6 +293,8 @@ def describe(name: str, model: Model) -> dict[str, Any]:
     }
     if isinstance(model, PooledClassifier):
         described |= {"pooling": model.pooling, "classes": model.classifier.out_features}
+    if adapted := adapters.of(model):
+        described["adapter"] = dict(adapted.config)
     return described
 
 
@@ -229,12 +307,27 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, class_names: Sequence[str] = ()) -> None:
+def save(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    class_names: Sequence[str] = (),
+    base: tuple[str, str] = ("", ""),
+) -> None:
     """A folder that `AutoModelForCausalLM` (or its kin for classifiers, masks) and `AutoTokenizer` load; safetensors.
 
     Of a pooled classifier `AutoModel` loads the encoder; its head lies beside it, where `ModelSpec.build` finds it.
-    class_names: of a classifier's classes 0, 1, ..., for id2label and label2id of its config.
+    class_names: of a classifier's classes 0, 1, ..., for id2label and label2id of its config. base: name and revision
+    of a saved model below an adapter, which alone is then written, as peft reads it; without one, or where it is a
+    named size, which only its seed could bring back, the sum of both is.
     """
+    if adapters.of(model) and base[0] and base[0] not in sources.SIZES:
+        _save_adapter(model, folder, base)
+        tokenizer.save_pretrained(folder)
+        return
+    if adapters.of(model):
+        model = copy.deepcopy(model)
+        adapters.merge(model)
     encoder = model.encoder if isinstance(model, PooledClassifier) else model
     assert isinstance(encoder, PreTrainedModel)
     encoder.save_pretrained(folder)
@@ -246,3 +339,12 @@ def save(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, cla
     if isinstance(model, PooledClassifier):
         classifier.save_head(model, folder)
     tokenizer.save_pretrained(folder)
+
+
+def _save_adapter(model: nn.Module, folder: Path, base: tuple[str, str]) -> None:
+    if isinstance(model, PooledClassifier):
+        adapters.save(model, folder, *base, {})
+        classifier.save_head(model, folder)
+    else:
+        own = named_parameters(model)
+        adapters.save(model, folder, *base, {name: own[name] for name in initial.drawn(model)})

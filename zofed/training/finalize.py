@@ -244,7 +244,8 @@ def save_model(task: Task, replica: Replica, folder: RunFolder) -> None:
     temporary = folder.path / ".model.new"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        spec.save(replica.model, task.tokenizer, temporary, task.class_names)
+        base = task.settings.model, task.settings.revision
+        spec.save(replica.model, task.tokenizer, temporary, task.class_names, base)
         for path in temporary.rglob("*"):
             if path.is_file():
                 sync_file(path)

@@ -22,7 +22,7 @@ from zofed.data import classes, encoding, partitions, prompts
 from zofed.data.classes import Classes
 from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
-from zofed.models import classifier, initial, limits, spec
+from zofed.models import adapters, classifier, initial, limits, spec
 from zofed.models.spec import ModelSpec
 from zofed.training import generation
 from zofed.training.modes import mode_of
@@ -368,8 +368,10 @@ class Task:
         return self.type.baselines(train, held_out, len(self.tokenizer), self.labels)
 
     def first_replica(self) -> Replica:
-        """`replica`, of whoever begins a run: says what the saved model lacks and the run draws."""
+        """`replica`, of whoever begins a run: says what the saved model lacks and the run draws, and what adapts it."""
         replica = self.replica()
+        if adapter := adapters.described(replica.model):
+            print(adapter, flush=True)
         if names := initial.drawn(replica.model):
             print(initial.described(names), flush=True)
         return replica

@@ -1,0 +1,401 @@
+"""Low-rank adapters (Hu et al., "LoRA: low-rank adaptation of large language models", 2021), by the library peft.
+
+Its layers are set into the model itself, which stays of its own class: y = W x + alpha / rank * B (A x), where A and B
+train in float32, whatever type W has. A is drawn from (run seed, its name), B begins at zero, so that a run starts from
+what the base computes. A folder of an adapter is the one that peft writes and reads.
+"""
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from zofed.base.errors import UserError
+from zofed.base.texts import said_by
+from zofed.config import unknown
+from zofed.core import directions
+from zofed.core.digests import named_parameters, tensors_digest
+from zofed.models import initial
+from zofed.models.classifier import PooledClassifier
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names that peft gives them
+ALL_LINEAR = "all-linear"  # peft's word for every linear map but the output layer
+
+_NAME = "default"  # of the one adapter, as peft calls it
+_PREFIX = "base_model.model."  # before the names in peft's files
+_MATRICES = ("lora_A", "lora_B")
+# What of peft's configuration decides which function an adapter is.
+_KEPT = (
+    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
+    "alpha_pattern", "use_rslora", "fan_in_fan_out",
+)  # fmt: skip
+# What would make it another function than the one above, with the value that leaves it.
+_UNKNOWN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
+            "target_parameters": None, "layer_replication": None, "alora_invocation_tokens": None}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """What the settings say of an adapter. targets: names of modules, or `all-linear`; empty: as peft's for the kind."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """An adapter's folder, as peft writes it. Raises UserError for one that cannot be used.
+
+    base, revision: the model that it belongs to. config: what of peft's configuration says how it computes.
+    heads: modules beside it that it holds whole, such as a new classification head.
+    """
+
+    path: Path
+    base: str
+    revision: str
+    config: Mapping[str, Any]
+    heads: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """What to call it."""
+        return f"adapter folder {str(self.path)!r}"
+
+    def tensors(self) -> tuple[dict[str, Tensor], str]:
+        """Its tensors by peft's names without the prefix, float32, and the base's digest where it tells."""
+        file = self.path / WEIGHTS
+        if not file.is_file():
+            pickled = (self.path / "adapter_model.bin").is_file()
+            remedy = "save it with safe_serialization=True" if pickled else "copy the folder again from where it came"
+            raise UserError(f"{self.where} has no {WEIGHTS}: {remedy}")
+        try:
+            with safe_open(file, framework="pt") as opened:
+                held = {name: opened.get_tensor(name).to(torch.float32) for name in opened.keys()}  # noqa: SIM118
+                told = (opened.metadata() or {}).get("base", "")
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.where}: {WEIGHTS} is damaged ({said_by(error)}): copy it again from where it came"
+            ) from error
+        if broken := [name for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())]:
+            raise UserError(f"{self.where} holds {broken[0]} with values that are not finite: give an undamaged copy")
+        return {name.removeprefix(_PREFIX): tensor for name, tensor in held.items()}, told
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """What a model remembers of the adapter that was set into it. base: digest of the weights below, in float32."""
+
+    config: Mapping[str, Any]
+    base: str
+
+
+def folder_of(path: Path) -> Folder | None:
+    """The adapter in a folder; None where it holds none. Raises UserError for one that is not LoRA, or has extras."""
+    file = path / CONFIG
+    if not file.is_file():
+        return None
+    where = f"adapter folder {str(path)!r}"
+    try:
+        written = json.loads(file.read_text(encoding="utf-8"))
+        base, kind = written["base_model_name_or_path"], written["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{where}: its {CONFIG} cannot be read ({said_by(error)}): copy the folder again") from error
+    if kind != "LORA":
+        raise UserError(
+            f"{where} is an adapter of the type {kind}, of which zofed reads LORA alone: merge it into its base with "
+            "merge_and_unload() and give the folder that save_pretrained writes of the merged model"
+        )
+    for key, usual in _UNKNOWN.items():
+        if written.get(key, usual) not in (usual, None):
+            raise UserError(
+                f"{where} has {key} = {written[key]!r}, which zofed does not train: merge it into its base with "
+                "merge_and_unload() and give the folder that save_pretrained writes of the merged model"
+            )
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{where} does not say of which base it is: write base_model_name_or_path into its {CONFIG}")
+    config = {key: written[key] for key in _KEPT if written.get(key) is not None}
+    return Folder(path, base, written.get("revision") or "", config, tuple(written.get("modules_to_save") or ()))
+
+
+def of(model: nn.Module) -> Adapted | None:
+    """What was set into a model; None: nothing."""
+    return getattr(_inner(model), "zofed_adapter", None)
+
+
+def base_digest(model: nn.Module) -> str:
+    """SHA-256, hex, over what a model's folder held: without a head that was drawn, or that pools an encoder."""
+    inner = _inner(model)
+    held = {name: tensor for name, tensor in named_parameters(inner).items() if name not in initial.drawn(inner)}
+    return tensors_digest(held)
+
+
+def names(model: nn.Module) -> set[str]:
+    """Names of an adapter's own parameters in a model, canonical; empty where `inject` set none into it."""
+    if of(model) is None:
+        return set()
+    own = {id(part[_NAME].weight) for _, layer in _layers(model) for part in (layer.lora_A, layer.lora_B)}
+    return {directions.canonical_name(name) for name, tensor in model.named_parameters() if id(tensor) in own}
+
+
+@torch.no_grad()
+def inject(model: nn.Module, wanted: Lora | Folder | Mapping[str, Any], seed: int, base: str) -> None:
+    """Set an adapter into a model, in place: a new one by settings or by what a genesis describes, or a folder's.
+
+    base: `base_digest` of the model in float32; empty for an outline on the meta device, whose adapter has no
+    values. Raises UserError for targets that are not there, a rank above a matrix's sides, a folder of another base.
+    """
+    inner = _inner(model)
+    config = _config(inner, wanted)
+    with torch.random.fork_rng(devices=[]):  # what the library draws is drawn anew below
+        _injected(inner, config)
+    key = directions.derive_seed("zofed-initial", seed)
+    for name, layer in _layers(inner):
+        _check_rank(layer, name, config)
+        for part in _MATRICES:
+            weight = getattr(layer, part)[_NAME].weight
+            weight.data = weight.data.to(torch.float32)
+            if part == "lora_B":
+                weight.zero_()
+            else:  # with the variance of peft's default
+                initial.fill(weight, key, f"{name}.lora_A", 1 / math.sqrt(3 * weight.shape[1]))
+    if isinstance(wanted, Folder) and base:
+        _set(inner, wanted, base)
+    described = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    inner.zofed_adapter = Adapted(  # type: ignore[assignment]
+        {key: described[key] for key in _KEPT if described[key] is not None}, base
+    )
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Add what a model's adapter computes to the weights that it shifts, and take the adapter out; in place.
+
+    Term by term in float64, so that the sums have the same bits on every machine.
+    """
+    inner = _inner(model)
+    for name, layer in list(_layers(inner)):
+        base = layer.get_base_layer()
+        a, b = (getattr(layer, part)[_NAME].weight.double() for part in _MATRICES)
+        total = base.weight.double()
+        for row, column in zip(a, b.T, strict=True):
+            product = torch.outer(row, column) if layer.fan_in_fan_out else torch.outer(column, row)
+            total += product * layer.scaling[_NAME]
+        base.weight.copy_(total)
+        _replace(inner, name, base)
+    del inner.zofed_adapter, inner.peft_config
+
+
+def save(model: nn.Module, folder: Path, name: str, revision: str, heads: Mapping[str, Tensor]) -> None:
+    """The adapter of a model in peft's own format: config and safetensors, nothing of the base.
+
+    name, revision: of the base, as whoever loads it will find it. heads: parameters beside the adapter that train, by
+    their names in the model, such as a new classification head.
+    """
+    inner = _inner(model)
+    adapted = of(model)
+    assert adapted is not None
+    tensors = {
+        f"{_PREFIX}{layer}.{part}.weight": getattr(module, part)[_NAME].weight
+        for layer, module in _layers(inner)
+        for part in _MATRICES
+    } | {_PREFIX + key: tensor for key, tensor in heads.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
+        folder / WEIGHTS,
+        {"format": "pt", "base": adapted.base},
+    )
+    config = _lora_config(
+        **adapted.config,
+        base_model_name_or_path=name,
+        revision=revision or None,
+        task_type=_task_type(inner),
+        modules_to_save=sorted({key.rpartition(".")[0] for key in heads}) or None,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+
+
+def _inner(model: nn.Module) -> Any:
+    """The model that the library made: of a pooled classifier its encoder."""
+    return model.encoder if isinstance(model, PooledClassifier) else model
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Modules that an adapter shifts, with their names."""
+    for name, module in model.named_modules():
+        if all(_NAME in getattr(module, part, ()) for part in _MATRICES):
+            yield name, module
+
+
+def keep(model: nn.Module, trained: Collection[str]) -> None:
+    """Take those layers' adapters out of a model, in place, of which nothing trains: they would add zero for ever.
+
+    trained: canonical names.
+    """
+    inner = _inner(model)
+    layers = list(_layers(model))
+    unused = [(name, layer) for name, layer in layers if not any(one.startswith(f"{name}.") for one in trained)]
+    for name, layer in unused:
+        _replace(model, name, layer.get_base_layer())
+    if unused:
+        prefix = "encoder." if isinstance(model, PooledClassifier) else ""
+        left = sorted(name.removeprefix(prefix) for name, _ in layers if (name, _) not in unused)
+        config = dict(inner.zofed_adapter.config) | {"target_modules": left}
+        inner.zofed_adapter = replace(inner.zofed_adapter, config=config)
+
+
+def described(model: nn.Module) -> str:
+    """A line for people on a model's adapter; empty where it has none."""
+    adapted = of(model)
+    if adapted is None:
+        return ""
+    config, own = adapted.config, names(model)
+    count = sum(tensor.numel() for name, tensor in named_parameters(model).items() if name in own)
+    targets = config["target_modules"]
+    on = targets if isinstance(targets, str) else ", ".join(dict.fromkeys(one.rpartition(".")[2] for one in targets))
+    return f"adapter: LoRA of rank {config['r']}, alpha {config['lora_alpha']:g}, on {on} ({len(own) // 2} matrices): {count:,} parameters"
+
+
+def check_same(wanted: "Lora | Mapping[str, Any]", usual: Lora, saved: Folder) -> None:
+    """Raise UserError where settings speak of another adapter than the folder that is trained on. usual: defaults."""
+    if not isinstance(wanted, Lora):
+        return
+    own = saved.config
+    targets = own["target_modules"]
+    held = {
+        "lora-rank": (wanted.rank, usual.rank, own["r"]),
+        "lora-alpha": (wanted.alpha, usual.alpha, own["lora_alpha"]),
+        "lora-targets": (
+            set(wanted.targets), set(usual.targets), set([targets] if isinstance(targets, str) else targets)
+        ),
+    }  # fmt: skip
+    for key, (given, default, there) in held.items():
+        if given not in (default, there):
+            shown = ", ".join(sorted(there)) if isinstance(there, set) else there
+            raise UserError(
+                f"{key} is given, but {saved.where} has {shown}, which a run that goes on with it keeps: leave {key} "
+                "out, or set adapter to none to add this adapter to its base and train the whole"
+            )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, module)
+
+
+def _config(model: Any, wanted: Lora | Folder | Mapping[str, Any]) -> Any:
+    if isinstance(wanted, Lora):
+        _check_targets(model, wanted.targets)
+        given: Any = ALL_LINEAR if wanted.targets == (ALL_LINEAR,) else list(wanted.targets) or None
+        alpha = int(wanted.alpha) if wanted.alpha == int(wanted.alpha) else wanted.alpha
+        transposed = any(isinstance(module, Conv1D) for module in model.modules())  # of GPT-2's kind
+        return _lora_config(r=wanted.rank, lora_alpha=alpha, target_modules=given, fan_in_fan_out=transposed)
+    return _lora_config(**(wanted.config if isinstance(wanted, Folder) else wanted))
+
+
+def _lora_config(**values: Any) -> Any:
+    from peft import LoraConfig  # seconds, for those alone who adapt
+
+    return LoraConfig(**values)
+
+
+def _injected(model: Any, config: Any) -> None:
+    from peft import inject_adapter_in_model
+
+    try:
+        inject_adapter_in_model(config, model)
+    except ValueError as error:
+        kind = model.config.model_type
+        if config.target_modules is None:
+            raise UserError(
+                f"adapter = 'lora': peft has no default for models of the type {kind!r}: set lora-targets to "
+                f"{ALL_LINEAR}, or to names such as {', '.join(_linear_names(model)[:4])}"
+            ) from error
+        raise UserError(f"an adapter does not fit the model of the type {kind!r}: {said_by(error)}") from error
+
+
+def _linear_names(model: nn.Module) -> list[str]:
+    """Last parts of the names of linear maps inside a model, each once, without the output layer."""
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    found = [
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not output
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _check_targets(model: nn.Module, targets: tuple[str, ...]) -> None:
+    """Refuse names of which there is no linear map; peft leaves such out if another is there."""
+    if targets in ((), (ALL_LINEAR,)):
+        return
+    if ALL_LINEAR in targets:
+        raise UserError(f"lora-targets = {', '.join(targets)!r}: {ALL_LINEAR} stands alone, or names stand alone")
+    known = _linear_names(model)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            raise UserError(f"lora-targets: {unknown(target, [*known, ALL_LINEAR], 'linear map')}")
+    output, embedding = (getattr(model, f"get_{end}put_embeddings", lambda: None)() for end in ("out", "in"))
+    if output is None or embedding is None or output.weight is not embedding.weight:
+        return
+    name = next(name for name, module in model.named_modules() if module is output)
+    if any(name == target or name.endswith("." + target) for target in targets):
+        raise UserError(
+            f"lora-targets: {name} shares its weights with the embedding, which an adapter would move with it: leave "
+            "it out"
+        )
+
+
+def _check_rank(layer: Any, name: str, config: Any) -> None:
+    rank = layer.r[_NAME]
+    smallest = min(layer.lora_A[_NAME].weight.shape[1], layer.lora_B[_NAME].weight.shape[0])
+    if rank > smallest:
+        raise UserError(
+            f"lora-rank = {rank}, but {name} is a matrix of {smallest} on its smaller side: {smallest} at most, or "
+            "leave it out of lora-targets"
+        )
+
+
+def _set(model: Any, folder: Folder, base: str) -> None:
+    """Give an adapter, and the heads beside it, the values that a folder holds."""
+    tensors, told = folder.tensors()
+    if told and told != base:
+        raise UserError(
+            f"{folder.where} was trained on a base of SHA-256 {told[:16]}..., but {folder.base!r} has {base[:16]}...: "
+            f"write where its own base lies into base_model_name_or_path of its {CONFIG}"
+        )
+    own = {
+        f"{name}.{part}.weight": getattr(layer, part)[_NAME].weight for name, layer in _layers(model) for part in _MATRICES
+    }
+    own |= {
+        name: tensor for name, tensor in model.named_parameters() if any(name.startswith(f"{h}.") for h in folder.heads)
+    }
+    if own.keys() != tensors.keys():
+        lacking, more = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+        what = f"lacks {lacking[0]}" if lacking else f"holds {more[0]}, for which there is no place"
+        raise UserError(f"{folder.where} {what}: give the folder that was saved for its base, {folder.base!r}")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape:
+            raise UserError(
+                f"{folder.where} holds {name} of shape {tuple(tensors[name].shape)}, but {tuple(tensor.shape)} is "
+                f"needed: {folder.base!r} is not its base; correct base_model_name_or_path in its {CONFIG}"
+            )
+        tensor.copy_(tensors[name])
+
+
+def _task_type(model: Any) -> str | None:
+    """How peft calls what a class of the library does, by the end of its name."""
+    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
+    return next((told for end, told in ends.items() if re.search(f"{end}$", type(model).__name__)), None)
