@@ -1,4 +1,4 @@
-"""Adapters as settings: set in, trained in every mode and way, saved as peft reads them, read again, merged, refused."""
+"""Adapters as settings: set in, trained in every mode, saved as peft reads them, read again, merged, refused."""
 
 import json
 from collections.abc import Callable
@@ -28,7 +28,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core.digests import named_parameters, weights_digest
 from zofed.data import encoding
-from zofed.models import adapters, scopes, spec
+from zofed.models import adapter_files, adapters, scopes, spec
 from zofed.models.spec import ModelSpec
 from zofed.runs.run_folder import RunFolder
 from zofed.training import asking, central
@@ -39,7 +39,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 LORA: dict[str, Any] = {"adapter": "lora", "lora_rank": 2}
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt2": lambda: GPT2LMHeadModel(gpt2_config(vocab_size=512, n_embd=12, n_positions=64)),
-    "llama": lambda: LlamaForCausalLM(llama_config(vocab_size=512, tie_word_embeddings=True, max_position_embeddings=64)),
+    "llama": lambda: LlamaForCausalLM(
+        llama_config(vocab_size=512, tie_word_embeddings=True, max_position_embeddings=64)
+    ),
 }
 
 
@@ -108,16 +110,18 @@ def test_a_runs_folder_is_what_peft_reads_and_goes_on_kept_or_merged(
     found = central.train(settings, tmp_path / "run", ignore)
     assert found["replay_digest"] == found["digest"]
     folder = tmp_path / "run" / "model"
-    assert not any("embed" in name or "wte" in name for name in load_file(folder / adapters.WEIGHTS))
+    assert not any("embed" in name or "wte" in name for name in load_file(folder / adapter_files.WEIGHTS))
     ours = asking.of_run(tmp_path / "run", compare=True).models
     theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
-    assert torch.equal(logits(ours[asking.TUNED]), logits(theirs))
-    assert torch.equal(logits(ours[asking.BASE]), logits(AutoModelForCausalLM.from_pretrained(base).eval()))
+    alike = {"rtol": 0.0, "atol": 1e-5 if kind == "gpt2" else 0.0}  # whose activation zofed exchanges for a faster one
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    assert torch.allclose(logits(ours[asking.TUNED]), logits(theirs), **alike)
+    assert torch.allclose(logits(ours[asking.BASE]), logits(plain), **alike)
     assert (logits(theirs) - logits(ours[asking.BASE])).abs().max() > 1e-3
     merged, whole = built(folder, tokenizer), theirs.merge_and_unload()
     assert named_parameters(merged).keys() == named_parameters(whole).keys()
     for name, tensor in named_parameters(whole).items():
-        assert torch.allclose(named_parameters(merged)[name], tensor, rtol=1e-6, atol=1e-7), name
+        assert torch.allclose(named_parameters(merged)[name], tensor, rtol=1e-5, atol=1e-5), name
     kept = central.train(quick(model=str(folder), scope=scope, **LORA), tmp_path / "kept", ignore)
     assert kept["eval_loss_start"] == found["eval_loss_end"] and kept["replay_digest"] == kept["digest"]
     on = central.train(quick(model=str(folder)), tmp_path / "merged", ignore)
@@ -158,7 +162,7 @@ def test_clients_of_first_order_send_what_the_adapter_holds(quick: Quick, bases:
 def test_an_adapter_of_a_named_size_is_saved_with_its_base(quick: Quick, tmp_path: Path) -> None:
     found = central.train(quick(learning_rate=0.3, optimizer="adamw", **LORA), tmp_path / "run", ignore)
     folder = tmp_path / "run" / "model"
-    assert not (folder / adapters.CONFIG).exists()
+    assert not (folder / adapter_files.CONFIG).exists()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ours = asking.of_run(tmp_path / "run").models[asking.TUNED]
     assert torch.allclose(logits(model), logits(ours), atol=1e-5)
@@ -233,20 +237,20 @@ def saved(bases: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pyt
 
 
 def rewritten(folder: Path, **changes: Any) -> None:
-    file = folder / adapters.CONFIG
+    file = folder / adapter_files.CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def with_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    file = folder / adapters.WEIGHTS
+    file = folder / adapter_files.WEIGHTS
     save_file(change(load_file(file)), file, {"format": "pt"})
 
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no weights": (lambda f: (f / adapters.WEIGHTS).unlink(), "has no adapter_model.safetensors: copy the folder"),
-    "cut": (lambda f: (f / adapters.WEIGHTS).write_bytes(b"123"), "adapter_model.safetensors is damaged"),
-    "no json": (lambda f: (f / adapters.CONFIG).write_text("{"), "adapter_config.json cannot be read"),
+    "no weights": (lambda f: (f / adapter_files.WEIGHTS).unlink(), "has no adapter_model.safetensors: copy the folder"),
+    "cut": (lambda f: (f / adapter_files.WEIGHTS).write_bytes(b"123"), "adapter_model.safetensors is damaged"),
+    "no json": (lambda f: (f / adapter_files.CONFIG).write_text("{"), "adapter_config.json cannot be read"),
     "no base": (lambda f: rewritten(f, base_model_name_or_path=""), "does not say of which base it is"),
     "base gone": (lambda f: rewritten(f, base_model_name_or_path="/gone"), "is of the base '/gone': unknown model"),
     "other kind": (lambda f: rewritten(f, peft_type="IA3"), "an adapter of the type IA3"),
@@ -255,7 +259,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fewer targets": (lambda f: rewritten(f, target_modules=["q_proj"]), "v_proj.lora_A.weight, for which there is no"),
     "other targets": (lambda f: rewritten(f, target_modules=["w_q"]), "does not fit the model of the type 'llama'"),
     "lacking": (lambda f: with_tensors(f, lambda t: {k: v for k, v in t.items() if k != FIRST}), "lacks .*q_proj.lora"),
-    "not finite": (lambda f: with_tensors(f, lambda t: t | {FIRST: t[FIRST] * torch.nan}), "values that are not finite"),
+    "not finite": (lambda f: with_tensors(f, lambda t: t | {FIRST: t[FIRST] * torch.nan}), "that are not finite"),
 }  # fmt: skip
 
 
@@ -280,13 +284,13 @@ def test_an_adapter_of_another_base_is_refused(
 ) -> None:
     other: Any = randomised(KINDS["llama"](), 0.3)
     other.save_pretrained(tmp_path / "other")
-    before = (saved / adapters.CONFIG).read_text()
+    before = (saved / adapter_files.CONFIG).read_text()
     try:
         rewritten(saved, base_model_name_or_path=str(tmp_path / "other"))
-        with pytest.raises(UserError, match="was trained on a base of SHA-256 .*, but .* has"):
+        with pytest.raises(UserError, match=r"was trained on a base of SHA-256 .*, but .* has"):
             built(saved, tokenizer)
     finally:
-        (saved / adapters.CONFIG).write_text(before)
+        (saved / adapter_files.CONFIG).write_text(before)
 
 
 def test_settings_that_speak_of_another_adapter_than_the_folder_are_refused(
@@ -301,7 +305,8 @@ def test_settings_that_speak_of_another_adapter_than_the_folder_are_refused(
 def test_a_foreign_adapter_of_peft_is_read(bases: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(bases / "gpt2")
     wrapped = peft.get_peft_model(
-        model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], use_rslora=True, task_type="CAUSAL_LM")
+        model,
+        peft.LoraConfig(r=3, lora_alpha=5, target_modules=["c_attn", "c_fc"], use_rslora=True, task_type="CAUSAL_LM"),
     )
     with torch.no_grad():
         for name, tensor in wrapped.named_parameters():

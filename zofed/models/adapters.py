@@ -5,7 +5,6 @@ train in float32, whatever type W has. A is drawn from (run seed, its name), B b
 what the base computes. A folder of an adapter is the one that peft writes and reads.
 """
 
-import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,71 +21,23 @@ from zofed.base.texts import said_by
 from zofed.config import unknown
 from zofed.core import directions
 from zofed.core.digests import named_parameters, tensors_digest
-from zofed.models import initial
+from zofed.models import adapter_files, initial
+from zofed.models.adapter_files import Folder
 from zofed.models.classifier import PooledClassifier
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names that peft gives them
 ALL_LINEAR = "all-linear"  # peft's word for every linear map but the output layer
 
 _NAME = "default"  # of the one adapter, as peft calls it
-_PREFIX = "base_model.model."  # before the names in peft's files
 _MATRICES = ("lora_A", "lora_B")
-# What of peft's configuration decides which function an adapter is.
-_KEPT = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "use_rslora", "fan_in_fan_out",
-)  # fmt: skip
-# What would make it another function than the one above, with the value that leaves it.
-_UNKNOWN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
-            "target_parameters": None, "layer_replication": None, "alora_invocation_tokens": None}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """What the settings say of an adapter. targets: names of modules, or `all-linear`; empty: as peft's for the kind."""
+    """What settings say of an adapter. targets: names of modules, or `all-linear`; empty: as peft's for the kind."""
 
     rank: int
     alpha: float
     targets: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """An adapter's folder, as peft writes it. Raises UserError for one that cannot be used.
-
-    base, revision: the model that it belongs to. config: what of peft's configuration says how it computes.
-    heads: modules beside it that it holds whole, such as a new classification head.
-    """
-
-    path: Path
-    base: str
-    revision: str
-    config: Mapping[str, Any]
-    heads: tuple[str, ...]
-
-    @property
-    def where(self) -> str:
-        """What to call it."""
-        return f"adapter folder {str(self.path)!r}"
-
-    def tensors(self) -> tuple[dict[str, Tensor], str]:
-        """Its tensors by peft's names without the prefix, float32, and the base's digest where it tells."""
-        file = self.path / WEIGHTS
-        if not file.is_file():
-            pickled = (self.path / "adapter_model.bin").is_file()
-            remedy = "save it with safe_serialization=True" if pickled else "copy the folder again from where it came"
-            raise UserError(f"{self.where} has no {WEIGHTS}: {remedy}")
-        try:
-            with safe_open(file, framework="pt") as opened:
-                held = {name: opened.get_tensor(name).to(torch.float32) for name in opened.keys()}  # noqa: SIM118
-                told = (opened.metadata() or {}).get("base", "")
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{self.where}: {WEIGHTS} is damaged ({said_by(error)}): copy it again from where it came"
-            ) from error
-        if broken := [name for name, tensor in held.items() if not bool(torch.isfinite(tensor).all())]:
-            raise UserError(f"{self.where} holds {broken[0]} with values that are not finite: give an undamaged copy")
-        return {name.removeprefix(_PREFIX): tensor for name, tensor in held.items()}, told
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,34 +46,6 @@ class Adapted:
 
     config: Mapping[str, Any]
     base: str
-
-
-def folder_of(path: Path) -> Folder | None:
-    """The adapter in a folder; None where it holds none. Raises UserError for one that is not LoRA, or has extras."""
-    file = path / CONFIG
-    if not file.is_file():
-        return None
-    where = f"adapter folder {str(path)!r}"
-    try:
-        written = json.loads(file.read_text(encoding="utf-8"))
-        base, kind = written["base_model_name_or_path"], written["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: its {CONFIG} cannot be read ({said_by(error)}): copy the folder again") from error
-    if kind != "LORA":
-        raise UserError(
-            f"{where} is an adapter of the type {kind}, of which zofed reads LORA alone: merge it into its base with "
-            "merge_and_unload() and give the folder that save_pretrained writes of the merged model"
-        )
-    for key, usual in _UNKNOWN.items():
-        if written.get(key, usual) not in (usual, None):
-            raise UserError(
-                f"{where} has {key} = {written[key]!r}, which zofed does not train: merge it into its base with "
-                "merge_and_unload() and give the folder that save_pretrained writes of the merged model"
-            )
-    if not isinstance(base, str) or not base:
-        raise UserError(f"{where} does not say of which base it is: write base_model_name_or_path into its {CONFIG}")
-    config = {key: written[key] for key in _KEPT if written.get(key) is not None}
-    return Folder(path, base, written.get("revision") or "", config, tuple(written.get("modules_to_save") or ()))
 
 
 def of(model: nn.Module) -> Adapted | None:
@@ -172,7 +93,7 @@ def inject(model: nn.Module, wanted: Lora | Folder | Mapping[str, Any], seed: in
         _set(inner, wanted, base)
     described = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     inner.zofed_adapter = Adapted(  # type: ignore[assignment]
-        {key: described[key] for key in _KEPT if described[key] is not None}, base
+        {key: described[key] for key in adapter_files.KEPT if described[key] is not None}, base
     )
 
 
@@ -196,34 +117,24 @@ def merge(model: nn.Module) -> None:
 
 
 def save(model: nn.Module, folder: Path, name: str, revision: str, heads: Mapping[str, Tensor]) -> None:
-    """The adapter of a model in peft's own format: config and safetensors, nothing of the base.
+    """The adapter of a model in peft's own format, nothing of the base.
 
     name, revision: of the base, as whoever loads it will find it. heads: parameters beside the adapter that train, by
     their names in the model, such as a new classification head.
     """
-    inner = _inner(model)
-    adapted = of(model)
+    inner, adapted = _inner(model), of(model)
     assert adapted is not None
-    tensors = {
-        f"{_PREFIX}{layer}.{part}.weight": getattr(module, part)[_NAME].weight
-        for layer, module in _layers(inner)
+    base = {"base_model_name_or_path": name, "revision": revision or None, "task_type": _task_type(inner)}
+    adapter_files.write(folder, _tensors(inner), adapted.base, heads, **adapted.config, **base)
+
+
+def _tensors(inner: nn.Module) -> dict[str, Tensor]:
+    """The adapter's matrices by the names that peft's files give them, without the prefix."""
+    return {
+        f"{name}.{part}.weight": getattr(layer, part)[_NAME].weight
+        for name, layer in _layers(inner)
         for part in _MATRICES
-    } | {_PREFIX + key: tensor for key, tensor in heads.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()},
-        folder / WEIGHTS,
-        {"format": "pt", "base": adapted.base},
-    )
-    config = _lora_config(
-        **adapted.config,
-        base_model_name_or_path=name,
-        revision=revision or None,
-        task_type=_task_type(inner),
-        modules_to_save=sorted({key.rpartition(".")[0] for key in heads}) or None,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(folder))
+    }
 
 
 def _inner(model: nn.Module) -> Any:
@@ -263,8 +174,12 @@ def described(model: nn.Module) -> str:
     config, own = adapted.config, names(model)
     count = sum(tensor.numel() for name, tensor in named_parameters(model).items() if name in own)
     targets = config["target_modules"]
-    on = targets if isinstance(targets, str) else ", ".join(dict.fromkeys(one.rpartition(".")[2] for one in targets))
-    return f"adapter: LoRA of rank {config['r']}, alpha {config['lora_alpha']:g}, on {on} ({len(own) // 2} matrices): {count:,} parameters"
+    parts = [targets] if isinstance(targets, str) else [one.rpartition(".")[2] for one in targets]
+    on = ", ".join(dict.fromkeys(parts))
+    return (
+        f"adapter: LoRA of rank {config['r']}, alpha {config['lora_alpha']:g}, on {on} ({len(own) // 2} matrices): "
+        f"{count:,} parameters"
+    )
 
 
 def check_same(wanted: "Lora | Mapping[str, Any]", usual: Lora, saved: Folder) -> None:
@@ -374,11 +289,9 @@ def _set(model: Any, folder: Folder, base: str) -> None:
     if told and told != base:
         raise UserError(
             f"{folder.where} was trained on a base of SHA-256 {told[:16]}..., but {folder.base!r} has {base[:16]}...: "
-            f"write where its own base lies into base_model_name_or_path of its {CONFIG}"
+            f"write where its own base lies into base_model_name_or_path of its {adapter_files.CONFIG}"
         )
-    own = {
-        f"{name}.{part}.weight": getattr(layer, part)[_NAME].weight for name, layer in _layers(model) for part in _MATRICES
-    }
+    own = _tensors(model)
     own |= {
         name: tensor for name, tensor in model.named_parameters() if any(name.startswith(f"{h}.") for h in folder.heads)
     }
@@ -390,7 +303,7 @@ def _set(model: Any, folder: Folder, base: str) -> None:
         if tensor.shape != tensors[name].shape:
             raise UserError(
                 f"{folder.where} holds {name} of shape {tuple(tensors[name].shape)}, but {tuple(tensor.shape)} is "
-                f"needed: {folder.base!r} is not its base; correct base_model_name_or_path in its {CONFIG}"
+                f"needed: {folder.base!r} is not its base; correct base_model_name_or_path of {adapter_files.CONFIG}"
             )
         tensor.copy_(tensors[name])
 

@@ -20,7 +20,7 @@ from zofed.base.texts import printable
 from zofed.config import Settings
 from zofed.core.digests import named_parameters
 from zofed.data import prompts
-from zofed.models import adapters, classifier, initial, limits, scopes, sources
+from zofed.models import adapter_files, adapters, classifier, initial, limits, scopes, sources
 from zofed.models.adapters import Lora
 from zofed.models.classifier import PooledClassifier, Pooling
 from zofed.models.precision import Model, ready
@@ -69,9 +69,13 @@ class ModelSpec:
         )
 
     @cached_property
-    def saved_adapter(self) -> adapters.Folder | None:
+    def saved_adapter(self) -> adapter_files.Folder | None:
         """The adapter that `name` holds; None: it is a whole model. Raises UserError for one that cannot be used."""
-        return None if self.name in sources.SIZES else adapters.folder_of(sources.model_folder(self.name, self.revision))
+        return (
+            None
+            if self.name in sources.SIZES
+            else adapter_files.folder_of(sources.model_folder(self.name, self.revision))
+        )
 
     @cached_property
     def source(self) -> Source:
@@ -85,7 +89,7 @@ class ModelSpec:
                 raise
             raise UserError(
                 f"{own.where} is of the base {own.base!r}: {error}; or write where it lies into "
-                f"base_model_name_or_path of its {adapters.CONFIG}"
+                f"base_model_name_or_path of its {adapter_files.CONFIG}"
             ) from error
 
     @property

@@ -159,7 +159,8 @@ class RunFolder:
             for path in (found := list(self.model.glob("*.safetensors"))):
                 with safe_open(path, "pt"):
                     pass
-            return bool(found) and (self.model / "config.json").is_file()
+            configs = ("config.json", "adapter_config.json")  # of a whole model, of an adapter
+            return bool(found) and any((self.model / name).is_file() for name in configs)
         except (OSError, SafetensorError):
             return False
 
