@@ -6,7 +6,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import blas, common, first_order, gpu, memory, model_types, prompt, query, replay, three_modes, trunk
+from benchmarks import (
+    adapters,
+    blas,
+    common,
+    first_order,
+    gpu,
+    memory,
+    model_types,
+    prompt,
+    query,
+    replay,
+    three_modes,
+    trunk,
+)
 
 
 def main() -> None:
@@ -31,6 +44,10 @@ def main() -> None:
     one.add_argument("--device", default="cuda")
     one.add_argument("--size", choices=common.SIZES, default="124M")
     one = kinds.add_parser("prompt", help=prompt.__doc__)
+    one.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
+    one.add_argument("--threads", type=int, default=2)
+    one.add_argument("--pairs", type=int, default=5)
+    one = kinds.add_parser("adapters", help=adapters.__doc__)
     one.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
     one.add_argument("--threads", type=int, default=2)
     one.add_argument("--pairs", type=int, default=5)
@@ -100,6 +117,8 @@ def main() -> None:
     elif given.what == "prompt":
         print("| what | candidates | over | ratio |\n| --- | --- | --- | --- |", flush=True)
         prompt.report(given.model, given.threads, given.pairs)
+    elif given.what == "adapters":
+        adapters.report(given.model, given.threads, given.pairs)
     elif given.what == "replay":
         print("| model | records x directions | directions a second | over torch.randn |\n| --- | --- | --- | --- |")
         replay.report(given.size, given.threads, given.pairs)
