@@ -45,17 +45,16 @@ def export(
     if is_public and not push:
         raise UserError("--public says how --push uploads: give --push OWNER/NAME beside it")
     folder = RunFolder.open(run)
+    from zofed.data import hub_upload
     from zofed.training import export as exports  # torch and transformers take seconds to load: mistakes need not wait
 
     out = exports.check_out(out)
     if push:
-        from zofed.data import hub_upload
-
         place = exports.base_of(folder.settings(), base)[0]
         if rank is not None and Path(place).is_absolute():
             warnings.warn(
-                f"the LoRA names its base {place}, which is a folder of this machine: give --base OWNER/NAME, if the hub "
-                "has that model, so that others find it",
+                f"the LoRA names its base {place}, a folder of this machine: give --base OWNER/NAME, if the hub has "
+                "that model, so that others find it",
                 stacklevel=2,
             )
         hub_upload.check(push, is_public=is_public)

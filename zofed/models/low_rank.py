@@ -18,7 +18,7 @@ from zofed.models.scopes import is_norm
 # A matrix whose smaller side is longer is decomposed for its first singular values alone: all of one of 2048 x 2048
 # take 20 seconds of a core, the first 40 a tenth of one.
 LARGEST_WHOLE = 1024
-OVERSAMPLING, ITERATIONS = 32, 4  # of the randomised method (Halko, Martinsson and Tropp, 2011)
+OVERSAMPLING, ITERATIONS = 32, 8  # of the randomised method (Halko, Martinsson and Tropp, 2011)
 SHARES = (0.9, 0.99, 0.999)
 
 _SECONDS_BETWEEN_WORDS = 5.0

@@ -42,8 +42,8 @@ def sentences(delta: Delta, asked: int, bound: int | None) -> list[str]:
     found += [f"held whole, apart from the LoRA: {path}" for path in delta.heads]
     for rest in delta.rest:
         found.append(
-            f"not held: {rest.what} ({rest.tensors:,} tensor{'s' * (rest.tensors != 1)}, {rest.numbers:,} numbers), whose "
-            f"change has the norm {rest.square**0.5:.4g}"
+            f"not held: {rest.what} ({rest.tensors:,} tensor{'s' * (rest.tensors != 1)}, {rest.numbers:,} numbers), "
+            f"whose change has the norm {rest.square**0.5:.4g}"
         )
     if delta.rest:
         found.append(f"so of all that changed it holds {percent(delta.share_of_all)}; --merged holds all")
