@@ -100,15 +100,10 @@ def moved(model: nn.Module, rank: int, names: set[str]) -> nn.Module:
     return other
 
 
+BLOCK = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
 MODELS: dict[str, tuple[Any, int, set[str]]] = {
-    "llama": (
-        lambda: LlamaForCausalLM(llama_config()), 15,
-        {"lm_head"} | {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-    ),
-    "tied llama": (
-        lambda: LlamaForCausalLM(llama_config(tie_word_embeddings=True)), 14,
-        {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")},
-    ),
+    "llama": (lambda: LlamaForCausalLM(llama_config()), 15, {"lm_head"} | BLOCK),
+    "tied llama": (lambda: LlamaForCausalLM(llama_config(tie_word_embeddings=True)), 14, BLOCK),
     "gpt2": (lambda: GPT2LMHeadModel(gpt2_config()), 8, {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
 }  # fmt: skip
 

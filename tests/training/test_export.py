@@ -1,4 +1,4 @@
-"""What `zofed export` writes: transformers and peft read it, and it is what the run holds; what cannot be is refused."""
+"""What `zofed export` writes, transformers and peft read, and it is what the run holds; what cannot be is refused."""
 
 import json
 import os

@@ -68,9 +68,11 @@ def rows(delta: Delta) -> list[list[str]]:
 def load_merged(settings: Settings, classes: int) -> str:
     """Python that loads a merged model. classes: of a classifier whose encoder zofed pools; else 0."""
     if classes:
+        given = f'".", labels={classes}, block_size={settings.block_size}, dtype={settings.dtype!r}'
         return (
             "import zofed\n\n"
-            f'model = zofed.create_model(".", labels={classes})  # the encoder with its head, classifier.safetensors\n'
+            "# The encoder with its head, classifier.safetensors.\n"
+            f"model = zofed.create_model({given})  # the folder of this file\n"
         )
     name = kind_of(settings)[1]
     return (
