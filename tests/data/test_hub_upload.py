@@ -67,7 +67,7 @@ class FakeHub(BaseHTTPRequestHandler):
         if self._is_refused():
             return
         if parts == ["api", "whoami-v2"]:
-            return self._answer({"name": "me", "type": "user"})
+            return self._answer({"name": "me", "type": "user", "orgs": [{"name": "group"}]})
         name = "/".join(parts[2:4])
         found = self.repositories.get(name)
         if not found:
@@ -208,6 +208,9 @@ def test_a_token_that_is_missing_wrong_or_anothers_is_told(
 ) -> None:
     with pytest.raises(UserError, match="'model' is no hub id: give OWNER/NAME"):
         hub_upload.check("model", is_public=False)
+    with pytest.raises(UserError, match="--push others/model: the token writes for me, group: choose one of them"):
+        hub_upload.check("others/model", is_public=False)
+    hub_upload.check("Group/model", is_public=False)
     with pytest.raises(UserError, match="choose an owner in place of others for whom the token may write"):
         hub_upload.push(files, "others/model", is_public=False)
     monkeypatch.setenv("HF_TOKEN", "hf_bad")
@@ -259,9 +262,8 @@ def test_an_export_goes_to_the_hub_by_one_command(
         return subprocess.run(start, env=kept | given, capture_output=True, text=True, check=False)
 
     done = command("--delta-rank", "4", "--push", "others/adapter")
-    assert done.returncode == 2 and "choose an owner in place of others" in done.stderr
-    assert f"hf upload others/adapter {tmp_path / 'out'} --private" in done.stderr
-    (tmp_path / "out").rename(tmp_path / "first")
+    assert done.returncode == 2 and "the token writes for me, group" in done.stderr
+    assert not (tmp_path / "out").exists()
     done = command("--delta-rank", "4", "--push", "me/adapter")
     assert done.returncode == 0, done.stderr
     assert f"uploaded: {constants.ENDPOINT}/me/adapter" in done.stdout

@@ -16,8 +16,9 @@ PARTS = 2**20  # bytes of a file that are hashed at a time
 def check(name: str, *, is_public: bool) -> None:
     """Raise UserError where `push` would fail whatever the folder holds, before the work that makes it.
 
-    That is for what is no hub id, without a token or with one that the hub does not know, without a network, and for
-    a repository that others see (is_public: do not see) against what was asked for.
+    That is for what is no hub id, without a token or with one that the hub does not know, for an owner that it does
+    not write for, without a network, and for a repository that others see (is_public: do not see) against what was
+    asked for.
     """
     import huggingface_hub  # half a second, for those alone who push
 
@@ -26,10 +27,13 @@ def check(name: str, *, is_public: bool) -> None:
     if huggingface_hub.get_token() is None:
         raise UserError("--push: no token of the hub is here: run hf auth login, or set HF_TOKEN to one that may write")
     try:
-        huggingface_hub.HfApi().whoami()
+        user = huggingface_hub.HfApi().whoami()
         found = _found(name)
     except Exception as error:  # of the library or of what it reads the network with
         raise _told(name, error) from error
+    owners = [str(user.get("name")), *(str(one.get("name")) for one in user.get("orgs") or ())]
+    if name.partition("/")[0].lower() not in map(str.lower, owners):
+        raise UserError(f"--push {name}: the token writes for {', '.join(owners)}: choose one of them as the owner")
     if found and is_public == bool(found.private):
         there, remedy = ("private", "leave out --public") if is_public else ("public", "add --public")
         raise UserError(f"--push {name} is there and {there}: {remedy}, choose another name, or change it on the hub")

@@ -121,12 +121,17 @@ def _of_the_hub(settings: Settings) -> list[str]:
 def _about(about: Exported) -> str:
     what = "A LoRA, in the files of peft," if about.kind == "lora" else "A model"
     cut = "" if about.has_ended else f" The run has not ended: these are its weights after round {about.round}."
-    return f"{what} that zofed trained from {code(_shown(about.base))}.{cut}"
+    where = "the folder " if _is_path(about.base) else ""
+    return f"{what} that zofed trained from {where}{code(_shown(about.base))}.{cut}"
+
+
+def _is_path(place: str) -> bool:
+    return place.startswith(("/", "~"))
 
 
 def _shown(place: str) -> str:
     """The name of a place without the folders of somebody's machine."""
-    return Path(place).name if place.startswith(("/", "~")) else place
+    return Path(place).name if _is_path(place) else place
 
 
 def _training(settings: Settings, summary: Mapping[str, Any], about: Exported) -> list[str]:
