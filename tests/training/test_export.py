@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from masked import save_masked
 from networks import GPT2, LLAMA
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2LMHeadModel,
@@ -27,6 +29,7 @@ from transformers import (
 from zofed.commands import cli
 from zofed.core import journal
 from zofed.core.digests import named_parameters, weights_digest
+from zofed.core.records import Dense, Seeded, Skipped
 from zofed.data import encoding
 from zofed.models import lora_files, spec
 from zofed.runs.run_folder import RunFolder
@@ -42,6 +45,8 @@ SUBSPACE += ["--learning-rate", "0.01"]
 FIRST_ORDER = ["--mode", "fo", "--optimizer", "adamw", "--learning-rate", "0.003"]
 ZEROTH = ["--queries", "2", "--learning-rate", "0.01"]
 CLASSIFIED = ["--task", "classification", "--dataset", "sample-sst2"]
+PROMPTED = ["--task", "prompt", "--dataset", "sample-sst2", "--template", "{{ text }} [MASK]", "--baselines", "false"]
+PROMPTED += ["--label-words", "1,2"]
 MATRICES = ["--scope", r"(proj|lm_head|c_attn|c_fc|score)\.weight"]
 
 # The model, and what else the command line says.
@@ -51,6 +56,7 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "zo": ("gpt2", [*ZEROTH, *MATRICES]),
     "full": ("gpt2", SUBSPACE),
     "bfloat16": ("llama", [*FIRST_ORDER, *MATRICES, "--dtype", "bfloat16"]),
+    "masked": ("bert", [*SUBSPACE, "--scope", r"layer\..*(query|dense)\.weight", *PROMPTED]),
     "norms": ("llama", [*FIRST_ORDER, "--scope", "norms"]),
     "fresh": ("tiny", ZEROTH),
     "classifier": ("llama", [*FIRST_ORDER, *MATRICES, *CLASSIFIED]),
@@ -60,13 +66,14 @@ RUNS: dict[str, tuple[str, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of two models of random weights with the shipped tokenizer."""
+    """Folders of three models of random weights with the shipped tokenizer."""
     root = tmp_path_factory.mktemp("models")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for name, model in {"llama": LlamaForCausalLM(LLAMA), "gpt2": GPT2LMHeadModel(GPT2)}.items():
             model.save_pretrained(root / name)
             encoding.load_tokenizer("shipped").save_pretrained(root / name)
+        save_masked("bert", root / "bert")
     return root
 
 
@@ -222,6 +229,39 @@ def test_a_classifiers_head_lies_whole_in_the_file(run_of: Any, exported: Any) -
     model = peft.PeftModel.from_pretrained(base, out).eval()
     torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
     assert_near(model.merge_and_unload(), end, 2e-7)
+
+
+def test_an_adapter_of_a_masked_model_names_its_class(run_of: Any, exported: Any) -> None:
+    """peft has no type of task for it."""
+    run = run_of("masked")
+    out, _ = exported(run, "--delta-rank", 8)
+    written = json.loads((out / "adapter_config.json").read_text())
+    assert written["task_type"] is None and written["auto_mapping"]["base_model_class"] == "BertForMaskedLM"
+    base, end = base_of(run, AutoModelForMaskedLM), end_of(run, AutoModelForMaskedLM)
+    model = peft.PeftModel.from_pretrained(base, out).eval()
+    torch.testing.assert_close(logits(model), logits(end), rtol=1e-5, atol=1e-5)
+    assert_near(peft.AutoPeftModel.from_pretrained(out).merge_and_unload(), end, 2e-7)
+
+
+def seeded(*counts: int) -> list[Any]:
+    return [Seeded(round_, 0.1, (0,), count, (1,) * count, 0, 1.0) for round_, count in enumerate(counts, 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "records", "bound"),
+    [
+        ("core", {}, seeded(16, 16, 9), 11),
+        ("rank1", {}, seeded(5, 5), 10),
+        ("rank3", {"momentum": 0.9}, [*seeded(5), Skipped(2)], 15),
+        ("rank1", {"weight-decay": 0.1}, seeded(5), None),
+        ("rank1", {"name": "adamw"}, seeded(5), None),
+        ("gaussian", {}, seeded(5), None),
+        ("rank1", {}, [*seeded(5), Dense(2, 0.1)], None),
+    ],
+)
+def test_the_rank_that_a_journal_allows(kind: str, rule: dict[str, Any], records: list[Any], bound: int | None) -> None:
+    genesis: Any = {"directions": kind, "optimizer": {"name": "sgd", "momentum": 0.0, "weight-decay": 0.0} | rule}
+    assert export.rank_bound(genesis, records) == bound
 
 
 def test_modules_are_named_in_short_where_that_names_no_others() -> None:
