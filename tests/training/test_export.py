@@ -321,6 +321,8 @@ def test_a_run_that_was_cut_gives_what_it_has_come_to(run_of: Any, exported: Any
     assert weights_digest(AutoModelForCausalLM.from_pretrained(out)) == replica.digest()
     assert "has not ended: these are its weights after round 2" in (out / "README.md").read_text()
     assert "## Scores" not in (out / "README.md").read_text()
+    shutil.rmtree(out)
+    assert "up to round 2" in exported(run, "--delta-rank", 4)[1]
 
 
 def test_gradients_need_not_be_kept_where_the_model_is(run_of: Any, exported: Any, tmp_path: Path) -> None:

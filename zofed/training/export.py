@@ -139,6 +139,8 @@ def lora(folder: RunFolder, out: Path, rank: int, base: str = "", threads: int =
     except ValueError as error:
         raise UserError(f"{folder.path} changed no linear layer: there is nothing for a LoRA; use --merged") from error
     (name, revision), told = base_of(settings, base), export_texts.sentences(delta, rank, end.bound)
+    if not end.has_ended:
+        told.append(f"the run has not ended: this is what it changed up to round {end.round}")
     classes = int(getattr(end.model.config, "num_labels", 0)) if TASKS[settings.task].has_head else 0
     about = Exported(
         "lora", name, end.digest, end.round, end.has_ended, export_texts.kind_of(settings)[0],
