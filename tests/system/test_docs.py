@@ -440,6 +440,8 @@ def not_run(command: Command, folder: Path) -> str:
         return "it takes a GPU"
     if values.get("devices"):
         return "it starts processes"
+    if values.get("push"):
+        return "it uploads"
     if values.get("chat"):
         return "it reads what is typed"
     if str(values.get("out", "")).startswith("/"):

@@ -2,6 +2,9 @@
 
 import fcntl
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from zofed.base.errors import UserError
@@ -44,3 +47,22 @@ def hold(descriptor: int, busy: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise UserError(busy) from error
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[None]:
+    """While active a new folder is filled; durable at the end, and gone where anything fails.
+
+    What stands at `path` goes first: an earlier try that was killed.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield
+        for file in path.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        sync_folder(path)
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)  # what it took may be all that the disk lacks
+        raise

@@ -16,7 +16,7 @@ import typer.core
 from zofed import __version__, config
 from zofed.base import proxies, streams
 from zofed.base.errors import UserError
-from zofed.commands import deployment, experiments, generate, preflight, train
+from zofed.commands import deployment, experiments, export, generate, preflight, train
 from zofed.commands.console import Interrupted, console
 from zofed.commands.data import app as data_app
 from zofed.commands.journal import app as journal_app
@@ -29,7 +29,7 @@ HELP = "Tune language models by forward passes alone, by backpropagation or by b
 GROUPS = {
     "Train": ("quickstart", "train", "simulate", "sweep"),
     "Before a run": ("tasks", "check", "models", "settings", "memory", "diagnose"),
-    "Results": ("eval", "generate", "plot", "report", "journal"),
+    "Results": ("eval", "generate", "export", "plot", "report", "journal"),
     "Data": ("data", "make-data"),
     "Machines": ("keys", "superlink", "supernode", "worker", "run"),
 }
@@ -54,6 +54,7 @@ preflight.register(app)
 deployment.register(app)
 experiments.register(app)
 generate.register(app)
+export.register(app)
 app.add_typer(data_app, name="data")
 app.add_typer(tasks_app, name="tasks")
 app.add_typer(keys_app, name="keys")

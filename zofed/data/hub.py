@@ -67,7 +67,7 @@ def snapshot(name: str, revision: str = "") -> Path:
 def download(name: str, revision: str = "") -> Path:
     """Fetch a model into the local cache, safetensors, configs and tokenizer only; its folder, named by the commit.
 
-    The only function of zofed that uses the network for a model. Raises UserError for a name, revision or model that
+    The only function of zofed that fetches a model. Raises UserError for a name, revision or model that
     cannot be had or has no safetensors.
     """
     import huggingface_hub

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from zofed.base.errors import UserError
+from zofed.base.files import write_whole
 from zofed.base.texts import said_by
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names that peft gives them
@@ -24,6 +25,8 @@ KEPT = (
 # What would make it another function than the one above, with the value that leaves it.
 _UNKNOWN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
             "target_parameters": None, "layer_replication": None, "alora_invocation_tokens": None}  # fmt: skip
+# peft has no type of task for masked language models: such an adapter names the class of its base.
+_TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +96,38 @@ def folder_of(path: Path) -> Folder | None:
     return Folder(path, base, written.get("revision") or "", config, tuple(written.get("modules_to_save") or ()))
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], base: str, heads: Mapping[str, Tensor], **values: Any) -> None:
-    """An adapter in peft's own format: config and safetensors, nothing of its base.
+def write(
+    folder: Path,
+    model: Any,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    base: tuple[str, str],
+    digest: str = "",
+    heads: Mapping[str, Tensor] | None = None,
+) -> None:
+    """An adapter in peft's own format, without that library: config and safetensors, nothing of its base.
 
-    tensors: its matrices, by peft's names without the prefix. base: digest of its base. heads: parameters beside the
-    adapter that train, by their names in the model, such as a new classification head. values: of peft's LoraConfig.
+    model: the library's module that it is of. tensors: its matrices, by peft's names without the prefix. config: what
+    of peft's configuration says how it computes. base: name and revision of the whole model, as whoever loads the
+    adapter will find it; digest: of its weights. heads: parameters beside the adapter that train, by their names in the
+    model, such as a new classification head.
     """
-    from peft import LoraConfig  # seconds, for those alone who adapt
-
     folder.mkdir(parents=True, exist_ok=True)
-    held = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in {**tensors, **heads}.items()}
-    save_file(held, folder / WEIGHTS, {"format": "pt", "base": base})
-    modules = sorted({name.rpartition(".")[0] for name in heads})
-    config: Any = LoraConfig(**values, modules_to_save=modules or None, inference_mode=True)
-    config.save_pretrained(str(folder))
+    held = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in {**tensors, **(heads or {})}.items()}
+    save_file(held, folder / WEIGHTS, {"format": "pt"} | ({"base": digest} if digest else {}))
+    kind = type(model)
+    task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
+    named = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    usual = {
+        "peft_type": "LORA",
+        "task_type": task,
+        "auto_mapping": None if task else named,
+        "base_model_name_or_path": base[0],
+        "revision": base[1] or None,
+        "inference_mode": True,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in heads or {}}) or None,
+    }
+    text = json.dumps(_UNKNOWN | usual | dict(config), indent=2, sort_keys=True, ensure_ascii=False)
+    write_whole(folder / CONFIG, text + "\n")

@@ -6,7 +6,6 @@ what the base computes. A folder of an adapter is the one that peft writes and r
 """
 
 import math
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,16 +115,15 @@ def merge(model: nn.Module) -> None:
     del inner.zofed_adapter, inner.peft_config
 
 
-def save(model: nn.Module, folder: Path, name: str, revision: str, heads: Mapping[str, Tensor]) -> None:
+def save(model: nn.Module, folder: Path, base: tuple[str, str], heads: Mapping[str, Tensor]) -> None:
     """The adapter of a model in peft's own format, nothing of the base.
 
-    name, revision: of the base, as whoever loads it will find it. heads: parameters beside the adapter that train, by
-    their names in the model, such as a new classification head.
+    base: its name and revision, as whoever loads the adapter will find it. heads: parameters beside the adapter that
+    train, by their names in the model, such as a new classification head.
     """
     inner, adapted = _inner(model), of(model)
     assert adapted is not None
-    base = {"base_model_name_or_path": name, "revision": revision or None, "task_type": _task_type(inner)}
-    adapter_files.write(folder, _tensors(inner), adapted.base, heads, **adapted.config, **base)
+    adapter_files.write(folder, inner, _tensors(inner), adapted.config, base, adapted.base, heads)
 
 
 def _tensors(inner: nn.Module) -> dict[str, Tensor]:
@@ -306,9 +304,3 @@ def _set(model: Any, folder: Folder, base: str) -> None:
                 f"needed: {folder.base!r} is not its base; correct base_model_name_or_path of {adapter_files.CONFIG}"
             )
         tensor.copy_(tensors[name])
-
-
-def _task_type(model: Any) -> str | None:
-    """How peft calls what a class of the library does, by the end of its name."""
-    ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
-    return next((told for end, told in ends.items() if re.search(f"{end}$", type(model).__name__)), None)

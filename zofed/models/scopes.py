@@ -42,7 +42,7 @@ def trainable_names(model: nn.Module, scope: str) -> list[str]:
     if scope == "full":
         chosen = set(everything)
     elif scope == "norms":
-        norms = {id(tensor) for module in model.modules() if _is_norm(module) for tensor in module.parameters()}
+        norms = {id(tensor) for module in model.modules() if is_norm(module) for tensor in module.parameters()}
         chosen = {name for name, tensor in everything.items() if id(tensor) in norms}
     elif scope == "biases":
         chosen = {name for name in everything if name.endswith("bias")}
@@ -124,7 +124,7 @@ def _base(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
     """Whether a module's own parameters scale and shift what it normalises."""
     return "norm" in type(module).__name__.lower() and all(tensor.dim() < 2 for tensor in module.parameters())
 

@@ -77,13 +77,18 @@ class ModelSpec:
             else adapter_files.folder_of(sources.model_folder(self.name, self.revision))
         )
 
+    @property
+    def base(self) -> tuple[str, str]:
+        """Name and revision of the whole model: `name` itself, or the one below the adapter that it holds."""
+        own = self.saved_adapter
+        return (own.base, own.revision) if own else (self.name, self.revision)
+
     @cached_property
     def source(self) -> Source:
         """Where its weights come from: of an adapter its base. Raises UserError for an unknown model."""
         own = self.saved_adapter
-        name, revision = (own.base, own.revision) if own else (self.name, self.revision)
         try:
-            return source_of(name, revision, is_masked=self.prompts == "masked")
+            return source_of(*self.base, is_masked=self.prompts == "masked")
         except UserError as error:
             if own is None:
                 raise
@@ -347,8 +352,8 @@ def save(
 
 def _save_adapter(model: nn.Module, folder: Path, base: tuple[str, str]) -> None:
     if isinstance(model, PooledClassifier):
-        adapters.save(model, folder, *base, {})
+        adapters.save(model, folder, base, {})
         classifier.save_head(model, folder)
     else:
         own = named_parameters(model)
-        adapters.save(model, folder, *base, {name: own[name] for name in initial.drawn(model)})
+        adapters.save(model, folder, base, {name: own[name] for name in initial.drawn(model)})

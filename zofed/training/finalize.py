@@ -15,13 +15,14 @@ from torch import nn
 
 from zofed.base import arithmetic
 from zofed.base.errors import DiskError, DivergenceError, UserError
-from zofed.base.files import sync_file, sync_folder
+from zofed.base.files import sync_folder, whole_folder
 from zofed.base.texts import said_by
 from zofed.config import Settings
 from zofed.core.journal import Journal, JournalError, read
 from zofed.core.records import Guided, Seeded
 from zofed.core.replica import NotKept, Replica, update_digest
 from zofed.models import initial, scopes, spec
+from zofed.models.spec import ModelSpec
 from zofed.runs.run_folder import RunFolder, peak_memory_bytes, versions
 from zofed.runs.tables import read_table
 from zofed.training import baselines, pins
@@ -242,16 +243,11 @@ def save_model(task: Task, replica: Replica, folder: RunFolder) -> None:
     Raises DiskError where the disk does not take it; the model that was there stays.
     """
     temporary = folder.path / ".model.new"
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        base = task.settings.model, task.settings.revision
-        spec.save(replica.model, task.tokenizer, temporary, task.class_names, base)
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                sync_file(path)
-        sync_folder(temporary)
+        with whole_folder(temporary):
+            base = ModelSpec.of(task.settings).base
+            spec.save(replica.model, task.tokenizer, temporary, task.class_names, base)
     except (SafetensorError, OSError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)  # what it took may be all that the disk lacks
         raise DiskError(f"cannot write the model into {folder.path}: {error}; free some space") from error
     shutil.rmtree(folder.model, ignore_errors=True)
     temporary.rename(folder.model)
