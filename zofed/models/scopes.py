@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from zofed.base.errors import UserError
 from zofed.core.digests import named_parameters
 from zofed.core.perturbation_mode import Watch
+from zofed.models import quantised
 from zofed.models.classifier import PooledClassifier
 from zofed.models.initial import drawn
 
@@ -22,8 +23,8 @@ LENGTHS = (
 
 
 def true_count(model: nn.Module) -> int:
-    """Parameters of the model, a tied tensor counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of the model, a tied tensor counted once; of a quantised matrix those it stands for."""
+    return sum(parameter.numel() for parameter in model.parameters()) + quantised.rounded_parameters(model)
 
 
 def trainable_names(model: nn.Module, scope: str) -> list[str]:
