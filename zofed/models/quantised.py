@@ -11,6 +11,7 @@ at a time, once for all perturbed copies, a smooth function of what trains, and 
 """
 
 import importlib
+import logging
 import math
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -56,7 +57,7 @@ class Quantised(nn.Module):
         if self.kind == "int8":
             return codes.view(torch.int8).view(shape).to(self.dtype).mul_(scales.unsqueeze(1).mul(1.0 / 127.0))
         made = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", _rows(shape), self.dtype)
-        return made.view(shape)
+        return made.view(-1)[: math.prod(shape)].view(shape)
 
     def forward(self, x: Tensor) -> Tensor:
         """In the type of x, or autocast's."""
@@ -93,7 +94,7 @@ def names(model: nn.Module, kind: Kind, trainable: Collection[str], scope: str) 
 
     Left as they are: embeddings, the output layer, what is tied to either, what an adapter adds, what the library keeps
     in float32, and experts that are one tensor for all. Raises UserError where one of them is among those that train
-    by `scope`, where there are none, and for a matrix that nf4 cannot hold: of an odd number of entries.
+    by `scope`, and where there are none.
     """
     found = {directions.canonical_name(f"{path}.weight"): module for path, module in _layers(model)}
     if trained := [name for name in found if name in trainable]:
@@ -104,11 +105,6 @@ def names(model: nn.Module, kind: Kind, trainable: Collection[str], scope: str) 
     if not found:
         raise UserError(
             f"quantisation = {kind!r}: the model has no linear layers in blocks to round; set quantisation to none"
-        )
-    if kind == "nf4" and (odd := [name for name, module in found.items() if module.weight.numel() % 2]):
-        raise UserError(
-            f"quantisation = 'nf4' holds two entries in a byte, but {odd[0]} has "
-            f"{' x '.join(map(str, found[odd[0]].weight.shape))}: set quantisation to int8 or none"
         )
     return list(found)
 
@@ -151,12 +147,13 @@ def _packed(library: ModuleType, kind: Kind, matrix: Tensor, name: str) -> Tenso
         if kind == "int8":
             codes, scales, _ = library.functional.int8_vectorwise_quant(matrix.to(torch.float16))
         else:
-            flat = matrix.contiguous().view(_rows(shape))
+            even = _rows(shape)
+            flat = F.pad(matrix.flatten(), (0, math.prod(even) - matrix.numel())).view(even)
             codes, state = library.functional.quantize_4bit(
                 flat, blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
             )
             scales = state.absmax
-            torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", _rows(shape), matrix.dtype)
+            torch.ops.bitsandbytes.dequantize_4bit(codes, scales, BLOCK, "nf4", even, matrix.dtype)
     except (NotImplementedError, RuntimeError, AttributeError, OSError, ValueError) as error:  # by kernel and build
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -177,6 +174,7 @@ def _packed(library: ModuleType, kind: Kind, matrix: Tensor, name: str) -> Tenso
 
 def _library(kind: Kind) -> ModuleType:
     """bitsandbytes, whose operators its import registers."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that nothing here calls
     try:
         return importlib.import_module("bitsandbytes")
     except ImportError as error:
@@ -187,8 +185,11 @@ def _library(kind: Kind) -> ModuleType:
 
 
 def _rows(shape: tuple[int, int]) -> list[int]:
-    """The shape in which nf4 takes a matrix: two entries of a row share a byte, so rows of an odd length are one."""
-    return list(shape) if shape[1] % 2 == 0 else [1, math.prod(shape)]
+    """The shape in which nf4 takes a matrix: two entries of a row share a byte, so rows of an odd length become one.
+
+    With an entry more where that is odd, too; it begins no block.
+    """
+    return list(shape) if shape[1] % 2 == 0 else [1, math.prod(shape) + math.prod(shape) % 2]
 
 
 def _scales(kind: Kind, shape: tuple[int, int]) -> int:
@@ -201,7 +202,7 @@ def _codes_at(kind: Kind, shape: tuple[int, int]) -> int:
 
 
 def _size(kind: Kind, shape: tuple[int, int]) -> int:
-    return _codes_at(kind, shape) + (math.prod(shape) if kind == "int8" else math.prod(shape) // 2)
+    return _codes_at(kind, shape) + (math.prod(shape) if kind == "int8" else -(-math.prod(shape) // 2))
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
