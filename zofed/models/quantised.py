@@ -128,6 +128,8 @@ def quantise(model: nn.Module, kind: Kind, chosen: Collection[str], device: torc
             packed = _packed(library, kind, matrix.detach().to(device), f"{path}.weight")
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Quantised(kind, packed, shape, matrix.dtype, module.bias))
+    if device.type == "cpu":
+        _unmap(model)
     give_back_freed_memory()
 
 
@@ -138,6 +140,13 @@ def rounded_parameters(model: nn.Module) -> int:
         for layer in model.modules()
         if isinstance(layer, Quantised)
     )
+
+
+def _unmap(model: nn.Module) -> None:
+    """Copy what is left, in place: tensors read from a file are parts of its mapping, which stays for any one of them."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # what was packed is in memory of its own
+            tensor.data = tensor.data.clone()
 
 
 def _packed(library: ModuleType, kind: Kind, matrix: Tensor, name: str) -> Tensor:
