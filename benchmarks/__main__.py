@@ -7,8 +7,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import blas, common, first_order, gpu, memory, model_types, prompt, quantised, query, replay
-from benchmarks import three_modes, trunk
+from benchmarks import (
+    blas,
+    common,
+    first_order,
+    gpu,
+    memory,
+    model_types,
+    prompt,
+    quantised,
+    query,
+    replay,
+    three_modes,
+    trunk,
+)
 
 
 def main() -> None:
@@ -57,7 +69,7 @@ def main() -> None:
     one.add_argument("--only", nargs="*", default=list(quantised.PARTS), choices=quantised.PARTS)
     one.add_argument("--repeats", type=int, default=3)
     one.add_argument("--seeds", type=int, default=3)
-    one.add_argument("--rates", type=float, nargs="+", default=[0.01])
+    one.add_argument("--bases", nargs="*", default=list(quantised.BASES), choices=quantised.BASES)
     one = kinds.add_parser("quantised-of", help="one row of the memory of `quantised`, in this process")
     one.add_argument("row", nargs=3, metavar=("MODEL", "BASE", "TRAINS"))
     given = parser.parse_args()
@@ -77,7 +89,7 @@ def main() -> None:
     if given.what == "quantised":
         torch.set_num_threads(1)
         print(common.machine(), flush=True)
-        quantised.report(given.model, given.data.absolute(), given.only, given.repeats, given.seeds, given.rates)
+        quantised.report(given.model, given.data.absolute(), given.only, given.bases, given.repeats, given.seeds)
         return
     if given.what == "quantised-of":
         print(json.dumps(quantised.measure(*given.row)))

@@ -185,9 +185,7 @@ def test_a_quantised_base_computes_in_bfloat16_and_in_autocast(kind: Kind) -> No
     model = spread(llama())
     rounded(model, kind, names)
     ids = ids_of((3, 7), 53, lowest=3)
-    exact, coarse = (
-        metrics.loss_of(model, {"input_ids": ids, "labels": ids}, how) for how in ("weights", "bfloat16")
-    )
+    exact, coarse = (metrics.loss_of(model, {"input_ids": ids, "labels": ids}, how) for how in ("weights", "bfloat16"))
     assert 0 < relative(coarse, exact) < 0.02
 
 
@@ -302,7 +300,9 @@ def test_what_cannot_be_quantised_is_told_with_the_remedy(
 
     with monkeypatch.context() as patched:
         patched.setattr(library.functional, "quantize_4bit", refuses)
-        with pytest.raises(UserError, match=r"cannot round .* on cpu \(.*no kernel.*\): set device to cpu or to a CUDA"):
+        with pytest.raises(
+            UserError, match=r"cannot round .* on cpu \(.*no kernel.*\): set device to cpu or to a CUDA"
+        ):
             rounded(llama(), "nf4", [])
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"pip install 'zofed\[quantised\]'"):

@@ -25,11 +25,11 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def weights_digest_over(base: str, model: nn.Module, quantised: Collection[str]) -> str:
-    """SHA-256, hex, of weights of which some may be held in fewer bits: the same whether `model` holds them so or whole.
+    """SHA-256, hex, of weights of which some may be held in fewer bits: the same where `model` holds them whole.
 
     base: `weights_digest` of the unquantised weights the model began with. It stands for the tensors named in
-    `quantised`, which are frozen: their bytes are never read, since rounding, and the order in which kernels keep codes,
-    may differ from machine to machine. All others are read as they are now.
+    `quantised`, which are frozen: their bytes are never read, since rounding may differ from machine to machine, and
+    some kernels keep codes in an order of their own. All others are read as they are now.
     """
     read = {name: tensor for name, tensor in _held(model).items() if name not in quantised}
     return hashlib.sha256(f"{base} {tensors_digest(read)}".encode()).hexdigest()

@@ -30,9 +30,9 @@ def make_genesis(
 
     size_exponents: the power of two that multiplies each tensor's direction and step; 0 where absent.
     backprop_optimizer: the rule, with a state of its own, of the steps that are no function of seeds alone; None: the
-    same. quantised: names of frozen matrices that whoever measures slopes may hold in fewer bits; the model has them whole
-    here, and its digest is that of the unquantised source. Raises UserError for a trainable tensor of another type than float32 and bfloat16, the two whose steps are
-    exact, and for two that lie in the same memory.
+    same. quantised: names of frozen matrices that whoever measures slopes may hold in fewer bits; the model has them
+    whole here, so that the digest is that of the unquantised source. Raises UserError for a trainable tensor of another
+    type than float32 and bfloat16, the two whose steps are exact, and for two that lie in the same memory.
     """
     parameters = named_parameters(model)
     trainable = list(trainable)

@@ -30,8 +30,9 @@ class Replica:
     """The model at one point of a journal's history.
 
     model: at the base weights the genesis names. `measure` reads the weights and leaves them; `apply` moves them.
-    Frozen matrices that the genesis names as quantised may be rounded once the replica is made: no record moves them. `round` is the last round applied (0: base), `head` the chain after the last entry applied.
-    Raises UserError when the model is not the genesis's base.
+    Frozen matrices that the genesis names as quantised may be rounded once the replica is made: no record moves them.
+    `round` is the last round applied (0: base), `head` the chain after the last entry applied. Raises UserError when
+    the model is not the genesis's base.
     """
 
     def __init__(self, model: nn.Module, genesis: Genesis) -> None:

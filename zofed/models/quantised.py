@@ -44,7 +44,8 @@ class Quantised(nn.Module):
 
     def __init__(self, kind: Kind, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, bias: Any) -> None:
         super().__init__()
-        self.kind, self.dtype = kind, dtype
+        self.kind: Kind = kind
+        self.dtype = dtype
         self.out_features, self.in_features = shape
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_parameter("bias", bias)
@@ -111,7 +112,7 @@ def names(model: nn.Module, kind: Kind, trainable: Collection[str], scope: str) 
 
 @torch.no_grad()
 def quantise(model: nn.Module, kind: Kind, chosen: Collection[str], device: torch.device) -> None:
-    """Round the matrices of these names, in place and onto the device, one after the other; what is freed is given back.
+    """Round the matrices of these names, in place and onto the device, one after the other; give back what is freed.
 
     Biases stay the tensors they were. On the meta device nothing is rounded: the layers have their shapes alone. Raises
     UserError where bitsandbytes is missing or does not know the device, and for values it cannot hold.
@@ -143,7 +144,7 @@ def rounded_parameters(model: nn.Module) -> int:
 
 
 def _unmap(model: nn.Module) -> None:
-    """Copy what is left, in place: tensors read from a file are parts of its mapping, which stays for any one of them."""
+    """Copy what is left, in place: tensors read from a file are parts of its mapping, which any one of them keeps."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():  # what was packed is in memory of its own
             tensor.data = tensor.data.clone()

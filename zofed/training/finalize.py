@@ -255,8 +255,8 @@ def whole_model(task: Task, replica: Replica) -> Model:
     model = spec.create_model(task.settings, task.tokenizer, task.outputs)
     if weights_digest(model) != replica.genesis["weights"]:
         raise UserError(
-            f"model = {task.settings.model!r} has changed since the run began, so that its result cannot be saved over "
-            f"the unquantised weights: bring it back, then go on with: zofed train --resume {task.settings.out or 'RUN'}"
+            f"model = {task.settings.model!r} has changed since the run began, and what trained belongs to the weights "
+            "that it had: bring it back, then go on with zofed train --resume"
         )
     parameters = named_parameters(model)
     for name, trained in replica.parameters.items():
