@@ -188,7 +188,7 @@ def _slope_rows(model: str) -> list[str]:
             names = scopes.trainable_names(other, "norms")
             chosen = quantised.names(other, base, names, "norms")  # type: ignore[arg-type]
             _put_librarys_layers(other, base, chosen)
-            trained = {name: named_parameters(other)[name] for name in replica.parameters}
+            trained: estimators.Parameters = {name: named_parameters(other)[name] for name in replica.parameters}
             loss = common.loss_of(other, ids)
         else:
             trained = replica.parameters
@@ -206,7 +206,7 @@ def _put_librarys_layers(model: nn.Module, kind: str, chosen: Sequence[str]) -> 
     """bitsandbytes' own layers, with their own forwards, in the place of linear ones."""
     import bitsandbytes
 
-    layers = bitsandbytes.nn
+    layers: Any = bitsandbytes.nn
     for name in chosen:
         path = name.removesuffix(".weight")
         plain = model.get_submodule(path)

@@ -16,6 +16,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForSequenceClassification,
@@ -31,12 +33,13 @@ from zofed.core.optimizers import Optimizer
 from zofed.core.records import Seeded
 from zofed.core.replica import Replica
 from zofed.data import encoding
-from zofed.models import quantised, scopes, spec
+from zofed.models import precision, quantised, scopes, spec
 from zofed.models.quantised import Kind, Quantised
 from zofed.preflight import model_info
 from zofed.runs.run_folder import RunFolder
 from zofed.training import central
 from zofed.training.finalize import replay_run
+from zofed.training.replicas import replica_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'zofed[quantised]'")
@@ -78,7 +81,7 @@ def made_whole(model: nn.Module) -> nn.Module:
         if isinstance(layer, Quantised):
             plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
             plain.weight = nn.Parameter(layer.matrix(), requires_grad=False)
-            plain.bias = layer.bias
+            plain.register_parameter("bias", layer.bias)  # type: ignore[arg-type]
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, plain)
     return model
@@ -100,7 +103,7 @@ def test_rounded_matrices_are_those_of_the_published_formats(shape: tuple[int, i
         block[0].weight = nn.Parameter(matrix.clone())
         model = nn.ModuleDict({"blocks": block})
         rounded(model, kind, [])
-        held[kind] = model["blocks"][0].matrix()
+        held[kind] = next(layer.matrix() for layer in model.modules() if isinstance(layer, Quantised))
     scales = matrix.half().abs().amax(1, keepdim=True).float()
     steps = (matrix / scales.clamp(min=1e-9) * 127).round() * scales / 127
     assert (held["int8"] - steps).abs().max() <= 1.01 * scales.max() / 127  # of halves, where float16 rounds first
@@ -273,7 +276,7 @@ def test_a_saved_run_goes_on_over_a_quantised_base_and_a_changed_source_is_told(
     def change(row: dict[str, Any]) -> None:
         if row["step"] == 2:
             other = spec.create_model(quick(seed=4), encoding.load_tokenizer("shipped"))
-            other.save_pretrained(base)
+            other.save_pretrained(base)  # type: ignore[operator]
 
     with pytest.raises(UserError, match=r"journal starts from|has changed since the run began"):
         central.train(settings, tmp_path / "third", change)
@@ -293,6 +296,10 @@ def test_what_cannot_be_quantised_is_told_with_the_remedy(
             named_parameters(broken)["transformer.h.1.mlp.c_fc.weight"][0, 0] = value
         with pytest.raises(UserError, match=r"transformer\.h\.1\.mlp\.c_fc\.weight holds values that are not finite"):
             rounded(broken, kind, [])  # type: ignore[arg-type]
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=53, hidden_size=16, state_size=4, num_hidden_layers=2))
+    trained = quick(scope="norms", quantisation="int8")
+    with pytest.raises(UserError, match=r"code of MambaForCausalLM reads the weights of linear layers itself .*to none"):
+        replica_of(trained, precision.ready(mamba, "float32"))
     library = sys.modules["bitsandbytes"]
 
     def refuses(*_: Any, **__: Any) -> Any:

@@ -42,6 +42,8 @@ class Quantised(nn.Module):
     made again. Where a gradient is wanted W is made once more on the way back and not kept in between.
     """
 
+    bias: Tensor | None
+
     def __init__(self, kind: Kind, packed: Tensor, shape: tuple[int, int], dtype: torch.dtype, bias: Any) -> None:
         super().__init__()
         self.kind: Kind = kind

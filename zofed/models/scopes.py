@@ -80,6 +80,11 @@ def layers(model: nn.Module) -> list[nn.Module]:
     return [block[0] for block in stack] if all(len(block) == 1 for block in stack) else []
 
 
+def runs(model: nn.Module) -> bool:
+    """Whether a pass over a few tokens runs to its end."""
+    return bool(_used(model))
+
+
 def _top(model: nn.Module, everything: Mapping[str, Tensor], scope: str) -> set[str]:
     """Names of what head, reduced or last-K chooses."""
     head = _head(model, everything)

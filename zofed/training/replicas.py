@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from zofed.base import arithmetic
+from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import trunk
 from zofed.core.digests import named_parameters
@@ -73,9 +74,16 @@ def place_model(replica: Replica, settings: Settings) -> None:
 
     Whoever measures slopes does this; whoever only replays rounds nothing. Raises UserError as `quantised.quantise`.
     """
-    if settings.quantisation != "none" and (names := replica.genesis.get("quantised")):
-        quantised.quantise(replica.model, settings.quantisation, frozenset(names), device(settings))
-    nn.Module.to(replica.model, device(settings))
+    model, names = replica.model, replica.genesis.get("quantised")
+    ran = bool(names) and scopes.runs(model)
+    if settings.quantisation != "none" and names:
+        quantised.quantise(model, settings.quantisation, frozenset(names), device(settings))
+    nn.Module.to(model, device(settings))
+    if ran and not scopes.runs(model):
+        raise UserError(
+            f"quantisation = {settings.quantisation!r}: the code of {type(model).__name__} reads the weights of linear "
+            "layers itself instead of calling them: set quantisation to none"
+        )
 
 
 def _states_name(replica: Replica, settings: Settings) -> str:
