@@ -138,9 +138,10 @@ class Measure:
         """The estimate; a word, once, where the losses' own resolution drowns the slopes, or all of them are zero."""
         if LARGEST_ROUNDING < estimate.rounding < inf and not self._warned:
             self._warned = True
+            wanted = LARGEST_ROUNDING if self._is_coarse else 0.01  # less takes steps that leave the tangent
             warnings.warn(
                 f"with epsilon = {epsilon:g} the losses differ by little more than their own rounding, about "
-                f"{estimate.rounding:.0%} of a slope: set epsilon to {epsilon * estimate.rounding / 0.01:.0e} or so",
+                f"{estimate.rounding:.0%} of a slope: set epsilon to {epsilon * estimate.rounding / wanted:.0e} or so",
                 stacklevel=3,
             )
         if estimate.rounding == inf and not self._warned and len(estimate.slopes) > 1:
