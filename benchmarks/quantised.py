@@ -61,9 +61,8 @@ PROMPTED |= {
 def report(model: str, data: Path, parts: Sequence[str], bases: Sequence[str], repeats: int, seeds: int) -> None:
     """Print the tables of some parts. repeats: processes a row of memory; seeds: runs a base."""
     if "memory" in parts:
-        print(
-            "| base | trains | weights | read | held | inference | first step | step | over inference | predicted | error |"
-        )
+        columns = ("base", "trains", "weights", "read", "held", "inference", "first step", "step", "over inference")
+        print(f"| {' | '.join((*columns, 'predicted', 'error'))} |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
         for base in bases:
             for trains in ("norms", "lora") if base in ("float32", "nf4") else ("norms",):
