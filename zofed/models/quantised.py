@@ -2,9 +2,10 @@
 
 Only how the weights are kept comes from bitsandbytes. Its own layers also round what flows through them: int8 layers
 their inputs, 4-bit layers on processors with AVX512-BF16 the whole product, after repacking the weights in place at the
-first pass. Losses then move in steps: slopes over int8 layers were off by more than their size where those over the same
-weights, multiplied as here, were off by a tenth (benchmarks/RESULTS.md). Here a pass makes each matrix again in the type of the model and multiplies by that: one matrix
-at a time, once for all perturbed copies, a smooth function of what trains, and no tensor ever changes.
+first pass. Losses then move in steps: slopes over int8 layers were off by more than their size, where those over the
+same weights multiplied as here were off by a tenth (benchmarks/RESULTS.md). Here a pass makes each matrix again in the
+type of the model and multiplies by that: one matrix at a time, once for all perturbed copies, a smooth function of what
+trains, and no tensor ever changes.
 
 - int8: each row by its largest entry, to 127 steps either way; Dettmers et al., "LLM.int8()", 2022.
 - nf4: 64 entries together by their largest, to 16 quantiles of the normal distribution; Dettmers et al., "QLoRA", 2023.
