@@ -1,6 +1,7 @@
 """Measurements of zofed. Each prints a table; results worth keeping stand in benchmarks/RESULTS.md."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks import (
     memory,
     model_types,
     prompt,
+    quantised,
     query,
     replay,
     three_modes,
@@ -66,6 +68,15 @@ def main() -> None:
     one.add_argument("--only", nargs="*", default=list(trunk.STEPS), choices=trunk.STEPS)
     one.add_argument("--threads", type=int, default=1)
     one.add_argument("--pairs", type=int, default=5)
+    one = kinds.add_parser("quantised", help=quantised.__doc__)
+    one.add_argument("--model", required=True, help="a causal language model's folder")
+    one.add_argument("--data", type=Path, required=True, help="a file of reviews of two classes")
+    one.add_argument("--only", nargs="*", default=list(quantised.PARTS), choices=quantised.PARTS)
+    one.add_argument("--repeats", type=int, default=3)
+    one.add_argument("--seeds", type=int, default=3)
+    one.add_argument("--bases", nargs="*", default=list(quantised.BASES), choices=quantised.BASES)
+    one = kinds.add_parser("quantised-of", help="one row of the memory of `quantised`, in this process")
+    one.add_argument("row", nargs=3, metavar=("MODEL", "BASE", "TRAINS"))
     given = parser.parse_args()
     if given.what == "model-types":
         model_types.report(given.out, given.only)
@@ -79,6 +90,14 @@ def main() -> None:
         print(common.machine(), flush=True)
         print("| step | full | with kept states | kept / full | full / kept |\n| --- | --- | --- | --- | --- |")
         trunk.report(given.model, given.data.absolute(), given.threads, given.pairs, given.only)
+        return
+    if given.what == "quantised":
+        torch.set_num_threads(1)
+        print(common.machine(), flush=True)
+        quantised.report(given.model, given.data.absolute(), given.only, given.bases, given.repeats, given.seeds)
+        return
+    if given.what == "quantised-of":
+        print(json.dumps(quantised.measure(*given.row)))
         return
     if given.what == "memory-of":
         way, size, examples, tokens, copies = given.row

@@ -16,6 +16,7 @@ from networks import (
     SMOOTH,
     Loss,
     Pooled,
+    ids_of,
     padded_documents,
     randomised,
     relative,
@@ -25,10 +26,11 @@ from networks import (
 )
 from torch import Tensor, nn
 
-from zofed.core import directions, estimators, kinds, perturbed
+from zofed.core import directions, estimators, kinds, metrics, perturbed
 from zofed.core.directions import direction
 from zofed.core.estimators import FiniteDifference, Parameters, Points
 from zofed.core.kinds import Kind
+from zofed.core.measure import Measure
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -214,6 +216,40 @@ def test_the_passes_told_are_those_that_ran(points: Points, batched: bool) -> No
 
     estimate = FiniteDifference("rank1", 0.1, points, 1).slopes(counted, parameters, [1, 2, 3], batched=batched)
     assert estimate.forward_passes == calls == estimators.forward_passes(points, 3)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_roughness_is_the_spread_of_losses_about_a_smooth_curve(batched: bool) -> None:
+    weight = nn.Parameter(torch.ones(20, 20, dtype=torch.float64))
+
+    def smooth_loss() -> Tensor:
+        return (weight.sum(1) ** 2).sum()
+
+    def stepped() -> Tensor:
+        return (smooth_loss() / grid).round() * grid
+
+    how, grid = FiniteDifference("rank1", 0.01), 2.0**-7
+    found = [how.measured_roughness(stepped, {"w": weight}, seed, None, batched=batched) for seed in range(12)]
+    assert statistics.mean(found) == pytest.approx(grid / math.sqrt(12), rel=0.25)
+    assert how.measured_roughness(smooth_loss, {"w": weight}, 1, None, batched=batched) < 1e-3 * grid
+
+
+def test_slopes_of_passes_in_16_bits_count_what_these_round_away() -> None:
+    model, loss = MODELS["llama"]()
+    parameters, ids = trained(model, "norms"), ids_of((2, 9), 53)
+
+    def coarse() -> Tensor:
+        return metrics.loss_of(model, {"input_ids": ids, "labels": ids}, "bfloat16")
+
+    exact = estimators.exact_slopes(loss, parameters, "rank1", SEEDS)
+    size = estimators.root_mean_square(exact)
+    measure = Measure(model, parameters, "rank1")
+    for epsilon in (0.01, 0.1):
+        sharp = measure.slopes(loss, SEEDS, epsilon, 4)
+        found = Measure(model, parameters, "rank1").slopes(coarse, SEEDS, epsilon, 4)
+        missed = estimators.root_mean_square([a - b for a, b in zip(found.slopes, sharp.slopes, strict=True)]) / size
+        assert missed / 8 < found.rounding < 8 * missed
+        assert found.rounding > 20 * sharp.rounding
 
 
 @pytest.mark.parametrize("points", ["two-point", "one-sided"])

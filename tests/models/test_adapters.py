@@ -124,16 +124,29 @@ def test_a_runs_folder_is_what_peft_reads_and_goes_on_kept_or_merged(
         assert torch.allclose(named_parameters(merged)[name], tensor, rtol=1e-5, atol=1e-5), name
     kept = central.train(quick(model=str(folder), scope=scope, **LORA), tmp_path / "kept", ignore)
     assert kept["eval_loss_start"] == found["eval_loss_end"] and kept["replay_digest"] == kept["digest"]
+    assert (
+        json.loads((tmp_path / "kept" / "model" / adapter_files.CONFIG).read_text())["base_model_name_or_path"] == base
+    )
     on = central.train(quick(model=str(folder)), tmp_path / "merged", ignore)
     assert on["eval_loss_start"] == pytest.approx(found["eval_loss_end"], rel=1e-5)
     assert on["replay_digest"] == on["digest"] and (tmp_path / "merged" / "model" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("way", ["zo", "zo in bfloat16", *(w for w in WAYS if w not in ("raw", "guide-only"))])
+FORWARD: dict[str, dict[str, Any]] = {
+    "zo": {},
+    "zo in bfloat16": {"dtype": "bfloat16"},
+    "zo over int8": {"quantisation": "int8"},
+    "zo over nf4 in bfloat16": {"quantisation": "nf4", "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("way", [*FORWARD, *(way for way in WAYS if way not in ("raw", "guide-only"))])
 def test_every_mode_trains_an_adapter_and_a_federation_of_one_gives_the_same(
     quick: Quick, bases: Path, tmp_path: Path, way: str
 ) -> None:
-    values = {"zo": {}, "zo in bfloat16": {"dtype": "bfloat16"}}.get(way) or WAYS.get(way, {})
+    values = (FORWARD | WAYS)[way]
+    if "quantisation" in values:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     settings = quick(model=str(bases / "llama"), **LORA, **values)
     alone = central.train(settings, tmp_path / "alone", ignore)
     assert alone["replay_digest"] in (alone["digest"], None)
@@ -141,7 +154,7 @@ def test_every_mode_trains_an_adapter_and_a_federation_of_one_gives_the_same(
     replica, _ = replay_run(RunFolder(tmp_path / "alone"))
     assert replica.digest() == alone["digest"]
     base = weights_digest(spec.rebuild(replica.genesis["model"], 0, "float32", str(bases / "llama")))
-    assert (base == replica.genesis["weights"]) == (way != "zo in bfloat16")
+    assert (base == replica.genesis["weights"]) == (settings.dtype == "float32")
     if settings.mode in ("fo", "instruct", "calibrate"):  # whose updates and guides are not the same on their way
         return
     together = federate(settings, tmp_path / "together", 1)

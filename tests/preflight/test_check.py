@@ -57,10 +57,14 @@ def watched(settings: Settings) -> int:
         {"queries": 40, "perturbations-per-pass": 16, "directions": "rank2"},
         {"directions": "rademacher", "queries": 2},
         {"dtype": "bfloat16", "forward-dtype": "bfloat16"},
+        {"quantisation": "nf4", "scope": "norms"},
+        {"quantisation": "int8", "scope": "norms", "dtype": "bfloat16"},
     ],
     ids=lambda other: "-".join(map(str, other.values())) or "plain",
 )
 def test_predicted_memory_is_that_of_a_real_step(mode: str, other: dict[str, Any]) -> None:
+    if "quantisation" in other:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'zofed[quantised]'")
     settings = config.resolve({"mode": mode, "batch-size": 8, "block-size": 128, "device": "cpu"} | other)
     predicted = model_info.info(settings, (mode,)).memory[mode].peak
     assert predicted == pytest.approx(watched(settings), rel=0.1)

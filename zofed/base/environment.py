@@ -36,3 +36,9 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _KEEP_BYTES)) and bool(mallopt(_TRIM_THRESHOLD, 2 * _KEEP_BYTES - 1))
+
+
+def give_back_freed_memory() -> None:
+    """Tell glibc to return what is free at the moment to the system, once: after something large has gone for good."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)

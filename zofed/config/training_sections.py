@@ -90,6 +90,11 @@ class Model(Section):
     forward_dtype: Literal["weights", "bfloat16"] = setting(
         "weights", "type of the forward passes; bfloat16: autocast (part of the result)"
     )
+    quantisation: Literal["none", "int8", "nf4"] = setting(
+        "none",
+        "int8, nf4: frozen matrices of the blocks held in 8 or 4 bits (the extra zofed[quantised])",
+        acts_when=when(freeze_encoder=False),
+    )
 
 
 class Data(Section):

@@ -1,7 +1,7 @@
 """Names of a module's tensors that are the same everywhere, and digests over them."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,24 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over all parameters by canonical name, hex, and all buffers that are saved; a tied tensor counts once."""
+    return tensors_digest(_held(model))
+
+
+def weights_digest_over(base: str, model: nn.Module, quantised: Collection[str]) -> str:
+    """SHA-256, hex, of weights of which some may be held in fewer bits: the same where `model` holds them whole.
+
+    base: `weights_digest` of the unquantised weights the model began with. It stands for the tensors named in
+    `quantised`, which are frozen: their bytes are never read, since rounding may differ from machine to machine, and
+    some kernels keep codes in an order of their own. All others are read as they are now.
+    """
+    read = {name: tensor for name, tensor in _held(model).items() if name not in quantised}
+    return hashlib.sha256(f"{base} {tensors_digest(read)}".encode()).hexdigest()
+
+
+def _held(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by canonical name."""
     buffers = {directions.canonical_name(name): held for name, held in soundness.persistent_buffers(model).items()}
-    return tensors_digest(named_parameters(model) | buffers)
+    return named_parameters(model) | buffers
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

@@ -23,6 +23,7 @@ Share = Callable[[slice], Tensor]  # some of the queries -> their losses (querie
 Split = Callable[[Share, int, int, bool], Tensor]
 
 SIZE_FLOOR = 0.01
+ROUGH_POINTS = 9  # along one direction, of which a parabola takes three
 BLOCK = 2**18  # entries of a dense direction that are expanded together: they stay in the cache
 
 
@@ -51,7 +52,7 @@ class FiniteDifference:
     (loss(w + epsilon z) - loss(w)) / epsilon with one loss(w) for all, less the mean over the directions, which takes
     out epsilon/2 times the Hessian's trace: nearly twice the directions for the same passes. sizes: what multiplies
     each parameter's direction, 1 where absent. perturbations_per_pass: perturbed copies in one forward pass, of
-    low-rank kinds.
+    low-rank kinds. roughness: what `measured_roughness` found, where the passes are coarser than the loss's type.
     """
 
     kind: kinds.Kind
@@ -59,6 +60,7 @@ class FiniteDifference:
     points: Points = "two-point"
     perturbations_per_pass: int = 8
     sizes: Mapping[str, float] | None = None
+    roughness: float = 0.0
 
     def slopes(
         self,
@@ -83,7 +85,7 @@ class FiniteDifference:
 
         count = len(seeds)
         found = split(share, count, self.together(batched), batched) if split else share(slice(0, count))
-        resolution = torch.finfo(found.dtype).eps * float(found.abs().mean())
+        resolution = max(torch.finfo(found.dtype).eps * float(found.abs().mean()), math.sqrt(2) * self.roughness)
         values: list[list[float]] = found.to(torch.float64).tolist()
         passes = forward_passes(self.points, len(seeds)) if examples is None else 2 * len(seeds)
         if self.points == "two-point":
@@ -114,6 +116,28 @@ class FiniteDifference:
         if batched and kinds.terms(self.kind):
             return self._batched(loss, parameters, seeds, self._steps, own)
         return materialised_losses(loss, parameters, self.kind, seeds, self._steps, self.sizes, own)
+
+    def measured_roughness(
+        self, loss: Loss, parameters: Parameters, seed: int, examples: Any, *, batched: bool
+    ) -> float:
+        """How far losses between -epsilon and epsilon along one direction lie off a smooth curve: a standard deviation.
+
+        What rounding in the passes leaves of a loss, where they are coarser than its type says: the residuals of a
+        parabola through ROUGH_POINTS losses. examples: as for `slopes`; the first query's are read.
+        """
+        at = torch.linspace(-1, 1, ROUGH_POINTS, dtype=torch.float64)
+        steps: list[float] = (at * self.epsilon).tolist()
+        own = None if examples is None else perturbed.each_tensor(examples, lambda tensor: tensor[:1])
+        if batched and kinds.terms(self.kind):
+            found = self._batched(loss, parameters, [seed], steps, own)
+        else:
+            found = materialised_losses(loss, parameters, self.kind, [seed], steps, self.sizes, own)
+        losses = found[0].to(torch.float64)
+        if not bool(torch.isfinite(losses).all()):
+            return 0.0
+        powers = torch.stack([at**power for power in range(3)], 1)
+        missed = losses - powers @ torch.linalg.lstsq(powers, losses[:, None]).solution[:, 0]
+        return math.sqrt(float(missed.square().sum()) / (ROUGH_POINTS - powers.shape[1]))
 
     def together(self, batched: bool) -> int:
         """The smallest number of queries that fills whole forward passes."""

@@ -1,6 +1,6 @@
 """What a journal begins with: all that a replay depends on beside the records."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,13 +24,15 @@ def make_genesis(
     optimizer: optimizers.Optimizer,
     size_exponents: Mapping[str, int] | None = None,
     backprop_optimizer: optimizers.Optimizer | None = None,
+    quantised: Sequence[str] = (),
 ) -> Genesis:
     """All that a replay depends on: the base weights, what trains, how seeds become directions, the optimizer.
 
     size_exponents: the power of two that multiplies each tensor's direction and step; 0 where absent.
     backprop_optimizer: the rule, with a state of its own, of the steps that are no function of seeds alone; None: the
-    same. Raises UserError for a trainable tensor of another type than float32 and bfloat16, the two whose steps are
-    exact, and for two that lie in the same memory.
+    same. quantised: names of frozen matrices that whoever measures slopes may hold in fewer bits; the model has them
+    whole here, so that the digest is that of the unquantised source. Raises UserError for a trainable tensor of another
+    type than float32 and bfloat16, the two whose steps are exact, and for two that lie in the same memory.
     """
     parameters = named_parameters(model)
     trainable = list(trainable)
@@ -54,6 +56,7 @@ def make_genesis(
         "optimizer": _described(optimizer),
         "size-exponents": {name: exponent for name, exponent in (size_exponents or {}).items() if exponent},
         **({"backprop-optimizer": _described(backprop_optimizer)} if backprop_optimizer else {}),
+        **({"quantised": list(quantised)} if quantised else {}),
     }
 
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from math import inf
 from typing import Any, TypeVar
 
@@ -38,6 +39,8 @@ class Measure:
         self._model, self._parameters, self._kind, self._sizes = model, parameters, kind, sizes
         self._batches, self._warned = kinds.terms(kind) > 0, False
         self._sound: tuple[Any, ...] = ()  # signature of the loss that was last found sound
+        self._is_coarse = False  # whether the passes of that loss are
+        self._rough: float | None = None  # its `roughness`, once measured
 
     def slopes(
         self,
@@ -59,10 +62,28 @@ class Measure:
         how = FiniteDifference(self._kind, epsilon, points, perturbations_per_pass, self._sizes)
 
         def run(batched: bool) -> Estimate:
-            found = how.slopes(loss, self._parameters, seeds, examples, batched=batched, split=split)
+            own = replace(how, roughness=self._roughness_once(how, loss, seeds[0], examples, batched))
+            found = own.slopes(loss, self._parameters, seeds, examples, batched=batched, split=split)
             return self._guarded(found, epsilon)
 
         return self.batched_or_not(run, loss, examples)
+
+    def roughness(
+        self, how: FiniteDifference, loss: Loss, seed: int, examples: Any = None, *, batched: bool = True
+    ) -> float:
+        """How far losses lie off a smooth curve where passes run in 16 bits or TF32; 0 where they are exact.
+
+        Of a loss that `check` has looked at. Nine passes, or two of many copies.
+        """
+        if not self._is_coarse:
+            return 0.0
+        return how.measured_roughness(loss, self._parameters, seed, examples, batched=batched)
+
+    def _roughness_once(self, how: FiniteDifference, loss: Loss, seed: int, examples: Any, batched: bool) -> float:
+        """The same, at the first slopes of each kind of loss."""
+        if self._rough is None:
+            self._rough = self.roughness(how, loss, seed, examples, batched=batched)
+        return self._rough
 
     def batched_or_not(self, run: Callable[[bool], T], loss: Loss, examples: Any = None) -> T:
         """`run(True)`, or `run(False)` where the loss cannot run for many perturbed copies at once, which is said once.
@@ -99,7 +120,7 @@ class Measure:
             )
         except CannotBatch as reason:
             self._cannot_batch(reason)
-        self._sound = signature
+        self._sound, self._is_coarse, self._rough = signature, base.is_coarse, None
 
     def _can_batch(self, loss: Loss) -> bool:
         """Whether copies may share a pass; a loss that knows better says so itself, by an attribute `batches`."""
@@ -117,9 +138,10 @@ class Measure:
         """The estimate; a word, once, where the losses' own resolution drowns the slopes, or all of them are zero."""
         if LARGEST_ROUNDING < estimate.rounding < inf and not self._warned:
             self._warned = True
+            wanted = LARGEST_ROUNDING if self._is_coarse else 0.01  # less takes steps that leave the tangent
             warnings.warn(
                 f"with epsilon = {epsilon:g} the losses differ by little more than their own rounding, about "
-                f"{estimate.rounding:.0%} of a slope: set epsilon to {epsilon * estimate.rounding / 0.01:.0e} or so",
+                f"{estimate.rounding:.0%} of a slope: set epsilon to {epsilon * estimate.rounding / wanted:.0e} or so",
                 stacklevel=3,
             )
         if estimate.rounding == inf and not self._warned and len(estimate.slopes) > 1:

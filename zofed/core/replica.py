@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zofed.base.errors import UserError
 from zofed.core import directions, kinds, optimizers
-from zofed.core.digests import named_parameters, raw_bytes, tensors_digest, weights_digest
+from zofed.core.digests import named_parameters, raw_bytes, tensors_digest, weights_digest, weights_digest_over
 from zofed.core.genesis import optimizer_of
 from zofed.core.journal import Entry, Genesis, genesis_chain, link, linked, position
 from zofed.core.measure import Measure, Update
@@ -29,9 +29,10 @@ class NotKept(UserError):  # noqa: N818
 class Replica:
     """The model at one point of a journal's history.
 
-    model: at the base weights the genesis names, already on its device. `measure` reads the weights and leaves them;
-    `apply` moves them. `round` is the last round applied (0: base), `head` the chain after the last entry applied.
-    Raises UserError when the model is not the genesis's base.
+    model: at the base weights the genesis names. `measure` reads the weights and leaves them; `apply` moves them.
+    Frozen matrices that the genesis names as quantised may be rounded once the replica is made: no record moves them.
+    `round` is the last round applied (0: base), `head` the chain after the last entry applied. Raises UserError when
+    the model is not the genesis's base.
     """
 
     def __init__(self, model: nn.Module, genesis: Genesis) -> None:
@@ -262,7 +263,14 @@ class Replica:
         self.round, self.head = round_, head
 
     def digest(self) -> str:
-        """SHA-256 of all weights and of the buffers saved with them, hex."""
+        """SHA-256 of all weights and of the buffers saved with them, hex.
+
+        Of a quantised base its unquantised digest counts in the place of what is rounded, so that a replay, which
+        rounds nothing, ends with the same.
+        """
+        quantised = self.genesis.get("quantised")
+        if quantised:
+            return weights_digest_over(self.genesis["weights"], self.model, frozenset(quantised))
         return weights_digest(self.model)
 
     def probe(self) -> bytes:

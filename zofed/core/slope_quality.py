@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from zofed.base.errors import UserError
 from zofed.core import directions, estimators, kinds
-from zofed.core.estimators import FiniteDifference, Points, root_mean_square
+from zofed.core.estimators import Estimate, FiniteDifference, Points, root_mean_square
 from zofed.core.records import to_integers
 from zofed.core.replica import Replica
 
@@ -88,9 +88,11 @@ def diagnose(
 def _error(
     replica: Replica, loss: Callable[[], Tensor], seeds: Sequence[int], exact: Sequence[float], how: FiniteDifference
 ) -> tuple[float, float, float]:
-    estimate = replica.measure.batched_or_not(
-        lambda batched: how.slopes(loss, replica.parameters, seeds, batched=batched), loss
-    )
+    def run(batched: bool) -> Estimate:
+        own = replace(how, roughness=replica.measure.roughness(how, loss, seeds[0], batched=batched))
+        return own.slopes(loss, replica.parameters, seeds, batched=batched)
+
+    estimate = replica.measure.batched_or_not(run, loss)
     middle = math.fsum(exact) / len(exact) if how.points == "one-sided" else 0.0
     misses = [slope - (truth - middle) for slope, truth in zip(estimate.slopes, exact, strict=True)]
     size = root_mean_square(exact)

@@ -14,6 +14,7 @@ from zofed.runs.tables import Row, read_table
 from zofed.training.finalize import base_replica
 from zofed.training.process import prepare_process
 from zofed.training.rebuilding import replay
+from zofed.training.replicas import place_model
 from zofed.training.task import Task
 
 FILE = "course.csv"
@@ -42,6 +43,7 @@ def course(path: Path, points: int) -> list[dict[str, float]]:
 def _measure(folder: RunFolder, points: int) -> list[Row]:
     replica, settings = base_replica(folder)
     prepare_process(settings.threads)
+    place_model(replica, settings)
     task = Task.load(settings)
     examples = task.shard(0, max(1, settings.clients))
     records = [entry.record for entry in read(folder.journal).entries]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zofed.base.errors import UserError
 from zofed.core.digests import named_parameters
 from zofed.core.perturbation_mode import Watch
-from zofed.models import adapters
+from zofed.models import adapters, quantised
 from zofed.models.classifier import PooledClassifier
 from zofed.models.initial import drawn
 
@@ -23,8 +23,8 @@ LENGTHS = (
 
 
 def true_count(model: nn.Module) -> int:
-    """Parameters of the model, a tied tensor counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Parameters of the model, a tied tensor counted once; of a quantised matrix those it stands for."""
+    return sum(parameter.numel() for parameter in model.parameters()) + quantised.rounded_parameters(model)
 
 
 def trainable_names(model: nn.Module, scope: str) -> list[str]:
@@ -82,6 +82,11 @@ def layers(model: nn.Module) -> list[nn.Module]:
     """The blocks of a model, first to last, as modules that it calls; none where blocks are made of several lists."""
     stack = _stack(_base(model), set(_used(model)))
     return [block[0] for block in stack] if all(len(block) == 1 for block in stack) else []
+
+
+def runs(model: nn.Module) -> bool:
+    """Whether a pass over a few tokens runs to its end."""
+    return bool(_used(model))
 
 
 def _top(model: nn.Module, everything: Mapping[str, Tensor], scope: str) -> set[str]:

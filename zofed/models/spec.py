@@ -330,7 +330,7 @@ def save(
     of a saved model below an adapter, which alone is then written, as peft reads it; without one, or where it is a
     named size, which only its seed could bring back, the sum of both is.
     """
-    if adapters.of(model) and base[0] and base[0] not in sources.SIZES:
+    if saves_adapter(model, base):
         _save_adapter(model, folder, base)
         tokenizer.save_pretrained(folder)
         return
@@ -348,6 +348,11 @@ def save(
     if isinstance(model, PooledClassifier):
         classifier.save_head(model, folder)
     tokenizer.save_pretrained(folder)
+
+
+def saves_adapter(model: nn.Module, base: tuple[str, str]) -> bool:
+    """Whether `save` writes the adapter of a model alone, for a base of that name and revision."""
+    return adapters.of(model) is not None and base[0] not in ("", *sources.SIZES)
 
 
 def _save_adapter(model: nn.Module, folder: Path, base: tuple[str, str]) -> None:

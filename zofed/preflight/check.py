@@ -177,6 +177,8 @@ def _model(
     except UserError as error:
         yield Line("fix", "model", str(error))
         return
+    if device(settings).type != "cpu":
+        of = replace(of, read=0)  # which RAM holds, and what is free is asked of the device
     at = f" at {of.revision}" if of.revision else ""
     yield Line("ok", "model", f"{of.name}{at}, {of.architecture}, {of.parameters:,} parameters")
     free, fits = free_bytes(settings), []
@@ -222,6 +224,8 @@ def bytes_needed(of: ModelInfo, mode: str) -> int:
     """The most that a run in a mode holds at once: in a step, in an evaluation, in the replay that proves it."""
     memory = of.memory[mode]
     end = 0 if MODES[mode].has_gradients else 2 * (memory.weights + memory.state)
+    if of.read:  # then the replay is of the unquantised base
+        end = memory.weights + memory.state + of.read
     return max(memory.peak, memory.peak - memory.step + memory.evaluation, end)
 
 

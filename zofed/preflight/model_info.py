@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from zofed import config
@@ -11,7 +12,7 @@ from zofed.config import Settings
 from zofed.core import perturbed
 from zofed.core.digests import named_parameters
 from zofed.data import encoding, hub
-from zofed.models import limits, scopes, sources, spec
+from zofed.models import limits, quantised, scopes, sources, spec
 from zofed.models.classifier import PooledClassifier
 from zofed.models.spec import ModelSpec
 from zofed.preflight import footprint
@@ -32,7 +33,8 @@ class ModelInfo:
     train in each scope; a scope that leaves nothing to train is left out. tokenizer: its name or folder. entries: of
     the tokenizer. vocabulary: rows of the model's embedding. positions: tokens of the longest block, None where the
     model sets no limit. memory: bytes by mode, for the settings asked about; empty where `unpredictable` tells why its
-    passes cannot be watched without numbers.
+    passes cannot be watched without numbers. read: bytes that a base to be quantised takes in RAM while it is whole: as
+    it is read, and as it is replayed and saved at the end; 0 of any other.
     """
 
     name: str
@@ -45,6 +47,7 @@ class ModelInfo:
     vocabulary: int | None
     positions: int | None
     memory: dict[str, Footprint]
+    read: int = 0
     unpredictable: str = ""
 
 
@@ -90,6 +93,10 @@ def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> M
     trainable = scopes.trainable_names(outline, settings.scope)
     matrices = scopes.inner_matrices(outline, trainable) if settings.optimizer == "mudamw" else []
     described = (scopes.true_count(outline), getattr(outline.config, "vocab_size", None), limits.positions(outline))
+    read = sum(parameter.numel() for parameter in parameters.values()) * 4  # in float32, whatever it is then held in
+    if settings.quantisation != "none":
+        names = quantised.names(outline, settings.quantisation, trainable, settings.scope)
+        quantised.quantise(outline, settings.quantisation, frozenset(names), torch.device("meta"))
     memory, unpredictable = {}, ""
     try:
         memory = footprint.footprints(outline, settings, trainable, matrices, modes)
@@ -108,6 +115,7 @@ def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> M
         vocabulary=described[1],
         positions=described[2],
         memory=memory,
+        read=read if settings.quantisation != "none" else 0,
         unpredictable=unpredictable,
     )
 

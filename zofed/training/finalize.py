@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -18,10 +19,12 @@ from zofed.base.errors import DiskError, DivergenceError, UserError
 from zofed.base.files import sync_folder, whole_folder
 from zofed.base.texts import said_by
 from zofed.config import Settings
+from zofed.core.digests import named_parameters, weights_digest
 from zofed.core.journal import Journal, JournalError, read
 from zofed.core.records import Guided, Seeded
 from zofed.core.replica import NotKept, Replica, update_digest
 from zofed.models import initial, scopes, spec
+from zofed.models.precision import Model
 from zofed.models.spec import ModelSpec
 from zofed.runs.run_folder import RunFolder, peak_memory_bytes, versions
 from zofed.runs.tables import read_table
@@ -165,13 +168,18 @@ def _divergence(
 
 
 def base_replica(folder: RunFolder, base: str = "") -> tuple[Replica, Settings]:
-    """A fresh replica at the base weights of a run's journal, from the run's files alone."""
+    """A fresh replica at the base weights of a run's journal, from the run's files alone.
+
+    A base that the run held in fewer bits is whole here, and on the CPU: a replay rounds nothing, and where the run
+    computed it may not fit.
+    """
     settings = folder.settings()
     genesis = read(folder.journal).genesis
     place = (base, "") if base else (settings.model, settings.revision)
     try:
         model = spec.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)
-        return Replica(nn.Module.to(model, device(settings)), genesis), settings
+        where = torch.device("cpu") if genesis.get("quantised") else device(settings)
+        return Replica(nn.Module.to(model, where), genesis), settings
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise JournalError(
             f"journal {folder.journal} begins with a genesis that gives no model ({type(error).__name__}: {error}): "
@@ -237,16 +245,37 @@ def _count(replica: Replica) -> int:
     return sum(parameter.numel() for parameter in replica.parameters.values())
 
 
+@torch.no_grad()
+def whole_model(task: Task, replica: Replica) -> Model:
+    """The replica's model; with a quantised base the unquantised one, read once more, with the weights that trained.
+
+    Of an adapter, which is saved alone, no base need be read. Raises UserError where what is read is no longer the base
+    of the run.
+    """
+    if not replica.genesis.get("quantised") or spec.saves_adapter(replica.model, ModelSpec.of(task.settings).base):
+        return replica.model  # type: ignore[return-value]
+    model = spec.create_model(task.settings, task.tokenizer, task.outputs)
+    if weights_digest(model) != replica.genesis["weights"]:
+        raise UserError(
+            f"model = {task.settings.model!r} has changed since the run began, and what trained belongs to the weights "
+            "that it had: bring it back, then go on with zofed train --resume"
+        )
+    parameters = named_parameters(model)
+    for name, trained in replica.parameters.items():
+        parameters[name].copy_(trained)
+    return model
+
+
 def save_model(task: Task, replica: Replica, folder: RunFolder) -> None:
     """A Hugging Face folder (safetensors and tokenizer) that AutoModel loads, replaced as a whole, durable at the end.
 
-    Raises DiskError where the disk does not take it; the model that was there stays.
+    Raises DiskError where the disk does not take it; the model that was there stays. Raises UserError as `whole_model`.
     """
+    model = whole_model(task, replica)
     temporary = folder.path / ".model.new"
     try:
         with whole_folder(temporary):
-            base = ModelSpec.of(task.settings).base
-            spec.save(replica.model, task.tokenizer, temporary, task.class_names, base)
+            spec.save(model, task.tokenizer, temporary, task.class_names, ModelSpec.of(task.settings).base)
     except (SafetensorError, OSError) as error:
         raise DiskError(f"cannot write the model into {folder.path}: {error}; free some space") from error
     shutil.rmtree(folder.model, ignore_errors=True)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from zofed.base import arithmetic
+from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import trunk
 from zofed.core.digests import named_parameters
@@ -18,7 +19,7 @@ from zofed.core.optimizers import Optimizer
 from zofed.core.replica import Replica
 from zofed.core.trunk import Trunk
 from zofed.data import encoding
-from zofed.models import scopes, spec
+from zofed.models import quantised, scopes, spec
 from zofed.models.precision import Model
 from zofed.training.modes import mode_of
 from zofed.training.process import device
@@ -27,6 +28,8 @@ from zofed.training.process import device
 def replica_of(settings: Settings, model: Model) -> Replica:
     """A replica of a model at its base weights, with the genesis that the settings give it, on their device."""
     names = scopes.trainable_names(model, settings.scope)
+    kind = settings.quantisation
+    rounded = [] if kind == "none" else quantised.names(model, kind, names, settings.scope)
     if frozen := scopes.frozen_though_drawn(model, names):
         warnings.warn(
             f"scope = {settings.scope!r} leaves {', '.join(frozen[:3])}{', ...' if len(frozen) > 3 else ''} as drawn: "
@@ -54,13 +57,33 @@ def replica_of(settings: Settings, model: Model) -> Replica:
         optimizer=outer if mode.trains_coefficients else rule(settings.optimizer),
         size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
         backprop_optimizer=(rule(settings.bp_optimizer or settings.optimizer) if mode.helps_zeroth_order else None),
+        quantised=rounded,
     )
-    replica = Replica(nn.Module.to(model, device(settings)), genesis)
+    replica = Replica(model, genesis)
+    place_model(replica, settings)
     if settings.hidden_states_gigabytes and len(names) < len(parameters):
         limit = int(settings.hidden_states_gigabytes * 1e9)
         folder, name = encoding.default_cache() / "hidden states", _states_name(replica, settings)
         trunk.keep(model, Trunk(replica.parameters, scopes.layers(model), folder, name, limit))
     return replica
+
+
+def place_model(replica: Replica, settings: Settings) -> None:
+    """Bring a replica's model to the device of the settings, what the genesis names as quantised in as few bits as they
+    say.
+
+    Whoever measures slopes does this; whoever only replays rounds nothing. Raises UserError as `quantised.quantise`.
+    """
+    model, names = replica.model, replica.genesis.get("quantised")
+    ran = bool(names) and scopes.runs(model)
+    if settings.quantisation != "none" and names:
+        quantised.quantise(model, settings.quantisation, frozenset(names), device(settings))
+    nn.Module.to(model, device(settings))
+    if ran and not scopes.runs(model):
+        raise UserError(
+            f"quantisation = {settings.quantisation!r}: the code of {type(model).__name__} reads the weights of linear "
+            "layers itself instead of calling them: set quantisation to none"
+        )
 
 
 def _states_name(replica: Replica, settings: Settings) -> str:
@@ -71,5 +94,6 @@ def _states_name(replica: Replica, settings: Settings) -> str:
         json.dumps([genesis["model"], genesis["weights"], genesis["trainable"]], sort_keys=True),
         f"{device(settings)} {torch.get_num_threads()} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}",
         json.dumps(arithmetic.described(), sort_keys=True),
+        *((settings.quantisation,) if settings.quantisation != "none" else ()),
     )
     return hashlib.sha256(" ".join(depends_on).encode()).hexdigest()
