@@ -6,7 +6,20 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import blas, common, first_order, gpu, memory, model_types, prompt, query, replay, three_modes, trunk
+from benchmarks import (
+    architectures,
+    blas,
+    common,
+    first_order,
+    gpu,
+    memory,
+    model_types,
+    prompt,
+    query,
+    replay,
+    three_modes,
+    trunk,
+)
 
 
 def main() -> None:
@@ -38,6 +51,10 @@ def main() -> None:
     one.add_argument(
         "--out", type=Path, required=True, help="folder of rows.jsonl, which it goes on from, and table.md"
     )
+    one.add_argument("--only", nargs="*", default=[], metavar="TYPE")
+    one = kinds.add_parser("architectures", help=architectures.__doc__)
+    one.add_argument("--threads", type=int, default=1)
+    one.add_argument("--pairs", type=int, default=5)
     one.add_argument("--only", nargs="*", default=[], metavar="TYPE")
     one = kinds.add_parser("three-modes", help=three_modes.__doc__)
     one.add_argument(
@@ -100,6 +117,8 @@ def main() -> None:
     elif given.what == "prompt":
         print("| what | candidates | over | ratio |\n| --- | --- | --- | --- |", flush=True)
         prompt.report(given.model, given.threads, given.pairs)
+    elif given.what == "architectures":
+        architectures.report(given.pairs, given.only)
     elif given.what == "replay":
         print("| model | records x directions | directions a second | over torch.randn |\n| --- | --- | --- | --- |")
         replay.report(given.size, given.threads, given.pairs)

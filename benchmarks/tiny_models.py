@@ -216,7 +216,7 @@ def _stir(model: nn.Module) -> None:
 
 
 def shrunk(kind: Any, special: Mapping[str, Any], times: int = 1) -> dict[str, Any]:
-    """Arguments that make a config of this class tiny, its parts (text, vision, ...) included; widths are `times` that."""
+    """Arguments that make a config of this class tiny, with its parts (text, vision, ...), but `times` as wide."""
     default = kind()
     fields = inspect.signature(kind.__init__).parameters
     values = {name: value for name, value in default.to_dict().items() if name in fields}
