@@ -306,13 +306,15 @@ def _ratios(model: nn.Module, parameters: Parameters, architecture: Architecture
 
 
 def report(pairs: int, only: list[str]) -> None:
-    """Print the table of docs/models.md, and beside it what a copy costs."""
+    """Print the table of docs/models.md, and then what a copy costs where copies share a pass."""
     keep_freed_memory()
     print("\n".join(HEADER), flush=True)
-    chosen = [one for one in ARCHITECTURES if not only or one.kind in only]
-    for one in chosen:
+    some = [one for one in ARCHITECTURES if not only or one.kind in only]
+    for one in some:
         print(line(one, examine(one)), flush=True)
     print("\n| architecture | trained as | all weights | LoRA |\n| --- | --- | --- | --- |", flush=True)
-    for one in chosen:
+    for one in some:
+        if one.alone:
+            continue
         full, lora = (common.median(ratios) for ratios in cost(one, pairs))
         print(f"| {one.name} | {TASKS[one.task]} | {full} | {lora} |", flush=True)

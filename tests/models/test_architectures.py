@@ -1,15 +1,13 @@
-"""Architectures people use: perturbed copies have the losses of moved weights, adapters too, and docs/models.md says so."""
+"""Architectures people use: perturbed copies, of adapters too, have the losses of moved weights."""
 
 import re
-from functools import cache
 from pathlib import Path
 
 import pytest
 from torch import nn
-from transformers import PreTrainedModel
 
 import zofed
-from zofed.models.scopes import layers, trainable_names
+from zofed.models.scopes import layers
 
 pytest.importorskip("peft", reason="peft is not installed")
 
@@ -34,7 +32,7 @@ def table() -> list[str]:
 
 @pytest.mark.first(8)
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=name)
-def test_perturbed_copies_have_the_losses_of_moved_weights_and_the_page_has_the_line(
+def test_perturbed_copies_have_the_losses_of_moved_weights_and_the_page_says_so(
     architecture: Architecture,
 ) -> None:
     row = architectures.examine(architecture)
@@ -57,11 +55,6 @@ def test_the_page_has_these_architectures_and_no_others() -> None:
     named = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in lines]
     assert named == [(one.name, one.kind, architectures.TASKS[one.task]) for one in ARCHITECTURES]
     assert len({one.kind for one in ARCHITECTURES if not one.alone}) >= 24
-
-
-@cache
-def built(architecture: Architecture) -> PreTrainedModel:
-    return architecture.build()
 
 
 def inside(model: nn.Module, module: nn.Module) -> set[str]:
