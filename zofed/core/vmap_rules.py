@@ -1,6 +1,5 @@
 """Operations with rules for `torch.vmap` of their own: torch's take more memory, or a loop that it complains of."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ def scatter_(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return tensor.copy_(torch.scatter(tensor, *args, **kwargs))
 
 
-RULES: dict[Callable[..., Any], Callable[..., Any]] = {
+RULES: dict[Any, Any] = {
     torch._grouped_mm: grouped_product,
     torch.histc: histogram,
     Tensor.scatter_: scatter_,
