@@ -145,6 +145,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
     },
     "nemotron": {"num_key_value_heads": 2},
+    "qwen3_moe": {"num_experts": 4},
     "qwen3_5": {"text_config": {"pad_token_id": PAD}},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
