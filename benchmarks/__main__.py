@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import (
     adapters,
+    architectures,
     blas,
     common,
     first_order,
@@ -57,6 +58,10 @@ def main() -> None:
     one.add_argument(
         "--out", type=Path, required=True, help="folder of rows.jsonl, which it goes on from, and table.md"
     )
+    one.add_argument("--only", nargs="*", default=[], metavar="TYPE")
+    one = kinds.add_parser("architectures", help=architectures.__doc__)
+    one.add_argument("--threads", type=int, default=1)
+    one.add_argument("--pairs", type=int, default=5)
     one.add_argument("--only", nargs="*", default=[], metavar="TYPE")
     one = kinds.add_parser("three-modes", help=three_modes.__doc__)
     one.add_argument(
@@ -138,6 +143,8 @@ def main() -> None:
         prompt.report(given.model, given.threads, given.pairs)
     elif given.what == "adapters":
         adapters.report(given.model, given.threads, given.pairs)
+    elif given.what == "architectures":
+        architectures.report(given.pairs, given.only)
     elif given.what == "replay":
         print("| model | records x directions | directions a second | over torch.randn |\n| --- | --- | --- | --- |")
         replay.report(given.size, given.threads, given.pairs)

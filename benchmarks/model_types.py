@@ -131,7 +131,7 @@ def report(out: Path, only: list[str]) -> None:
     file = out / "rows.jsonl"
     prepare_process(1)
     known = {(row.task, row.kind) for row in read(file)}
-    for task in tiny_models.TASKS:
+    for task in tiny_models.TYPES:
         for kind in tiny_models.types(task):
             if (task, kind) in known or (only and kind not in only):
                 continue
@@ -185,7 +185,7 @@ def _send(there: Any, task: str, kind: str) -> None:
 def counts(rows: list[Row]) -> list[str]:
     """How many types of each task came out how."""
     lines = [f"| task | types | {' | '.join(OUTCOMES)} |", "| --- " * (2 + len(OUTCOMES)) + "|"]
-    for task in tiny_models.TASKS:
+    for task in tiny_models.TYPES:
         found = Counter(row.outcome for row in rows if row.task == task)
         lines.append(f"| {task} | {found.total()} | " + " | ".join(str(found[one]) for one in OUTCOMES) + " |")
     return lines

@@ -7,18 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 from transformers.models.auto import modeling_auto
 
 VOCABULARY = 512  # the entries of the shipped tokenizer
 PAD, END = 0, 1  # token ids
 EXAMPLES, TOKENS = 2, 16
-LAYERS, WIDTH, HEADS, HEAD_WIDTH, POSITIONS = 2, 32, 4, 8, 64
+LAYERS, HEADS, POSITIONS = 2, 4, 64
+WIDTH, HEAD_WIDTH, INNER_WIDTH = 32, 8, 64
 LARGEST = 40_000_000  # parameters above which a model is not tiny: its type needs a row in SPECIAL
 
-TASKS: dict[str, tuple[Any, Mapping[str, Any]]] = {
-    "causal": (AutoModelForCausalLM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
-    "classifier": (AutoModelForSequenceClassification, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+AUTO: dict[str, Any] = {
+    "causal": AutoModelForCausalLM,
+    "classifier": AutoModelForSequenceClassification,
+    "masked": AutoModelForMaskedLM,
+    "sequence to sequence": AutoModelForSeq2SeqLM,
+}
+TYPES: dict[str, Mapping[str, Any]] = {
+    "causal": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "classifier": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 }
 
 # What every config's fields are set to, by the first expression that matches the whole name; integers (and None) only.
@@ -30,6 +44,18 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(num_|n_)(kv|key_value)_heads|kv_n_heads|num_key_value_groups|multi_query_group_num|swa_num_key_value_heads", 2),
     (r"(\w*_)?(num|n)_(attention_)?heads?|(encoder|decoder)_attention_heads|\w*num_\w*attention_heads", HEADS),
     (r"index_n_heads|linear_num_\w*heads", HEADS),
+    (r"(n_routed|num_local|moe_num|num)_experts", 4),
+    (r"num_experts_per_tok(en)?|moe_(k|topk|top_k)|top_?k_experts|n_group|topk_group|num_expert_group", 2),
+    (r"max_position_embeddings|n_positions|n_ctx|seq_length|max_seq_len|max_(source|target)_positions", POSITIONS),
+    (r"context_length|tpu_short_seq_length|segment_means_seq_len", POSITIONS),
+    (r"sliding_window(_size)?|local_attention|attention_window(_size)?|window_size", 8),
+    (r"(\w*_)?(chunk_size|chunk_length)", 8),
+    (r"(\w*_)?(d_state|state_size)", 8),
+    (r"num_hash_buckets|entity_vocab_size|(shape|pronunciation)_vocab_size", VOCABULARY),
+    (r"(shape|pronunciation)_embed_dim", 16),
+)
+# The same of widths, which a model can have some times as large.
+WIDTHS: tuple[tuple[str, int], ...] = (
     (
         r"(\w*_)?head_(dim|size|width)|d_kv|d_head|dim_head|attention_head_(dim|size)|rotary_dim|index_head_dim",
         HEAD_WIDTH,
@@ -41,16 +67,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     ),
     (r"(input|output)_embedding_size|true_hidden_size|d_latents|pooler_hidden_size|attention_hidden_size", WIDTH),
     (r"prediction_head_size|backbone_hidden_size|out_hidden_size|entity_emb_size", WIDTH),
-    (r"(\w*_)?intermediate_size|d_ff|dff|dim_ff|d_inner|(\w*_)?ffn_dim|hidden_dim|(\w*_)?ffn_hidden_size", 64),
-    (r"(n_routed|num_local|moe_num|num)_experts", 4),
-    (r"num_experts_per_tok(en)?|moe_(k|topk|top_k)|top_?k_experts|n_group|topk_group|num_expert_group", 2),
-    (r"max_position_embeddings|n_positions|n_ctx|seq_length|max_seq_len|max_(source|target)_positions", POSITIONS),
-    (r"context_length|tpu_short_seq_length|segment_means_seq_len", POSITIONS),
-    (r"sliding_window(_size)?|local_attention|attention_window(_size)?|window_size", 8),
-    (r"(\w*_)?(chunk_size|chunk_length)", 8),
-    (r"(\w*_)?(d_state|state_size)", 8),
-    (r"num_hash_buckets|entity_vocab_size|(shape|pronunciation)_vocab_size", VOCABULARY),
-    (r"(shape|pronunciation)_embed_dim", 16),
+    (r"(\w*_)?intermediate_size|d_ff|dff|dim_ff|d_inner|(\w*_)?ffn_dim|hidden_dim|(\w*_)?ffn_hidden_size", INNER_WIDTH),
 )
 
 # What a type's fields have to be besides, because its own rules tie some of them together.
@@ -89,6 +106,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0, "kv_n_heads": 2}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "dots1": {
         "num_experts_per_tok": 2,
         "n_group": 1,
@@ -127,6 +145,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
     },
     "nemotron": {"num_key_value_heads": 2},
+    "qwen3_moe": {"num_experts": 4},
     "qwen3_5": {"text_config": {"pad_token_id": PAD}},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
@@ -149,24 +168,26 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 def types(task: str) -> list[str]:
     """The model types of `causal` or `classifier`, in alphabetical order."""
-    return sorted(TASKS[task][1])
+    return sorted(TYPES[task])
 
 
-def build(task: str, kind: str) -> PreTrainedModel:
-    """A model of a type with weights drawn from a fixed seed. Raises what the library raises where it cannot be."""
-    arguments = shrunk(CONFIG_MAPPING[kind], SPECIAL.get(kind, {}))
+def build(task: str, kind: str, times: int = 1) -> PreTrainedModel:
+    """A model of a type with weights drawn from a fixed seed, `times` as wide as a tiny one.
+
+    Raises what the library raises where it cannot be.
+    """
+    arguments = shrunk(CONFIG_MAPPING[kind], SPECIAL.get(kind, {}), times)
     if task == "classifier":
         arguments |= {"num_labels": 2, "pad_token_id": PAD}
-    elif "is_decoder" in CONFIG_MAPPING[kind]().to_dict():
+    elif task == "causal" and "is_decoder" in CONFIG_MAPPING[kind]().to_dict():
         arguments["is_decoder"] = True  # or BERT's kin would read the tokens that they predict
     config = CONFIG_MAPPING[kind](**arguments)
-    auto = TASKS[task][0]
     with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in auto.from_config(config).parameters())
+        count = sum(parameter.numel() for parameter in AUTO[task].from_config(config).parameters())
     if count > LARGEST:
         raise ValueError(f"{count:,} parameters: not tiny")
     torch.manual_seed(0)
-    model = auto.from_config(config)
+    model = AUTO[task].from_config(config)
     _stir(model)
     model.config.use_cache = False
     with torch.no_grad():
@@ -174,16 +195,17 @@ def build(task: str, kind: str) -> PreTrainedModel:
     return model
 
 
-def examples(task: str, count: int = EXAMPLES) -> dict[str, Tensor]:
-    """Token ids, int64 (count, TOKENS), and labels; for a classifier masks of documents of different lengths."""
+def examples(task: str, count: int = EXAMPLES, tokens: int = TOKENS) -> dict[str, Tensor]:
+    """Token ids, int64 (count, tokens), and labels; but for causal models masks of documents of different lengths."""
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 500, (count, TOKENS), generator=generator)
+    ids = torch.randint(3, 500, (count, tokens), generator=generator)
     if task == "causal":
         return {"input_ids": ids, "labels": ids}
-    lengths = torch.randint(3, TOKENS, (count, 1), generator=generator)
+    lengths = torch.randint(3, tokens, (count, 1), generator=generator)
     ids.scatter_(1, lengths, END)
-    mask = (torch.arange(TOKENS) <= lengths).long()
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.arange(count) % 2}
+    mask = (torch.arange(tokens) <= lengths).long()
+    labels = torch.arange(count) % 2 if task == "classifier" else ids.where(mask == 1, -100)
+    return {"input_ids": ids * mask, "attention_mask": mask, "labels": labels}
 
 
 @torch.no_grad()
@@ -194,8 +216,8 @@ def _stir(model: nn.Module) -> None:
             parameter.add_(torch.randn_like(parameter) * 0.05)
 
 
-def shrunk(kind: Any, special: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments that make a config of this class tiny, its parts (text, vision, ...) included."""
+def shrunk(kind: Any, special: Mapping[str, Any], times: int = 1) -> dict[str, Any]:
+    """Arguments that make a config of this class tiny, with its parts (text, vision, ...), but `times` as wide."""
     default = kind()
     fields = inspect.signature(kind.__init__).parameters
     values = {name: value for name, value in default.to_dict().items() if name in fields}
@@ -204,7 +226,8 @@ def shrunk(kind: Any, special: Mapping[str, Any]) -> dict[str, Any]:
         if name in special or isinstance(value, bool):
             continue
         if isinstance(value, int) or (value is None and name in ("decoder_start_token_id", "eos_token_id")):
-            size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+            sizes = (*SIZES, *((pattern, times * width) for pattern, width in WIDTHS))
+            size = next((size for pattern, size in sizes if re.fullmatch(pattern, name)), None)
             if size is not None:
                 found[name] = HEADS if size == 2 and "kv_lora_rank" in values and "heads" in name else size
             elif name.endswith(("_token_id", "_token_index")) and value is not None:
@@ -214,7 +237,7 @@ def shrunk(kind: Any, special: Mapping[str, Any]) -> dict[str, Any]:
     for name in default.sub_configs:
         part = getattr(default, name, None)
         if part is not None:
-            found[name] = shrunk(type(part), special.get(name, {}))
+            found[name] = shrunk(type(part), special.get(name, {}), times)
             if "model_type" in values.get(name, {}):
                 found[name]["model_type"] = values[name]["model_type"]
     return found | {name: value for name, value in special.items() if name not in default.sub_configs}

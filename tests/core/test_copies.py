@@ -100,6 +100,10 @@ LOSSES: dict[str, Callable[[Model], Tensor]] = {
     "a custom function with a rule": lambda m: WithRule.apply(m.linear(X), m.weight).square().mean(),
     "a new tensor written into": lambda m: torch.zeros(20, 3, dtype=X.dtype).add_(m(X)).square().mean(),
     "a new tensor written into by rows": lambda m: written_by_rows(m(X)),
+    "a value scattered into a new tensor": lambda m: (
+        torch.zeros_like(m(X)).scatter_(1, m(X).argmax(-1, keepdim=True), 2.0) * m(X)
+    ).sum(),
+    "a histogram": lambda m: (torch.histc(m(X)[:, 0], bins=4, min=-2, max=2) * m(X).mean()).square().sum(),
     "a branch": lambda m: m(X).square().sum() if m(X)[0, 0] > m(X)[1, 1] else m(X).abs().sum(),
     "a mask of entries": lambda m: m(X)[m(X) > 0].sum(),
     "where entries are": lambda m: m(X).flatten()[(m(X).flatten() > 0).nonzero()].sum(),

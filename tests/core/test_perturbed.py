@@ -1,6 +1,7 @@
 """The batched perturbed losses must equal those of really moved weights, for any architecture, and move nothing."""
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -334,19 +335,73 @@ def test_examples_may_hold_more_than_tensors() -> None:
     assert relative(got, wanted) < 1e-12
 
 
+# --- stacks of matrices, as experts have ---
+
+
+ROWS = torch.linspace(-3, 5, 20 * 8).square().cos().reshape(20, 8)
+
+
+class Stacked(nn.Module):
+    """Rows sorted to one of three matrices (4 x 8 each) by a router, as mixtures of experts do it."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        self.router, self.turned = nn.Linear(8, 3), turned
+        self.stack = nn.Parameter(torch.empty(3, 4, 8) if turned else torch.empty(3, 8, 4))
+        randomised(self, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, order = self.router(x).argmax(-1).sort(stable=True)
+        ends = torch.histc(chosen.float(), bins=3, min=0, max=2).cumsum(0, dtype=torch.int32)
+        stack = self.stack.transpose(-2, -1) if self.turned else self.stack
+        return F.grouped_mm(x[order], stack, offs=ends)
+
+    def loss(self) -> Tensor:
+        return self(ROWS).square().mean() + 0.1 * self.router(ROWS).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["rank1", "rank2", "rank4"])  # of three matrices: the last has more terms
+@pytest.mark.parametrize("scope", ["stack", "router", "stack|router"])
+@pytest.mark.parametrize("turned", [True, False])
+def test_a_grouped_product_sees_a_perturbed_stack(turned: bool, scope: str, kind: Kind) -> None:
+    model = Stacked(turned)
+    parameters = trained(model, scope)
+    for step in (0.01, 0.3):  # with the larger one rows change their matrix
+        got = batched_losses(model.loss, parameters, step, 4, kind=kind)
+        wanted = moved_losses(model.loss, parameters, step, kind)
+        assert relative(got, wanted) < 2e-6
+        assert relative(wanted[:, :1], wanted[:, 1:]) > 1e-4
+
+
+def test_a_view_of_a_stack_is_perturbed_in_whatever_call_it_ends() -> None:
+    model = Stacked(True)
+
+    def loss() -> Tensor:
+        view = model.stack.transpose(1, 2)
+        assert view.shape == (3, 8, 4)
+        return (ROWS @ view).square().mean() + view.mT.abs().mean() + torch.cat([view, view]).sum()
+
+    parameters = trained(model, "stack")
+    got, wanted = batched_losses(loss, parameters, 0.1, 4), moved_losses(loss, parameters, 0.1)
+    assert relative(got, wanted) < 2e-6
+    assert estimators.exact_slopes(model.loss, parameters, "rank1", SEEDS) == pytest.approx(
+        two_point(model.loss, parameters, "rank1", SEEDS, 1e-3, 4).slopes, rel=0.02, abs=0.02
+    )
+
+
 # --- cost ---
 
 
 class Entries(TorchDispatchMode):
-    """How many entries each call of one operation made."""
+    """How many entries each call of one operation made; of any that gives one tensor, where none is named."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = "") -> None:
         super().__init__()
         self.name, self.found = name, list[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.name() == self.name:
+        if func.name() == self.name or (not self.name and isinstance(result, Tensor)):
             self.found.append(result.numel())
         return result
 
@@ -362,3 +417,26 @@ def test_what_lies_below_the_first_perturbed_parameter_runs_once() -> None:
     with Entries("aten::tanh") as activations:
         batched_losses(loss, trained(model, "full"), 0.1, 8, [1, 2, 3, 4])
     assert sorted(activations.found) == [8 * once, 8 * once]
+
+
+def test_copies_of_a_stack_share_its_matrices_and_one_product() -> None:
+    model = Stacked(True)
+    model.stack = nn.Parameter(torch.ones(3, 48, 8))
+    with Entries() as made:
+        batched_losses(model.loss, trained(model, "full"), 0.1, 8, [1, 2, 3, 4])
+    assert max(made.found) == 8 * 20 * 48  # the products of all rows; all copies' matrices would be 8 * 3 * 48 * 8
+    with Entries("aten::_grouped_mm") as products:
+        batched_losses(model.loss, trained(model, "full"), 0.1, 8, [1, 2, 3, 4])
+    assert products.found == [8 * 20 * 48]
+
+
+def test_operations_that_torchs_vmap_complains_of_have_a_rule() -> None:
+    model = Stacked(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        batched_losses(lambda: model.loss() + scattered(model).mean(), trained(model, "full"), 0.1, 8)
+
+
+def scattered(model: Stacked) -> Tensor:
+    logits = model.router(ROWS)
+    return torch.zeros_like(logits).scatter_(1, logits.argmax(-1, keepdim=True), 1) * logits

@@ -295,6 +295,11 @@ STATE: dict[str, tuple[nn.Module, str, str]] = {
     "a new buffer": (net(Stateful(lambda m: setattr(m, "state", m.state + 1))).eval(), r"'2\.state'", OUT),
     "what data fills once": (net(Stateful(lambda m: m.state.fill_(1.0))).eval(), r"'2\.state'", "run the loss once"),
     "a weight that is held": (net(Stateful(lambda m: m.scale.data.clamp_(0, 2))), r"clamp_\) into .*2\.scale", OUT),
+    "a weight put elsewhere": (
+        net(Stateful(lambda m: m.scale.data.set_(torch.ones(8)))),
+        r"set_\) into .*2\.scale",
+        OUT,
+    ),
     "a frozen weight": (net(Stateful(lambda m: m.fixed.data.add_(0.1))), r"add_\) into .*'2\.fixed'", OUT),
     "a weight behind torch": (net(Stateful(lambda m: m.fixed.detach().numpy().__iadd__(1))), r"'2\.fixed'", "lost"),
     "limited embeddings": (
@@ -320,6 +325,26 @@ def test_a_loss_that_changes_the_model_is_refused_and_what_it_changed_is_named(n
 def test_a_cache_that_the_first_pass_fills_is_no_state() -> None:
     model = net(Stateful(lambda m: m.state.fill_(1.0), persistent=False))
     assert any(slopes(model, plain(model)))
+
+
+class Doubling(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def test_a_parametrization_that_comes_and_goes_within_a_pass_writes_nothing() -> None:
+    """As peft's adapters of experts do it."""
+    model = net()
+
+    def loss() -> Tensor:
+        parametrize.register_parametrization(model[0], "weight", Doubling())
+        try:
+            return plain(model)()
+        finally:
+            parametrize.remove_parametrizations(model[0], "weight", leave_parametrized=False)
+
+    assert slopes(model, loss) == pytest.approx(moved_slopes(model, loss), abs=1e-3)
+    assert slopes(model, loss) != pytest.approx(slopes(model, plain(model)), abs=1e-2)
 
 
 def test_a_norm_in_eval_mode_trains_and_replays_to_the_same_loss(tmp_path: Path) -> None:

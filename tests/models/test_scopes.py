@@ -3,11 +3,12 @@
 import re
 import warnings
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks import tiny_models
 from zofed import config
@@ -156,6 +157,24 @@ REDUCED = {
 @pytest.mark.parametrize(("task", "kind"), REDUCED)
 def test_reduced_is_the_last_blocks_mlp_and_the_norm_before_it(task: str, kind: str) -> None:
     assert modules(built(task, kind), "reduced") == REDUCED[task, kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "norm", "parts"),
+    [
+        ("jamba", {"attn_layer_offset": 0}, "pre_ff_layernorm", {"feed_forward"}),
+        ("lfm2", {"layer_types": ["full_attention", "conv"]}, "ffn_norm", {"feed_forward"}),
+        ("recurrent_gemma", {}, "channel_pre_norm", {"mlp_block"}),
+    ],
+)
+def test_reduced_finds_the_mlp_behind_what_stands_in_place_of_an_attention(
+    kind: str, more: dict[str, Any], norm: str, parts: set[str]
+) -> None:
+    config = built("causal", kind).config.to_dict() | more
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config))
+    inner = {name.split(".")[3] for name in trainable_names(model, "reduced") if name.startswith("model.layers.1.")}
+    assert inner == parts | {norm}
+    assert not any(name.startswith("model.layers.0.") for name in trainable_names(model, "reduced"))
 
 
 def test_what_was_drawn_trains_with_the_top_and_is_named_where_it_does_not() -> None:

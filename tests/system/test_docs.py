@@ -67,7 +67,7 @@ TOO_MUCH = {
 OF_OTHERS = {"pip", "source", "scp", "lm_eval"}
 OPTIONS_OF_OTHERS = {"--no-deps", "--extra-index-url"}
 # Words with hyphens in backticks that neither zofed's code nor a program of these knows. Each must be shown somewhere.
-WORDS_OF_OTHERS = {"ssh-keygen", "sint64", "systemd-analyze"}
+WORDS_OF_OTHERS = {"all-linear", "ssh-keygen", "sint64", "systemd-analyze"}
 
 SMALL = {
     "steps": "2", "rounds": "2", "queries": "2", "batch-size": "2", "block-size": "16", "eval-examples": "8",

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from zofed.core.copies import Copies, CustomFunctions, has_rule, run_forward
 from zofed.core.deferred_logits import DEFER_FROM, Logits, checked
 from zofed.core.directions import Factors
-from zofed.core.vmap_rules import add_product, attention
+from zofed.core.vmap_rules import RULES, add_product, attention, grouped_arguments, grouped_product
 
 _METADATA = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.element_size}
 
@@ -57,6 +57,7 @@ class Perturbation(Uncompiled):
     ) -> None:
         super().__init__()
         self.factors, self.scale, self.seen, self.copies = factors, scale, seen, copies
+        self._turned: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the view: a transposed view, what it is one of
         self._custom = CustomFunctions(self._apply)
 
     def __enter__(self) -> "Perturbation":
@@ -79,20 +80,28 @@ class Perturbation(Uncompiled):
         kwargs = kwargs or {}
         if _is_look(func):
             value = func(*args, **kwargs)
-            if not isinstance(value, Tensor) or id(args[0]) not in self.factors:
+            if not isinstance(value, Tensor) or not self._is_listed(args[0]):
                 return value  # a shape, a device: no use of the weights
         if func is F.linear:
             x, weight, bias = _linear_arguments(*args, **kwargs)
-            if id(x) not in self.factors and (self._is_matrix(weight) or _is_large(weight)):
+            if not self._is_listed(x) and (self._is_matrix(weight) or _is_large(weight)):
                 return self._linear(x, weight, bias)
         if func is torch.addmm:  # GPT-2's Conv1D: weight (in, out)
             bias, x, weight, plain = _addmm_arguments(*args, **kwargs)
-            if plain and self._is_matrix(weight) and id(x) not in self.factors and bias.dim() == 1:
+            if plain and self._is_matrix(weight) and not self._is_listed(x) and bias.dim() == 1:
                 return self._linear(x, weight, bias, is_transposed=True)
         if func is F.embedding and self._is_matrix(args[1]):
             a, b = self._factors(args[1])
             left = self._scaled(a[:, args[0]].movedim(0, -1), like=a)
             return add_product(F.embedding(*args, **kwargs), left, b)
+        if func is Tensor.transpose and self._is_stack(args[0]) and {dim % 3 for dim in args[1:]} == {1, 2}:
+            view = func(*args)  # experts' weights, on their way into a grouped product
+            self._turned[id(view)] = view, args[0]
+            return view
+        if func is torch._grouped_mm:
+            x, stack, offs, is_plain = grouped_arguments(*args, **kwargs)
+            if is_plain and self._is_small(stack) and not self._is_listed(x):
+                return self._grouped(x, stack, offs)
         if func is F.cross_entropy:
             logits, target, reduction, ignored = _checked_arguments(*args, **kwargs)
             is_flat = logits.dim() == 2 and target.dim() == 1 and reduction in ("mean", "sum")
@@ -102,7 +111,7 @@ class Perturbation(Uncompiled):
         kwargs = {key: self._replaced(value) for key, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
             return attention(*args, **kwargs)
-        return self.copies.call(func, args, kwargs) if self.copies else func(*args, **kwargs)
+        return self.copies.call(RULES.get(func, func), args, kwargs) if self.copies else func(*args, **kwargs)
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, is_transposed: bool = False) -> Any:
         """x W^T + bias with all that is perturbed in one product: scale * (into . x) out, and the bias as one row."""
@@ -125,6 +134,22 @@ class Perturbation(Uncompiled):
             return Logits(x, plain.detach(), columns, rows, x.dtype)  # an object of its own: not a listed parameter
         return add_product(F.linear(x, plain), columns, rows)
 
+    def _grouped(self, x: Tensor, stack: Tensor, offs: Tensor) -> Tensor:
+        """Rows of x (rows, k) times the matrices of `stack` (n, k, out), the i-th to begin where the one before ends.
+
+        offs (n,): where each ends. A direction of such a stack is one matrix for all, times a number for each.
+        """
+        view, listed = self._turned.get(id(stack), (stack, stack))
+        each, shared = self._factors(listed)
+        matrices = shared.unflatten(1, listed.shape[1:])
+        if view is not listed:
+            matrices = matrices.transpose(1, 2)
+        at = torch.arange(len(x), device=x.device)[:, None] >= offs
+        sizes = self._scaled(each.T, like=each)[at.sum(1).clamp(max=len(stack) - 1)]
+        shift = torch.einsum("sk,rko->sro", x, matrices) * sizes.unsqueeze(-1)
+        plain = stack.detach()  # an object of its own: neither listed nor seen
+        return grouped_product(x, plain, offs) + shift.sum(1)
+
     def _scaled(self, along: Tensor, like: Tensor, from_right: bool = False) -> Tensor:
         """What lies along the factors `like` of one side (..., r), as it lies along those of the other."""
         scale = self.scale.to(like.dtype)
@@ -135,6 +160,17 @@ class Perturbation(Uncompiled):
     def _is_matrix(self, value: Any) -> bool:
         return len(self.factors.get(id(value), ())) == 2 and value.dim() > 1
 
+    def _is_stack(self, value: Any) -> bool:
+        return self._is_matrix(value) and value.dim() == 3
+
+    def _is_small(self, stack: Any) -> bool:
+        """Whether a direction of a listed stack of matrices, or of its view, has fewer terms than it has matrices."""
+        _, listed = self._turned.get(id(stack), (stack, stack))
+        return self._is_stack(listed) and len(self.factors[id(listed)][0]) < len(listed)
+
+    def _is_listed(self, value: Any) -> bool:
+        return id(value) in self.factors or id(value) in self._turned
+
     def _factors(self, parameter: Tensor) -> Factors:
         self.seen.add(id(parameter))
         return self.factors[id(parameter)]
@@ -142,10 +178,12 @@ class Perturbation(Uncompiled):
     def _replaced(self, value: Any) -> Any:
         """The perturbed tensor in place of a listed parameter, and a tensor in place of `Logits`; all else as it is."""
         if isinstance(value, list | tuple):
-            is_used = any(id(item) in self.factors or isinstance(item, Logits) for item in value)
+            is_used = any(self._is_listed(item) or isinstance(item, Logits) for item in value)
             return type(value)(self._replaced(item) for item in value) if is_used else value
         if isinstance(value, Logits):
             return value.tensor()
+        if id(value) in self._turned:
+            return self._replaced(self._turned[id(value)][1]).transpose(1, 2)
         if id(value) not in self.factors:
             return value
         first, *second = self._factors(value)

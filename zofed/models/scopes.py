@@ -20,6 +20,8 @@ LENGTHS = (
     2,
     16,
 )  # tokens of a pass that shows the order of use; few, or as many as models take that shorten their input
+# How parts of a block are named, within it, that mix positions; a block may have one instead of an attention.
+MIXING = re.compile(r"att|^(mamba|temporal_block|conv|mixer)\.")
 
 
 def true_count(model: nn.Module) -> int:
@@ -159,21 +161,21 @@ class _Layout:
         return {name for name, place in self.order.items() if place > begins and name not in inside}
 
     def mlp(self) -> set[str]:
-        """What the last block uses between its attention and its last matrix, that one and its bias included."""
+        """What the last block uses between what mixes positions and its last matrix, that one and its bias included."""
         last = self.blocks[-1] if self.blocks else set()
         used = sorted((name for name in last if name in self.order), key=lambda name: self.order[name])
         matrices = [name for name in used if self.everything[name].dim() > 1]
         steps = {name: name.lower().split(".") for name in last}
         shared = next((at for at, parts in enumerate(zip(*steps.values(), strict=False)) if len({*parts}) > 1), 0)
         inner = {name: ".".join(parts[shared:]) for name, parts in steps.items()}  # within the block
-        attending = [name for name in matrices if "att" in inner[name]]
-        if not attending or matrices[-1] in attending:
+        mixing = [name for name in matrices if MIXING.search(inner[name])]
+        if not mixing or matrices[-1] in mixing:
             return set()
-        begin, end = attending[-1], matrices[-1]
+        begin, end = mixing[-1], matrices[-1]
         chosen = [name for name in used if self.order[begin] < self.order[name] <= self.order[end]]
         chosen += [name for name in used if _module(name) == _module(end)]
         chosen = [name for name in chosen if _module(name) != _module(begin)]
-        parts = {inner[name].split(".")[0] for name in chosen if "att" not in inner[name]}
+        parts = {inner[name].split(".")[0] for name in chosen if not MIXING.search(inner[name])}
         missed = {name for name in last if name not in self.order and inner[name].split(".")[0] in parts}
         return set(chosen) | missed  # experts that no token met belong to it too
 
