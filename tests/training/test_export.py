@@ -59,6 +59,9 @@ RUNS: dict[str, tuple[str, list[str]]] = {
     "masked": ("bert", [*SUBSPACE, "--scope", r"layer\..*(query|dense)\.weight", *PROMPTED]),
     "norms": ("llama", [*FIRST_ORDER, "--scope", "norms"]),
     "fresh": ("tiny", ZEROTH),
+    "adapter": ("llama", [*FIRST_ORDER, "--adapter", "lora", "--lora-targets", "q_proj, up_proj", "--lora-rank", "3"]),
+    "adapter of a size": ("tiny", [*ZEROTH, "--adapter", "lora"]),
+    "adapted classifier": ("llama", [*FIRST_ORDER, *CLASSIFIED, "--adapter", "lora", "--lora-rank", "2"]),
     "classifier": ("llama", [*FIRST_ORDER, *MATRICES, *CLASSIFIED]),
     "pooled": ("llama", [*FIRST_ORDER, *CLASSIFIED, "--pooling", "mean"]),
 }
@@ -385,8 +388,8 @@ def test_the_card_tells_what_the_run_was(run_of: Any, exported: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("subspace", [], "nothing says what to write: give one of --merged and --delta-rank R"),
-        ("subspace", ["--merged", "--delta-rank", "3"], "--merged and --delta-rank both say what to write"),
+        ("subspace", [], "is said by one of --merged, --adapter and --delta-rank R: give one"),
+        ("subspace", ["--merged", "--delta-rank", "3"], "is said by one of --merged, --adapter and --delta-rank R"),
         ("subspace", ["--delta-rank", "0"], "--delta-rank 0: a LoRA has a rank of 1 or more"),
         ("subspace", ["--delta-rank", "17"], "--delta-rank 17 is above 16, the largest rank"),
         ("subspace", ["--delta-rank", "many"], "'many' is not a valid integer"),
@@ -509,3 +512,46 @@ def test_a_real_models_change_in_a_subspace_is_held_exactly(zofed_command: Zofed
     wanted = logits(AutoModelForCausalLM.from_pretrained(run / "model", dtype=torch.float32).eval())
     assert (logits(base) - wanted).abs().max() > 1e-3
     torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(base, out).eval()), wanted, rtol=0, atol=1e-3)
+
+
+# --- an adapter ---
+
+
+@pytest.mark.parametrize("name", ["adapter", "adapted classifier"])
+@pytest.mark.parametrize("has_model", [True, False])
+def test_an_adapter_goes_out_as_it_is_or_added_to_its_base(
+    run_of: Callable[[str], Path], zofed_command: Zofed, tmp_path: Path, name: str, has_model: bool
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_of(name), run)
+    kind = AutoModelForCausalLM if name == "adapter" else AutoModelForSequenceClassification
+    options = {} if name == "adapter" else {"num_labels": 2}
+    if not has_model:
+        shutil.rmtree(run / "model")
+    for way in ("--adapter", "--merged"):
+        status, _, errors = zofed_command("export", run, "--out", tmp_path / way, way)
+        assert (status, errors) == (0, "")
+    base = base_of(run, kind, **options)
+    base.config.pad_token_id = AutoTokenizer.from_pretrained(tmp_path / "--adapter").pad_token_id
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "--adapter").eval()
+    whole = kind.from_pretrained(tmp_path / "--merged").eval()
+    torch.testing.assert_close(logits(adapted), logits(whole), rtol=1e-5, atol=1e-5)
+    assert ModelCard.load(tmp_path / "--adapter" / "README.md").data.library_name == "peft"
+    digest = json.loads((run / "summary.json").read_text())["digest"]
+    assert digest in (tmp_path / "--adapter" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "message"),
+    [
+        ("adapter", ["--delta-rank", "2"], "trained an adapter of rank 3, which is a LoRA already: --adapter writes"),
+        ("adapter of a size", ["--adapter"], "is drawn from a seed and lies nowhere: use --merged"),
+        ("norms", ["--adapter"], "trained no adapter: --delta-rank R"),
+        ("norms", ["--adapter", "--merged"], "give one"),
+    ],
+)
+def test_an_adapter_that_cannot_go_out_is_told(
+    run_of: Callable[[str], Path], zofed_command: Zofed, tmp_path: Path, name: str, way: list[str], message: str
+) -> None:
+    status, _, errors = zofed_command("export", run_of(name), "--out", tmp_path / "out", *way)
+    assert status == 2 and message in errors and not (tmp_path / "out").exists()

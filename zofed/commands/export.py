@@ -23,6 +23,9 @@ def export(
     is_merged: Annotated[
         bool, typer.Option("--merged", help="the whole model, as AutoModel of transformers loads it")
     ] = False,
+    is_adapter: Annotated[
+        bool, typer.Option("--adapter", help="the adapter that the run trained, as peft loads it")
+    ] = False,
     rank: Annotated[
         int | None,
         typer.Option("--delta-rank", metavar="R", help="what the run changed, as a LoRA of rank R that peft loads"),
@@ -36,10 +39,9 @@ def export(
     is_public: Annotated[bool, typer.Option("--public", help="what --push makes can be seen by everybody")] = False,
     threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads")] = 1,
 ) -> None:
-    """Write a run's model, or a LoRA of what it changed, with tokenizer and model card; --push uploads them."""
-    if is_merged == (rank is not None):
-        told = "--merged and --delta-rank both say" if is_merged else "nothing says"
-        raise UserError(f"{told} what to write: give one of --merged and --delta-rank R")
+    """Write a run's model, its adapter, or a LoRA of what it changed, with a model card; --push uploads them."""
+    if (is_merged, is_adapter, rank is not None).count(True) != 1:
+        raise UserError("what to write is said by one of --merged, --adapter and --delta-rank R: give one")
     if rank is not None and rank < 1:
         raise UserError(f"--delta-rank {rank}: a LoRA has a rank of 1 or more; give one")
     if is_public and not push:
@@ -51,7 +53,7 @@ def export(
     out = exports.check_out(out)
     if push:
         place = exports.base_of(folder.settings(), base)[0]
-        if rank is not None and Path(place).is_absolute():
+        if not is_merged and Path(place).is_absolute():
             warnings.warn(
                 f"the LoRA names its base {place}, a folder of this machine: give --base OWNER/NAME, if the hub has "
                 "that model, so that others find it",
@@ -59,7 +61,7 @@ def export(
             )
         hub_upload.check(push, is_public=is_public)
     if rank is None:
-        end = exports.merged(folder, out, base, threads)
+        end = (exports.merged if is_merged else exports.adapter)(folder, out, base, threads)
         console.print(f"weights after round {end.round}, SHA-256 {end.digest}")
         if not end.has_ended:
             console.print(f"the run has not ended: {folder.go_on()} continues it", markup=False)

@@ -24,6 +24,7 @@ from zofed.data import encoding
 from zofed.models import lora_files, low_rank, sources, spec
 from zofed.models.classifier import PooledClassifier
 from zofed.models.low_rank import Delta
+from zofed.models.spec import ModelSpec
 from zofed.runs import model_card
 from zofed.runs.model_card import Exported
 from zofed.runs.run_folder import RunFolder
@@ -124,13 +125,42 @@ def merged(folder: RunFolder, out: Path, base: str = "", threads: int = 1) -> En
     return end
 
 
+def adapter(folder: RunFolder, out: Path, base: str = "", threads: int = 1) -> End:
+    """Write the adapter that a run trained, with tokenizer and card. Raises UserError as `end_of` does, and for a run
+    that trained none or whose base nobody else can load.
+    """
+    settings = folder.settings()
+    if settings.adapter == "none":
+        raise UserError(f"{folder.path} trained no adapter: --delta-rank R writes what it changed as one")
+    name, revision = base_of(settings, base)
+    if name in sources.SIZES:
+        raise UserError(f"the base of this adapter, {name!r}, is drawn from a seed and lies nowhere: use --merged")
+    end = end_of(folder, base, threads)
+    names = tuple(map(str, folder.inputs().get("classes", ()))) if TASKS[settings.task].has_head else ()
+    about = Exported(
+        "lora", name, end.digest, end.round, end.has_ended, export_texts.kind_of(settings)[0],
+        export_texts.load_lora(settings, name, revision, len(names)),
+    )  # fmt: skip
+    tokenizer = _tokenizer(folder, settings, base)
+    with written(out) as temporary:
+        spec.save(end.model, tokenizer, temporary, names, (name, revision))
+        model_card.write(folder, about, temporary)
+    return end
+
+
 def lora(folder: RunFolder, out: Path, rank: int, base: str = "", threads: int = 1) -> tuple[Delta, list[str]]:
     """Write what a run changed as a LoRA of at most this rank, with tokenizer and card; returns it, with what to say.
 
     Raises UserError as `end_of` does, and for a run of whose change a LoRA can hold nothing, or a rank above what its
     matrices can have.
     """
-    end, settings = end_of(folder, base, threads), folder.settings()
+    settings = folder.settings()
+    if settings.adapter != "none":
+        raise UserError(
+            f"{folder.path} trained an adapter of rank {settings.lora_rank}, which is a LoRA already: --adapter writes "
+            "it, --merged the model that it is added to"
+        )
+    end = end_of(folder, base, threads)
     replica, _ = base_replica(folder, base)
     _check(replica, settings, rank)
     try:
@@ -176,8 +206,8 @@ def _check(replica: Replica, settings: Settings, rank: int) -> None:
 
 
 def base_of(settings: Settings, base: str) -> tuple[str, str]:
-    """Where the model lies that a run began with, and its revision."""
-    return (absolute_path("model", base), "") if base else (settings.model, settings.revision)
+    """Where the model lies that a run began with, and its revision; of an adapter it went on with, that one's base."""
+    return (absolute_path("model", base), "") if base else ModelSpec.of(settings).base
 
 
 def _tokenizer(folder: RunFolder, settings: Settings, base: str) -> Any:
