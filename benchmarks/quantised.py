@@ -65,7 +65,8 @@ def report(model: str, data: Path, parts: Sequence[str], bases: Sequence[str], r
         print(f"| {' | '.join((*columns, 'predicted', 'error'))} |")
         print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
         for base in bases:
-            for trains in ("norms", "lora") if base in ("float32", "nf4") else ("norms",):
+            trained = {"float32": ("full", "norms", "lora"), "nf4": ("norms", "lora")}
+            for trains in trained.get(base, ("norms",)):
                 print(_memory_row(model, base, trains, repeats), flush=True)
     if "slopes" in parts:
         print(f"| layers | {' | '.join(f'epsilon {epsilon:g}' for epsilon in EPSILONS)} |")

@@ -5,10 +5,12 @@ train in float32, whatever type W has. A is drawn from (run seed, its name), B b
 what the base computes. A folder of an adapter is the one that peft writes and reads.
 """
 
+import logging
 import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -217,17 +219,21 @@ def _config(model: Any, wanted: Lora | Folder | Mapping[str, Any]) -> Any:
     return _lora_config(**(wanted.config if isinstance(wanted, Folder) else wanted))
 
 
-def _lora_config(**values: Any) -> Any:
-    from peft import LoraConfig  # seconds, for those alone who adapt
+def _peft() -> ModuleType:
+    """The library, whose import takes seconds, for those alone who adapt."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which it imports, and which warns of unused kernels
+    import peft
 
-    return LoraConfig(**values)
+    return peft
+
+
+def _lora_config(**values: Any) -> Any:
+    return _peft().LoraConfig(**values)
 
 
 def _injected(model: Any, config: Any) -> None:
-    from peft import inject_adapter_in_model
-
     try:
-        inject_adapter_in_model(config, model)
+        _peft().inject_adapter_in_model(config, model)
     except ValueError as error:
         kind = model.config.model_type
         if config.target_modules is None:
