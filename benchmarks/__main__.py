@@ -46,6 +46,7 @@ def main() -> None:
     one = kinds.add_parser("gpu", help=gpu.__doc__)
     one.add_argument("--device", default="cuda")
     one.add_argument("--size", choices=common.SIZES, default="124M")
+    one.add_argument("--model", default="tiny", help="folder of a causal language model, for whole runs")
     one = kinds.add_parser("prompt", help=prompt.__doc__)
     one.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
     one.add_argument("--threads", type=int, default=2)
@@ -118,7 +119,7 @@ def main() -> None:
                 "torch sees no CUDA device here: run this on a machine with a GPU, or exercise it with --device cpu"
             )
         print(torch.cuda.get_device_name() if given.device.startswith("cuda") else common.machine())
-        sys.exit(0 if gpu.report(given.device, given.size) else 1)
+        sys.exit(0 if gpu.report(given.device, given.size, given.model) else 1)
     if given.what != "memory":
         torch.set_num_threads(given.threads)
     print(common.machine(), flush=True)

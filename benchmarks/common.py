@@ -108,3 +108,12 @@ def machine() -> str:
         name = platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, threads: {threads}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def peak(run: Callable[[], object]) -> int:
+    """Most bytes allocated on the GPU while `run` worked; 0 where there is none."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated()

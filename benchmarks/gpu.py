@@ -5,7 +5,7 @@ import itertools
 
 import torch
 
-from benchmarks import common, query
+from benchmarks import common, gpu_runs, query
 from zofed.core.digests import weights_digest
 from zofed.core.journal import link
 from zofed.core.optimizers import Optimizer
@@ -17,8 +17,11 @@ KINDS = ("rank1", "rank4", "rademacher", "gaussian")
 OPTIMIZERS = ("sgd", "momentum", "adamw", "mudamw")
 
 
-def report(device: str, size: str) -> bool:
-    """Run all checks on `device` against the CPU; prints one line each, returns whether all held."""
+def report(device: str, size: str, model: str) -> bool:
+    """Run all checks on `device` against the CPU; prints one line each, returns whether all held.
+
+    model: folder of a causal language model, for whole runs.
+    """
     results = [
         *(replay_is_equal(device, kind, rule, dtype) for kind, rule, dtype in itertools.product(
             KINDS, OPTIMIZERS, (torch.float32, torch.bfloat16)
@@ -26,10 +29,14 @@ def report(device: str, size: str) -> bool:
         *(asking_restores(device, kind) for kind in KINDS),
         slopes_agree(device),
     ]  # fmt: skip
-    for what, holds in results:
+    found = []
+    for what, holds in itertools.chain(results, gpu_runs.checks(device, model)):
         print(f"{'well ' if holds else 'WRONG'}  {what}", flush=True)
+        found.append(holds)
     cost(device, size)
-    return all(holds for _, holds in results)
+    if device.startswith("cuda"):
+        gpu_runs.billion(device)
+    return all(found)
 
 
 def replay_is_equal(device: str, kind: str, rule: str, dtype: torch.dtype) -> tuple[str, bool]:
@@ -76,11 +83,11 @@ def cost(device: str, size: str) -> None:
         for _ in range(4):
             forward()
 
-    base = _peak(unit)
+    base = common.peak(unit)
     for copies in (1, 2, 8, 16):
         run = lambda copies=copies: query.step(replica, loss, 8, copies)  # noqa: E731
         found = common.ratios({"step": run}, unit, 5)["step"]
-        memory = f"{_peak(run) / base:.2f}" if base else "not measured"
+        memory = f"{common.peak(run) / base:.2f}" if base else "not measured"
         print(f"{size} 8x128, {copies} copies: {common.median([r / 4 for r in found])} of 2 forwards, memory {memory}")
     mezo = common.ratios({"mezo": lambda: common.mezo_query(model, forward, 1, 1e-3, 1e-9)}, unit, 5)["mezo"]
     print(f"{size} 8x128, MeZO: query / 2 forwards {common.median([2 * r for r in mezo])}")
@@ -98,12 +105,3 @@ def _replica(device: str, kind: str, rule: str, dtype: torch.dtype) -> Replica:
     )
     scope = "|".join(name.replace(".", r"\.") for name in names)
     return common.replica_of(model.to(device), kind, scope, optimizer)
-
-
-def _peak(run: object) -> int:
-    """Most bytes allocated on the GPU while `run` worked; 0 where there is none."""
-    if not torch.cuda.is_available():
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    run()  # type: ignore[operator]
-    return torch.cuda.max_memory_allocated()
