@@ -60,8 +60,9 @@ def billion(device: str) -> None:
     """Print what a step costs on a Llama of 1.1 billion random weights in bfloat16, LoRA of rank 8 on q and v."""
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model: Any = LlamaForCausalLM(LlamaConfig(**BILLION))  # type: ignore[arg-type].eval()
+        model: Any = LlamaForCausalLM(LlamaConfig(**BILLION))  # type: ignore[arg-type]
     torch.set_default_dtype(torch.float32)
+    model.eval()
     ids = common.batch_of((4, 128), device) % BILLION["vocab_size"]
     forward = common.loss_of(model, ids)
 

@@ -4,7 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -287,7 +287,7 @@ def _prompts(settings: Settings) -> Literal["", "causal", "masked"]:
 
 def tokenizer_name(settings: Settings) -> str:
     """Which tokenizer a run uses: the one named, else the one that fits the model. Raises UserError for no model."""
-    return settings.tokenizer or ModelSpec.of(settings).tokenizer
+    return settings.tokenizer or replace(ModelSpec.of(settings), prompts="").tokenizer
 
 
 def describe(name: str, model: Model) -> dict[str, Any]:
