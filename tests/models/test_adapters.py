@@ -268,6 +268,9 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "base gone": (lambda f: rewritten(f, base_model_name_or_path="/gone"), "is of the base '/gone': unknown model"),
     "other kind": (lambda f: rewritten(f, peft_type="IA3"), "an adapter of the type IA3"),
     "dora": (lambda f: rewritten(f, use_dora=True), "has use_dora = True, which zofed does not train"),
+    "rank of text": (lambda f: rewritten(f, r="eight"), "has r = 'eight': give the adapter_config.json"),
+    "huge rank": (lambda f: rewritten(f, r=10**12), "has r = 1000000000000"),
+    "no targets": (lambda f: rewritten(f, target_modules=7), "has target_modules = 7"),
     "other rank": (lambda f: rewritten(f, r=4), r"lora_A.weight of shape \(2, 24\), but \(4, 24\)"),
     "fewer targets": (lambda f: rewritten(f, target_modules=["q_proj"]), "v_proj.lora_A.weight, for which there is no"),
     "other targets": (lambda f: rewritten(f, target_modules=["w_q"]), "does not fit the model of the type 'llama'"),
@@ -290,6 +293,21 @@ def test_a_folder_that_cannot_be_used_is_named_with_its_remedy(
     change(folder)
     with pytest.raises(UserError, match=message):
         built(folder, tokenizer, **({"adapter": "lora"} if kept else {}))
+
+
+def test_runs_of_other_seeds_find_the_hidden_states_below_their_adapters(
+    quick: Quick, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZOFED_CACHE", str(tmp_path / "cache"))
+    found = {}
+    for name, values in {"first": {}, "again": {"seed": 1}, "rank 4": {"lora_rank": 4}}.items():
+        settings = quick(model=str(bases / "llama"), scope="last-1", **LORA | values)
+        found[name] = central.train(settings, tmp_path / name, ignore)["digest"]
+        plain = settings.model_copy(update={"hidden_states_gigabytes": 0.0})
+        assert central.train(plain, tmp_path / f"{name}, none", ignore)["digest"] == found[name]
+        files = {path.name for path in (tmp_path / "cache" / "hidden states").iterdir()}
+        assert len({name.split(".")[0] for name in files}) == (2 if name == "rank 4" else 1), files
+    assert found["first"] != found["again"]
 
 
 def test_an_adapter_of_another_base_is_refused(

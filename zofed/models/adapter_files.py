@@ -1,7 +1,7 @@
 """Folders of adapters, as peft writes and reads them: read, looked through, what is wrong with them told, written."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,19 @@ KEPT = (
 # What would make it another function than the one above, with the value that leaves it.
 _UNKNOWN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
             "target_parameters": None, "layer_replication": None, "alora_invocation_tokens": None}  # fmt: skip
+LARGEST_RANK = 4096
+# Which values of a configuration can be meant, before anything is made of their size.
+_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "r": lambda rank: type(rank) is int and 1 <= rank <= LARGEST_RANK,
+    "lora_alpha": lambda alpha: type(alpha) in (int, float) and 0 < alpha < 1e9,
+    "target_modules": lambda names: (
+        isinstance(names, str | list) and bool(names) and all(isinstance(name, str) for name in names)
+    ),
+    "rank_pattern": lambda ranks: (
+        ranks is None
+        or (isinstance(ranks, dict) and all(type(rank) is int and 1 <= rank <= LARGEST_RANK for rank in ranks.values()))
+    ),
+}
 # peft has no type of task for masked language models: such an adapter names the class of its base.
 _TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
 
@@ -93,6 +106,8 @@ def folder_of(path: Path) -> Folder | None:
     if not isinstance(base, str) or not base:
         raise UserError(f"{where} does not say of which base it is: write base_model_name_or_path into its {CONFIG}")
     config = {key: written[key] for key in KEPT if written.get(key) is not None}
+    if wrong := next((key for key, is_right in _RIGHT.items() if not is_right(config.get(key))), None):
+        raise UserError(f"{where}: its {CONFIG} has {wrong} = {config.get(wrong)!r}: give the {CONFIG} that peft wrote")
     return Folder(path, base, written.get("revision") or "", config, tuple(written.get("modules_to_save") or ()))
 
 

@@ -155,13 +155,13 @@ def keep(model: nn.Module, trained: Collection[str]) -> None:
     trained: canonical names.
     """
     inner = _inner(model)
-    layers = list(_layers(model))
-    unused = [(name, layer) for name, layer in layers if not any(one.startswith(f"{name}.") for one in trained)]
-    for name, layer in unused:
-        _replace(model, name, layer.get_base_layer())
-    if unused:
+    layers = dict(_layers(model))
+    used = {name for name in layers if any(one.startswith(f"{name}.") for one in trained)}
+    for name in layers.keys() - used:
+        _replace(model, name, layers[name].get_base_layer())
+    if len(used) < len(layers):
         prefix = "encoder." if isinstance(model, PooledClassifier) else ""
-        left = sorted(name.removeprefix(prefix) for name, _ in layers if (name, _) not in unused)
+        left = sorted(name.removeprefix(prefix) for name in used)
         config = dict(inner.zofed_adapter.config) | {"target_modules": left}
         inner.zofed_adapter = replace(inner.zofed_adapter, config=config)
 
@@ -182,10 +182,8 @@ def described(model: nn.Module) -> str:
     )
 
 
-def check_same(wanted: "Lora | Mapping[str, Any]", usual: Lora, saved: Folder) -> None:
+def check_same(wanted: Lora, usual: Lora, saved: Folder) -> None:
     """Raise UserError where settings speak of another adapter than the folder that is trained on. usual: defaults."""
-    if not isinstance(wanted, Lora):
-        return
     own = saved.config
     targets = own["target_modules"]
     held = {

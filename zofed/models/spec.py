@@ -71,11 +71,8 @@ class ModelSpec:
     @cached_property
     def saved_adapter(self) -> adapter_files.Folder | None:
         """The adapter that `name` holds; None: it is a whole model. Raises UserError for one that cannot be used."""
-        return (
-            None
-            if self.name in sources.SIZES
-            else adapter_files.folder_of(sources.model_folder(self.name, self.revision))
-        )
+        is_size = self.name in sources.SIZES
+        return None if is_size else adapter_files.folder_of(sources.model_folder(self.name, self.revision))
 
     @property
     def base(self) -> tuple[str, str]:
@@ -136,7 +133,7 @@ class ModelSpec:
             adapters.merge(model)
         model = ready(model, self.dtype)
         if self.adapter:
-            if saved:
+            if saved and isinstance(self.adapter, Lora):
                 adapters.check_same(self.adapter, _USUAL, saved)
             self._inject(model, base)
         return model

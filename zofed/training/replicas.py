@@ -19,7 +19,7 @@ from zofed.core.optimizers import Optimizer
 from zofed.core.replica import Replica
 from zofed.core.trunk import Trunk
 from zofed.data import encoding
-from zofed.models import quantised, scopes, spec
+from zofed.models import adapters, quantised, scopes, spec
 from zofed.models.precision import Model
 from zofed.training.modes import mode_of
 from zofed.training.process import device
@@ -88,10 +88,13 @@ def place_model(replica: Replica, settings: Settings) -> None:
 
 def _states_name(replica: Replica, settings: Settings) -> str:
     """A digest of all that the bits of frozen layers' outputs depend on, apart from the examples."""
-    genesis = replica.genesis
+    genesis, adapted = replica.genesis, adapters.of(replica.model)
+    # Adapters lie above the cut where all of them train: what they were drawn as changes nothing below.
+    is_apart = adapted is not None and adapters.names(replica.model) <= replica.parameters.keys()
+    weights = f"{adapted.base} {settings.dtype}" if adapted and is_apart else genesis["weights"]
     depends_on = (
         "hidden states 1",
-        json.dumps([genesis["model"], genesis["weights"], genesis["trainable"]], sort_keys=True),
+        json.dumps([genesis["model"], weights, genesis["trainable"]], sort_keys=True),
         f"{device(settings)} {torch.get_num_threads()} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}",
         json.dumps(arithmetic.described(), sort_keys=True),
         *((settings.quantisation,) if settings.quantisation != "none" else ()),
