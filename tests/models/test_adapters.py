@@ -29,6 +29,7 @@ from zofed.config import Settings
 from zofed.core.digests import named_parameters, weights_digest
 from zofed.data import encoding
 from zofed.models import adapter_files, adapters, scopes, spec
+from zofed.models.quantised import Quantised
 from zofed.models.spec import ModelSpec
 from zofed.runs.run_folder import RunFolder
 from zofed.training import asking, central
@@ -153,6 +154,10 @@ def test_every_mode_trains_an_adapter_and_a_federation_of_one_gives_the_same(
     assert alone["parameters"]["trainable"] == 2 * (2 * 24 + 2 * 24 + 2 * 24 + 2 * 8)
     replica, _ = replay_run(RunFolder(tmp_path / "alone"))
     assert replica.digest() == alone["digest"]
+    if "quantisation" in values:
+        speaker = asking.of_run(tmp_path / "alone", compare=True)
+        for model in speaker.models.values():
+            assert any(isinstance(module, Quantised) for module in model.modules())
     base = weights_digest(spec.rebuild(replica.genesis["model"], 0, "float32", str(bases / "llama")))
     assert (base == replica.genesis["weights"]) == (settings.dtype == "float32")
     if settings.mode in ("fo", "instruct", "calibrate"):  # whose updates and guides are not the same on their way

@@ -19,6 +19,7 @@ from zofed.runs.run_folder import RunFolder
 from zofed.training import generation
 from zofed.training.finalize import base_replica
 from zofed.training.process import device, prepare_process
+from zofed.training.replicas import place_model, replica_of
 from zofed.training.task import Task
 from zofed.training.tasks import TASKS, Encoder, TaskType, encoder_of
 
@@ -142,7 +143,9 @@ def of_run(path: Path, *, compare: bool = False, changes: Mapping[str, Any] | No
     own = settings.model_copy(update={"model": str(folder.model), "revision": ""})
     models: dict[str, nn.Module] = {TUNED: _loaded(own, tokenizer, len(names) if kind.has_head else 0)}
     if compare:
-        models[BASE] = base_replica(folder)[0].model
+        began, _ = base_replica(folder)
+        place_model(began, settings)
+        models[BASE] = began.model
     shown = Task.load(settings).demonstrations if settings.shots else ()
     found = Speaker(settings, tokenizer, models, (), kind.reads_turns, names, shown)
     return replace(found, stop=kind.stop_tokens(found.encoder))
@@ -166,4 +169,7 @@ def of_model(name: str, *, plain: bool = False, changes: Mapping[str, Any] | Non
 
 
 def _loaded(settings: Settings, tokenizer: PreTrainedTokenizerBase, classes: int) -> nn.Module:
-    return nn.Module.to(spec.create_model(settings, tokenizer, classes), device(settings))
+    model = spec.create_model(settings, tokenizer, classes)
+    if settings.quantisation != "none":  # as the run's own evaluations had it
+        return replica_of(settings, model).model
+    return nn.Module.to(model, device(settings))
