@@ -336,7 +336,7 @@ def without_a_shard(folder: Path) -> None:
         (configured(model_type="nonsense"), "nonsense", "install a transformers that knows this one"),
         (configured(model_type="vit"), "no causal language model", "give a model such as GPT-2 or Llama"),
         (configured(quantization_config={"quant_method": "gptq"}), "quantised by gptq", "it was made of"),
-        (adapted, "adapter of peft", "merge_and_unload"),
+        (adapted, "adapter_config.json cannot be read", "copy the folder again"),
         (pointed, "pointer of Git LFS", "git lfs pull"),
         (renamed, "other.safetensors, but neither", "copy the folder again"),
         (without_a_shard, "lacks 1 of the 2 files", "copy the folder again"),

@@ -271,6 +271,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no json": (lambda f: (f / adapter_files.CONFIG).write_text("{"), "adapter_config.json cannot be read"),
     "no base": (lambda f: rewritten(f, base_model_name_or_path=""), "does not say of which base it is"),
     "base gone": (lambda f: rewritten(f, base_model_name_or_path="/gone"), "is of the base '/gone': unknown model"),
+    "an adapter as base": (lambda f: rewritten(f, base_model_name_or_path=str(f)), "holds an adapter of peft: merge"),
     "other kind": (lambda f: rewritten(f, peft_type="IA3"), "an adapter of the type IA3"),
     "dora": (lambda f: rewritten(f, use_dora=True), "has use_dora = True, which zofed does not train"),
     "rank of text": (lambda f: rewritten(f, r="eight"), "has r = 'eight': give the adapter_config.json"),
