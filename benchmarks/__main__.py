@@ -47,14 +47,11 @@ def main() -> None:
     one.add_argument("--device", default="cuda")
     one.add_argument("--size", choices=common.SIZES, default="124M")
     one.add_argument("--model", default="tiny", help="folder of a causal language model, for whole runs")
-    one = kinds.add_parser("prompt", help=prompt.__doc__)
-    one.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
-    one.add_argument("--threads", type=int, default=2)
-    one.add_argument("--pairs", type=int, default=5)
-    one = kinds.add_parser("adapters", help=adapters.__doc__)
-    one.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
-    one.add_argument("--threads", type=int, default=2)
-    one.add_argument("--pairs", type=int, default=5)
+    for name, module in (("prompt", prompt), ("adapters", adapters)):
+        one = kinds.add_parser(name, help=module.__doc__)
+        one.add_argument("--model", type=Path, required=True, help="folder of a causal language model")
+        one.add_argument("--threads", type=int, default=2)
+        one.add_argument("--pairs", type=int, default=5)
     one = kinds.add_parser("model-types", help=model_types.__doc__)
     one.add_argument(
         "--out", type=Path, required=True, help="folder of rows.jsonl, which it goes on from, and table.md"

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import peft
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -156,6 +155,8 @@ def loss_of(model: nn.Module, architecture: Architecture) -> perturbed.Loss:
 
 def adapt(model: nn.Module, architecture: Architecture) -> Parameters:
     """Inject LoRA of random A and B; the adapter's parameters."""
+    import peft  # seconds, which no other benchmark need wait
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what it left out is counted from the names
         peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, **architecture.lora), model)

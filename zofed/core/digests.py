@@ -19,9 +19,14 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(named)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """SHA-256 over all parameters by canonical name, hex, and all buffers that are saved; a tied tensor counts once."""
-    return tensors_digest(_held(model))
+def weights_digest(model: nn.Module, apart_from: Collection[str] = ()) -> str:
+    """SHA-256 over all parameters by canonical name, hex, and all buffers that are saved; a tied tensor counts once.
+
+    apart_from: canonical names that are left out, whose bytes are never read.
+    """
+    buffers = {directions.canonical_name(name): held for name, held in soundness.persistent_buffers(model).items()}
+    held = named_parameters(model) | buffers
+    return tensors_digest({name: tensor for name, tensor in held.items() if name not in apart_from})
 
 
 def weights_digest_over(base: str, model: nn.Module, quantised: Collection[str]) -> str:
@@ -31,14 +36,7 @@ def weights_digest_over(base: str, model: nn.Module, quantised: Collection[str])
     `quantised`, which are frozen: their bytes are never read, since rounding may differ from machine to machine, and
     some kernels keep codes in an order of their own. All others are read as they are now.
     """
-    read = {name: tensor for name, tensor in _held(model).items() if name not in quantised}
-    return hashlib.sha256(f"{base} {tensors_digest(read)}".encode()).hexdigest()
-
-
-def _held(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by canonical name."""
-    buffers = {directions.canonical_name(name): held for name, held in soundness.persistent_buffers(model).items()}
-    return named_parameters(model) | buffers
+    return hashlib.sha256(f"{base} {weights_digest(model, apart_from=quantised)}".encode()).hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, Tensor]) -> str:

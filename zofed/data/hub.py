@@ -94,9 +94,14 @@ def download(name: str, revision: str = "") -> Path:
 
 def cached() -> list[str]:
     """Ids of the models and adapters in the local cache that have a config and safetensors, sorted."""
-    whole = (folder for folder in _cache().glob("models--*--*/snapshots/*") if _has_config(folder))
+    whole = (folder for folder in _cache().glob("models--*--*/snapshots/*") if has_config(folder))
     folders = {folder.parents[1].name for folder in whole if any(folder.glob("*.safetensors"))}
     return sorted(name.removeprefix("models--").replace("--", "/", 1) for name in folders)
+
+
+def has_config(folder: Path) -> bool:
+    """Whether a folder has the config of a model, or of an adapter as peft writes it."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def proxy() -> str:
@@ -110,12 +115,8 @@ def proxy() -> str:
 def _commits(name: str) -> list[str]:
     """Commits of a model that the cache holds, the newest first."""
     folder = _cache() / f"models--{name.replace('/', '--')}" / "snapshots"
-    found = [path for path in folder.glob("*") if _has_config(path)]
+    found = [path for path in folder.glob("*") if has_config(path)]
     return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
-
-
-def _has_config(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
 def _cache() -> Path:

@@ -21,7 +21,7 @@ from zofed.base.errors import UserError
 from zofed.base.texts import said_by
 from zofed.config import unknown
 from zofed.core import directions
-from zofed.core.digests import named_parameters, tensors_digest
+from zofed.core.digests import named_parameters, weights_digest
 from zofed.models import adapter_files, initial
 from zofed.models.adapter_files import Folder
 from zofed.models.classifier import PooledClassifier
@@ -57,8 +57,7 @@ def of(model: nn.Module) -> Adapted | None:
 def base_digest(model: nn.Module) -> str:
     """SHA-256, hex, over what a model's folder held: without a head that was drawn, or that pools an encoder."""
     inner = _inner(model)
-    held = {name: tensor for name, tensor in named_parameters(inner).items() if name not in initial.drawn(inner)}
-    return tensors_digest(held)
+    return weights_digest(inner, apart_from=initial.drawn(inner))
 
 
 def names(model: nn.Module) -> set[str]:

@@ -134,7 +134,7 @@ class ModelSpec:
         model = ready(model, self.dtype)
         if self.adapter:
             if saved and isinstance(self.adapter, Lora):
-                adapters.check_same(self.adapter, _USUAL, saved)
+                adapters.check_same(self.adapter, _lora_of(Settings()), saved)
             self._inject(model, base)
         return model
 
@@ -271,9 +271,6 @@ def _lora(settings: Settings) -> Lora | None:
 def _lora_of(settings: Settings) -> Lora:
     targets = tuple(part.strip() for part in settings.lora_targets.split(",") if part.strip())
     return Lora(settings.lora_rank, settings.lora_alpha, targets)
-
-
-_USUAL = _lora_of(Settings())
 
 
 def _prompts(settings: Settings) -> Literal["", "causal", "masked"]:

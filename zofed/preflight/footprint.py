@@ -191,9 +191,8 @@ def _without_storage(model: nn.Module) -> None:
             for name, tensor in held.items():
                 if tensor is not None and id(tensor) not in made:
                     new = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    is_parameter = isinstance(
-                        tensor, nn.Parameter
-                    )  # what trains is said afterwards, and bytes never do
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    # What trains is said afterwards, and bytes never do.
                     made[id(tensor)] = (nn.Parameter(new, requires_grad=False) if is_parameter else new, tensor)
                 if tensor is not None:
                     held[name] = made[id(tensor)][0]  # type: ignore[assignment]

@@ -23,6 +23,7 @@ from zofed.base import arithmetic, shell
 from zofed.base.errors import UserError
 from zofed.base.files import sync_file, sync_folder, write_whole
 from zofed.config import Settings
+from zofed.data import hub
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,8 +160,7 @@ class RunFolder:
             for path in (found := list(self.model.glob("*.safetensors"))):
                 with safe_open(path, "pt"):
                     pass
-            configs = ("config.json", "adapter_config.json")  # of a whole model, of an adapter
-            return bool(found) and any((self.model / name).is_file() for name in configs)
+            return bool(found) and hub.has_config(self.model)
         except (OSError, SafetensorError):
             return False
 

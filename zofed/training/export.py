@@ -111,17 +111,12 @@ def rank_bound(genesis: Genesis, records: Sequence[Record]) -> int | None:
 def merged(folder: RunFolder, out: Path, base: str = "", threads: int = 1) -> End:
     """Write a run's model as a Hugging Face folder, with tokenizer and card. Raises UserError as `end_of` does."""
     end, settings = end_of(folder, base, threads), folder.settings()
-    model, type_ = end.model, TASKS[settings.task]
-    names = tuple(map(str, folder.inputs().get("classes", ()))) if type_.has_head else ()
-    classes = model.classifier.out_features if isinstance(model, PooledClassifier) else 0
+    classes = end.model.classifier.out_features if isinstance(end.model, PooledClassifier) else 0
     about = Exported(
         "merged", base_of(settings, base)[0], end.digest, end.round, end.has_ended, export_texts.kind_of(settings)[0],
         export_texts.load_merged(settings, classes),
     )  # fmt: skip
-    tokenizer = _tokenizer(folder, settings, base)
-    with written(out) as temporary:
-        spec.save(model, tokenizer, temporary, names)
-        model_card.write(folder, about, temporary)
+    _write(folder, out, end, about, base)
     return end
 
 
@@ -136,16 +131,28 @@ def adapter(folder: RunFolder, out: Path, base: str = "", threads: int = 1) -> E
     if name in sources.SIZES:
         raise UserError(f"the base of this adapter, {name!r}, is drawn from a seed and lies nowhere: use --merged")
     end = end_of(folder, base, threads)
-    names = tuple(map(str, folder.inputs().get("classes", ()))) if TASKS[settings.task].has_head else ()
     about = Exported(
         "lora", name, end.digest, end.round, end.has_ended, export_texts.kind_of(settings)[0],
-        export_texts.load_lora(settings, name, revision, len(names)),
+        export_texts.load_lora(settings, name, revision, len(_class_names(folder))),
     )  # fmt: skip
-    tokenizer = _tokenizer(folder, settings, base)
-    with written(out) as temporary:
-        spec.save(end.model, tokenizer, temporary, names, (name, revision))
-        model_card.write(folder, about, temporary)
+    _write(folder, out, end, about, base, (name, revision))
     return end
+
+
+def _class_names(folder: RunFolder) -> tuple[str, ...]:
+    """Of a model whose own head tells classes apart."""
+    has_head = TASKS[folder.settings().task].has_head
+    return tuple(map(str, folder.inputs().get("classes", ()))) if has_head else ()
+
+
+def _write(
+    folder: RunFolder, out: Path, end: End, about: Exported, base: str, below: tuple[str, str] = ("", "")
+) -> None:
+    """The folder of a run's model, or, where `below` names its base, of its adapter alone."""
+    tokenizer = _tokenizer(folder, folder.settings(), base)
+    with written(out) as temporary:
+        spec.save(end.model, tokenizer, temporary, _class_names(folder), below)
+        model_card.write(folder, about, temporary)
 
 
 def lora(folder: RunFolder, out: Path, rank: int, base: str = "", threads: int = 1) -> tuple[Delta, list[str]]:
