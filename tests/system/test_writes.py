@@ -18,7 +18,7 @@ KNOWN = {
     ("core/estimators.py", RESTORED): "the context itself",
     ("core/estimators.py", "_shift"): "of `materialised_losses`, inside the context",
     ("core/soundness.py", "_write"): "for the first look at a loss, which restores what it shifted",
-    ("models/adapters.py", "inject"): "a model that is being made",
+    ("models/lora.py", "set_in"): "a model that is being made",
     ("models/classifier.py", "load_head"): "a model that is being made",
     ("models/initial.py", "draw"): "a model that is being made",
     ("training/guided.py", "_write"): "of `_side`, inside the context",

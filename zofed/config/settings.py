@@ -134,7 +134,10 @@ def _clashes(settings: Settings) -> list[str]:
     if settings.devices and settings.mode != "zo":
         found.append(f"devices = {settings.devices!r} takes mode = zo: {settings.mode} runs on one; set device")
     if settings.adapter != "none" and settings.freeze_encoder:
-        found.append("adapter = 'lora' trains inside the encoder, which freeze-encoder = true freezes: leave one out")
+        found.append(
+            f"adapter = {settings.adapter!r} trains inside the encoder, which freeze-encoder = true freezes: leave one "
+            "out"
+        )
     if settings.bp_dataset and settings.bp_data_fraction:
         found.append("bp-dataset and bp-data-fraction both say where backprop's data come from: leave one out")
     if settings.mode == "instruct":

@@ -72,9 +72,10 @@ class Model(Section):
     scope: str = setting(
         "full", "what trains: full, reduced, norms, biases, head, last-K, or a regular expression of names", first=True
     )
-    adapter: Literal["none", "lora"] = setting(
+    adapter: Literal["none", "lora", "prefix", "prompt"] = setting(
         "none",
-        "lora: low-rank matrices beside the model's own train in its place, within scope; saved as peft reads them",
+        "what trains in the model's place, saved as peft reads it: lora: low-rank matrices beside its own, within "
+        "scope; prompt: embeddings of virtual tokens before each text; prefix: their keys and values in every layer",
         first=True,
     )
     lora_rank: int = setting(8, "rank of an adapter's matrices", ge=1, le=4096, acts_when=when(adapter="lora"))
@@ -85,6 +86,13 @@ class Model(Section):
         "",
         "modules that get an adapter, by commas: q_proj, v_proj; or all-linear; empty: as peft has it for the model",
         acts_when=when(adapter="lora"),
+    )
+    virtual_tokens: int = setting(
+        8,
+        "how many stand before each text, block-size not counting them",
+        ge=1,
+        le=4096,
+        acts_when=when(adapter=("prefix", "prompt")),
     )
     dtype: Literal["float32", "bfloat16"] = setting("float32", "type of the weights, and of computing with them")
     forward_dtype: Literal["weights", "bfloat16"] = setting(

@@ -17,15 +17,28 @@ from zofed.base.texts import said_by
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names that peft gives them
 _PREFIX = "base_model.model."  # before the names of tensors in peft's files
-# What of peft's configuration decides which function an adapter is.
-KEPT = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
-    "alpha_pattern", "use_rslora", "fan_in_fan_out",
+_TOKENS = (
+    "peft_type", "num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"
 )  # fmt: skip
+# What of peft's configuration decides which function an adapter is, by its type.
+KEPT = {
+    "LORA": (
+        "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern",
+        "alpha_pattern", "use_rslora", "fan_in_fan_out",
+    ),
+    "PREFIX_TUNING": _TOKENS,
+    "PROMPT_TUNING": _TOKENS,
+}  # fmt: skip
 # What would make it another function than the one above, with the value that leaves it.
-_UNKNOWN = {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
-            "target_parameters": None, "layer_replication": None, "alora_invocation_tokens": None}  # fmt: skip
-LARGEST_RANK = 4096
+_UNKNOWN: dict[str, dict[str, Any]] = {
+    "LORA": {"use_dora": False, "bias": "none", "lora_bias": False, "trainable_token_indices": None,
+             "target_parameters": None, "layer_replication": None, "alora_invocation_tokens": None},
+    "PREFIX_TUNING": {"prefix_projection": False},
+    "PROMPT_TUNING": {},
+}  # fmt: skip
+_USUAL = {"LORA": {"lora_dropout": 0.0, "init_lora_weights": True}, "PREFIX_TUNING": {}, "PROMPT_TUNING": {}}
+_SETTINGS = {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+LARGEST_RANK = LARGEST_COUNT = 4096
 # Which values of a configuration can be meant, before anything is made of their size.
 _RIGHT: dict[str, Callable[[Any], bool]] = {
     "r": lambda rank: type(rank) is int and 1 <= rank <= LARGEST_RANK,
@@ -37,9 +50,21 @@ _RIGHT: dict[str, Callable[[Any], bool]] = {
         ranks is None
         or (isinstance(ranks, dict) and all(type(rank) is int and 1 <= rank <= LARGEST_RANK for rank in ranks.values()))
     ),
+    "num_virtual_tokens": lambda count: type(count) is int and 1 <= count <= LARGEST_COUNT,
+    "num_transformer_submodules": lambda count: count in (None, 1),
 }
 # peft has no type of task for masked language models: such an adapter names the class of its base.
 _TASKS = {"ForSequenceClassification": "SEQ_CLS", "ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM"}
+
+
+def type_of(config: Mapping[str, Any]) -> str:
+    """An adapter's type as peft calls it; a genesis without one is of LoRA."""
+    return config.get("peft_type", "LORA")
+
+
+def setting_of(config: Mapping[str, Any]) -> str:
+    """The value of the setting `adapter` for it."""
+    return _SETTINGS[type_of(config)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +85,11 @@ class Folder:
     def where(self) -> str:
         """What to call it."""
         return f"adapter folder {str(self.path)!r}"
+
+    @property
+    def type(self) -> str:
+        """As peft calls it."""
+        return type_of(self.config)
 
     def tensors(self) -> tuple[dict[str, Tensor], str]:
         """Its tensors by peft's names without the prefix, float32, and the base's digest where it tells."""
@@ -82,7 +112,7 @@ class Folder:
 
 
 def folder_of(path: Path) -> Folder | None:
-    """The adapter in a folder; None where it holds none. Raises UserError for one that is not LoRA, or has extras."""
+    """The adapter in a folder; None where it holds none. Raises UserError for unknown kinds, and extras."""
     file = path / CONFIG
     if not file.is_file():
         return None
@@ -92,12 +122,12 @@ def folder_of(path: Path) -> Folder | None:
         base, kind = written["base_model_name_or_path"], written["peft_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}: its {CONFIG} cannot be read ({said_by(error)}): copy the folder again") from error
-    if kind != "LORA":
+    if kind not in KEPT:
         raise UserError(
-            f"{where} is an adapter of the type {kind}, of which zofed reads LORA alone: merge it into its base with "
-            "merge_and_unload() and give the folder that save_pretrained writes of the merged model"
+            f"{where} is an adapter of the type {kind}, of which zofed reads {', '.join(KEPT)} alone: merge it into "
+            "its base with merge_and_unload() and give the folder that save_pretrained writes of the merged model"
         )
-    for key, usual in _UNKNOWN.items():
+    for key, usual in _UNKNOWN[kind].items():
         if written.get(key, usual) not in (usual, None):
             raise UserError(
                 f"{where} has {key} = {written[key]!r}, which zofed does not train: merge it into its base with "
@@ -105,8 +135,9 @@ def folder_of(path: Path) -> Folder | None:
             )
     if not isinstance(base, str) or not base:
         raise UserError(f"{where} does not say of which base it is: write base_model_name_or_path into its {CONFIG}")
-    config = {key: written[key] for key in KEPT if written.get(key) is not None}
-    if wrong := next((key for key, is_right in _RIGHT.items() if not is_right(config.get(key))), None):
+    config = {key: written[key] for key in KEPT[kind] if written.get(key) is not None}
+    checks = {key: is_right for key, is_right in _RIGHT.items() if key in KEPT[kind]}
+    if wrong := next((key for key, is_right in checks.items() if not is_right(config.get(key))), None):
         raise UserError(f"{where}: its {CONFIG} has {wrong} = {config.get(wrong)!r}: give the {CONFIG} that peft wrote")
     return Folder(path, base, written.get("revision") or "", config, tuple(written.get("modules_to_save") or ()))
 
@@ -128,21 +159,23 @@ def write(
     model, such as a new classification head.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    held = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in {**tensors, **(heads or {})}.items()}
+    before = _PREFIX if type_of(config) == "LORA" else ""
+    held = {before + name: tensor.detach().cpu().contiguous() for name, tensor in {**tensors, **(heads or {})}.items()}
     save_file(held, folder / WEIGHTS, {"format": "pt"} | ({"base": digest} if digest else {}))
     kind = type(model)
     task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
     named = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+    type_ = type_of(config)
     usual = {
-        "peft_type": "LORA",
+        "peft_type": type_,
         "task_type": task,
         "auto_mapping": None if task else named,
         "base_model_name_or_path": base[0],
         "revision": base[1] or None,
         "inference_mode": True,
-        "lora_dropout": 0.0,
-        "init_lora_weights": True,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in heads or {}}) or None,
     }
-    text = json.dumps(_UNKNOWN | usual | dict(config), indent=2, sort_keys=True, ensure_ascii=False)
+    text = json.dumps(
+        _UNKNOWN[type_] | _USUAL[type_] | usual | dict(config), indent=2, sort_keys=True, ensure_ascii=False
+    )
     write_whole(folder / CONFIG, text + "\n")

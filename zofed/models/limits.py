@@ -12,6 +12,7 @@ from zofed.core import candidates, metrics, packed
 from zofed.data import encoding
 from zofed.data.encoding import Document, Examples
 from zofed.data.tokenizers import PROBE
+from zofed.models import virtual_tokens
 from zofed.models.classifier import PooledClassifier
 
 SHORTEST = 2  # tokens of a block
@@ -33,7 +34,12 @@ def rows(config: Any) -> int | None:
 
 
 def positions(model: nn.Module) -> int | None:
-    """Tokens of the longest block that a model's config allows; None: no limit."""
+    """Tokens of the longest text that a model's config allows, virtual ones not counted; None: no limit."""
+    longest = _positions(model)
+    return longest if longest is None else longest - virtual_tokens.tokens(model)
+
+
+def _positions(model: nn.Module) -> int | None:
     config: Any = model.config
     declared = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(declared, int) or declared <= 0:  # -1: XLNet's word for no limit
@@ -47,9 +53,17 @@ def positions(model: nn.Module) -> int | None:
 
 def check_positions(model: nn.Module, name: str, block_size: int) -> None:
     """Raise UserError for a block longer than the positions the model's config allows."""
-    longest = positions(model)
-    if longest is not None and block_size > longest:
+    longest, virtual = positions(model), virtual_tokens.tokens(model)
+    if longest is None or block_size <= longest:
+        return
+    if not virtual:
         raise _too_long(name, block_size, longest)
+    fit = longest + virtual - block_size
+    remedies = [f"block-size to {longest} or less"] * (longest >= SHORTEST) + [f"virtual-tokens to {fit}"] * (fit > 0)
+    raise UserError(
+        f"block-size = {block_size} and virtual-tokens = {virtual} are more than the {longest + virtual} positions of "
+        f"model {name}: set {', or '.join(remedies)}"
+    )
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from zofed.config import Settings
 from zofed.core.digests import named_parameters
 from zofed.data import prompts
 from zofed.models import adapter_files, adapters, classifier, initial, limits, scopes, sources
-from zofed.models.adapters import Lora
+from zofed.models.adapters import Lora, Virtual
 from zofed.models.classifier import PooledClassifier, Pooling
 from zofed.models.precision import Model, ready
 from zofed.models.sources import Fresh, Source, Stored, source_of
@@ -48,7 +48,7 @@ class ModelSpec:
     is_frozen: bool = False
     block_size: int = 2
     prompts: Literal["", "causal", "masked"] = ""
-    adapter: Lora | Mapping[str, Any] | None = None
+    adapter: adapters.Wanted | Mapping[str, Any] | None = None
     scope: str = "full"
 
     @classmethod
@@ -64,7 +64,7 @@ class ModelSpec:
             is_frozen=settings.freeze_encoder,
             block_size=settings.block_size,
             prompts=_prompts(settings),
-            adapter=_lora(settings),
+            adapter=_adapter(settings),
             scope=settings.scope,
         )
 
@@ -130,20 +130,39 @@ class ModelSpec:
         base = adapters.base_digest(model)
         if saved and not self.adapter:
             adapters.inject(model, saved, self.seed, base)
-            adapters.merge(model)
+            adapters.merge(model, saved)
         model = ready(model, self.dtype)
         if self.adapter:
-            if saved and isinstance(self.adapter, Lora):
-                adapters.check_same(self.adapter, _lora_of(Settings()), saved)
+            if saved and isinstance(self.adapter, adapters.Wanted):
+                usual = _adapter(Settings().model_copy(update={"adapter": self.adapter.adapter}))
+                assert usual is not None
+                adapters.check_same(self.adapter, usual, saved)
             self._inject(model, base)
         return model
 
     def _inject(self, model: Model, base: str) -> None:
         """Set the adapter in; a new one where it trains alone."""
         assert self.adapter is not None
+        if isinstance(self.adapter, Virtual):
+            self._check_virtual(self.adapter)
         adapters.inject(model, self.saved_adapter or self.adapter, self.seed, base)
         if not self.saved_adapter and isinstance(self.adapter, Lora):
             adapters.keep(model, scopes.trainable_names(model, self.scope))
+        limits.check_positions(model, self.name, self.block_size)
+
+    def _check_virtual(self, wanted: Virtual) -> None:
+        if self.classes or self.prompts == "masked":
+            raise UserError(
+                f"adapter = {wanted.adapter!r} is for causal language models: set adapter to lora, or task to "
+                "language-model, instruction, or prompt without [MASK]"
+            )
+        if self.scope != "full":
+            raise UserError(f"adapter = {wanted.adapter!r} trains as a whole: leave scope = {self.scope!r} out")
+        if self.name in sources.SIZES:
+            raise UserError(
+                f"adapter = {wanted.adapter!r} calls up what a model knows, and model = {self.name!r} begins with "
+                "random weights: give a pretrained model, or leave adapter out"
+            )
 
     def outline(self, tokenizer: PreTrainedTokenizerBase) -> Model:
         """The module `build` would make, its shapes without its memory: on the meta device.
@@ -264,11 +283,11 @@ def rebuild(described: Mapping[str, Any], seed: int, dtype: str, name: str = "",
     return spec._adapted(ready(spec.with_head(model, pooling) if pooling else model, "float32"))
 
 
-def _lora(settings: Settings) -> Lora | None:
-    return None if settings.adapter == "none" else _lora_of(settings)
-
-
-def _lora_of(settings: Settings) -> Lora:
+def _adapter(settings: Settings) -> adapters.Wanted | None:
+    if settings.adapter == "none":
+        return None
+    if settings.adapter != "lora":
+        return Virtual(settings.adapter, settings.virtual_tokens)
     targets = tuple(part.strip() for part in settings.lora_targets.split(",") if part.strip())
     return Lora(settings.lora_rank, settings.lora_alpha, targets)
 

@@ -24,6 +24,14 @@ OF_THE_MACHINE = ("out", "device", "devices")  # settings that say nothing of th
 Rows = Sequence[Sequence[str]]
 
 
+WHAT = {
+    "merged": "A model",
+    "lora": "A LoRA, in the files of peft,",
+    "prefix": "A prefix of virtual tokens, in the files of peft,",
+    "prompt": "A prompt of virtual tokens, in the files of peft,",
+}
+
+
 @dataclass(frozen=True)
 class Exported:
     """What a card tells beside the run's own files.
@@ -33,7 +41,7 @@ class Exported:
     told: of a LoRA, sentences on what it holds; table: the same by kind of matrix, its head first.
     """
 
-    kind: Literal["merged", "lora"]
+    kind: Literal["merged", "lora", "prefix", "prompt"]
     base: str
     digest: str
     round: int
@@ -102,10 +110,10 @@ def _head(settings: Settings, about: Exported) -> str:
     """What the hub reads, as YAML, of which JSON is a part."""
     values: dict[str, Any] = {
         "base_model": about.base if hub.is_id(about.base) else None,
-        "library_name": "peft" if about.kind == "lora" else "transformers",
+        "library_name": "transformers" if about.kind == "merged" else "peft",
         "pipeline_tag": about.pipeline,
         "datasets": _of_the_hub(settings),
-        "tags": ["zofed", *(["lora"] if about.kind == "lora" else [])],
+        "tags": ["zofed", *([] if about.kind == "merged" else [about.kind])],
     }
     lines = [f"{key}: {json.dumps(value)}" for key, value in values.items() if value]
     return "\n".join(["---", *lines, "---"])
@@ -119,7 +127,7 @@ def _of_the_hub(settings: Settings) -> list[str]:
 
 
 def _about(about: Exported) -> str:
-    what = "A LoRA, in the files of peft," if about.kind == "lora" else "A model"
+    what = WHAT[about.kind]
     cut = "" if about.has_ended else f" The run has not ended: these are its weights after round {about.round}."
     where = "the folder " if _is_path(about.base) else ""
     return f"{what} that zofed trained from {where}{code(_shown(about.base))}.{cut}"
@@ -196,6 +204,6 @@ def _reproduction(folder: RunFolder, summary: Mapping[str, Any], about: Exported
         "- `zofed journal replay RUN`, RUN being the run's folder, rebuilds them from the base and the journal and "
         "compares the digests.",
     ]
-    if about.kind == "lora":
-        lines.append("- The digest is of the model that the run ended with; the base with this LoRA comes near it.")
+    if about.kind != "merged":
+        lines.append("- The digest is of the model that the run ended with; the base with this adapter comes near it.")
     return "\n".join(lines)

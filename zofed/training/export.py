@@ -110,7 +110,13 @@ def rank_bound(genesis: Genesis, records: Sequence[Record]) -> int | None:
 
 def merged(folder: RunFolder, out: Path, base: str = "", threads: int = 1) -> End:
     """Write a run's model as a Hugging Face folder, with tokenizer and card. Raises UserError as `end_of` does."""
-    end, settings = end_of(folder, base, threads), folder.settings()
+    settings = folder.settings()
+    if settings.adapter in ("prefix", "prompt"):
+        raise UserError(
+            f"{folder.path} trained virtual tokens (adapter = {settings.adapter!r}), which cannot be added to the "
+            "weights of a model: --adapter writes them"
+        )
+    end = end_of(folder, base, threads)
     classes = end.model.classifier.out_features if isinstance(end.model, PooledClassifier) else 0
     about = Exported(
         "merged", base_of(settings, base)[0], end.digest, end.round, end.has_ended, export_texts.kind_of(settings)[0],
@@ -132,7 +138,7 @@ def adapter(folder: RunFolder, out: Path, base: str = "", threads: int = 1) -> E
         raise UserError(f"the base of this adapter, {name!r}, is drawn from a seed and lies nowhere: use --merged")
     end = end_of(folder, base, threads)
     about = Exported(
-        "lora", name, end.digest, end.round, end.has_ended, export_texts.kind_of(settings)[0],
+        settings.adapter, name, end.digest, end.round, end.has_ended, export_texts.kind_of(settings)[0],
         export_texts.load_lora(settings, name, revision, len(_class_names(folder))),
     )  # fmt: skip
     _write(folder, out, end, about, base, (name, revision))
@@ -164,8 +170,8 @@ def lora(folder: RunFolder, out: Path, rank: int, base: str = "", threads: int =
     settings = folder.settings()
     if settings.adapter != "none":
         raise UserError(
-            f"{folder.path} trained an adapter of rank {settings.lora_rank}, which is a LoRA already: --adapter writes "
-            "it, --merged the model that it is added to"
+            f"{folder.path} trained an adapter already, adapter = {settings.adapter!r}: --adapter writes it"
+            + (", --merged the model that it is added to" if settings.adapter == "lora" else "")
         )
     end = end_of(folder, base, threads)
     replica, _ = base_replica(folder, base)
