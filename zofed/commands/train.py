@@ -46,11 +46,18 @@ def train(
         settings = settings_from(file, options, config.CENTRAL)
         settings = with_out(settings, settings.mode)
         out = Path(settings.out)
-    from zofed.training import central  # torch and transformers take seconds to load: --help and mistakes need not wait
+    from zofed.training import (
+        central,
+        device_pool,
+        ranks,
+    )  # torch and transformers take seconds to load: --help and mistakes need not wait
 
+    if ranks.place().rank:
+        device_pool.serve_rank(settings)
+        return
     console.print(f"run folder: {out}")
     try:
-        with Reporter(settings.steps, "step") as reporter:
+        with ranks.released(), Reporter(settings.steps, "step") as reporter:
             summary = (
                 central.resume(out, reporter, reporter.expect)
                 if folder

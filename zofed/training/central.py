@@ -38,6 +38,7 @@ def train(settings: Settings, out: Path, show: Show, expect: Expect = lambda _: 
     show: called with each row of the metrics. expect: called once with the number of the run's steps, before them.
     """
     sinks.check(settings)
+    device_pool.check_ranks(settings)
     prepare_process(settings.threads)
     task = Task.load(with_absolute_paths(settings))
     task.check_held_out()
@@ -56,6 +57,7 @@ def resume(path: Path, show: Show, expect: Expect = lambda _: None) -> dict[str,
     folder = RunFolder.open(path)
     folder.check_way(CENTRAL)
     settings = folder.settings()
+    device_pool.check_ranks(settings)
     prepare_process(settings.threads)
     task = Task.load(settings)
     replica = task.replica()

@@ -7,6 +7,7 @@ the order of the queries: the records are those of a run on one device.
 """
 
 import itertools
+import json
 import multiprocessing
 import os
 import queue
@@ -14,12 +15,13 @@ import signal
 import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,7 +35,8 @@ from zofed.core.perturbed import CannotBatch
 from zofed.core.replica import Replica, catch_up
 from zofed.data.encoding import Examples
 from zofed.runs.run_folder import RunFolder
-from zofed.training import measurements, pins
+from zofed.training import measurements, pins, ranks
+from zofed.training.paths import with_absolute_paths
 from zofed.training.process import devices, prepare_process
 from zofed.training.task import Task
 
@@ -69,7 +72,7 @@ def shares(queries: int, together: int, places: int) -> list[slice]:
 
 
 class Pool:
-    """A process for every device of a run but the first."""
+    """A process for every device of a run but the first, or for every rank of torchrun's but rank 0."""
 
     def __init__(self, task: Task, replica: Replica, journal: Journal, folder: Path) -> None:
         self.replica, self.journal = replica, journal
@@ -84,6 +87,11 @@ class Pool:
                 place = f"process {index + 1} of {len(others)}, on {device},"
                 process, pipe = start(task.settings, str(device), digests)
                 self.members.append(Member(process, pipe, base, place, folder, patience))
+            if ranks.place().world > 1:
+                for other in ranks.gathered(patience):
+                    where = f"rank {other.rank} of {ranks.place().world}, on {other.host},"
+                    self.members.append(Member(None, other.pipe, base, where, folder, patience))
+                    check_same(other.read, read_by(task, replica), where)
         except BaseException:
             self.close()
             raise
@@ -128,11 +136,12 @@ class Pool:
 class Member:
     """One process, and the pipe to it.
 
-    head: chain of a fresh replica. place: how messages call this one. patience: seconds that an answer may take.
+    process: None for a rank, which torchrun started. head: chain of a fresh replica. place: how messages call this one.
+    patience: seconds that an answer may take.
     """
 
     def __init__(
-        self, process: BaseProcess, pipe: Connection, head: bytes, place: str, folder: Path, patience: float
+        self, process: BaseProcess | None, pipe: Connection, head: bytes, place: str, folder: Path, patience: float
     ) -> None:
         self.process, self.pipe, self.head, self.place, self.folder = process, pipe, head, place, folder
         self.patience = patience
@@ -157,9 +166,11 @@ class Member:
                 )
             answer = self.pipe.recv_bytes()
         except (EOFError, OSError) as error:
-            self.process.join(5)
-            status = self.process.exitcode or 0
-            how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            how = "has gone"
+            if self.process:
+                self.process.join(5)
+                status = self.process.exitcode or 0
+                how = f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"
             raise self._failure(f"{how} (out of memory, perhaps)") from error
         kind, body = answer[:1], answer[1:]
         if kind == _CANNOT_BATCH:
@@ -170,16 +181,63 @@ class Member:
         return torch.frombuffer(values, dtype=_TYPES[kind]).view(rows, -1)
 
     def _failure(self, what: str) -> UserError:
+        go_on = RunFolder(self.folder).go_on()
+        if not self.process:
+            return UserError(f"{self.place} {what}; mend that, then continue with: torchrun ... -m {go_on}")
         return UserError(
             f"{self.place} {what}; mend that, or leave its device out of devices in {self.folder / 'settings.toml'}, "
-            f"then continue with: {RunFolder(self.folder).go_on()}"
+            f"then continue with: {go_on}"
         )
 
     def close(self) -> None:
-        """End the process, which holds nothing that is not elsewhere."""
+        """End the process, which holds nothing that is not elsewhere; a rank ends itself at its pipe's end."""
         self.pipe.close()
-        self.process.kill()
-        self.process.join()
+        if self.process:
+            self.process.kill()
+            self.process.join()
+
+
+def read_by(task: Task, replica: Replica) -> dict[str, Any]:
+    """All that must be the same in two processes that measure for one run."""
+    return pins.of(task) | {"model": genesis_chain(replica.genesis).hex()}
+
+
+def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], place: str) -> None:
+    """Raise UserError where a rank read something else than rank 0."""
+    known = json.loads(json.dumps(ours))
+    if different := [key for key in sorted(known | dict(theirs)) if known.get(key) != theirs.get(key)]:
+        raise UserError(
+            f"{place} has another {', '.join(different)} than rank 0: give all ranks the same command, model and data"
+        )
+
+
+def check_ranks(settings: Settings) -> None:
+    """Raise UserError where torchrun started processes that cannot help a run of these settings."""
+    if ranks.place().world == 1:
+        return
+    if settings.mode != "zo":
+        raise UserError(f"torchrun's processes share the queries of mode zo: run mode = {settings.mode!r} without it")
+    if settings.devices:
+        raise UserError(
+            f"devices = {settings.devices!r} and torchrun both split the queries: leave devices out, or torchrun"
+        )
+
+
+def serve_rank(settings: Settings) -> None:
+    """What a rank of torchrun's but the first does: load, then measure what rank 0 asks for until that has gone.
+
+    Raises UserError as a run of these settings does before its first step.
+    """
+    check_ranks(settings)
+    prepare_process(settings.threads)
+    if settings.device in ("auto", "cuda") and torch.cuda.is_available():
+        settings = settings.model_copy(update={"device": f"cuda:{ranks.place().local}"})
+    warnings.simplefilter("ignore")  # rank 0 says the same
+    task = Task.load(with_absolute_paths(settings))
+    replica, examples = task.replica(), task.shard(0, 1)
+    if pipe := ranks.joined(read_by(task, replica)):
+        with _failures_told(pipe):
+            _answer_all(pipe, _requests(pipe), task.settings, replica, examples)
 
 
 def start(settings: Settings, device: str, digests: dict[str, str]) -> tuple[BaseProcess, Connection]:
@@ -205,27 +263,48 @@ def serve(pipe: Connection, written: str, digests: dict[str, str]) -> None:
 
     written: the run's settings with this process's device, as JSON. digests: of the data that the run read.
     """
-    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    reader = threading.Thread(target=_read, args=(pipe, requests), daemon=True)
-    reader.start()
+    requests = _requests(pipe)
     warnings.simplefilter("ignore")  # the run itself says the same
+    with _failures_told(pipe):
+        settings = Settings.model_validate_json(written)
+        prepare_process(settings.threads)
+        task = Task.load(settings)
+        if pins.digests(task) != digests:
+            raise UserError("it read other data than the run, which changed since: bring them back")
+        replica, examples = task.replica(), task.shard(0, 1)
+        _answer_all(pipe, requests, settings, replica, examples)
+
+
+Requests = queue.SimpleQueue[bytes]
+
+
+def _requests(pipe: Connection) -> Requests:
+    """What comes through a pipe, read by a thread, which ends this process with the pipe."""
+    requests: Requests = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(pipe, requests), daemon=True).start()
+    return requests
+
+
+@contextmanager
+def _failures_told(pipe: Connection) -> Iterator[None]:
+    """An error inside is sent through the pipe in one line; then its end is waited for."""
     with suppress(OSError):  # nobody reads any more
         try:
-            settings = Settings.model_validate_json(written)
-            prepare_process(settings.threads)
-            task = Task.load(settings)
-            if pins.digests(task) != digests:
-                raise UserError("it read other data than the run, which changed since: bring them back")
-            replica, examples = task.replica(), task.shard(0, 1)
-            while True:
-                pipe.send_bytes(_answer(settings, replica, examples, requests.get()))
+            yield
         except Exception as error:
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             pipe.send_bytes(_FAILED + " ".join(f"{kind}{error}".split()).encode())
-    reader.join()
+    threading.Event().wait()
 
 
-def _read(pipe: Connection, requests: "queue.SimpleQueue[bytes]") -> None:
+def _answer_all(
+    pipe: Connection, requests: Requests, settings: Settings, replica: Replica, examples: Examples
+) -> NoReturn:
+    while True:
+        pipe.send_bytes(_answer(settings, replica, examples, requests.get()))
+
+
+def _read(pipe: Connection, requests: Requests) -> None:
     """Pass requests on; at the pipe's end the run is gone, and so goes this process, in the middle of a pass or not."""
     try:
         while True:
