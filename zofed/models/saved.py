@@ -101,7 +101,10 @@ class Saved:
             )
         file = self.folder / "config.json"
         if not file.is_file():
-            raise UserError(f"{self.where} has no config.json: give a folder written by save_pretrained")
+            inner = self.folder / "model"
+            is_run = (self.folder / "settings.toml").is_file() and inner.is_dir()
+            meant = f"the model of this run, {str(inner)!r}" if is_run else "a folder written by save_pretrained"
+            raise UserError(f"{self.where} has no config.json: give {meant}")
         try:
             written = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:  # no JSON, no UTF-8

@@ -23,7 +23,7 @@ from zofed.core.digests import named_parameters, weights_digest
 from zofed.core.journal import Journal, JournalError, read
 from zofed.core.records import Guided, Seeded
 from zofed.core.replica import NotKept, Replica, update_digest
-from zofed.models import initial, scopes, spec
+from zofed.models import adapters, initial, scopes, spec
 from zofed.models.precision import Model
 from zofed.models.spec import ModelSpec
 from zofed.runs.run_folder import RunFolder, peak_memory_bytes, versions
@@ -144,9 +144,10 @@ def draw(name: str, *arguments: Any) -> None:
 
 def _started_from(task: Task, replica: Replica) -> dict[str, Any]:
     """What a run was made of: its model and its data."""
-    settings = task.settings
+    settings, adapted = task.settings, adapters.of(replica.model)
+    weights = adapted.base if adapted else replica.genesis["weights"]  # without the adapter, which is drawn
     return {
-        "base": {"model": settings.model, "revision": settings.revision, "weights": replica.genesis["weights"]},
+        "base": {"model": settings.model, "revision": settings.revision, "weights": weights},
         "drawn": list(initial.drawn(replica.model)),
         "parameters": {"total": scopes.true_count(replica.model), "trainable": _count(replica)},
         "data": pins.digests(task),
