@@ -29,7 +29,15 @@ def register(app: typer.Typer) -> None:
 
 @models_app.callback(invoke_without_command=True)
 @with_settings
-def list_models(context: typer.Context, *, options: dict[str, str]) -> None:
+def list_models(
+    context: typer.Context,
+    fits: Annotated[
+        float, typer.Option(min=0.1, help="GiB of a GPU: the largest models of --family whose step fits")
+    ] = 0,
+    family: Annotated[str, typer.Option(help="llama, qwen2.5, opt or gpt2 (with --fits)")] = "llama",
+    *,
+    options: dict[str, str],
+) -> None:
     """The named sizes, or the one given with --model: parameters by scope, and memory of a step by mode.
 
     All settings count: --batch-size 8 --block-size 128 --optimizer adamw tells what such a run takes.
@@ -37,6 +45,9 @@ def list_models(context: typer.Context, *, options: dict[str, str]) -> None:
     if context.invoked_subcommand is not None:
         if options:
             raise UserError(f"--{next(iter(options))} stands before {context.invoked_subcommand}: put it behind")
+        return
+    if fits:
+        _tell_fits(fits, family, options)
         return
     from zofed.data import hub
     from zofed.models import sources
@@ -72,6 +83,36 @@ def list_models(context: typer.Context, *, options: dict[str, str]) -> None:
     console.print(memory)
     if "model" not in options and (cached := hub.cached()):
         console.print(f"\nin the hub's cache: {', '.join(cached)}")
+
+
+def _tell_fits(gigabytes: float, family: str, options: dict[str, str]) -> None:
+    """The largest model of a family that fits a GPU, by mode."""
+    if "model" in options:
+        raise UserError("--fits asks which model of --family fits, and --model names one: leave one of them out")
+    from zofed.preflight import families
+    from zofed.training.modes import MODES
+    from zofed.training.process import prepare_process
+
+    prepare_process(1)
+    settings = settings_from(None, options)
+    modes = [settings.mode] if "mode" in options else list(MODES)
+    with console.status("") as status:
+        found = families.largest(
+            settings, family, int(gigabytes * 2**30), modes, lambda what: status.update(f"predicting {what} ...")
+        )
+    table = Table("mode", "largest that fits", "GiB", "next", "GiB", box=None, pad_edge=False)
+    for mode, fit in found.items():
+        own = (fit.name, f"{fit.peak / 2**30:.1f}") if fit.name else ("none", "-")
+        larger = (fit.larger, f"{fit.larger_peak / 2**30:.1f}") if fit.larger else ("-", "-")
+        table.add_row(mode, *own, *larger)
+    what = f"adapter {settings.adapter}" if settings.adapter != "none" else f"scope {settings.scope}"
+    base = settings.dtype if settings.quantisation == "none" else f"{settings.quantisation}, the rest {settings.dtype}"
+    console.print(
+        f"{family} on {gigabytes:g} GiB: predicted peak of a step, {settings.batch_size}x{settings.block_size} tokens, "
+        f"{base}, {what}, {settings.optimizer}; 1 GiB is left to CUDA",
+        soft_wrap=True,
+    )
+    console.print(table)
 
 
 @models_app.command("download")

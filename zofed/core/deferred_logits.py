@@ -5,11 +5,13 @@ cross-entropy needs only a running log-sum-exp and the target's own logit, so th
 the vocabulary at a time and stay in the cache.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from zofed.base.errors import UserError
 
@@ -196,10 +198,13 @@ def _in_pieces(weight: Tensor, tensors: Sequence[Tensor], ignored: int) -> Tenso
     copies, rows = hidden.shape[:2]
     losses = torch.empty(copies, rows, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
     at_once = max(1, ROWS // max(1, rows))
-    for some in (slice(start, start + at_once) for start in range(0, copies, at_once)):
-        for part in (slice(start, start + ROWS) for start in range(0, rows, ROWS)):
-            piece = hidden[some, part], left[some, part], right[some], target[some, part]
-            losses[some, part] = _piece(weight, *piece, losses.dtype)
+    copied = [slice(start, start + at_once) for start in range(0, copies, at_once)]
+    pieces = list(itertools.product(copied, [slice(start, start + ROWS) for start in range(0, rows, ROWS)]))
+    if isinstance(hidden, FakeTensor):  # where memory is predicted: the first piece is the largest
+        pieces = pieces[:1]
+    for some, part in pieces:
+        piece = hidden[some, part], left[some, part], right[some], target[some, part]
+        losses[some, part] = _piece(weight, *piece, losses.dtype)
     return losses.masked_fill_(target == ignored, 0.0)
 
 
