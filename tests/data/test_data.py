@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -487,6 +488,37 @@ def test_the_order_of_batches_never_changes() -> None:
     examples = {"input_ids": torch.arange(10).reshape(10, 1)}
     chosen = batch(examples, seed=0, client=0, step=0, batch_size=10)["input_ids"][:, 0].tolist()
     assert chosen == [8, 0, 7, 5, 3, 1, 9, 6, 4, 2]
+
+
+@settings(deadline=None, database=None)
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=4), batch_size=st.integers(1, 20), seed=st.integers(0, 99)
+)
+def test_stratified_batches_hold_the_classes_in_the_shares_of_the_data(
+    counts: list[int], batch_size: int, seed: int
+) -> None:
+    labels = torch.tensor([number for number, count in enumerate(counts) for _ in range(count)])
+    examples = {"input_ids": torch.arange(len(labels)).reshape(-1, 1), "labels": labels}
+    how: dict[str, Any] = {"seed": seed, "client": 0, "batch_size": batch_size, "order": "stratified"}
+    steps = math.lcm(len(labels), batch_size) // batch_size
+    batches = [batch(examples, step=step, **how) for step in range(steps)]
+    visited = torch.cat([part["input_ids"][:, 0] for part in batches]).reshape(-1, len(labels))
+    assert all(sorted(epoch) == list(range(len(labels))) for epoch in visited.tolist())
+    for part in batches:  # of one epoch or two, within each of which a class is never more than one ahead or behind
+        for number, count in enumerate(counts):
+            assert abs(int((part["labels"] == number).sum()) - batch_size * count / len(labels)) <= 4
+
+
+def test_stratified_batches_are_drawn_anew_each_epoch_and_plain_text_stays_as_shuffled() -> None:
+    labels = torch.arange(60) % 3
+    examples = {"input_ids": torch.arange(60).reshape(-1, 1), "labels": labels}
+    how: dict[str, Any] = {"seed": 0, "client": 0, "batch_size": 12, "order": "stratified"}
+    orders = {tuple(batch(examples, step=step, **how)["input_ids"][:, 0].tolist()) for step in (0, 5, 10)}
+    assert len(orders) == 3
+    assert all(batch(examples, step=step, **how)["labels"].bincount().tolist() == [4, 4, 4] for step in range(10))
+    text = {"input_ids": torch.arange(60).reshape(-1, 1), "labels": torch.arange(60).reshape(-1, 1)}
+    plain = how | {"order": "shuffled"}
+    assert torch.equal(batch(text, step=3, **how)["input_ids"], batch(text, step=3, **plain)["input_ids"])
 
 
 def global_random_state() -> bytes:

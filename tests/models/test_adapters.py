@@ -111,7 +111,7 @@ def test_a_runs_folder_is_what_peft_reads_and_goes_on_kept_or_merged(
     found = central.train(settings, tmp_path / "run", ignore)
     assert found["replay_digest"] == found["digest"]
     assert found["base"]["weights"] == weights_digest(AutoModelForCausalLM.from_pretrained(base))
-    with pytest.raises(UserError, match="has no config.json: give the model of this run, .*run/model"):
+    with pytest.raises(UserError, match=r"has no config\.json: give the model of this run, .*run/model"):
         built(tmp_path / "run", tokenizer)
     folder = tmp_path / "run" / "model"
     assert not any("embed" in name or "wte" in name for name in load_file(folder / adapter_files.WEIGHTS))

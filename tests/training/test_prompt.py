@@ -49,7 +49,13 @@ def films(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     "mode",
-    [{}, {"mode": "subspace", "subspace_size": 9}, {"mode": "fo"}, {"mode": "instruct", "bp_interval": 2}],
+    [
+        {},
+        {"batch_order": "stratified"},
+        {"mode": "subspace", "subspace_size": 9, "batch_order": "stratified"},
+        {"mode": "fo"},
+        {"mode": "instruct", "bp_interval": 2},
+    ],
     ids=str,
 )
 def test_every_mode_trains_on_prompts_and_what_replays_is_the_same_in_a_federation_of_one(

@@ -125,6 +125,11 @@ class Data(Section):
     )
     block_size: int = setting(64, "tokens per training example", ge=2, scores=True)
     batch_size: int = setting(4, "examples per step and client", ge=1, le=2**20, first=True)
+    batch_order: Literal["shuffled", "stratified"] = setting(
+        "shuffled",
+        "stratified: each batch holds the classes in the shares that the data hold them, which calms zeroth order",
+        acts_when=when(task=("classification", "prompt")),
+    )
 
 
 class ZerothOrder(Section):

@@ -5,8 +5,9 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -171,12 +172,20 @@ def classification_examples(
 
 
 def batch(
-    examples: Examples, *, seed: int, client: int, step: int, batch_size: int, purpose: str = "batch"
+    examples: Examples,
+    *,
+    seed: int,
+    client: int,
+    step: int,
+    batch_size: int,
+    purpose: str = "batch",
+    order: Literal["shuffled", "stratified"] = "shuffled",
 ) -> Examples:
     """The examples of one step, a pure function of (purpose, seed, client, step): nothing needs keeping to resume.
 
     Steps walk through one permutation an epoch, each drawn from (seed, client, epoch), so every epoch visits each
-    example once; a batch may cross the end of an epoch, or of several when it is larger than the data.
+    example once; a batch may cross the end of an epoch, or of several when it is larger than the data. Where the order
+    is stratified, any stretch of the permutation holds the classes, 'labels' int64 (n,), about as all examples do.
     Tensors keep their dtypes and get the leading dimension `batch_size`. Raises UserError for a size below 1.
     """
     if batch_size < 1:
@@ -184,10 +193,25 @@ def batch(
     count = len(next(iter(examples.values())))
     if count == 0:
         raise UserError("0 examples cannot fill a batch: use a data set of at least 1 example")
+    classes = examples["labels"].numpy().tobytes() if order == "stratified" and examples["labels"].dim() == 1 else b""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    chosen = [int(random_order(count, purpose, seed, client, at // count)[at % count]) for at in positions]
-    index = torch.tensor(chosen)
+    epochs = {at // count: _epoch(count, purpose, seed, client, at // count, classes) for at in positions}
+    index = torch.tensor([int(epochs[at // count][at % count]) for at in positions])
     return {name: tensor[index] for name, tensor in examples.items()}
+
+
+@lru_cache(maxsize=64)
+def _epoch(count: int, purpose: str, seed: int, client: int, epoch: int, classes: bytes) -> np.ndarray:
+    """The order of one epoch. classes: of all examples, as int64, to hold their shares throughout; empty: shuffled."""
+    order = random_order(count, purpose, seed, client, epoch)
+    if not classes:
+        return order
+    own = np.frombuffer(classes, np.int64)[order]
+    places = np.empty(count)
+    for one in np.unique(own):
+        at = np.flatnonzero(own == one)
+        places[at] = (np.arange(len(at)) + 0.5) / len(at)  # each class spread evenly over the epoch
+    return order[places.argsort(kind="stable")]
 
 
 def default_cache() -> Path:

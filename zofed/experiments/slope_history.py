@@ -55,7 +55,14 @@ def _measure(folder: RunFolder, points: int) -> list[Row]:
         replay(replica, records[replica.round : at], folder.whole_update)
 
         def loss_at(step: int):
-            batch = encoding.batch(examples, seed=settings.seed, client=0, step=step, batch_size=settings.batch_size)
+            batch = encoding.batch(
+                examples,
+                seed=settings.seed,
+                client=0,
+                step=step,
+                batch_size=settings.batch_size,
+                order=settings.batch_order,
+            )
             return lambda: metrics.loss_of(replica.model, batch, settings.forward_dtype)
 
         losses = [loss_at(at + 1 + extra) for extra in range(BATCHES)]

@@ -102,7 +102,14 @@ def diagnosis(settings: Settings, batches: int) -> Diagnosis:
     examples = task.shard(0, 1)
 
     def loss_at(step: int) -> Callable[[], torch.Tensor]:
-        batch = encoding.batch(examples, seed=settings.seed, client=0, step=step, batch_size=settings.batch_size)
+        batch = encoding.batch(
+            examples,
+            seed=settings.seed,
+            client=0,
+            step=step,
+            batch_size=settings.batch_size,
+            order=settings.batch_order,
+        )
         return lambda: metrics.loss_of(replica.model, batch, settings.forward_dtype)
 
     losses = [loss_at(step) for step in range(1, batches + 1)]

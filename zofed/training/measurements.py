@@ -111,6 +111,7 @@ def query_loss(
         client=client,
         step=(round_ - 1) * settings.local_steps + local + 1,
         batch_size=size,
+        order=settings.batch_order,
     )
     if ":" not in settings.objective:  # a function of the user's may call the model as it likes
         at_once = each or settings.batch_size
@@ -255,7 +256,7 @@ def batches(
     """Losses of `count` batches of the round after the replica's; backpropagation beside zeroth order has its own."""
     purpose = "backprop batch" if settings.mode in WITH_BACKPROP else "batch"
     chosen = {"seed": settings.seed, "client": client, "step": replica.round + 1, "purpose": purpose}
-    drawn = encoding.batch(examples, **chosen, batch_size=count * size)
+    drawn = encoding.batch(examples, **chosen, batch_size=count * size, order=settings.batch_order)
     parts = [{name: tensor[i * size : (i + 1) * size] for name, tensor in drawn.items()} for i in range(count)]
 
     def loss(part: Examples) -> Tensor:
