@@ -22,6 +22,8 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     MptConfig,
     MptForCausalLM,
     OPTConfig,
@@ -41,7 +43,7 @@ from zofed.models import adapter_files, adapters, spec
 from zofed.models.spec import ModelSpec
 from zofed.models.virtual_tokens import Virtual
 from zofed.runs.run_folder import RunFolder
-from zofed.training import asking, central, export
+from zofed.training import asking, central, export, scoring
 from zofed.training.finalize import replay_run
 
 Quick = Callable[..., Settings]
@@ -220,23 +222,58 @@ OTHERS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("adapter", BOTH)
 @pytest.mark.parametrize("kind", OTHERS)
-def test_models_that_cannot_have_them_are_named(kind: str, adapter: str) -> None:
+def test_models_that_cannot_have_them_are_named(kind: str, adapter: str, dtype: torch.dtype) -> None:
     make, message = OTHERS[kind]
+    model: Any = randomised(make()).eval().to(dtype)
     with pytest.raises(UserError, match=f"adapter = '{adapter}' does not fit a .*: .*{message}.*set adapter to"):
-        adapters.inject(make().eval(), Virtual(adapter, COUNT), 0, "base")  # type: ignore[arg-type]
+        adapters.inject(model, Virtual(adapter, COUNT), 0, "base")  # type: ignore[arg-type]
+
+
+def test_a_block_beyond_the_window_of_attention_is_refused(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, quick: Quick
+) -> None:
+    model: Any = MistralForCausalLM(
+        MistralConfig(
+            **SMALL,
+            num_hidden_layers=2,
+            intermediate_size=24,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=20,
+        )
+    )
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = quick(model=str(tmp_path / "base"), adapter="prefix", virtual_tokens=COUNT, block_size=18)
+    with pytest.raises(
+        UserError, match=r"the 20 tokens of the window .* see: set block-size to 17 or less, or virtual"
+    ):
+        central.train(settings, tmp_path / "run", ignore)
+
+
+def test_what_a_folder_holds_is_asked_and_scored_as_it_is(
+    bases: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    ours = acting(built(bases / "llama", tokenizer, "prefix"))
+    spec.save(ours, tokenizer, tmp_path, base=(str(bases / "llama"), ""))
+    assert torch.equal(logits(asking.of_model(str(tmp_path)).models[asking.TUNED]), logits(ours))
+    found = scoring.score(tmp_path, {"dataset": "sample-dclm", "eval-examples": 4, "block-size": 16})
+    plain = scoring.score(bases / "llama", {"dataset": "sample-dclm", "eval-examples": 4, "block-size": 16})
+    assert abs(found.scores.whole.loss - plain.scores.whole.loss) > 1e-3
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"model": "tiny"}, "model = 'tiny' begins with random weights: give a pretrained model"),
-        ({"block_size": 126}, "set block-size to 125 or less, or virtual-tokens to 2"),
+        ({"block_size": 126}, "set block-size to 125 or less, or virtual-tokens to 2 or less"),
         ({"virtual_tokens": 0}, "virtual-tokens = 0"),
         (
             {"virtual_tokens": 128},
-            "block-size = 16 and virtual-tokens = 128 are more than the 128 positions of .*: set virtual-tokens to 112",
+            "128 virtual tokens are more than the 128 positions of .*: set virtual-tokens to 112 or less",
         ),
         ({"scope": "last-1"}, "trains as a whole: leave scope = 'last-1' out"),
     ],
@@ -256,7 +293,7 @@ def test_a_classifier_has_none(quick: Quick, bases: Path, tmp_path: Path) -> Non
     data = tmp_path / "films.jsonl"
     data.write_text("".join(json.dumps({"text": f"film {n} is fine", "label": n % 3}) + "\n" for n in range(30)))
     settings = quick(model=str(bases / "llama"), dataset=str(data), task="classification", adapter="prompt")
-    with pytest.raises(UserError, match="is for causal language models: set adapter to lora"):
+    with pytest.raises(UserError, match="are for causal language models: set task to .*, or adapter to lora"):
         central.train(settings, tmp_path / "run", ignore)
 
 

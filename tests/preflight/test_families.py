@@ -43,7 +43,7 @@ def settings(**values: Any) -> config.Settings:
 @pytest.mark.usefixtures("small")
 def test_the_largest_that_fits_is_found_and_the_next_one_told() -> None:
     chosen, names = settings(), list(FAMILIES["llama"])
-    peaks = [families._peak(chosen, FAMILIES["llama"][name], "fo") for name in names]
+    peaks = [families._peak(chosen, name, FAMILIES["llama"][name], "fo") for name in names]
     assert peaks == sorted(peaks)
     for index, peak in enumerate(peaks):
         room = peak + RESERVE
@@ -80,5 +80,11 @@ def test_the_command_tells_it(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert "llama on 24 GiB" in out and "adapter lora" in out and re.search(r"zo +3 layers +0.0 +- +-", out), out
     _, err = run("--fits", "24", "--model", "tiny")
     assert "--model names one: leave one of them out" in err
-    _, err = run("--fits", "0.01")
-    assert "--fits" in err
+    for wrong in ("0.01", "nan", "inf"):
+        assert f"--fits {wrong} is no memory of a GPU" in run("--fits", wrong)[1]
+    assert "--family opt goes with --fits" in run("--family", "opt")[1]
+    assert "--fits stands before download" in run("--fits", "24", "download", "a/b")[1]
+    out, _ = run("--model", "tiny")
+    assert "predicted peak of a step" in out
+    _, err = run("--fits", "24", "--block-size", "4096000", "--mode", "zo")
+    assert "3 layers" in err or "2 layers" in err or "1 layers" in err, err

@@ -1,12 +1,15 @@
 """A run over processes that torchrun started: the same records, whatever happens to the processes."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,9 @@ import pytest
 import torch
 from federations import ignore, records_of
 
+from zofed import config
 from zofed.base.errors import UserError
+from zofed.commands import cli
 from zofed.config import Settings
 from zofed.runs.run_folder import RunFolder
 from zofed.training import central, device_pool, ranks
@@ -27,7 +32,8 @@ Quick = Callable[..., Settings]
 def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Stand for a process that torchrun started, with a store that the processes of a test share."""
     store = torch.distributed.HashStore()
-    monkeypatch.setattr(ranks, "_store", lambda: store)
+    monkeypatch.setattr(ranks, "_opened", lambda: store)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
 
     def as_rank(rank: int, world: int) -> None:
         values = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world}
@@ -54,10 +60,25 @@ def test_ranks_find_one_another(monkeypatch: pytest.MonkeyPatch, started: Callab
         own.rank = rank
         pipes[rank] = ranks.joined({"seed": rank})
 
-    others = [threading.Thread(target=join, args=(rank,)) for rank in (2, 1)]
+    strays: list[socket.socket] = []
+
+    def disturb() -> None:
+        """Two who know nothing of the key: one talks and goes, one stays silent. Then the ranks."""
+        with ranks._store() as store:
+            store.wait([ranks._key()], timedelta(seconds=20))
+            host, port, _ = json.loads(store.get(ranks._key()))
+        for words in (b"GET / HTTP/1.1\r\n\r\n", b""):
+            strays.append(socket.create_connection((host, port)))
+            strays[-1].sendall(words)
+        strays[0].close()
+        for rank in (2, 1):
+            join(rank)
+
+    others = [threading.Thread(target=disturb)]
     for thread in others:
         thread.start()
     found = ranks.gathered(patience=20)
+    strays[1].close()
     for thread in others:
         thread.join()
     assert [(other.rank, other.read) for other in found] == [(1, {"seed": 1}), (2, {"seed": 2})]
@@ -113,6 +134,37 @@ def test_what_ranks_cannot_share_is_refused_on_all_of_them(
             else:
                 central.train(quick(**values), tmp_path / "run", ignore)
         assert not (tmp_path / "run").exists()
+
+
+def test_other_ranks_than_the_first_and_other_commands_are_refused(
+    quick: Quick,
+    tmp_path: Path,
+    started: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started(1, 2)
+    with pytest.raises(UserError, match="rank 0 alone runs"):
+        central.train(quick(), tmp_path / "run", ignore)
+    monkeypatch.setattr("sys.argv", ["zofed", "simulate", "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "of zofed's it takes train alone" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_rank_says_where_it_could_not_reach_the_first(started: Callable[..., None]) -> None:
+    started(1, 2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with ranks._store() as store:
+        store.set(ranks._key(), json.dumps(["127.0.0.1", port, "00"]))
+    with pytest.raises(UserError, match=f"cannot be reached at 127.0.0.1:{port}"):
+        ranks.joined({})
+
+
+def test_the_longest_wait_may_be_set_where_ranks_are_waited_for() -> None:
+    given = config.resolve({"mode": "zo", "round-timeout": "900"})
+    assert config.without_effect(given, ["round-timeout"], config.CENTRAL) == []
 
 
 WAY = {"queries": 7, "perturbations_per_pass": 2, "eval_examples": 4, "eval_interval": 1000}

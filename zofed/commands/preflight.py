@@ -32,9 +32,9 @@ def register(app: typer.Typer) -> None:
 def list_models(
     context: typer.Context,
     fits: Annotated[
-        float, typer.Option(min=0.1, help="GiB of a GPU: the largest models of --family whose step fits")
-    ] = 0,
-    family: Annotated[str, typer.Option(help="llama, qwen2.5, opt or gpt2 (with --fits)")] = "llama",
+        float | None, typer.Option(help="GiB of a GPU: the largest models of --family whose step fits")
+    ] = None,
+    family: Annotated[str, typer.Option(help="llama (default), qwen2.5, opt or gpt2; with --fits")] = "",
     *,
     options: dict[str, str],
 ) -> None:
@@ -43,12 +43,15 @@ def list_models(
     All settings count: --batch-size 8 --block-size 128 --optimizer adamw tells what such a run takes.
     """
     if context.invoked_subcommand is not None:
-        if options:
-            raise UserError(f"--{next(iter(options))} stands before {context.invoked_subcommand}: put it behind")
+        asked = [*options, *(["fits"] if fits is not None else []), *(["family"] if family else [])]
+        if asked:
+            raise UserError(f"--{asked[0]} stands before {context.invoked_subcommand}: put it behind")
         return
-    if fits:
-        _tell_fits(fits, family, options)
+    if fits is not None:
+        _tell_fits(fits, family or "llama", options)
         return
+    if family:
+        raise UserError(f"--family {family} goes with --fits GiB, the memory of a GPU")
     from zofed.data import hub
     from zofed.models import sources
     from zofed.preflight import model_info
@@ -87,6 +90,8 @@ def list_models(
 
 def _tell_fits(gigabytes: float, family: str, options: dict[str, str]) -> None:
     """The largest model of a family that fits a GPU, by mode."""
+    if not 0.1 <= gigabytes <= 1e6:
+        raise UserError(f"--fits {gigabytes:g} is no memory of a GPU: give GiB, 0.1 to 1e6")
     if "model" in options:
         raise UserError("--fits asks which model of --family fits, and --model names one: leave one of them out")
     from zofed.preflight import families

@@ -46,11 +46,8 @@ def train(
         settings = settings_from(file, options, config.CENTRAL)
         settings = with_out(settings, settings.mode)
         out = Path(settings.out)
-    from zofed.training import (
-        central,
-        device_pool,
-        ranks,
-    )  # torch and transformers take seconds to load: --help and mistakes need not wait
+    # torch and transformers take seconds to load: --help and mistakes need not wait
+    from zofed.training import central, device_pool, ranks
 
     if ranks.place().rank:
         device_pool.serve_rank(settings)

@@ -82,9 +82,9 @@ class Federation(Section):
     )
     round_timeout: float = setting(
         600.0,
-        "seconds after which a round stops waiting for replies",
+        "seconds after which a round, or a step over several devices, stops waiting for replies",
         gt=0,
-        acts_when=when({"run": FEDERATED}, devices=Unlike(("",))),
+        acts_when=when({"run": FEDERATED}, mode="zo"),
         pins=False,
     )
     node_timeout: float = setting(

@@ -127,7 +127,7 @@ class Data(Section):
     batch_size: int = setting(4, "examples per step and client", ge=1, le=2**20, first=True)
     batch_order: Literal["shuffled", "stratified"] = setting(
         "shuffled",
-        "stratified: each batch holds the classes in the shares that the data hold them, which calms zeroth order",
+        "stratified: each batch holds the classes in the shares that the data hold them, so that slopes are less noisy",
         acts_when=when(task=("classification", "prompt")),
     )
 

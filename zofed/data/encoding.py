@@ -200,7 +200,7 @@ def batch(
     return {name: tensor[index] for name, tensor in examples.items()}
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)
 def _epoch(count: int, purpose: str, seed: int, client: int, epoch: int, classes: bytes) -> np.ndarray:
     """The order of one epoch. classes: of all examples, as int64, to hold their shares throughout; empty: shuffled."""
     order = random_order(count, purpose, seed, client, epoch)
@@ -209,8 +209,8 @@ def _epoch(count: int, purpose: str, seed: int, client: int, epoch: int, classes
     own = np.frombuffer(classes, np.int64)[order]
     places = np.empty(count)
     for one in np.unique(own):
-        at = np.flatnonzero(own == one)
-        places[at] = (np.arange(len(at)) + 0.5) / len(at)  # each class spread evenly over the epoch
+        at = np.flatnonzero(own == one)  # spread evenly over the epoch, from a place that the shuffle decides
+        places[at] = (np.arange(len(at)) + at[0] / count) / len(at)
     return order[places.argsort(kind="stable")]
 
 

@@ -124,10 +124,14 @@ def folder_of(path: Path) -> Folder | None:
         raise UserError(f"{where}: its {CONFIG} cannot be read ({said_by(error)}): copy the folder again") from error
     if kind not in KEPT:
         raise UserError(
-            f"{where} is an adapter of the type {kind}, of which zofed reads {', '.join(KEPT)} alone: merge it into "
-            "its base with merge_and_unload() and give the folder that save_pretrained writes of the merged model"
+            f"{where} is an adapter of the type {kind}, of which zofed reads {', '.join(KEPT)} alone: give one of "
+            "those, or where it can be merged the folder of its base after merge_and_unload()"
         )
     for key, usual in _UNKNOWN[kind].items():
+        if written.get(key, usual) not in (usual, None) and kind != "LORA":
+            raise UserError(
+                f"{where} has {key} = {written[key]!r}, which zofed does not train: give one that was trained without"
+            )
         if written.get(key, usual) not in (usual, None):
             raise UserError(
                 f"{where} has {key} = {written[key]!r}, which zofed does not train: merge it into its base with "

@@ -53,16 +53,28 @@ def _positions(model: nn.Module) -> int | None:
 
 def check_positions(model: nn.Module, name: str, block_size: int) -> None:
     """Raise UserError for a block longer than the positions the model's config allows."""
-    longest, virtual = positions(model), virtual_tokens.tokens(model)
-    if longest is None or block_size <= longest:
-        return
-    if not virtual:
+    longest = positions(model)
+    if longest is not None and block_size > longest:
         raise _too_long(name, block_size, longest)
-    fit = longest + virtual - block_size
-    remedies = [f"block-size to {longest} or less"] * (longest >= SHORTEST) + [f"virtual-tokens to {fit}"] * (fit > 0)
+
+
+def check_virtual(model: nn.Module, name: str, block_size: int, *, is_fixed: bool) -> None:
+    """Raise UserError where virtual tokens and a block are together more than a model's positions, or than the window
+    of attention that some of its layers have.
+
+    is_fixed: whether the tokens' number is that of a folder.
+    """
+    virtual, places, window = virtual_tokens.tokens(model), _positions(model), attention_window(model.config)
+    room = min((limit for limit in (places, window) if limit is not None), default=None)
+    if room is None or block_size + virtual <= room:
+        return
+    what = "positions" if room == places else "tokens of the window that layers"
+    fit = room - block_size
+    remedies = [f"block-size to {room - virtual} or less"] * (room - virtual >= SHORTEST)
+    remedies += [f"virtual-tokens to {fit} or less"] * (fit > 0 and not is_fixed)
     raise UserError(
-        f"block-size = {block_size} and virtual-tokens = {virtual} are more than the {longest + virtual} positions of "
-        f"model {name}: set {', or '.join(remedies)}"
+        f"block-size = {block_size} and {virtual} virtual tokens are more than the {room} {what} of model {name}"
+        f"{'' if room == places else ' see'}: set {', or '.join(remedies) or 'adapter to lora'}"
     )
 
 

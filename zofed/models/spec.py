@@ -20,7 +20,7 @@ from zofed.base.texts import printable
 from zofed.config import Settings
 from zofed.core.digests import named_parameters
 from zofed.data import prompts
-from zofed.models import adapter_files, adapters, classifier, initial, limits, scopes, sources
+from zofed.models import adapter_files, adapters, classifier, initial, limits, scopes, sources, virtual_tokens
 from zofed.models.adapters import Lora, Virtual
 from zofed.models.classifier import PooledClassifier, Pooling
 from zofed.models.precision import Model, ready
@@ -127,6 +127,8 @@ class ModelSpec:
         saved = self.saved_adapter
         if not (saved or self.adapter):
             return ready(model, self.dtype)
+        if saved and saved.type != Lora.type:
+            self._check_virtual(Virtual.of(saved.config))
         base = adapters.base_digest(model)
         if saved and not self.adapter:
             adapters.inject(model, saved, self.seed, base)
@@ -148,20 +150,23 @@ class ModelSpec:
         adapters.inject(model, self.saved_adapter or self.adapter, self.seed, base)
         if not self.saved_adapter and isinstance(self.adapter, Lora):
             adapters.keep(model, scopes.trainable_names(model, self.scope))
-        limits.check_positions(model, self.name, self.block_size)
+        if virtual_tokens.tokens(model):
+            limits.check_virtual(model, self.name, self.block_size, is_fixed=self.saved_adapter is not None)
 
     def _check_virtual(self, wanted: Virtual) -> None:
+        """Raise UserError where virtual tokens have no place."""
         if self.classes or self.prompts == "masked":
+            where = f", {self.saved_adapter.where} holds some" if self.saved_adapter else ""
             raise UserError(
-                f"adapter = {wanted.adapter!r} is for causal language models: set adapter to lora, or task to "
-                "language-model, instruction, or prompt without [MASK]"
+                f"virtual tokens (adapter = {wanted.adapter!r}{where}) are for causal language models: set task to "
+                f"language-model, instruction, or prompt without [MASK]{'' if where else ', or adapter to lora'}"
             )
         if self.scope != "full":
             raise UserError(f"adapter = {wanted.adapter!r} trains as a whole: leave scope = {self.scope!r} out")
         if self.name in sources.SIZES:
             raise UserError(
-                f"adapter = {wanted.adapter!r} calls up what a model knows, and model = {self.name!r} begins with "
-                "random weights: give a pretrained model, or leave adapter out"
+                f"adapter = {wanted.adapter!r} steers a pretrained model, and model = {self.name!r} begins with random "
+                "weights: give a pretrained model, or leave adapter out"
             )
 
     def outline(self, tokenizer: PreTrainedTokenizerBase) -> Model:
@@ -281,6 +286,14 @@ def rebuild(described: Mapping[str, Any], seed: int, dtype: str, name: str = "",
     padding = described["config"].get("pad_token_id")
     model = spec.source.create(config, classes, pooling, seed=seed, padding=padding)
     return spec._adapted(ready(spec.with_head(model, pooling) if pooling else model, "float32"))
+
+
+def as_saved(settings: Settings) -> Settings:
+    """The settings under which a model is used and not trained: with the virtual tokens that its folder may hold."""
+    saved = ModelSpec.of(settings).saved_adapter
+    if saved is None or saved.type == Lora.type or settings.adapter != "none":
+        return settings
+    return settings.model_copy(update={"adapter": adapter_files.setting_of(saved.config)})
 
 
 def _adapter(settings: Settings) -> adapters.Wanted | None:

@@ -116,7 +116,7 @@ def largest(
     @cache
     def peak(name: str, mode: str) -> int:
         show(f"{name}, {mode}")
-        return _peak(settings, shapes[name], mode)
+        return _peak(settings, name, shapes[name], mode)
 
     def fit(mode: str) -> Fit:
         low, high = 0, len(names)  # how many fit: at least, at most
@@ -129,12 +129,15 @@ def largest(
     return {mode: fit(mode) for mode in modes}
 
 
-def _peak(settings: Settings, shape: Mapping[str, Any], mode: str) -> int:
+def _peak(settings: Settings, name: str, shape: Mapping[str, Any], mode: str) -> int:
     """Bytes of a step of a model of this config."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape), encoding="utf-8")
         encoding.load_tokenizer("shipped").save_pretrained(folder)  # which of its entries are used is no matter here
-        found = model_info.info(settings.model_copy(update={"model": folder, "revision": ""}), (mode,))
+        try:
+            found = model_info.info(settings.model_copy(update={"model": folder, "revision": ""}), (mode,))
+        except UserError as error:
+            raise UserError(str(error).replace(folder, name)) from error
     if not found.memory:
-        raise UserError(f"memory of a {shape['model_type']} cannot be predicted: {found.unpredictable}")
+        raise UserError(f"memory of {name} cannot be predicted: {found.unpredictable}")
     return found.memory[mode].peak

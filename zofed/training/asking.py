@@ -156,7 +156,7 @@ def of_model(name: str, *, plain: bool = False, changes: Mapping[str, Any] | Non
 
     plain: without it. Raises UserError for a model that is not there.
     """
-    settings = resolve({**(changes or {}), "model": name})
+    settings = spec.as_saved(resolve({**(changes or {}), "model": name}))
     prepare_process(settings.threads)
     tokenizer = load_tokenizer(spec.tokenizer_name(settings))
     if tokenizer.chat_template and not plain:

@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from zofed.base import arithmetic
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core.digests import raw_bytes
@@ -92,6 +93,12 @@ class Pool:
                     where = f"rank {other.rank} of {ranks.place().world}, on {other.host},"
                     self.members.append(Member(None, other.pipe, base, where, folder, patience))
                     check_same(other.read, read_by(task, replica), where)
+                    if different := arithmetic.changed_since(other.arithmetic):
+                        warnings.warn(
+                            f"{where} has other arithmetic than rank 0 ({different}): the steps of this run replay, "
+                            "but their last bits may differ from those of a run on rank 0 alone",
+                            stacklevel=2,
+                        )
         except BaseException:
             self.close()
             raise
@@ -211,10 +218,12 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], place: str) -
         )
 
 
-def check_ranks(settings: Settings) -> None:
+def check_ranks(settings: Settings, *, is_served: bool = False) -> None:
     """Raise UserError where torchrun started processes that cannot help a run of these settings."""
     if ranks.place().world == 1:
         return
+    if ranks.place().rank and not is_served:
+        raise UserError("under torchrun rank 0 alone runs, and the others measure for it: use zofed train")
     if settings.mode != "zo":
         raise UserError(f"torchrun's processes share the queries of mode zo: run mode = {settings.mode!r} without it")
     if settings.devices:
@@ -228,10 +237,16 @@ def serve_rank(settings: Settings) -> None:
 
     Raises UserError as a run of these settings does before its first step.
     """
-    check_ranks(settings)
+    check_ranks(settings, is_served=True)
     prepare_process(settings.threads)
     if settings.device in ("auto", "cuda") and torch.cuda.is_available():
-        settings = settings.model_copy(update={"device": f"cuda:{ranks.place().local}"})
+        local, count = ranks.place().local, torch.cuda.device_count()
+        if local >= count:
+            raise UserError(
+                f"torchrun started more processes here than there are CUDA devices, {count}: set --nproc-per-node to "
+                f"{count} or less, or device to cpu"
+            )
+        settings = settings.model_copy(update={"device": f"cuda:{local}"})
     warnings.simplefilter("ignore")  # rank 0 says the same
     task = Task.load(with_absolute_paths(settings))
     replica, examples = task.replica(), task.shard(0, 1)

@@ -9,6 +9,7 @@ from typing import Any
 from zofed.base.errors import UserError
 from zofed.config import Settings, resolve
 from zofed.core import metrics
+from zofed.models import spec
 from zofed.runs.run_folder import RunFolder
 from zofed.training.paths import absolute_path, with_absolute_paths
 from zofed.training.process import prepare_process
@@ -49,7 +50,7 @@ def score(folder: Path, changes: Mapping[str, Any]) -> Scored:
     would change no score, and for two data sets.
     """
     _check(changes, OF_A_MODEL)
-    settings = resolve({**changes, "model": str(folder)})
+    settings = spec.as_saved(resolve({**changes, "model": str(folder)}))
     if named := _named(changes):
         settings = settings.model_copy(update={"dataset": named, "eval_dataset": named})
     return Scored(_scores(settings, changes), _described(settings, changes))
