@@ -55,7 +55,7 @@ def export(
         place = exports.base_of(folder.settings(), base)[0]
         if not is_merged and Path(place).is_absolute():
             warnings.warn(
-                f"the LoRA names its base {place}, a folder of this machine: give --base OWNER/NAME, if the hub has "
+                f"the adapter names its base {place}, a folder of this machine: give --base OWNER/NAME, if the hub has "
                 "that model, so that others find it",
                 stacklevel=2,
             )

@@ -139,7 +139,7 @@ def adapter(folder: RunFolder, out: Path, base: str = "", threads: int = 1) -> E
     end = end_of(folder, base, threads)
     about = Exported(
         settings.adapter, name, end.digest, end.round, end.has_ended, export_texts.kind_of(settings)[0],
-        export_texts.load_lora(settings, name, revision, len(_class_names(folder))),
+        export_texts.load_adapter(settings, name, revision, len(_class_names(folder))),
     )  # fmt: skip
     _write(folder, out, end, about, base, (name, revision))
     return end
@@ -187,7 +187,7 @@ def lora(folder: RunFolder, out: Path, rank: int, base: str = "", threads: int =
     classes = int(getattr(end.model.config, "num_labels", 0)) if TASKS[settings.task].has_head else 0
     about = Exported(
         "lora", name, end.digest, end.round, end.has_ended, export_texts.kind_of(settings)[0],
-        export_texts.load_lora(settings, name, revision, classes), told, export_texts.rows(delta),
+        export_texts.load_adapter(settings, name, revision, classes), told, export_texts.rows(delta),
     )  # fmt: skip
     tokenizer = _tokenizer(folder, settings, base)
     with written(out) as temporary:

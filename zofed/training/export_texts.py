@@ -82,8 +82,8 @@ def load_merged(settings: Settings, classes: int) -> str:
     )
 
 
-def load_lora(settings: Settings, base: str, revision: str, classes: int) -> str:
-    """Python that loads a LoRA and its base, in the type of the run's weights. classes: of a classifier, else 0."""
+def load_adapter(settings: Settings, base: str, revision: str, classes: int) -> str:
+    """Python that loads an adapter and its base, in the type of the run's weights. classes: of a classifier, else 0."""
     name = kind_of(settings)[1]
     if base in SIZES:
         labels = f"labels={classes}, " if classes else ""
