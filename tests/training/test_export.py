@@ -544,7 +544,11 @@ def test_an_adapter_goes_out_as_it_is_or_added_to_its_base(
 @pytest.mark.parametrize(
     ("name", "way", "message"),
     [
-        ("adapter", ["--delta-rank", "2"], "trained an adapter of rank 3, which is a LoRA already: --adapter writes"),
+        (
+            "adapter",
+            ["--delta-rank", "2"],
+            "trained an adapter already, adapter = 'lora': --adapter writes it, --merged",
+        ),
         ("adapter of a size", ["--adapter"], "is drawn from a seed and lies nowhere: use --merged"),
         ("norms", ["--adapter"], "trained no adapter: --delta-rank R"),
         ("norms", ["--adapter", "--merged"], "give one"),
