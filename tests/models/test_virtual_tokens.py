@@ -293,7 +293,7 @@ def test_a_classifier_has_none(quick: Quick, bases: Path, tmp_path: Path) -> Non
     data = tmp_path / "films.jsonl"
     data.write_text("".join(json.dumps({"text": f"film {n} is fine", "label": n % 3}) + "\n" for n in range(30)))
     settings = quick(model=str(bases / "llama"), dataset=str(data), task="classification", adapter="prompt")
-    with pytest.raises(UserError, match="are for causal language models: set task to .*, or adapter to lora"):
+    with pytest.raises(UserError, match=r"are for causal language models: set task to .*, or adapter to lora"):
         central.train(settings, tmp_path / "run", ignore)
 
 

@@ -547,7 +547,7 @@ def test_an_adapter_goes_out_as_it_is_or_added_to_its_base(
         (
             "adapter",
             ["--delta-rank", "2"],
-            "trained an adapter already, adapter = 'lora': --adapter writes it, --merged",
+            "an adapter already, adapter = 'lora': --adapter writes it, --merged",
         ),
         ("adapter of a size", ["--adapter"], "is drawn from a seed and lies nowhere: use --merged"),
         ("norms", ["--adapter"], "trained no adapter: --delta-rank R"),
