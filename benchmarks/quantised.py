@@ -94,7 +94,7 @@ def measure(model: str, base: str, trains: str) -> dict[str, int]:
 
     The first of them looks whether the loss is a function of the weights, once a run.
     """
-    settings = _shaped(model, base, "lora_" if trains == "lora" else trains)
+    settings = _shaped(model, base, trains)
     prepare_process(1)
     tokenizer = encoding.load_tokenizer(model)
     small = config.resolve({"model": "tiny", "device": "cpu", "scope": "norms"} | BASES[base])
