@@ -24,7 +24,8 @@ from zofed.core.observed_pass import ObservedPass, random_state
 from zofed.core.perturbed import CannotBatch, Loss
 
 BLOCK = 2**16  # entries that are summed up together: what is computed of them stays in the cache
-SHIFTED = 2**20  # entries of each tensor that are shifted at most: what is saved of them is little beside a large model
+SHIFTED = 2**20  # entries of each tensor that are shifted at most
+ALL_SHIFTED = 2**23  # and about so many of all: what is saved of them is little beside a large model
 STEPS = (2.0**-6, 2.0**-3, 1.0)  # relative to the weights; the first that moves the loss by enough decides
 SEED = 1  # of the direction along which batched and shifted weights are compared
 
@@ -194,16 +195,18 @@ def checksum(tensor: Tensor) -> int:
 
 
 def _direction(parameters: Parameters) -> dict[str, Factors]:
-    """Factors of one direction in proportion to the weights, non-zero in at most about SHIFTED entries of each tensor.
+    """Factors of one direction in proportion to the weights, non-zero in about SHIFTED entries of a tensor at most, and
+    ALL_SHIFTED of all matrices.
 
     (1, 1, rows) and (1, 1, columns) of a matrix, (1, 1, entries) of a vector. Every row has its share, so that each
     token's embedding moves.
     """
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    of_all = -(-sum(parameter.numel() for parameter in parameters.values()) // ALL_SHIFTED)
     found = dict[str, Factors]()
     for name, (*first, last) in directions.draw("rank1", [SEED], shapes):
         parameter = parameters[name].detach()
-        stride = -(-parameter.numel() // SHIFTED) if first else 1
+        stride = max(of_all, -(-parameter.numel() // SHIFTED)) if first else 1
         some = parameter.reshape(parameter.shape[0], -1)[:, ::stride] if first else parameter
         size = 2.0 ** round(math.log2(float(some.to(torch.float32).square().mean().sqrt()) + SIZE_FLOOR))
         last = last.to(torch.float32) * size
