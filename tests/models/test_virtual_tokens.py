@@ -1,6 +1,7 @@
 """Virtual tokens: prompt and prefix tuning as peft's, in every mode, saved and gone on with, padding without effect."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,17 @@ def test_they_begin_as_a_function_of_the_seed(bases: Path, tokenizer: PreTrained
     table = prompt.get_input_embeddings().weight
     own = next(tensor for name, tensor in named_parameters(prompt).items() if name in adapters.names(prompt))
     assert all(any(torch.equal(row, token) for token in table) for row in own)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("ZOFED_REAL_MODELS" not in os.environ, reason="ZOFED_REAL_MODELS names no folder with smollm2")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("adapter", BOTH)
+def test_a_real_model_has_them(adapter: str, dtype: str) -> None:
+    """Thirty layers round more than the small models above."""
+    folder = Path(os.environ["ZOFED_REAL_MODELS"]) / "smollm2"
+    model = built(folder, encoding.load_tokenizer(str(folder)), adapter, dtype=dtype)
+    assert logits(model).shape == (2, 8, 49152)
 
 
 OTHERS: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {

@@ -31,6 +31,9 @@ from zofed.models import initial
 PROMPT, PREFIX = "PROMPT_TUNING", "PREFIX_TUNING"  # as peft calls them
 TENSOR = "prompt_embeddings"  # the one that peft's files hold of either
 NAME = "virtual_tokens"  # of the module in the base model
+# By what share of the largest logit padding may change what is read: rounding gave 1e-4 in a model of 30 layers, an
+# attention that counts padding 7e-2.
+UNLIKE = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,8 +259,7 @@ def _check_read(model: nn.Module, own: VirtualTokens) -> None:
         own.weight.copy_(kept)
     if found.shape != (*ids.shape, found.shape[-1]) or torch.equal(found, moved):
         raise _unfit(model, kind, "it does not read them")
-    tolerance = (1e-4 if moved.dtype == torch.float32 else 0.03) * moved.abs().max()  # 16 bits round in every layer
-    if not bool((behind - moved).abs().max() <= tolerance):
+    if not bool((behind - moved).abs().max() <= UNLIKE * moved.abs().max()):
         raise _unfit(model, kind, "how it reads them depends on the padding of a text")
 
 
