@@ -1,6 +1,7 @@
 """Small networks of every family, their losses, and what perturbed copies of their weights give."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,6 +111,25 @@ def llama_config(**more: Any) -> LlamaConfig:
     sizes: dict[str, Any] = {"vocab_size": 53, "hidden_size": 24, "intermediate_size": 37, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 32}
     return LlamaConfig(**sizes | {"tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2} | more)
+
+
+def causal_models(positions: int) -> dict[str, Callable[[], PreTrainedModel]]:
+    """Language models that read the shipped tokenizer's ids."""
+    return {
+        "gpt2": lambda: GPT2LMHeadModel(gpt2_config(vocab_size=512, n_embd=12, n_positions=positions)),
+        "llama": lambda: LlamaForCausalLM(
+            llama_config(vocab_size=512, tie_word_embeddings=True, max_position_embeddings=positions)
+        ),
+    }
+
+
+def save_bases(folder: Path, kinds: Mapping[str, Callable[[], PreTrainedModel]], tokenizer: Any) -> Path:
+    """Folders of small models with their tokenizer, by their kinds."""
+    for name, make in kinds.items():
+        model: Any = randomised(make())
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
 
 
 def gpt2() -> tuple[nn.Module, Loss]:

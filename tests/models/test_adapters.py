@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 from federations import federate, ignore, records_of
-from networks import gpt2_config, llama_config, randomised
+from networks import causal_models, randomised, save_bases
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from trainings import WAYS
@@ -17,9 +17,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -38,12 +35,7 @@ from zofed.training.finalize import replay_run
 Quick = Callable[..., Settings]
 pytestmark = pytest.mark.usefixtures("one_thread")
 LORA: dict[str, Any] = {"adapter": "lora", "lora_rank": 2}
-KINDS: dict[str, Callable[[], PreTrainedModel]] = {
-    "gpt2": lambda: GPT2LMHeadModel(gpt2_config(vocab_size=512, n_embd=12, n_positions=64)),
-    "llama": lambda: LlamaForCausalLM(
-        llama_config(vocab_size=512, tie_word_embeddings=True, max_position_embeddings=64)
-    ),
-}
+KINDS = causal_models(positions=64)
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +45,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Folders of small models, by their kinds."""
-    folder = tmp_path_factory.mktemp("bases")
-    for name, make in KINDS.items():
-        model: Any = randomised(make())
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
+    return save_bases(tmp_path_factory.mktemp("bases"), KINDS, tokenizer)
 
 
 def built(model: Path | str, tokenizer: PreTrainedTokenizerBase, **values: Any) -> Any:

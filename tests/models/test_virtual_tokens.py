@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from federations import federate, ignore, records_of
-from networks import gpt2_config, llama_config, randomised
+from networks import causal_models, randomised, save_bases
 from torch import Tensor, nn
 from trainings import WAYS
 from transformers import (
@@ -19,8 +19,6 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     GenerationConfig,
-    GPT2LMHeadModel,
-    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -52,11 +50,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("prefix", "prompt")
 COUNT = 3
 SMALL: dict[str, Any] = {"vocab_size": 512, "hidden_size": 16}
-KINDS: dict[str, Callable[[], PreTrainedModel]] = {
-    "gpt2": lambda: GPT2LMHeadModel(gpt2_config(vocab_size=512, n_embd=12, n_positions=128)),
-    "llama": lambda: LlamaForCausalLM(
-        llama_config(vocab_size=512, tie_word_embeddings=True, max_position_embeddings=128)
-    ),
+KINDS: dict[str, Callable[[], PreTrainedModel]] = causal_models(positions=128) | {
     "opt": lambda: OPTForCausalLM(
         OPTConfig(**SMALL, num_hidden_layers=2, num_attention_heads=4, ffn_dim=24, max_position_embeddings=128,
                   word_embed_proj_dim=16)
@@ -73,13 +67,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """Folders of small models, by their kinds."""
-    folder = tmp_path_factory.mktemp("bases")
-    for name, make in KINDS.items():
-        model: Any = randomised(make())
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
+    return save_bases(tmp_path_factory.mktemp("bases"), KINDS, tokenizer)
 
 
 def built(model: Path | str, tokenizer: PreTrainedTokenizerBase, adapter: str, **values: Any) -> Any:

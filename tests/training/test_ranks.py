@@ -18,6 +18,7 @@ import torch
 from federations import ignore, records_of
 
 from zofed import config
+from zofed.base import torchrun
 from zofed.base.errors import UserError
 from zofed.commands import cli
 from zofed.config import Settings
@@ -45,16 +46,16 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 def test_only_torchruns_variables_count(monkeypatch: pytest.MonkeyPatch, started: Callable[..., None]) -> None:
     monkeypatch.setenv("RANK", "3")  # of some other launcher
-    assert ranks.place() == ranks.Place(0, 1, 0)
+    assert torchrun.place() == torchrun.Place(0, 1, 0)
     started(2, 4)
-    assert ranks.place() == ranks.Place(2, 4, 2)
+    assert torchrun.place() == torchrun.Place(2, 4, 2)
 
 
 def test_ranks_find_one_another(monkeypatch: pytest.MonkeyPatch, started: Callable[..., None]) -> None:
     started(0, 3)
     pipes: dict[int, Any] = {}
     own = threading.local()
-    monkeypatch.setattr(ranks, "place", lambda: ranks.Place(getattr(own, "rank", 0), 3, 0))
+    monkeypatch.setattr(ranks, "place", lambda: torchrun.Place(getattr(own, "rank", 0), 3, 0))
 
     def join(rank: int) -> None:
         own.rank = rank

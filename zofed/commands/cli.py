@@ -14,7 +14,7 @@ import typer
 import typer.core
 
 from zofed import __version__, config
-from zofed.base import proxies, streams
+from zofed.base import proxies, streams, torchrun
 from zofed.base.errors import UserError
 from zofed.commands import deployment, experiments, export, generate, preflight, train
 from zofed.commands.console import Interrupted, console
@@ -23,7 +23,6 @@ from zofed.commands.journal import app as journal_app
 from zofed.commands.keys import app as keys_app
 from zofed.commands.tasks import app as tasks_app
 from zofed.config import SETTINGS
-from zofed.training import ranks
 
 HELP = "Tune language models by forward passes alone, by backpropagation or by both: alone or in a federation."
 # What `zofed --help` shows, in the order in which a person meets it.
@@ -91,7 +90,7 @@ def main() -> None:
     os.environ.update(proxies.exempt(os.environ))  # before httpx or a process of Flower's reads them
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop ends a run as Ctrl-C does
     try:
-        if ranks.place().world > 1 and sys.argv[1:2] != ["train"]:
+        if torchrun.place().world > 1 and sys.argv[1:2] != ["train"]:
             raise UserError("torchrun starts a command once in every process: of zofed's it takes train alone")
         status = app(standalone_mode=False)
         sys.stdout.flush()

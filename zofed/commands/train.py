@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zofed import config
+from zofed.base import torchrun
 from zofed.base.errors import UserError
 from zofed.commands.console import Interrupted, Reporter, brief, console, figure, how_to_go_on, tell_end, with_out
 from zofed.commands.options import (
@@ -49,7 +50,7 @@ def train(
     # torch and transformers take seconds to load: --help and mistakes need not wait
     from zofed.training import central, device_pool, ranks
 
-    if ranks.place().rank:
+    if torchrun.place().rank:
         device_pool.serve_rank(settings)
         return
     console.print(f"run folder: {out}")

@@ -195,7 +195,8 @@ def batch(
         raise UserError("0 examples cannot fill a batch: use a data set of at least 1 example")
     classes = examples["labels"].numpy().tobytes() if order == "stratified" and examples["labels"].dim() == 1 else b""
     positions = range(step * batch_size, (step + 1) * batch_size)
-    epochs = {at // count: _epoch(count, purpose, seed, client, at // count, classes) for at in positions}
+    spanned = range(positions[0] // count, positions[-1] // count + 1)
+    epochs = {epoch: _epoch(count, purpose, seed, client, epoch, classes) for epoch in spanned}
     index = torch.tensor([int(epochs[at // count][at % count]) for at in positions])
     return {name: tensor[index] for name, tensor in examples.items()}
 

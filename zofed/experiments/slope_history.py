@@ -5,13 +5,12 @@ import io
 from pathlib import Path
 
 from zofed.base.errors import UserError
-from zofed.core import metrics
 from zofed.core.journal import read
 from zofed.core.slope_quality import diagnose
-from zofed.data import encoding
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Row, read_table
 from zofed.training.finalize import base_replica
+from zofed.training.measurements import batch_loss
 from zofed.training.process import prepare_process
 from zofed.training.rebuilding import replay
 from zofed.training.replicas import place_model
@@ -53,19 +52,7 @@ def _measure(folder: RunFolder, points: int) -> list[Row]:
     rows: list[Row] = []
     for at in sorted({round(last * part / max(1, points - 1)) for part in range(points)}):
         replay(replica, records[replica.round : at], folder.whole_update)
-
-        def loss_at(step: int):
-            batch = encoding.batch(
-                examples,
-                seed=settings.seed,
-                client=0,
-                step=step,
-                batch_size=settings.batch_size,
-                order=settings.batch_order,
-            )
-            return lambda: metrics.loss_of(replica.model, batch, settings.forward_dtype)
-
-        losses = [loss_at(at + 1 + extra) for extra in range(BATCHES)]
+        losses = [batch_loss(settings, replica, examples, at + 1 + extra) for extra in range(BATCHES)]
         queries = min(QUERIES, settings.queries)
         found = diagnose(replica, losses, queries, settings.finite_difference, settings.perturbations_per_pass)
         values = (at, found.signal_to_noise, found.cosine, found.expected_cosine)

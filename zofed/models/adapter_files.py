@@ -37,7 +37,7 @@ _UNKNOWN: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": {},
 }  # fmt: skip
 _USUAL = {"LORA": {"lora_dropout": 0.0, "init_lora_weights": True}, "PREFIX_TUNING": {}, "PROMPT_TUNING": {}}
-_SETTINGS = {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}
+TYPES = {"lora": "LORA", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}  # by the values of the setting `adapter`
 LARGEST_RANK = LARGEST_COUNT = 4096
 # Which values of a configuration can be meant, before anything is made of their size.
 _RIGHT: dict[str, Callable[[Any], bool]] = {
@@ -64,7 +64,7 @@ def type_of(config: Mapping[str, Any]) -> str:
 
 def setting_of(config: Mapping[str, Any]) -> str:
     """The value of the setting `adapter` for it."""
-    return _SETTINGS[type_of(config)]
+    return next(setting for setting, type_ in TYPES.items() if type_ == type_of(config))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +128,14 @@ def folder_of(path: Path) -> Folder | None:
             "those, or where it can be merged the folder of its base after merge_and_unload()"
         )
     for key, usual in _UNKNOWN[kind].items():
-        if written.get(key, usual) not in (usual, None) and kind != "LORA":
-            raise UserError(
-                f"{where} has {key} = {written[key]!r}, which zofed does not train: give one that was trained without"
-            )
         if written.get(key, usual) not in (usual, None):
-            raise UserError(
-                f"{where} has {key} = {written[key]!r}, which zofed does not train: merge it into its base with "
-                "merge_and_unload() and give the folder that save_pretrained writes of the merged model"
-            )
+            remedy = "give one that was trained without"
+            if kind == "LORA":
+                remedy = (
+                    "merge it into its base with merge_and_unload() and give the folder that save_pretrained writes of "
+                    "the merged model"
+                )
+            raise UserError(f"{where} has {key} = {written[key]!r}, which zofed does not train: {remedy}")
     if not isinstance(base, str) or not base:
         raise UserError(f"{where} does not say of which base it is: write base_model_name_or_path into its {CONFIG}")
     config = {key: written[key] for key in KEPT[kind] if written.get(key) is not None}
@@ -163,13 +162,13 @@ def write(
     model, such as a new classification head.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = _PREFIX if type_of(config) == "LORA" else ""
+    type_ = type_of(config)
+    before = _PREFIX if type_ == "LORA" else ""
     held = {before + name: tensor.detach().cpu().contiguous() for name, tensor in {**tensors, **(heads or {})}.items()}
     save_file(held, folder / WEIGHTS, {"format": "pt"} | ({"base": digest} if digest else {}))
     kind = type(model)
     task = next((task for end, task in _TASKS.items() if kind.__name__.endswith(end)), None)
     named = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-    type_ = type_of(config)
     usual = {
         "peft_type": type_,
         "task_type": task,

@@ -127,8 +127,7 @@ class ModelSpec:
         saved = self.saved_adapter
         if not (saved or self.adapter):
             return ready(model, self.dtype)
-        if saved and saved.type != Lora.type:
-            self._check_virtual(Virtual.of(saved.config))
+        self._check_virtual()
         base = adapters.base_digest(model)
         if saved and not self.adapter:
             adapters.inject(model, saved, self.seed, base)
@@ -145,18 +144,21 @@ class ModelSpec:
     def _inject(self, model: Model, base: str) -> None:
         """Set the adapter in; a new one where it trains alone."""
         assert self.adapter is not None
-        if isinstance(self.adapter, Virtual):
-            self._check_virtual(self.adapter)
         adapters.inject(model, self.saved_adapter or self.adapter, self.seed, base)
         if not self.saved_adapter and isinstance(self.adapter, Lora):
             adapters.keep(model, scopes.trainable_names(model, self.scope))
         if virtual_tokens.tokens(model):
             limits.check_virtual(model, self.name, self.block_size, is_fixed=self.saved_adapter is not None)
 
-    def _check_virtual(self, wanted: Virtual) -> None:
-        """Raise UserError where virtual tokens have no place."""
+    def _check_virtual(self) -> None:
+        """Raise UserError where virtual tokens, of the folder or of the settings, have no place."""
+        saved = self.saved_adapter
+        held = Virtual.of(saved.config) if saved and saved.type != Lora.type else None
+        wanted = held or self.adapter
+        if not isinstance(wanted, Virtual):
+            return
         if self.classes or self.prompts == "masked":
-            where = f", {self.saved_adapter.where} holds some" if self.saved_adapter else ""
+            where = f", {saved.where} holds some" if saved and held else ""
             raise UserError(
                 f"virtual tokens (adapter = {wanted.adapter!r}{where}) are for causal language models: set task to "
                 f"language-model, instruction, or prompt without [MASK]{'' if where else ', or adapter to lora'}"
@@ -185,6 +187,7 @@ class ModelSpec:
             nn.Module.to(model, "meta")
         model = ready(model, self.dtype)
         if self.adapter:
+            self._check_virtual()
             with torch.device("meta"):
                 self._inject(model, "")
         return model

@@ -26,9 +26,9 @@ from transformers import DynamicCache, PreTrainedModel
 from zofed.base.errors import UserError
 from zofed.base.texts import said_by
 from zofed.core import directions
-from zofed.models import initial
+from zofed.models import adapter_files, initial
 
-PROMPT, PREFIX = "PROMPT_TUNING", "PREFIX_TUNING"  # as peft calls them
+PROMPT, PREFIX = adapter_files.TYPES["prompt"], adapter_files.TYPES["prefix"]  # as peft calls them
 TENSOR = "prompt_embeddings"  # the one that peft's files hold of either
 NAME = "virtual_tokens"  # of the module in the base model
 # By what share of the largest logit padding may change what is read: rounding gave 1e-4 in a model of 30 layers, an
@@ -46,12 +46,12 @@ class Virtual:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Virtual":
         """Those of a folder's configuration."""
-        return cls("prefix" if config["peft_type"] == PREFIX else "prompt", config["num_virtual_tokens"])
+        return cls(adapter_files.setting_of(config), config["num_virtual_tokens"])  # type: ignore[arg-type]
 
     @property
     def type(self) -> str:
         """As peft calls it."""
-        return PREFIX if self.adapter == "prefix" else PROMPT
+        return adapter_files.TYPES[self.adapter]
 
     def values(self) -> dict[str, Any]:
         """By the settings' names."""
@@ -264,7 +264,7 @@ def _check_read(model: nn.Module, own: VirtualTokens) -> None:
 
 
 def _unfit(model: nn.Module, kind: str, why: str, others: str = "lora") -> UserError:
-    name = "prefix" if kind == PREFIX else "prompt"
+    name = adapter_files.setting_of({"peft_type": kind})
     return UserError(
         f"adapter = {name!r} does not fit a {type(model).__name__}: {why}; set adapter to {others}, or give a model "
         "such as GPT-2 or Llama"

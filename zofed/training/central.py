@@ -5,22 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import kinds, metrics, pass_memory
+from zofed.core import kinds, pass_memory
 from zofed.core.journal import Journal
 from zofed.core.replica import Replica
 from zofed.core.slope_quality import Diagnosis, diagnose
-from zofed.data import encoding
 from zofed.data.encoding import Examples
 from zofed.runs import sinks
 from zofed.runs.run_folder import CENTRAL, RunFolder
 from zofed.runs.tables import Row
 from zofed.training import baselines, device_pool, pins
 from zofed.training.finalize import finish, status_kept
+from zofed.training.measurements import batch_loss
 from zofed.training.modes import mode_of
 from zofed.training.paths import with_absolute_paths
 from zofed.training.process import prepare_process
@@ -100,19 +98,7 @@ def diagnosis(settings: Settings, batches: int) -> Diagnosis:
     """What `diagnose` finds at a run's base weights, on its first batches."""
     task, replica = _loaded(settings)
     examples = task.shard(0, 1)
-
-    def loss_at(step: int) -> Callable[[], torch.Tensor]:
-        batch = encoding.batch(
-            examples,
-            seed=settings.seed,
-            client=0,
-            step=step,
-            batch_size=settings.batch_size,
-            order=settings.batch_order,
-        )
-        return lambda: metrics.loss_of(replica.model, batch, settings.forward_dtype)
-
-    losses = [loss_at(step) for step in range(1, batches + 1)]
+    losses = [batch_loss(settings, replica, examples, step) for step in range(1, batches + 1)]
     return diagnose(replica, losses, settings.queries, settings.finite_difference, settings.perturbations_per_pass)
 
 
@@ -141,11 +127,7 @@ def memory_of_passes(settings: Settings, bytes_beside_weights: int) -> Memory:
             f"directions = {settings.directions!r} run one copy at a time, in the weights themselves: take rank1"
         )
     task, replica = _loaded(settings)
-    batch = encoding.batch(task.shard(0, 1), seed=settings.seed, client=0, step=1, batch_size=settings.batch_size)
-
-    def loss() -> torch.Tensor:
-        return metrics.loss_of(replica.model, batch, settings.forward_dtype)
-
+    loss = batch_loss(settings, replica, task.shard(0, 1), 1)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in replica.model.parameters())
 
     def measured(batched: bool) -> tuple[int, int]:

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from zofed.base import arithmetic
+from zofed.base import arithmetic, torchrun
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core.digests import raw_bytes
@@ -88,9 +88,9 @@ class Pool:
                 place = f"process {index + 1} of {len(others)}, on {device},"
                 process, pipe = start(task.settings, str(device), digests)
                 self.members.append(Member(process, pipe, base, place, folder, patience))
-            if ranks.place().world > 1:
+            if torchrun.place().world > 1:
                 for other in ranks.gathered(patience):
-                    where = f"rank {other.rank} of {ranks.place().world}, on {other.host},"
+                    where = f"rank {other.rank} of {torchrun.place().world}, on {other.host},"
                     self.members.append(Member(None, other.pipe, base, where, folder, patience))
                     check_same(other.read, read_by(task, replica), where)
                     if different := arithmetic.changed_since(other.arithmetic):
@@ -220,9 +220,9 @@ def check_same(theirs: Mapping[str, Any], ours: Mapping[str, Any], place: str) -
 
 def check_ranks(settings: Settings, *, is_served: bool = False) -> None:
     """Raise UserError where torchrun started processes that cannot help a run of these settings."""
-    if ranks.place().world == 1:
+    if torchrun.place().world == 1:
         return
-    if ranks.place().rank and not is_served:
+    if torchrun.place().rank and not is_served:
         raise UserError("under torchrun rank 0 alone runs, and the others measure for it: use zofed train")
     if settings.mode != "zo":
         raise UserError(f"torchrun's processes share the queries of mode zo: run mode = {settings.mode!r} without it")
@@ -240,7 +240,7 @@ def serve_rank(settings: Settings) -> None:
     check_ranks(settings, is_served=True)
     prepare_process(settings.threads)
     if settings.device in ("auto", "cuda") and torch.cuda.is_available():
-        local, count = ranks.place().local, torch.cuda.device_count()
+        local, count = torchrun.place().local, torch.cuda.device_count()
         if local >= count:
             raise UserError(
                 f"torchrun started more processes here than there are CUDA devices, {count}: set --nproc-per-node to "

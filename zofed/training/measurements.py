@@ -128,6 +128,19 @@ def query_loss(
     return lambda batch: metrics.loss_of(replica.model, batch, *how), own
 
 
+def batch_loss(settings: Settings, replica: Replica, examples: Examples, step: int) -> Loss:
+    """The loss of the batch that a run alone has in a step, whatever its objective."""
+    batch = encoding.batch(
+        examples,
+        seed=settings.seed,
+        client=0,
+        step=step,
+        batch_size=settings.batch_size,
+        order=settings.batch_order,
+    )
+    return lambda: metrics.loss_of(replica.model, batch, settings.forward_dtype)
+
+
 def examples_per_query(settings: Settings) -> int:
     """Examples that each query has of its own; 0: all share one batch."""
     return (settings.query_batch_size or settings.batch_size) if settings.query_batches == "per-query" else 0

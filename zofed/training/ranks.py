@@ -24,25 +24,9 @@ from typing import Any
 from zofed.base import arithmetic
 from zofed.base.errors import UserError
 from zofed.base.texts import said_by
+from zofed.base.torchrun import place
 
 _LONGEST = timedelta(days=30)  # until rank 0 listens, which loads a model before
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where this process stands among those of a run. local: among those of its machine."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-
-
-def place() -> Place:
-    """By torchrun's environment variables; the only one of a run that it did not start."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return Place()
-    rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return Place(rank, world, local)
 
 
 @dataclass(frozen=True, slots=True)
