@@ -129,6 +129,13 @@ def test_arms_are_compared_by_the_metric_of_their_task() -> None:
 # --- the page ---
 
 
+def test_an_arm_without_a_score_stands_beside_one_that_has_it() -> None:
+    answered = Arm("fo", {}, [result(0.5, seed, summary={"rouge_l": 0.2}, metric="rouge_l") for seed in (0, 1)])
+    silent = Arm("zo", {}, [result(0.6, seed, metric="rouge_l") for seed in (0, 1)])
+    head, rows = report._arms([answered, silent])
+    assert [row[head.index("rouge_l")] for row in rows] == ["0.2000 ± 0.0000", ""]
+
+
 def test_a_table_of_pairs_sets_each_arm_against_each_better_one() -> None:
     arms = [arm("c", 5.0, 5.1), arm("a", 3.0, 3.1), arm("b", 3.0, 3.2)]
     found = report._pairs(arms)

@@ -99,7 +99,9 @@ def _arms(arms: Sequence[Arm]) -> tuple[list[str], Rows]:
         row += [_plus(there) if (there := comparisons.at_cost(arm, column, cost)) else "" for column, cost in equal]
         if scored:
             named = f" {done[0].metric}" if len(metrics) > 1 else ""
-            row.append(_plus(comparisons.estimate([result.score for result in done])) + named)
+            # Where a model answered nothing it has no score of its answers.
+            scores = [result.score for result in done if math.isfinite(result.score)]
+            row.append(_plus(comparisons.estimate(scores)) + named if scores else "")
         for column in ("forward_passes", "backward_passes", "forward_equivalents", "seconds", "bytes"):
             row.append(_mean([result.total(column) for result in done]))
         row.append(_mean([result.summary.get("peak_memory_bytes", math.nan) / 2**20 for result in done]))
