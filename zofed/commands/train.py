@@ -1,4 +1,4 @@
-"""Commands that train and score: `zofed train`, `simulate`, `eval` and `quickstart`."""
+"""Commands that train and score: `zofed train`, `simulate` and `eval`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,12 +23,9 @@ from zofed.commands.options import (
 from zofed.runs import run_folder
 from zofed.runs.run_folder import RunFolder
 
-QUICKSTART_ROUNDS = 150
-
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command("quickstart")(quickstart)
     app.command("train", cls=CentralCommand)(with_settings(train))
     app.command("simulate", cls=FederatedCommand)(with_settings(simulate))
     app.command("eval", cls=SettingsCommand)(with_settings(evaluate))
@@ -123,21 +120,3 @@ def evaluate(
 def _shown(scores: Mapping[str, float], measures: Sequence[str]) -> list[str]:
     """Scores in digits, in the order of `measures`; one that is no finite number is told as such."""
     return [figure(scores[name]) if name in scores else "not finite" for name in measures]
-
-
-def quickstart(
-    out: Annotated[Path, typer.Option(help="folder of the run; an earlier one is moved aside")] = Path(
-        "runs/quickstart"
-    ),
-    rounds: Annotated[int, typer.Option(min=1, help="rounds of training")] = QUICKSTART_ROUNDS,
-) -> None:
-    """Train with 4 simulated clients through `flwr run` on the text that ships with zofed, in minutes."""
-    from zofed.deployment import flower_run
-
-    status = flower_run.quickstart(
-        rounds, out, {"clients": 4, "controls": True, "device": "cpu", "learning-rate": 0.05}
-    )
-    if status == 0:
-        folder = RunFolder.open(out)
-        tell_end(folder, folder.summary(), "zofed", "simulate")
-    raise typer.Exit(status)

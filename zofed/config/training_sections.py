@@ -49,7 +49,8 @@ class Model(Section):
 
     model: str = setting(
         "tiny",
-        "tiny, 20M, 200M, 500M, 1B (fresh, GPT-2 shaped), a saved model's folder, or OWNER/NAME of the hub",
+        "tiny, 20M, 200M, 500M, 1B (fresh, GPT-2 shaped), sample (small, pretrained, ships with zofed), a saved "
+        "model's folder, or OWNER/NAME of the hub",
         pins=False,
         first=True,
     )

@@ -23,7 +23,7 @@ def _words(text: str) -> list[str]:
 
 
 # For each topic: things, their parts, people's trades, past-tense acts on a part, places.
-_TOPICS = {
+TOPICS = {
     "astronomy": (
         "telescope comet galaxy planet nebula satellite eclipse meteor",
         "lens mirror orbit ring spectrum crater shadow tail",
@@ -83,11 +83,11 @@ _TOPICS = {
 }
 _NAMES = _words("Ada Bruno Clara Dimitri Elena Farid Greta Hugo Ines Jonas Kemi Lena Mateo Nadia Oskar Priya")
 _DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-_PRAISE = _words(
+PRAISE = _words(
     "wonderful charming brilliant moving clever funny graceful fresh honest gripping thoughtful warm "
     "delightful lively inventive tender superb elegant"
 )
-_BLAME = _words(
+BLAME = _words(
     "dull clumsy tedious shallow boring lifeless messy stale awkward predictable forgettable bland "
     "noisy hollow sloppy tiresome dreary confused"
 )
@@ -129,7 +129,7 @@ _ASPECTS = (
     "camera work", "leading actor", "final scene", "opening", "romance",
 )  # fmt: skip
 _FILMS = _words("film movie picture comedy drama thriller sequel western musical documentary")
-_ADVERBS = _words("really truly quite rather thoroughly surprisingly consistently mostly")
+ADVERBS = _words("really truly quite rather thoroughly surprisingly consistently mostly")
 _PLAIN_REVIEWS = (
     "the {aspect} is {adverb} {p} and the {aspect2} is {p}",
     "a {p} {film} with a {p} {aspect}",
@@ -151,7 +151,7 @@ _CONTRASTED_REVIEWS = (
     "although the {aspect} starts out {n} , the {film} as a whole is {p} and {p}",
 )
 # Of 20: shares at which counting words is right about six times in seven (see the README).
-_REVIEW_KINDS = (_PLAIN_REVIEWS,) * 16 + (_NEGATED_REVIEWS,) + (_CONTRASTED_REVIEWS,) * 3
+REVIEW_KINDS = (_PLAIN_REVIEWS,) * 16 + (_NEGATED_REVIEWS,) + (_CONTRASTED_REVIEWS,) * 3
 
 # Trials.
 _DRUGS = _words(
@@ -200,25 +200,25 @@ def web_documents(seed: int) -> list[Row]:
     rng = Random(f"zofed dclm {seed}")
     rows = []
     for number in range(WEB_DOCUMENTS):
-        topic = list(_TOPICS)[number % len(_TOPICS)]
-        things, parts, trades, acts, places = map(_words, _TOPICS[topic])
-        tone = _pick(rng, ("good", "bad"))
+        topic = list(TOPICS)[number % len(TOPICS)]
+        things, parts, trades, acts, places = map(_words, TOPICS[topic])
+        tone = pick(rng, ("good", "bad"))
         a, b = _between(rng, 2, 40), _between(rng, 2, 40)
-        thing, thing2 = _pick_two(rng, things)
-        part, part2 = _pick_two(rng, parts)
-        mood, mood2 = _pick_two(rng, _PRAISE if tone == "good" else _BLAME)
-        act, act2 = _pick_two(rng, acts)
-        day, day2 = _pick_two(rng, _DAYS)
-        name, trade, place = _pick(rng, _NAMES), _pick(rng, trades), _pick(rng, places)
+        thing, thing2 = pick_two(rng, things)
+        part, part2 = pick_two(rng, parts)
+        mood, mood2 = pick_two(rng, PRAISE if tone == "good" else BLAME)
+        act, act2 = pick_two(rng, acts)
+        day, day2 = pick_two(rng, _DAYS)
+        name, trade, place = pick(rng, _NAMES), pick(rng, trades), pick(rng, places)
         words = {
             **{"name": name, "trade": trade, "place": place, "thing": thing, "thing2": thing2, "part": part},
             **{"part2": part2, "mood": mood, "mood2": mood2, "act": act, "act2": act2, "day": day, "day2": day2},
             **{"a": a, "b": b, "sum": a + b},
         }
         bodies = _shuffled(rng, _BODIES)[: _between(rng, 3, 5)]
-        sentences = [_pick(rng, _OPENINGS), *bodies, _pick(rng, _CLOSINGS[tone])]
+        sentences = [pick(rng, _OPENINGS), *bodies, pick(rng, _CLOSINGS[tone])]
         title = f"The {thing} at the {place}"
-        text = _with_articles(f"{title}\n" + " ".join(sentence.format_map(words) for sentence in sentences))
+        text = with_articles(f"{title}\n" + " ".join(sentence.format_map(words) for sentence in sentences))
         rows.append({"text": text, "url": f"https://example.org/{topic}/{thing}-{place}-{number}"})
     return rows
 
@@ -232,11 +232,11 @@ def trial_abstracts(seed: int) -> list[Row]:
     rng = Random(f"zofed pubmedqa {seed}")
     rows = []
     for number in range(TRIALS):
-        drug, population = _pick(rng, _DRUGS), _pick(rng, _POPULATIONS)
-        outcome, side_effect = _pick(rng, _OUTCOMES), _pick(rng, _SIDE_EFFECTS)
-        asked = _pick(rng, ("reduce", "increase"))
+        drug, population = pick(rng, _DRUGS), pick(rng, _POPULATIONS)
+        outcome, side_effect = pick(rng, _OUTCOMES), pick(rng, _SIDE_EFFECTS)
+        asked = pick(rng, ("reduce", "increase"))
         # Of 20: 11 yes, 6 no, 3 maybe, about the shares of PubMedQA.
-        decision = _pick(rng, ("yes",) * 11 + ("no",) * 6 + ("maybe",) * 3)
+        decision = pick(rng, ("yes",) * 11 + ("no",) * 6 + ("maybe",) * 3)
         if decision == "yes":
             change = _between(rng, _DECISIVE_POINTS // 2, 15) * 2
         elif decision == "maybe":
@@ -246,7 +246,7 @@ def trial_abstracts(seed: int) -> list[Row]:
         # Percentages are even, so that they are whole numbers of patients in a group of 50 too.
         base = _between(rng, 16, 32) * 2
         treated = base - change if asked == "reduce" else base + change
-        size, size2 = _pick(rng, _GROUP_SIZES), _pick(rng, _GROUP_SIZES)
+        size, size2 = pick(rng, _GROUP_SIZES), pick(rng, _GROUP_SIZES)
         side, side2 = _between(rng, 1, 20) * 2, _between(rng, 1, 20) * 2
         contexts = [
             f"{outcome.capitalize()} is common in {population}. Whether {drug} can {asked} it is not known.",
@@ -289,15 +289,12 @@ def film_reviews(seed: int) -> list[Row]:
     rows, seen = [], set()
     while len(rows) < sum(REVIEWS.values()):
         label = _between(rng, 0, 1)
-        template = _pick(rng, _pick(rng, _REVIEW_KINDS))
-        agreeing, contrary = (_PRAISE, _BLAME) if label == 1 else (_BLAME, _PRAISE)
-        aspect, aspect2 = _pick_two(rng, _ASPECTS)
-        adverb, film = _pick(rng, _ADVERBS), _pick(rng, _FILMS)
-        # Slots are filled one at a time, since each {p} and {n} draws a word of its own.
-        for slot, words in (("{p}", agreeing), ("{n}", contrary)):
-            for word in _shuffled(rng, words)[: template.count(slot)]:
-                template = template.replace(slot, word, 1)
-        sentence = _with_articles(template.format(aspect=aspect, aspect2=aspect2, adverb=adverb, film=film))
+        template = pick(rng, pick(rng, REVIEW_KINDS))
+        agreeing, contrary = (PRAISE, BLAME) if label == 1 else (BLAME, PRAISE)
+        aspect, aspect2 = pick_two(rng, _ASPECTS)
+        adverb, film = pick(rng, ADVERBS), pick(rng, _FILMS)
+        template = with_sentiment(rng, template, agreeing, contrary)
+        sentence = with_articles(template.format(aspect=aspect, aspect2=aspect2, adverb=adverb, film=film))
         wrong = rng.random() < LABEL_NOISE
         if sentence not in seen:
             seen.add(sentence)
@@ -328,7 +325,16 @@ def _make_tokenizer(folder: Path, texts: Sequence[str]) -> list[Path]:
     return [_write(file, file.read_text(encoding="utf-8").rstrip("\n") + "\n") for file in files]
 
 
-def _pick(rng: Random, options: Sequence[Option]) -> Option:
+def with_sentiment(rng: Random, template: str, agreeing: Sequence[str], contrary: Sequence[str]) -> str:
+    """The template with a word in each {p} (of `agreeing`) and {n} (of `contrary`): none occurs twice, others stay."""
+    for slot, words in (("{p}", agreeing), ("{n}", contrary)):
+        for word in _shuffled(rng, words)[: template.count(slot)]:
+            template = template.replace(slot, word, 1)
+    return template
+
+
+def pick(rng: Random, options: Sequence[Option]) -> Option:
+    """One of the options."""
     return options[int(rng.random() * len(options))]
 
 
@@ -341,12 +347,13 @@ def _shuffled(rng: Random, options: Iterable[Option]) -> list[Option]:
     return [option for _, option in sorted([(rng.random(), option) for option in options], key=lambda pair: pair[0])]
 
 
-def _pick_two(rng: Random, options: Sequence[Option]) -> tuple[Option, Option]:
+def pick_two(rng: Random, options: Sequence[Option]) -> tuple[Option, Option]:
+    """Two different ones of the options."""
     first, second = _shuffled(rng, options)[:2]
     return first, second
 
 
-def _with_articles(text: str) -> str:
+def with_articles(text: str) -> str:
     """'a' becomes 'an' before the vowels that occur here, and before the silent h."""
     return re.sub(r"\b([Aa]) (?=[aeiou]|honest)", r"\1n ", text)
 

@@ -24,20 +24,22 @@ START_LIMIT_S = 60.0  # a SuperLink answers after 2 to 4 seconds; a loaded machi
 # ---- what a user calls ---------------------------------------------------------------------------
 
 
-def quickstart(rounds: int | None, out: Path, settings: Mapping[str, Setting] | None = None) -> int:
-    """Run the main job with 4 simulated clients; 0 only if it completed and wrote its summary into `out`."""
+def quickstart(out: Path, runs: Mapping[str, Mapping[str, Setting]]) -> int:
+    """Carry out runs with 4 simulated clients, each in its folder of `out`; 0 only if all completed.
+
+    runs: settings by the name of the folder. What lay at `out` before is moved aside.
+    """
     out = Path(os.path.abspath(out.expanduser()))
-    run_config: dict[str, Setting] = {**(settings or {}), "out": str(out)}
-    if rounds is not None:
-        run_config["rounds"] = rounds
     try:
         earlier = move_aside(out)
         if earlier is not None:
             print(f"the earlier result now lies in {earlier}", flush=True)
-        status = flower_run(ROOT, run_config, nodes=4, cpus_per_node=1)
-        if status != COMPLETED:
-            raise UserError(f"the run ended as {status!r}, not {COMPLETED!r}: the cause and the logs stand above")
-        check_summary(out)
+        for number, (name, settings) in enumerate(runs.items(), 1):
+            print(f"zofed quickstart: run {number} of {len(runs)}: {name}", flush=True)
+            status = flower_run(ROOT, {**settings, "out": str(out / name)}, nodes=4, cpus_per_node=1)
+            if status != COMPLETED:
+                raise UserError(f"the run ended as {status!r}, not {COMPLETED!r}: the cause and the logs stand above")
+            check_summary(out / name)
     except UserError as error:
         print(f"zofed quickstart failed: {error}", file=sys.stderr)
         return 1

@@ -41,7 +41,7 @@ def compare(arms: Sequence[Arm], axes: Sequence[str], path: Path, notes: Sequenc
             notes.append(
                 f"without {name}, which another version of zofed did not write, left out there: {some(lacking)}"
             )
-        logarithmic = _is_wide([result.total(name) for result in results])
+        logarithmic = is_wide([result.total(name) for result in results])
         for index, arm in enumerate(arms):
             own = [result for result in arm.results if name in result.columns]
             label = f"{arm.name} (n = {len(arm.results)})"
@@ -79,7 +79,7 @@ def fo_vs_zo(arms: Sequence[Arm], path: Path, notes: Sequence[str] = ()) -> Path
     results = [result for _, arm in chosen for result in arm.results]
     for place, axis in ((places[0, 0], "forward-equivalents"), (places[0, 1], "seconds")):
         name = axis.replace("-", "_")
-        logarithmic = _is_wide([result.total(name) for result in results])
+        logarithmic = is_wide([result.total(name) for result in results])
         for index, (mode, arm) in enumerate(chosen):
             label = f"{arm.name if mode in arm.name else f'{mode}: {arm.name}'} (n = {len(arm.results)})"
             curve(place, arm.results, name, index, label, logarithmic)
@@ -138,7 +138,7 @@ def curve(place: Any, results: Sequence[Result], axis: str, index: int, label: s
     for result in results:
         rows, losses = result.held_out
         pairs.append((result.columns[axis][rows], losses))
-    _band(place, pairs, plot_style.stroke(index).line(), label, logarithmic)
+    band(place, pairs, plot_style.stroke(index).line(), label, logarithmic)
 
 
 def training(place: Any, results: Sequence[Result], axis: str, index: int, logarithmic: bool = False) -> None:
@@ -150,7 +150,7 @@ def training(place: Any, results: Sequence[Result], axis: str, index: int, logar
         if len(rows):
             pairs.append((result.columns[axis][rows], smoothed(losses[rows])))
     drawn = plot_style.stroke(index).line() | {"marker": "", "label": None}
-    _band(place, pairs, drawn, None, logarithmic)
+    band(place, pairs, drawn, None, logarithmic)
 
 
 def smoothed(losses: Array) -> Array:
@@ -161,9 +161,10 @@ def smoothed(losses: Array) -> Array:
     return (sums[behind] - sums[first]) / (behind - first)
 
 
-def _band(
+def band(
     place: Any, pairs: Sequence[tuple[Array, Array]], drawn: dict[str, Any], label: str | None, logarithmic: bool
 ) -> None:
+    """A line through the mean of (cost, value) curves, and a band from the lowest to the highest of them."""
     pairs = [(x[np.isfinite(x)], y[np.isfinite(x)]) for x, y in pairs]
     pairs = [(x, y) for x, y in pairs if len(x)]
     if not pairs:
@@ -184,7 +185,8 @@ def _band(
         place.fill_between(x, losses.min(0), losses.max(0), color=drawn["color"], alpha=0.18, lw=0)
 
 
-def _is_wide(totals: Sequence[float]) -> bool:
+def is_wide(totals: Sequence[float]) -> bool:
+    """Whether arms differ so much in what they cost that the axis must be logarithmic."""
     known = [total for total in totals if math.isfinite(total) and total > 0]
     return bool(known) and max(known) > WIDEST * min(known)
 

@@ -25,7 +25,7 @@ from transformers import (
 from zofed.base.errors import UserError
 from zofed.config import unknown
 from zofed.data import hub
-from zofed.models import initial, limits
+from zofed.models import initial, limits, sample_model
 from zofed.models.classifier import Pooling
 from zofed.models.saved import Saved
 
@@ -215,7 +215,7 @@ def source_of(name: str, revision: str = "", *, is_masked: bool = False) -> Sour
             )
         return Fresh(name)
     folder = model_folder(name, revision)
-    if _local(name):
+    if name == sample_model.NAME or _local(name):
         again, config = "copy the folder again from where it came", "bring back the config.json it was saved with"
         return Stored(Saved(folder, f"model folder {str(folder)!r}", again, config), is_masked)
     # Not the snapshot alone: its files are links to others beside it, which would be taken for whole.
@@ -224,12 +224,18 @@ def source_of(name: str, revision: str = "", *, is_masked: bool = False) -> Sour
 
 
 def model_folder(name: str, revision: str = "") -> Path:
-    """Where a saved model lies: its folder, or its snapshot in the hub's cache. Raises UserError for none."""
+    """Where a saved model lies: its folder, its snapshot in the hub's cache, or where the shipped one was unpacked.
+
+    Raises UserError for none.
+    """
+    if name == sample_model.NAME:
+        return sample_model.folder()
     if folder := _local(name):
         return folder
     if hub.is_id(name):
         return hub.snapshot(name, revision)
-    message = f"{unknown(name, list(SIZES), 'model')}; or give the folder of a saved model, or OWNER/NAME of the hub"
+    known = unknown(name, [*SIZES, sample_model.NAME], "model")
+    message = f"{known}; or give the folder of a saved model, or OWNER/NAME of the hub"
     meant = hub.meant(name)
     raise UserError(f"{message}, such as {meant} after zofed models download {meant}" if meant else message)
 
@@ -247,7 +253,7 @@ def commit(name: str, revision: str) -> str:
 
     Raises UserError where it is not cached, and for the revision of a model that has none.
     """
-    if hub.is_id(name) and not (name in SIZES or _local(name)):
+    if hub.is_id(name) and not (name in SIZES or name == sample_model.NAME or _local(name)):
         return hub.snapshot(name, revision).name
     if revision:
         raise UserError(

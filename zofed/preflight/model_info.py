@@ -12,7 +12,7 @@ from zofed.config import Settings
 from zofed.core import perturbed
 from zofed.core.digests import named_parameters
 from zofed.data import encoding, hub
-from zofed.models import limits, quantised, scopes, sources, spec
+from zofed.models import limits, quantised, sample_model, scopes, sources, spec
 from zofed.models.classifier import PooledClassifier
 from zofed.models.spec import ModelSpec
 from zofed.preflight import footprint
@@ -52,8 +52,8 @@ class ModelInfo:
 
 
 def list_available_models() -> list[str]:
-    """Names that need no download: the fresh sizes, then the hub models in the local cache."""
-    return [*sources.SIZES, *hub.cached()]
+    """Names that need no download: the fresh sizes, the shipped model, then the hub models in the local cache."""
+    return [*sources.SIZES, sample_model.NAME, *hub.cached()]
 
 
 def get_model_info(name: str, *, modes: tuple[str, ...] = tuple(MODES), **settings: Any) -> ModelInfo:

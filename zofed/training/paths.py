@@ -5,10 +5,10 @@ import os
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.data import chat_templates, documents, readers, subsets, tokenizers
-from zofed.models import sources
+from zofed.models import sample_model, sources
 
 NAMES = {
-    "model": tuple(sources.SIZES),
+    "model": (*sources.SIZES, sample_model.NAME),
     "dataset": documents.KNOWN_NAMES,
     "bp_dataset": documents.KNOWN_NAMES,
     "eval_dataset": documents.KNOWN_NAMES,
