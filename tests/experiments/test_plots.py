@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from zofed.base.errors import UserError
-from zofed.experiments import plot_arms, plot_run, plot_sweep
+from zofed.experiments import plot_arms, plot_run, plot_scores, plot_sweep
 from zofed.experiments.arms import Arm, collect, grouped, incomparable, run_folders
 from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
@@ -315,3 +315,30 @@ def test_the_settings_of_a_missing_summary_are_those_of_its_file(runs: Path) -> 
     assert not result.is_complete and np.isnan(result.end) and result.settings["queries"] == 3
     summary = json.loads((runs / "zo-1" / "summary.json").read_text())
     assert summary["eval_loss_end"] == run_result.read(runs / "zo-1").end
+
+
+def scored(path: Path, accuracies: Sequence[float], sent: int, zero_shot: float = 0.5) -> Result:
+    """A run of three evaluations, each after as many bytes again, with a source of its own among the data."""
+    path.mkdir(parents=True)
+    lines = [f"{step},{source},{value}" for step, value in enumerate(accuracies) for source in ("", "forum")]
+    (path / "evaluations.csv").write_text("\n".join(["step,source,accuracy", *lines]) + "\n")
+    steps = np.arange(len(accuracies), dtype=float)
+    baselines = {"zero_shot_accuracy": zero_shot, "majority_accuracy": 0.4, "zero_shot_loss": 0.7}
+    return Result(path, {"seed": 0}, {"baselines": baselines}, {"step": steps, "bytes": steps * sent})
+
+
+def test_scores_stand_against_their_cost_beside_what_the_untouched_model_scores(tmp_path: Path, drawn: Any) -> None:
+    few = Arm("few", {}, [scored(tmp_path / "a", (0.5, 0.7, 0.8), 100), scored(tmp_path / "b", (0.5, 0.6, 0.7), 100)])
+    many = Arm("many", {}, [scored(tmp_path / "c", (0.5, 0.75, 0.9), 100_000)])
+    plot_scores.scores([few, many], "bytes", tmp_path / "scores.png", metric="accuracy")
+    place, notes = drawn[0][0].axes[0], drawn[0][1]
+    assert list(line(place, "few (n = 2)").get_xdata()) == [50, 100, 200]  # the start has no logarithm
+    assert list(line(place, "few (n = 2)").get_ydata()) == pytest.approx([50, 65, 75])
+    assert list(line(place, "many (n = 1)").get_xdata()) == [50_000, 100_000, 200_000]
+    assert place.get_xscale() == "log" and any("the start has cost nothing" in note for note in notes)
+    assert {text.get_text() for text in place.texts} == {"untouched", "most frequent class"}
+    other = Arm("other", {}, [scored(tmp_path / "d", (0.6, 0.7, 0.8), 100, zero_shot=0.6)])
+    plot_scores.scores([few, other], "bytes", tmp_path / "again.png", metric="accuracy")
+    assert {text.get_text() for text in drawn[1][0].axes[0].texts} == {"most frequent class"}  # two models: none is the
+    with pytest.raises(UserError, match="no run has 'rouge_l' at its evaluations"):
+        plot_scores.scores([few], "bytes", tmp_path / "none.png", metric="rouge_l")

@@ -189,6 +189,29 @@ def plot_compare(
     _told(plot_arms.compare(arms.grouped(found), axis or [], out.absolute(), notes), notes)
 
 
+@plot_app.command("scores")
+def plot_scores(
+    folders: Annotated[list[Path], typer.Argument(help="folders of runs, or of sweeps")],
+    axis: Annotated[
+        str, typer.Option(help="step, forward-equivalents, seconds, tokens or bytes; empty: bytes of federations")
+    ] = "",
+    metric: Annotated[
+        str, typer.Option(help="accuracy, auc, f1, rouge_l ...; empty: the one the task is ranked by")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="PNG file to write")] = Path("scores.png"),
+) -> None:
+    """What runs scored at each evaluation against what it cost, beside what the untouched model scores."""
+    from zofed.experiments import arms, plot_scores
+    from zofed.runs import plot_style
+
+    if axis and axis not in plot_style.AXES:
+        raise UserError(config.unknown(axis, list(plot_style.AXES), "axis"))
+    found, notes = arms.collect(folders)
+    sends = any(result.total("bytes") > 0 for result in found)
+    axis = axis or ("bytes" if sends else "forward-equivalents")
+    _told(plot_scores.scores(arms.grouped(found), axis, out.absolute(), notes, metric), notes)
+
+
 @plot_app.command("sweep")
 def plot_sweep(folder: Folder, out: Out = None) -> None:
     """Heat maps of the end loss over the settings that vary, and the best at each value."""

@@ -34,11 +34,13 @@ def scores(arms: Sequence[Arm], axis: str, path: Path, notes: Sequence[str] = ()
     found = {arm.name: [pair for result in arm.results if (pair := _curve(result, metric, column))] for arm in arms}
     if not any(found.values()):
         raise UserError(f"no run has {metric!r} at its evaluations: choose another metric, or runs of another task")
+    has_seeds = any(len(pairs) > 1 for pairs in found.values())
     logarithmic = plot_arms.is_wide([result.total(column) for result in results])
     figure, places = plot_style.panels(1, 1, width=8.2, height=4.6)
     place = places[0, 0]
     for index, (name, pairs) in enumerate(found.items()):
-        plot_arms.band(place, pairs, plot_style.stroke(index).line(), f"{name} (n = {len(pairs)})", logarithmic)
+        label = f"{name} (n = {len(pairs)})" if has_seeds else name
+        plot_arms.band(place, pairs, plot_style.stroke(index).line(), label, logarithmic)
     if logarithmic:
         place.set_xscale("log")
     _baselines(place, results, metric)
