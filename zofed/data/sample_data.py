@@ -399,7 +399,7 @@ project's.
 The tokenizer beside this folder (`tokenizer/`) is a byte-level BPE of 512 entries trained on these texts alone, without
 sst2/validation.jsonl.
 
-The model beside it (`pretrained/sample.json`, `--model sample`) is GPT-2 shaped, with 141,056 parameters in bfloat16. It
+The model beside it (`pretrained/sample.json`, `--model sample`) is GPT-2 shaped: 141,056 parameters in bfloat16. It
 was pretrained on 12,000 opinions from the same grammar as the reviews, about everything but films and with half of its
 words of praise and blame (`zofed/data/sample_opinions.py`), each with its verdict: "an inventive nebula with a superb
 shadow . it was good". So a prompt that ends in "it was" calls up what it knows, and film reviews still have to teach it
