@@ -43,6 +43,8 @@ IDLE: list[tuple[str, dict[str, Any], str, str]] = [
     (FEDERATED, {"dirichlet-alpha": 0.1}, "dirichlet-alpha", "partition = dirichlet"),
     (FEDERATED, {"proximal": 0.1, "mode": "fo"}, "proximal", "local-steps other than 1"),
     (FEDERATED, {"local-learning-rate": 0.1}, "local-learning-rate", "local-steps other than 1"),
+    (FEDERATED, {"local-optimizer": "adamw", "mode": "fo"}, "local-optimizer", "local-steps other than 1"),
+    (FEDERATED, {"local-optimizer": "adamw", "local-steps": 4}, "local-optimizer", "mode = fo"),
     (CENTRAL, {"mode": "fo", "queries": 8}, "queries", "mode = zo"),
     (CENTRAL, {"mode": "fo", "epsilon": 1e-3}, "epsilon", "mode = zo"),
     (CENTRAL, {"mode": "fo", "directions": "rank2"}, "directions", "mode = zo"),

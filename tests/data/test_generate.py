@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from zofed.data.encoding import SHIPPED, load_documents, load_tokenizer
-from zofed.data.sample_data import END_OF_TEXT, TOKENIZER_VOCABULARY, film_reviews, make_shipped_files, trial_abstracts
+from zofed.data.sample_data import (
+    END_OF_TEXT,
+    TOKENIZER_VOCABULARY,
+    film_reviews,
+    instructions,
+    make_shipped_files,
+    trial_abstracts,
+)
 from zofed.data.tokenizers import SHIPPED_TOKENIZER
 
 
@@ -82,6 +89,17 @@ def test_trial_answers_follow_from_the_rates_in_the_last_context() -> None:
         assert trial["final_decision"] == ("yes" if asked >= 10 else "maybe" if asked > 0 else "no")
 
 
+def test_instructions_ask_twice_for_what_is_answered_and_sums_add_up() -> None:
+    asked = rows("alpaca/train.jsonl")
+    assert asked == instructions(0) and len(asked) == 640
+    assert {tuple(row) for row in asked} == {("instruction", "input", "output")}
+    assert not any("{" in text or not text for row in asked for text in row.values())
+    sums = [re.findall(r"\d+", text) for row in asked if row["instruction"].startswith("Add ") for text in row.values()]
+    assert len(sums) == 3 * 160
+    for said, again, (a, b, total) in zip(sums[::3], sums[1::3], sums[2::3], strict=True):
+        assert said == again == [a, b] and int(a) + int(b) == int(total)
+
+
 def test_reviews_never_repeat_and_carry_their_positions() -> None:
     train, validation = rows("sst2/train.jsonl"), rows("sst2/validation.jsonl")
     assert (len(train), len(validation)) == (2000, 400)
@@ -142,4 +160,5 @@ def test_tokenizer_files_name_no_machine() -> None:
 def test_samples_load_by_name() -> None:
     assert Counter(document.label for document in load_documents("sample-pubmedqa")).keys() == {0, 1, 2}
     assert len(load_documents("sample-sst2")) == 2400
+    assert len(load_documents("sample-alpaca")) == 640
     assert {document.label for document in load_documents("sample-dclm")} == {None}

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.commands.quickstart import TASK
-from zofed.data.sample_data import BLAME, PRAISE, TOPICS
 from zofed.data.sample_opinions import KNOWN, LEFT_OUT, opinions
+from zofed.data.sample_words import BLAME, PRAISE, TOPICS
 from zofed.models import sample_model
 from zofed.training import pretraining
 from zofed.training.central import train

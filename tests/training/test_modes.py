@@ -301,6 +301,32 @@ def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
     assert moved == pytest.approx(found.coefficients, abs=2**-17 * max(map(abs, found.coefficients)))
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("rule", ["sgd", "adamw"])
+def test_a_clients_own_steps_are_torchs_and_begin_anew_in_each_round(quick: Quick, rule: str, clip: float) -> None:
+    settings = quick(mode="fo", local_steps=3, local_optimizer=rule, learning_rate=0.01, clip_norm=clip)
+    steps, _, replica = steps_of(settings)
+    update, loss = measurements.update(settings, replica, steps.examples, 0)
+    assert all(map(torch.equal, update.values(), measurements.update(settings, replica, steps.examples, 0)[0].values()))
+    start = {name: parameter.detach().clone() for name, parameter in replica.parameters.items()}
+    rules = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    theirs = rules[rule](replica.parameters.values(), lr=0.01, weight_decay=0.0)
+    met = []
+    for batch in measurements.batches(settings, replica, steps.examples, 0, 3, settings.batch_size):
+        theirs.zero_grad()
+        value = batch()
+        value.backward()
+        if clip:
+            assert torch.nn.utils.clip_grad_norm_(replica.parameters.values(), clip) > clip
+        theirs.step()
+        met.append(float(value.detach()))
+    assert loss == pytest.approx(sum(met) / 3)
+    for name, parameter in replica.parameters.items():  # the server's SGD of the local rate moves it as far
+        gap, moved = start[name] - 0.01 * update[name] - parameter, start[name] - parameter
+        # A key's bias has a gradient of zero, but for rounding, which AdamW makes as large as any.
+        assert gap.norm() < 1e-3 * moved.norm() or name.endswith("c_attn.bias"), name
+
+
 @pytest.mark.slow
 def test_seeds_are_fresh_in_every_round_and_mode(quick: Quick, tmp_path: Path) -> None:
     for way in ("core", "hybrid-rank1", "calibrate"):

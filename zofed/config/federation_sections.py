@@ -46,9 +46,14 @@ class Federation(Section):
         le=1024,
         acts_when=when({"mode": ZEROTH_ORDER}, mode="fo", run=FEDERATED),
     )
+    local_optimizer: Literal["sgd", "adamw"] = setting(
+        "sgd",
+        "rule of a client's own steps: plain sgd, or adamw, whose state begins anew in each round (fo)",
+        acts_when=when(run=FEDERATED, mode="fo", local_steps=Unlike((1,))),
+    )
     local_learning_rate: float = setting(
         0.0,
-        "step size of plain SGD there; 0: as learning-rate",
+        "step size there; 0: as learning-rate",
         ge=0,
         acts_when=when(
             {"mode": ZEROTH_ORDER, "local_steps": Unlike((1,))},

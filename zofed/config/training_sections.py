@@ -111,7 +111,7 @@ class Data(Section):
 
     dataset: str = setting(
         "sample-dclm",
-        "sample-dclm, sample-pubmedqa, sample-sst2, pydoc, or a local file or folder",
+        "sample-dclm, sample-pubmedqa, sample-alpaca, sample-sst2, pydoc, or a local file or folder",
         pins=False,
         scores=True,
         first=True,

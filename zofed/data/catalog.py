@@ -140,6 +140,8 @@ CATALOG = {
                     licence="Apache-2.0"),
         DatasetInfo("sample-pubmedqa", "generated medical questions, shipped", columns=(*_PUBMEDQA, "final_decision"),
                     rows=500, licence="Apache-2.0", classes=_DECISIONS),
+        DatasetInfo("sample-alpaca", "generated instructions, shipped", columns=_ALPACA, rows=640,
+                    licence="Apache-2.0"),
         DatasetInfo("sample-sst2", "generated film reviews, shipped", columns=("sentence", "label", "idx"), rows=2_400,
                     licence="Apache-2.0", classes=("negative", "positive")),
         DatasetInfo("pydoc", "Python's own reference prose, read from the interpreter", licence="PSF-2.0"),

@@ -29,6 +29,7 @@ SHIPPED = ROOT / "datasets_subset"
 _SHIPPED_FILES = {
     "sample-dclm": ("dclm/train.jsonl",),
     "sample-pubmedqa": ("pubmedqa/train.jsonl",),
+    "sample-alpaca": ("alpaca/train.jsonl",),
     "sample-sst2": ("sst2/train.jsonl", "sst2/validation.jsonl"),
 }
 KNOWN_NAMES = (*_SHIPPED_FILES, "pydoc")
@@ -109,9 +110,9 @@ def load_documents(dataset: str) -> list[Document]:
 def read(dataset: str, template: Template | None = None, roles: Roles = (), *, turns: bool = False) -> Reading:
     """Read every document of a data set, in a fixed order, and say which columns were read.
 
-    `dataset` is a shipped sample ('sample-dclm', 'sample-pubmedqa', 'sample-sst2': train rows, then validation rows),
-    'pydoc' (Python's own reference prose, one document a topic, sorted by topic name), the name of a subset that
-    `zofed data` put under the data root, or a path:
+    `dataset` is a shipped sample ('sample-dclm', 'sample-pubmedqa', 'sample-alpaca', 'sample-sst2': train rows, then
+    validation rows), 'pydoc' (Python's own reference prose, one document a topic, sorted by topic name), the name of a
+    subset that `zofed data` put under the data root, or a path:
 
     - .txt: paragraphs, which blank lines separate, are grouped into documents of about 2,000 characters; a longer
       paragraph stays whole; a file of nothing but `label text` lines gives one document a line, see `data.readers`;

@@ -1,96 +1,35 @@
-"""The grammars behind the shipped sample data, and the small tokenizer trained on what they say."""
+"""The grammars behind the shipped sample data, and the small tokenizer trained on most of what they say."""
 
 import json
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
+
+from zofed.data.sample_words import (
+    BLAME,
+    DAYS,
+    NAMES,
+    PRAISE,
+    TOPICS,
+    between,
+    listed,
+    pick,
+    pick_two,
+    shuffled,
+    with_articles,
+)
 
 Row = dict[str, Any]
-Option = TypeVar("Option")
 
 WEB_DOCUMENTS = 2000
 TRIALS = 500
+INSTRUCTIONS = 640
 REVIEWS = {"train": 2000, "validation": 400}
 LABEL_NOISE = 0.05
 TOKENIZER_VOCABULARY = 512
 END_OF_TEXT = "<|endoftext|>"
 
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-# For each topic: things, their parts, people's trades, past-tense acts on a part, places.
-TOPICS = {
-    "astronomy": (
-        "telescope comet galaxy planet nebula satellite eclipse meteor",
-        "lens mirror orbit ring spectrum crater shadow tail",
-        "astronomer observer teacher student",
-        "measured photographed sketched tracked recorded mapped",
-        "observatory desert hilltop dome valley",
-    ),
-    "baking": (
-        "loaf cake pie tart bun biscuit pudding pretzel",
-        "crust dough filling glaze crumb layer slice topping",
-        "baker cook grandmother helper",
-        "kneaded folded weighed rolled chilled tasted",
-        "kitchen bakery market cellar canteen",
-    ),
-    "cinema": (
-        "film comedy drama thriller musical documentary sequel western",
-        "plot script cast scene ending score dialogue camera",
-        "director critic producer writer",
-        "praised rehearsed filmed edited reviewed restored",
-        "theatre studio festival gallery cinema",
-    ),
-    "gardening": (
-        "garden orchard hedge meadow rose tomato pear lavender",
-        "leaf root stem seed bud branch blossom fruit",
-        "gardener farmer neighbour botanist",
-        "watered pruned planted trimmed gathered sheltered",
-        "greenhouse terrace field park courtyard",
-    ),
-    "medicine": (
-        "trial treatment vaccine tablet diet therapy study survey",
-        "dose group outcome symptom placebo sample scan result",
-        "doctor nurse patient pharmacist",
-        "tested compared reported prescribed checked discussed",
-        "hospital clinic ward laboratory university",
-    ),
-    "railways": (
-        "train tram locomotive carriage signal tunnel bridge timetable",
-        "wheel brake engine rail door boiler platform ticket",
-        "driver mechanic conductor passenger",
-        "inspected repaired oiled painted replaced lifted",
-        "station depot junction yard terminus",
-    ),
-    "sailing": (
-        "yacht ferry dinghy schooner lighthouse harbour regatta barge",
-        "sail mast rope anchor hull rudder deck compass",
-        "captain sailor fisher pilot",
-        "hoisted lowered mended steered tightened scrubbed",
-        "bay lagoon pier channel reef",
-    ),
-    "software": (
-        "program compiler database server browser library parser network",
-        "function test cache loop buffer file query thread",
-        "programmer tester designer manager",
-        "debugged traced documented profiled deleted merged",
-        "basement workshop campus laboratory library",
-    ),
-}
-_NAMES = _words("Ada Bruno Clara Dimitri Elena Farid Greta Hugo Ines Jonas Kemi Lena Mateo Nadia Oskar Priya")
-_DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
-PRAISE = _words(
-    "wonderful charming brilliant moving clever funny graceful fresh honest gripping thoughtful warm "
-    "delightful lively inventive tender superb elegant"
-)
-BLAME = _words(
-    "dull clumsy tedious shallow boring lifeless messy stale awkward predictable forgettable bland "
-    "noisy hollow sloppy tiresome dreary confused"
-)
 
 # A document is one title, opening and closing with body sentences between, all about the same person and thing.
 _OPENINGS = (
@@ -123,13 +62,21 @@ _CLOSINGS = {
     ),
 }
 
+# Instructions: what is asked as an instruction, the same as a question, and the response. Each can stand alone.
+_INSTRUCTIONS = (
+    ("Say where to find a {thing}.", "Where is a {thing} to be found?", "A {thing} is to be found at the {place}."),
+    ("Name who {act} the {part}.", "Who {act} the {part}?", "The {trade} {act} the {part}."),
+    ("Add {a} and {b}.", "What do {a} and {b} make?", "{a} and {b} make {sum}."),
+    ("Judge a {mood} {thing}.", "Is a {mood} {thing} good or bad?", "A {mood} {thing} is {tone}."),
+)
+
 # Reviews. {p} agrees with the label, {n} contradicts it; each occurrence draws a word of its own.
 _ASPECTS = (
     "plot", "script", "acting", "cast", "dialogue", "ending", "score", "pacing", "story", "humour", "direction",
     "camera work", "leading actor", "final scene", "opening", "romance",
 )  # fmt: skip
-_FILMS = _words("film movie picture comedy drama thriller sequel western musical documentary")
-ADVERBS = _words("really truly quite rather thoroughly surprisingly consistently mostly")
+_FILMS = listed("film movie picture comedy drama thriller sequel western musical documentary")
+ADVERBS = listed("really truly quite rather thoroughly surprisingly consistently mostly")
 _PLAIN_REVIEWS = (
     "the {aspect} is {adverb} {p} and the {aspect2} is {p}",
     "a {p} {film} with a {p} {aspect}",
@@ -154,11 +101,11 @@ _CONTRASTED_REVIEWS = (
 REVIEW_KINDS = (_PLAIN_REVIEWS,) * 16 + (_NEGATED_REVIEWS,) + (_CONTRASTED_REVIEWS,) * 3
 
 # Trials.
-_DRUGS = _words(
+_DRUGS = listed(
     "alvorin bexatol cindrazine dorvamil emtasol falquine gentorol hespiram ivolast jorudine kelvotan lumidrine"
 )
-_OUTCOMES = _words("fever relapse infection bleeding pain insomnia nausea stroke fracture anaemia")
-_SIDE_EFFECTS = _words("headache rash dizziness cough fatigue")
+_OUTCOMES = listed("fever relapse infection bleeding pain insomnia nausea stroke fracture anaemia")
+_SIDE_EFFECTS = listed("headache rash dizziness cough fatigue")
 _POPULATIONS = (
     "adults with asthma", "children with diabetes", "patients after surgery", "older adults in care homes",
     "women with migraine", "men with hypertension", "patients with kidney disease", "athletes with knee injuries",
@@ -180,6 +127,7 @@ def make_shipped_files(root: Path, seed: int = 0) -> list[Path]:
     files = [_write(data / "README.md", _README)]
     files.append(_write_rows(data / "dclm" / "train.jsonl", web))
     files.append(_write_rows(data / "pubmedqa" / "train.jsonl", trials))
+    files.append(_write_rows(data / "alpaca" / "train.jsonl", instructions(seed)))
     start = 0
     for split, count in REVIEWS.items():
         rows = [{**row, "idx": idx} for idx, row in enumerate(reviews[start : start + count])]
@@ -201,21 +149,21 @@ def web_documents(seed: int) -> list[Row]:
     rows = []
     for number in range(WEB_DOCUMENTS):
         topic = list(TOPICS)[number % len(TOPICS)]
-        things, parts, trades, acts, places = map(_words, TOPICS[topic])
+        things, parts, trades, acts, places = map(listed, TOPICS[topic])
         tone = pick(rng, ("good", "bad"))
-        a, b = _between(rng, 2, 40), _between(rng, 2, 40)
+        a, b = between(rng, 2, 40), between(rng, 2, 40)
         thing, thing2 = pick_two(rng, things)
         part, part2 = pick_two(rng, parts)
         mood, mood2 = pick_two(rng, PRAISE if tone == "good" else BLAME)
         act, act2 = pick_two(rng, acts)
-        day, day2 = pick_two(rng, _DAYS)
-        name, trade, place = pick(rng, _NAMES), pick(rng, trades), pick(rng, places)
+        day, day2 = pick_two(rng, DAYS)
+        name, trade, place = pick(rng, NAMES), pick(rng, trades), pick(rng, places)
         words = {
             **{"name": name, "trade": trade, "place": place, "thing": thing, "thing2": thing2, "part": part},
             **{"part2": part2, "mood": mood, "mood2": mood2, "act": act, "act2": act2, "day": day, "day2": day2},
             **{"a": a, "b": b, "sum": a + b},
         }
-        bodies = _shuffled(rng, _BODIES)[: _between(rng, 3, 5)]
+        bodies = shuffled(rng, _BODIES)[: between(rng, 3, 5)]
         sentences = [pick(rng, _OPENINGS), *bodies, pick(rng, _CLOSINGS[tone])]
         title = f"The {thing} at the {place}"
         text = with_articles(f"{title}\n" + " ".join(sentence.format_map(words) for sentence in sentences))
@@ -238,20 +186,20 @@ def trial_abstracts(seed: int) -> list[Row]:
         # Of 20: 11 yes, 6 no, 3 maybe, about the shares of PubMedQA.
         decision = pick(rng, ("yes",) * 11 + ("no",) * 6 + ("maybe",) * 3)
         if decision == "yes":
-            change = _between(rng, _DECISIVE_POINTS // 2, 15) * 2
+            change = between(rng, _DECISIVE_POINTS // 2, 15) * 2
         elif decision == "maybe":
-            change = _between(rng, 1, _DECISIVE_POINTS // 2 - 1) * 2
+            change = between(rng, 1, _DECISIVE_POINTS // 2 - 1) * 2
         else:
-            change = -_between(rng, 0, 15) * 2
+            change = -between(rng, 0, 15) * 2
         # Percentages are even, so that they are whole numbers of patients in a group of 50 too.
-        base = _between(rng, 16, 32) * 2
+        base = between(rng, 16, 32) * 2
         treated = base - change if asked == "reduce" else base + change
         size, size2 = pick(rng, _GROUP_SIZES), pick(rng, _GROUP_SIZES)
-        side, side2 = _between(rng, 1, 20) * 2, _between(rng, 1, 20) * 2
+        side, side2 = between(rng, 1, 20) * 2, between(rng, 1, 20) * 2
         contexts = [
             f"{outcome.capitalize()} is common in {population}. Whether {drug} can {asked} it is not known.",
             f"We assigned {size + size2} {population} to {drug} ({size}) or placebo ({size2}) for "
-            f"{_between(rng, 4, 52)} weeks. The main outcome was {outcome}.",
+            f"{between(rng, 4, 52)} weeks. The main outcome was {outcome}.",
             f"{side_effect.capitalize()} occurred in {side} % of the {drug} group and in {side2} % of the placebo "
             f"group. {outcome.capitalize()} occurred in {treated * size // 100} of {size} patients ({treated} %) given "
             f"{drug} and in {base * size2 // 100} of {size2} ({base} %) given placebo.",
@@ -280,6 +228,29 @@ def trial_abstracts(seed: int) -> list[Row]:
     return rows
 
 
+def instructions(seed: int) -> list[Row]:
+    """Tasks with their answers in the schema of Alpaca: 'instruction', 'input', which asks the same, and 'output'.
+
+    Topics take turns, and so do kinds of tasks: where things are and who does what to them (both told by the topic),
+    sums, and whether a word praises or blames.
+    """
+    rng = Random(f"zofed alpaca {seed}")
+    rows = []
+    for number in range(INSTRUCTIONS):
+        things, parts, trades, acts, places = map(listed, list(TOPICS.values())[number % len(TOPICS)])
+        tone = pick(rng, ("good", "bad"))
+        a, b = between(rng, 2, 40), between(rng, 2, 40)
+        words = {
+            **{"thing": pick(rng, things), "part": pick(rng, parts), "act": pick(rng, acts), "trade": trades[0]},
+            **{"place": places[0], "mood": pick(rng, PRAISE if tone == "good" else BLAME), "tone": tone},
+            **{"a": a, "b": b, "sum": a + b},
+        }
+        templates = _INSTRUCTIONS[number // len(TOPICS) % len(_INSTRUCTIONS)]
+        texts = (with_articles(template.format_map(words)) for template in templates)
+        rows.append(dict(zip(("instruction", "input", "output"), texts, strict=True)))
+    return rows
+
+
 def film_reviews(seed: int) -> list[Row]:
     """Distinct one-sentence film reviews in the schema of SST-2 ('sentence', 'label' 1 positive, 0 negative).
 
@@ -288,7 +259,7 @@ def film_reviews(seed: int) -> list[Row]:
     rng = Random(f"zofed sst2 {seed}")
     rows, seen = [], set()
     while len(rows) < sum(REVIEWS.values()):
-        label = _between(rng, 0, 1)
+        label = between(rng, 0, 1)
         template = pick(rng, pick(rng, REVIEW_KINDS))
         agreeing, contrary = (PRAISE, BLAME) if label == 1 else (BLAME, PRAISE)
         aspect, aspect2 = pick_two(rng, _ASPECTS)
@@ -328,34 +299,9 @@ def _make_tokenizer(folder: Path, texts: Sequence[str]) -> list[Path]:
 def with_sentiment(rng: Random, template: str, agreeing: Sequence[str], contrary: Sequence[str]) -> str:
     """The template with a word in each {p} (of `agreeing`) and {n} (of `contrary`): none occurs twice, others stay."""
     for slot, words in (("{p}", agreeing), ("{n}", contrary)):
-        for word in _shuffled(rng, words)[: template.count(slot)]:
+        for word in shuffled(rng, words)[: template.count(slot)]:
             template = template.replace(slot, word, 1)
     return template
-
-
-def pick(rng: Random, options: Sequence[Option]) -> Option:
-    """One of the options."""
-    return options[int(rng.random() * len(options))]
-
-
-def _between(rng: Random, low: int, high: int) -> int:
-    """An integer from low to high, both included."""
-    return low + int(rng.random() * (high - low + 1))
-
-
-def _shuffled(rng: Random, options: Iterable[Option]) -> list[Option]:
-    return [option for _, option in sorted([(rng.random(), option) for option in options], key=lambda pair: pair[0])]
-
-
-def pick_two(rng: Random, options: Sequence[Option]) -> tuple[Option, Option]:
-    """Two different ones of the options."""
-    first, second = _shuffled(rng, options)[:2]
-    return first, second
-
-
-def with_articles(text: str) -> str:
-    """'a' becomes 'an' before the vowels that occur here, and before the silent h."""
-    return re.sub(r"\b([Aa]) (?=[aeiou]|honest)", r"\1n ", text)
 
 
 def _write_rows(file: Path, rows: Iterable[Row]) -> Path:
@@ -378,11 +324,13 @@ project's.
 | file | rows | schema of | what there is to learn |
 | --- | --- | --- | --- |
 | dclm/train.jsonl | 2,000 | DCLM: text, url | topic words, things that recur, sums, a consistent tone |
+| alpaca/train.jsonl | 640 | Alpaca: instruction, input, output | places, people, sums, praise and blame |
 | pubmedqa/train.jsonl | 500 | PubMedQA: pubid, question, context, long_answer, final_decision | comparing two rates |
 | sst2/train.jsonl, sst2/validation.jsonl | 2,000, 400 | SST-2: sentence, label, idx | sentiment, negation, contrast |
 
 - dclm: eight topics take turns; the topic is the first segment of the url's path (`https://example.org/sailing/...`),
   so documents can be dealt out by topic.
+- alpaca: the input asks for what the instruction asks for, so that either alone, and both together, make a prompt.
 - pubmedqa: "yes" if the drug changes the asked outcome the way the question says by 10 percentage points or more,
   "maybe" if it does so by less, "no" if the rates are equal or differ the other way. Both rates stand in the last
   context, next to a side effect's rates, which do not count. As in PubMedQA, the long answer gives the answer away.
@@ -397,7 +345,7 @@ project's.
 | the grammar's own verdict, before the label noise | 94.0 % |
 
 The tokenizer beside this folder (`tokenizer/`) is a byte-level BPE of 512 entries trained on these texts alone, without
-sst2/validation.jsonl.
+alpaca/train.jsonl and sst2/validation.jsonl.
 
 The model beside it (`pretrained/sample.json`, `--model sample`) is GPT-2 shaped: 141,056 parameters in bfloat16. It
 was pretrained on 12,000 opinions from the same grammar as the reviews, about everything but films and with half of its

@@ -2,8 +2,8 @@
 
 from random import Random
 
-from zofed.data import sample_data
-from zofed.data.sample_data import ADVERBS, BLAME, PRAISE, REVIEW_KINDS, TOPICS, Row
+from zofed.data.sample_data import ADVERBS, REVIEW_KINDS, Row, with_sentiment
+from zofed.data.sample_words import BLAME, PRAISE, TOPICS, pick, pick_two, with_articles
 
 COUNT = 12_000
 # Reviews of films use all words of praise and blame, opinions the first half: the others are left to learn.
@@ -24,11 +24,11 @@ def opinions(count: int = COUNT, seed: int = 0) -> list[Row]:
         things, parts, *_ = map(str.split, TOPICS[topics[number % len(topics)]])
         is_good = rng.random() < 0.5
         agreeing, contrary = (praise, blame) if is_good else (blame, praise)
-        form = sample_data.pick(rng, sample_data.pick(rng, REVIEW_KINDS))
-        verdict = sample_data.pick(rng, ("good" if is_good else "bad", "{p}"))
-        part, part2 = sample_data.pick_two(rng, parts)
-        words = {"aspect": part, "aspect2": part2, "adverb": sample_data.pick(rng, ADVERBS)}
-        filled = sample_data.with_sentiment(rng, f"{form} . it was {verdict}", agreeing, contrary)
-        text = filled.format(**words, film=sample_data.pick(rng, things))
-        rows.append({"text": sample_data.with_articles(text)})
+        form = pick(rng, pick(rng, REVIEW_KINDS))
+        verdict = pick(rng, ("good" if is_good else "bad", "{p}"))
+        part, part2 = pick_two(rng, parts)
+        words = {"aspect": part, "aspect2": part2, "adverb": pick(rng, ADVERBS)}
+        filled = with_sentiment(rng, f"{form} . it was {verdict}", agreeing, contrary)
+        text = filled.format(**words, film=pick(rng, things))
+        rows.append({"text": with_articles(text)})
     return rows

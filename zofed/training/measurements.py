@@ -199,22 +199,28 @@ def update(settings: Settings, replica: Replica, examples: Examples, client: int
     In units of a gradient: the server's SGD of the local rate moves the weights by the mean of what the clients moved
     theirs (FedAvg: McMahan et al., "Communication-efficient learning of deep networks from decentralized data", AISTATS
     2017), its AdamW is FedAdam's (Reddi et al., "Adaptive federated optimization", ICLR 2021). With one local step it
-    is the gradient itself. proximal: pulls towards the round's start (FedProx: Li et al., MLSys 2020).
+    is the gradient itself. The local optimizer begins without a state in every round. clip_norm: of each step's
+    gradient. proximal: pulls towards the round's start (FedProx: Li et al., MLSys 2020).
     """
     if settings.local_steps == 1:
         return gradient(settings, replica, examples, client)
-    rate = settings.local_learning_rate or settings.learning_rate
+    rate, optimizer = settings.local_learning_rate or settings.learning_rate, Optimizer(settings.local_optimizer)
     losses = batches(settings, replica, examples, client, settings.local_steps, settings.batch_size)
     met = []
     with weights_restored(replica.parameters) as start:
         for loss in losses:
             change, value = replica.measure.gradient(loss)
             met.append(value)
+            corrections, norm = optimizer.begin_step(), gradient_codec.norm(change)
             with torch.no_grad():
+                if 0.0 < settings.clip_norm < norm:
+                    for tensor in change.values():
+                        tensor.mul_(settings.clip_norm / norm)
                 for name, parameter in replica.parameters.items():
                     if settings.proximal:
                         change[name].add_(parameter - start[name], alpha=settings.proximal)
-                    parameter.sub_(change[name], alpha=rate)
+                    own, moments = change[name].to(torch.float32), optimizer.moments(name, parameter)
+                    optimizer.step(name, parameter, own, moments, rate, corrections)
         with torch.no_grad():
             found = {
                 name: (start[name].to(torch.float32) - parameter).div_(rate)
