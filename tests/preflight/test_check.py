@@ -227,12 +227,15 @@ def test_memory_that_is_not_there_is_told_and_no_step_is_taken(
 
 
 @pytest.mark.slow
-def test_predicted_bytes_of_a_round_are_those_of_a_federation(quick: Callable[..., Settings], tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", [{}, {"participation": 0.5, "local_steps": 2, "quantization_bits": 6}])
+def test_predicted_bytes_of_a_round_are_those_of_a_federation(
+    quick: Callable[..., Settings], tmp_path: Path, way: dict[str, Any]
+) -> None:
     from zofed.federated import client, server
     from zofed.federated.local_grid import LocalGrid
 
-    settings = quick(clients=2, rounds=4, queries=16, out=str(tmp_path / "run"))
-    told = verdicts(quick(clients=2, rounds=4, queries=16))["federation"].told
+    settings = quick(clients=2, rounds=8, queries=16, out=str(tmp_path / "run"), **way)
+    told = verdicts(quick(clients=2, rounds=8, queries=16, **way))["federation"].told
     up, down = [int(word.replace(",", "")) for word in told.split() if word.replace(",", "").isdigit()][:2]
     summary = server.run(LocalGrid(client.app, 2, settings.model_dump(by_alias=True)), settings, "")
     assert "needs 2 nodes" in told

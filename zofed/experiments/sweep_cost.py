@@ -7,6 +7,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.experiments import sweep_process
 from zofed.experiments.sweep import Run, Sweep
+from zofed.federated import protocol
 from zofed.preflight.check import bytes_needed
 from zofed.preflight.footprint import Footprint
 from zofed.preflight.forecast import bytes_of_a_round, duration, free_bytes, pace
@@ -144,12 +145,13 @@ def _cost(settings: Settings) -> Cost | str:
             return found
         task = Task.load(with_absolute_paths(settings))
         examples, replica = task.shard(0, max(1, settings.clients)), task.replica()
-        took = pace(task, replica, examples, settings.mode).total
+        took = pace(task, replica, examples, settings.mode)
     except UserError as error:
         return str(error)
     if not settings.clients:
-        return replace(found, seconds=took)
-    traffic = (
-        sum(bytes_of_a_round(settings, replica)) * settings.clients * settings.rounds if settings.mode == "zo" else 0
-    )
-    return replace(found, seconds=took * settings.clients, traffic=traffic)
+        return replace(found, seconds=took.total)
+    # Clients take their steps one after the other in one process; the server alone evaluates.
+    asked = protocol.asked_each_round(settings, settings.clients)
+    traffic = sum(bytes_of_a_round(settings, replica)) * asked * settings.rounds if settings.mode == "zo" else 0
+    seconds = took.total + (asked - 1) * took.step * took.steps
+    return replace(found, seconds=min(seconds, settings.max_seconds or seconds), traffic=traffic)

@@ -19,7 +19,7 @@ from zofed.core.records import CLIENTS
 from zofed.core.replica import Replica
 from zofed.data.classes import Classes
 from zofed.data.documents import random_order
-from zofed.federated import messages
+from zofed.federated import messages, protocol
 from zofed.federated.places import Places
 from zofed.federated.wire import Greeting, Introduction, Malformed
 from zofed.training.modes import mode_of
@@ -178,8 +178,7 @@ class Members:
 
     def asked_each_round(self, count: int) -> int:
         """How many of `count` clients a round asks."""
-        wanted = self.settings.participation
-        return min(count, round(wanted) if wanted > 1 else max(1, round(wanted * count)))
+        return protocol.asked_each_round(self.settings, count)
 
     def sampled(self, round_: int, among: Collection[int] | None = None) -> list[int]:
         """The clients that a round asks: drawn from (seed, round) among those that are neither away nor paused."""

@@ -137,6 +137,12 @@ def name_of(genesis: Genesis) -> bytes:
     return journal.genesis_chain(genesis)[:NAME_BYTES]
 
 
+def asked_each_round(settings: Settings, count: int) -> int:
+    """How many of `count` clients a round asks."""
+    wanted = settings.participation
+    return min(count, round(wanted) if wanted > 1 else max(1, round(wanted * count)))
+
+
 def integers_asked(settings: Settings, plan: Plan) -> int:
     """How many integers the answer to a plan holds."""
     if plan.task == "coefficients":

@@ -101,13 +101,21 @@ def _timed(replica: Replica, examples: Examples, settings: Settings) -> tuple[fl
 
 
 def bytes_of_a_round(settings: Settings, replica: Replica) -> tuple[int, int]:
-    """(up, down) of each client in a zeroth-order round, as Flower serialises them."""
+    """(up, down) of each client in a zeroth-order round, as Flower serialises them.
+
+    Down travel the records of the rounds that it was not asked for, one of each turn of all clients.
+    """
     from zofed.federated import messages  # Flower takes a while to load
 
-    values = (2**17,) * settings.queries
-    clients = (0,) if settings.direction_seeds == "shared" else tuple(range(max(1, settings.clients)))
-    record = Seeded(replica.round, settings.learning_rate, clients, settings.queries, values * len(clients), -17, 1.0)
-    plan = protocol.plan_for(replica, replica.head, [link(replica.head, record)], client=0)
+    rate, steps = settings.learning_rate, settings.local_steps
+    values = (2 ** (settings.quantization_bits - 1),) * (settings.queries * steps)
+    everybody = max(1, settings.clients)
+    asked = protocol.asked_each_round(settings, everybody)
+    clients = (0,) if settings.direction_seeds == "shared" else tuple(range(asked))
+    integers = values * len(clients)
+    record = Seeded(replica.round, rate, clients, settings.queries, integers, -17, 1.0, local_steps=steps)
+    missed = [link(replica.head, record)] * round(everybody / asked)
+    plan = protocol.plan_for(replica, replica.head, missed, client=0)
     answer = protocol.Answer(plan.genesis, plan.round, 1, 0, b"", plan.probe, "", 1.0, 1, 1, values, -17)
     up, down = (messages.size(messages.pack(content)) for content in (answer, plan))
     return up, down
