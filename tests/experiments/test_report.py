@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from zofed.experiments import comparisons, report
+from zofed.experiments import comparisons, report, report_bytes
 from zofed.experiments.arms import Arm
 from zofed.runs.run_result import Result
 
@@ -148,6 +148,20 @@ def test_a_table_of_pairs_sets_each_arm_against_each_better_one() -> None:
         and rows[1][2].endswith("*")
     )
     assert report._pairs(arms[:2]) is None
+
+
+def test_bytes_of_federations_stand_beside_flowertunes_budget() -> None:
+    def sent(megabytes: float) -> dict[str, Any]:
+        share, up = megabytes / 200_000, megabytes * 2**19
+        each = {"bytes_up_per_client_round": up, "bytes_down_per_client_round": 2 * up, "bytes_beside_rounds": 2**19}
+        return {"summary": {"flowertune_megabytes": megabytes, "flowertune_budget_share": share, **each}}
+
+    arms = [arm("lora", 3.0, 3.1, **sent(40_000.0)), arm("subspace", 3.2, **sent(0.5)), arm("alone", 3.0)]
+    found = report_bytes.table(arms)
+    assert found and [len(row) for row in found[1]] == [len(found[0])] * 2, "a run alone sends nothing"
+    assert found[1][0] == ["subspace", "1", "0", "0.5", "0.5", "0.00025 %", "262,144", "524,288"]
+    assert found[1][1][4:6] == ["40,000", "20 %"]
+    assert report_bytes.table([arm("alone", 3.0), arm("spoilt", 3.0, summary={"flowertune_megabytes": "x"})]) is None
 
 
 @pytest.fixture(scope="module")

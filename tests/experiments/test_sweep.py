@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -247,6 +248,46 @@ def test_a_shipped_experiment_can_be_read_at_both_scales(name: str) -> None:
     assert laptop.about and paper.about == laptop.about and paper.first()[0].settings != laptop.first()[0].settings
     if name != "quick":  # the seeds that are reported, of which a tuning's is none
         assert all(len(found.seeds) - (len(arm.tuned) > 1) >= 3 for found in (laptop, paper) for arm in found.arms)
+
+
+# Of adap/flower, examples/flowertune-llm-*: data, clients, share of them asked each round.
+CHALLENGES = {
+    "nlp": ("alpaca-gpt4", 20, 0.1),
+    "finance": ("fingpt-sentiment", 50, 0.1),
+    "medical": ("medical-flashcards", 20, 0.1),
+    "code": ("code-alpaca", 10, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", CHALLENGES)
+def test_a_flowertune_experiment_has_the_challenges_settings(name: str) -> None:
+    path = sweep_file.find(f"flowertune-{name}")
+    paper, laptop = (sweep_file.read(path, scale).first() for scale in ("paper", "laptop"))
+    for run in paper:
+        own = run.settings
+        assert (own.dataset, own.clients, own.participation) == CHALLENGES[name] and own.partition == "iid"
+        assert (own.rounds, own.batch_size, own.block_size, own.task) == (200, 16, 512, "instruction")
+        assert (own.local_steps if own.mode != "subspace" else own.subspace_interval) == 10
+    lora = paper[0].settings
+    assert (lora.mode, lora.adapter, lora.lora_rank, lora.lora_alpha, lora.lora_targets) == ("fo", "lora", 32, 64, "")
+    assert (lora.local_optimizer, lora.optimizer, lora.momentum, lora.weighting) == ("adamw", "sgd", 0, "examples")
+    assert (lora.learning_rate, lora.min_learning_rate, lora.schedule) == (5e-5, 1e-6, "cosine")
+    assert lora.clip_norm == 1.0 and lora.local_learning_rate == 0.0, "that of the server, which makes it FedAvg"
+    assert {run.settings.clients for run in laptop} == {CHALLENGES[name][1]}
+    assert {run.settings.link_megabits for run in paper + laptop} == {0.001}, "bytes would hang on the machine's speed"
+    assert {(run.settings.dataset, run.settings.template) for run in laptop} == {("sample-alpaca", lora.template)}
+
+
+def test_a_forecast_counts_the_clients_that_are_asked(tmp_path: Path) -> None:
+    def cost(**changes: Any) -> sweep_cost.Cost:
+        text = "[base]\nclients = 8\nrounds = 10\nqueries = 2\nblock-size = 16\nbatch-size = 2\n"
+        settings = sweep(tmp_path, text).first()[0].settings.model_copy(update=changes)
+        found = sweep_cost._cost(settings)
+        assert isinstance(found, sweep_cost.Cost) and found.seconds
+        return found
+
+    every, some = cost(), cost(participation=0.25)
+    assert some.traffic < 0.6 * every.traffic
 
 
 def test_the_file_that_the_docs_show_is_read_at_its_scales(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "fo": ({"mode": "fo", "learning_rate": 0.1}, ()),
     "fo mixed": ({"mode": "fo", "optimizer": "adamw", "learning_rate": 1e-3}, MIXED),
     "fo local steps": ({"mode": "fo", "learning_rate": 0.1, "local_steps": 3, "proximal": 0.1}, ()),
+    "fo local adamw": ({"mode": "fo", "local_optimizer": "adamw", "local_steps": 2, "adapter": "lora"}, ()),
     "calibrate": ({"mode": "calibrate", **BACKPROP, "optimizer": "mudamw"}, ()),
     "calibrate mixed": ({"mode": "calibrate", **BACKPROP}, MIXED),
     "instruct": ({"mode": "instruct", **BACKPROP}, ()),
@@ -592,6 +593,23 @@ def test_a_loss_that_is_withheld_is_told_nowhere(quick: Quick, start: Start, way
     assert {row["loss"] for row in read_table(Path(settings.out) / "clients.csv")} == {""}
     open_ = run(start(quick(**way), name="open"))
     assert open_["digest"] == summary["digest"]
+
+
+@pytest.mark.parametrize("way", [{}, {"mode": "fo", "adapter": "lora"}], ids=["integers", "arrays"])
+def test_megabytes_by_flowertunes_rule_are_those_of_what_stands_for_arrays(
+    quick: Quick, start: Start, way: dict[str, Any]
+) -> None:
+    """Of training messages alone, both ways, of the whole federation, in MB of 2^20 bytes."""
+    grid, settings = start(quick(rounds=3, client_held_out_fraction=0.3, eval_interval=1, **way))
+    summary = run((grid, settings))
+    rows = read_table(Path(settings.out) / "clients.csv")
+    counted = sum(int(row["payload_up"]) + int(row["payload_down"]) for row in rows)
+    assert summary["flowertune_megabytes"] == counted / 2**20
+    assert summary["flowertune_budget_share"] == pytest.approx(counted / 2**20 / 200_000)
+    assert counted < summary["bytes"], "Flower's own are not counted"
+    if way:  # 3 rounds up, and the merged updates of the first 2 down, to 2 clients
+        arrays = 10 * 4 * summary["parameters"]["trainable"]
+        assert arrays <= counted <= arrays + 10 * 1000
 
 
 def test_clients_evaluate_on_their_own_held_out_part(quick: Quick, start: Start) -> None:

@@ -74,7 +74,8 @@ SMALL = {
     "save-interval": "1", "subspace-interval": "1", "subspace-size": "64", "device": "cpu",
 }  # fmt: skip
 AT_MOST = {"local-steps": 2}
-OF_OTHER_PROJECTS = "docs/coming-from.md"  # whose tables have the names of other projects but in the last column
+# Pages whose tables have the names of other projects but in the last column.
+OF_OTHER_PROJECTS = ("docs/coming-from.md", "docs/flowertune.md")
 PRINTED = re.compile(r"^\s*(```+)[^\n]*\n.*?^\s*\1\s*$", re.MULTILINE | re.DOTALL)
 
 
@@ -174,7 +175,7 @@ def spans(page: str) -> list[str]:
 
 def spans_of(page: str, text: str) -> list[str]:
     text = PRINTED.sub("\n\n", text)
-    if page == OF_OTHER_PROJECTS:
+    if page in OF_OTHER_PROJECTS:
         text = "\n\n".join(line.split("|")[-2] for line in text.splitlines() if line.startswith("|"))
     found: list[str] = []
     for paragraph in re.split(r"\n\s*\n|\n(?=\s*[-|*] )|\n(?=\|)", text):

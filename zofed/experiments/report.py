@@ -11,7 +11,7 @@ from typing import Any
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
-from zofed.experiments import comparisons, plot_arms, plot_run, plot_sweep, report_scores
+from zofed.experiments import comparisons, plot_arms, plot_run, plot_sweep, report_bytes, report_scores
 from zofed.experiments.arms import Arm, collect, differing, grouped, incomparable, sweep_of
 from zofed.experiments.html_page import Page, Rows
 from zofed.experiments.sweep_folder import SweepFolder
@@ -45,6 +45,10 @@ def write_report(path: Path, points: int) -> tuple[Path, Path]:
         page.heading("Scores", short=True)
         page.table(*scores, short=True)
         page.sentences([report_scores.TOLD], short=True)
+    if sent := report_bytes.table(arms):
+        page.heading("Bytes of federations", short=True)
+        page.table(*sent, short=True)
+        page.sentences([report_bytes.TOLD], short=True)
     if pairs := _pairs(arms):
         page.heading("Differences between arms")
         page.table(*pairs)

@@ -25,6 +25,8 @@ CLIENTS = (
 )  # fmt: skip
 EVALUATIONS = ("round", "client", "loss", "examples")
 SIZES = ("bytes_up", "bytes_down", "payload_up", "payload_down")  # of a reply
+# What FlowerTune's board allows a run, in its MB of 2^20 bytes: the arrays of all training messages, both ways.
+FLOWERTUNE_BUDGET = 200_000
 
 
 @dataclass
@@ -216,14 +218,21 @@ class Traffic:
         )
 
     def summary(self) -> dict[str, Any]:
-        """Mean bytes of a client and round, those of checks and evaluations, each client's results: for the summary."""
+        """Mean bytes of a client and round, those of checks and evaluations, each client's results: for the summary.
+
+        flowertune_megabytes: by the rule of FlowerTune's board, which counts arrays. Here bytes stand in their place:
+        all of zofed's own count, with the few that tell what a message asks or answers.
+        """
         plans = max(1, self.plans)
+        megabytes = (self.payload_up + self.payload_down) / 2**20
         return {
             "bytes_up_per_client_round": self.up / plans,
             "bytes_down_per_client_round": self.down / plans,
             "payload_up_per_client_round": self.payload_up / plans,
             "payload_down_per_client_round": self.payload_down / plans,
             "bytes_beside_rounds": self.beside,
+            "flowertune_megabytes": megabytes,
+            "flowertune_budget_share": megabytes / FLOWERTUNE_BUDGET,
             "replies": {str(client): dict(+counts) for client, counts in sorted(self.reasons.items())},
         }
 
