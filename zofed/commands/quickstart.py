@@ -35,11 +35,18 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "subspace": (
         "backpropagation in a subspace",
-        {"mode": "subspace", "subspace-interval": 2, "direction-scale": "rms", "learning-rate": 0.03, "rounds": 20},
+        {
+            "mode": "subspace",
+            "subspace-interval": 2,
+            "direction-scale": "rms",
+            "learning-rate": 0.03,
+            "rounds": 20,
+            "baselines": False,  # they are those of the first run
+        },
     ),
     "fo": (
         "backpropagation, whole updates",
-        {"mode": "fo", "local-steps": 2, "learning-rate": 0.003, "rounds": 20},
+        {"mode": "fo", "local-steps": 2, "learning-rate": 0.003, "rounds": 20, "baselines": False},
     ),
 }
 EVALUATIONS = 5
