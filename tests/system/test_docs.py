@@ -317,7 +317,9 @@ def options_there_are() -> set[str]:
     while waiting:
         command = waiting.pop()
         found |= {option for parameter in command.params for option in parameter.opts}
-        waiting += command.commands.values() if isinstance(command, click.Group) else []
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            waiting += filter(None, (command.get_command(context, name) for name in command.list_commands(context)))
     for parser in flower_parsers().values():
         found |= set(parser._option_string_actions)
     return found | {"--help"}

@@ -18,3 +18,7 @@ class DivergenceError(UserError):
 
 class DiskError(UserError):
     """The disk did not take what a run writes; once it does, the run goes on from what stands there whole."""
+
+
+class Interrupted(Exception):  # noqa: N818, not an error
+    """Ctrl-C or SIGTERM ended a command; the text says how to go on."""

@@ -38,10 +38,6 @@ def figure(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.3e}"
 
 
-class Interrupted(Exception):  # noqa: N818, not an error
-    """Ctrl-C or SIGTERM ended a command; the text says how to go on."""
-
-
 class Reporter:
     """Shows rows of a run's metrics: a bar on a terminal, else one plain line for every evaluation."""
 

@@ -12,16 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from zofed.base import shell
-from zofed.base.errors import UserError
+from zofed.base.errors import Interrupted, UserError
 from zofed.base.files import write_whole
-from zofed.commands.console import Interrupted, brief, console
+from zofed.commands.console import brief, console
 from zofed.data import catalog, subsets
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+data_app = typer.Typer(no_args_is_help=True, help=__doc__)
 SOURCES_SHOWN = 16  # of a data set whose rows may each have a page as their source
 
 Name = Annotated[str, typer.Argument(help="a name of zofed data list, or the path of a local file or folder")]
 Force = Annotated[bool, typer.Option("--force", help="replace what lies there, once the new subset is whole")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.add_typer(data_app, name="data")
+    app.command("make-data")(make_data)
 
 
 @contextmanager
@@ -33,7 +39,7 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total or None)
 
 
-@app.command("list")
+@data_app.command("list")
 def list_datasets() -> None:
     """Every data set by name, how much of it there is and how much of it lies here."""
     table = Table("name", "rows", "here", "what", box=None, pad_edge=False)
@@ -45,7 +51,7 @@ def list_datasets() -> None:
     console.print(f"data root: {catalog.data_root()} (ZOFED_DATA names another)")
 
 
-@app.command()
+@data_app.command()
 def show(name: Annotated[str, typer.Argument(help="a name of zofed data list")]) -> None:
     """Where a data set comes from, its columns, and what lies here of it."""
     folder = subsets.find(name)
@@ -72,7 +78,7 @@ def show(name: Annotated[str, typer.Argument(help="a name of zofed data list")])
             console.print(f"  {key:14}{value}")
 
 
-@app.command()
+@data_app.command()
 def download(
     name: Annotated[str, typer.Argument(help="a name of zofed data list")],
     max_samples: Annotated[
@@ -109,7 +115,7 @@ def download(
     console.print(f"next: {shell.command('zofed', 'train', '--dataset', name)}", markup=False)
 
 
-@app.command()
+@data_app.command()
 def merge(
     names: Annotated[list[str], typer.Argument(help="data sets to merge: names or paths")],
     out: Annotated[
@@ -131,7 +137,7 @@ def merge(
     )
 
 
-@app.command()
+@data_app.command()
 def stats(
     name: Name,
     tokenizer: Annotated[str, typer.Option(help="shipped, gpt2 or a folder: what counts the tokens")] = "shipped",
@@ -163,7 +169,7 @@ def stats(
         console.print(f"{'no label' if label is None else f'label {label}'}: {count:,} ({count / len(loaded):.1%})")
 
 
-@app.command()
+@data_app.command()
 def distribution(
     name: Name,
     chunks: Annotated[int, typer.Option(min=0, help="consecutive parts to compare; 0: 10, or what the data allow")] = 0,
@@ -188,7 +194,7 @@ def distribution(
         raise typer.Exit(1)
 
 
-@app.command("partition")
+@data_app.command("partition")
 def show_partition(
     name: Name,
     clients: Annotated[int, typer.Option(min=1, help="clients to deal to")],
@@ -233,3 +239,11 @@ def show_partition(
     except OSError as error:
         raise UserError(f"{str(out)!r} cannot be written ({error.strerror}): choose another --out") from error
     console.print(f"{out / 'partition.csv'}, {picture}")
+
+
+def make_data(out: Annotated[Path, typer.Argument(help="folder that gets tokenizer/ and datasets_subset/")]) -> None:
+    """Generate the tokenizer and the data that ship with zofed, the same bytes every time."""
+    from zofed.data.sample_data import make_shipped_files
+
+    for path in make_shipped_files(out):
+        console.print(str(path))

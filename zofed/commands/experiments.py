@@ -12,10 +12,9 @@ from rich.table import Table
 
 from zofed import config
 from zofed.base import shell
-from zofed.base.errors import UserError
-from zofed.commands.console import Interrupted, console
+from zofed.base.errors import Interrupted, UserError
+from zofed.commands.console import console
 from zofed.commands.options import SettingsCommand, with_settings
-from zofed.runs import run_result
 
 if TYPE_CHECKING:
     from zofed.experiments.sweep_runner import Board, Runner
@@ -166,6 +165,7 @@ def report(
 def plot_quick(run: RunPath, out: Out = None) -> None:
     """One run: losses, rate, spread of the slopes."""
     from zofed.experiments import plot_run
+    from zofed.runs import run_result
 
     console.print(f"wrote {plot_run.quick(run_result.read(run), _png(out, run, 'quick'))}", markup=False)
 
@@ -247,6 +247,7 @@ def plot_fo_vs_zo(folder: Folder, out: Out = None) -> None:
 def plot_federated(run: RunPath, out: Out = None) -> None:
     """One federated run: who took part, what was refused, bytes, each client's loss."""
     from zofed.experiments import plot_run
+    from zofed.runs import run_result
 
     console.print(f"wrote {plot_run.federated(run_result.read(run), _png(out, run, 'federated'))}", markup=False)
 

@@ -10,10 +10,15 @@ from zofed.base.errors import UserError
 from zofed.commands.console import console
 from zofed.runs.run_folder import RunFolder
 
-app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
+journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
 
 
-@app.command("show")
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.add_typer(journal_app, name="journal")
+
+
+@journal_app.command("show")
 def journal_show(
     folder: Annotated[Path, typer.Argument(help="folder of a run")],
     last: Annotated[int, typer.Option(min=0, help="show only this many of the newest records; 0: all")] = 20,
@@ -37,7 +42,7 @@ def journal_show(
     console.print(f"{len(contents.entries)} records, {contents.end} bytes, head {contents.head.hex()}")
 
 
-@app.command("verify")
+@journal_app.command("verify")
 def journal_verify(folder: Annotated[Path, typer.Argument(help="folder of a run")]) -> None:
     """Check every checksum, the chain, and that the journal is the one the run's summary names."""
     from zofed.core import journal
@@ -58,7 +63,7 @@ def journal_verify(folder: Annotated[Path, typer.Argument(help="folder of a run"
     console.print(f"{len(contents.entries)} records whole, chain unbroken, head {contents.head.hex()}: {told}")
 
 
-@app.command("replay")
+@journal_app.command("replay")
 def journal_replay(
     folder: Annotated[Path, typer.Argument(help="folder of a run")],
     base: Annotated[str, typer.Option(help="where the saved model the run began with lies now")] = "",

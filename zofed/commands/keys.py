@@ -9,14 +9,19 @@ from rich.table import Table
 from zofed.base import shell
 from zofed.commands.console import console
 
-app = typer.Typer(no_args_is_help=True, help=__doc__)
+keys_app = typer.Typer(no_args_is_help=True, help=__doc__)
 
 Keys = Annotated[Path, typer.Option("--keys", help="folder of the server's keys")]
 # The limits are those of the CA, the defaults of `certificates`, which takes a while to load: --help need not wait.
 Days = Annotated[int, typer.Option(min=1, max=3650, help="days the server certificate lasts")]
 
 
-@app.command()
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.add_typer(keys_app, name="keys")
+
+
+@keys_app.command()
 def init(
     hosts: Annotated[list[str], typer.Argument(help="DNS names and addresses by which nodes reach the server")],
     out: Annotated[Path, typer.Option(help="folder to make; nothing is ever overwritten")] = Path("keys"),
@@ -49,7 +54,7 @@ def init(
     console.print(f"next: {shell.command('zofed', 'superlink', '--keys', out)}", markup=False)
 
 
-@app.command("node")
+@keys_app.command("node")
 def make_node(
     name: Annotated[str, typer.Argument(help="name of the node: letters, digits, '-', '_', '.'")],
     out: Annotated[Path, typer.Option(help="folder for NAME.key and NAME.pub")] = Path(),
@@ -63,7 +68,7 @@ def make_node(
     console.print(f"next: copy {name}.pub to the server's keys/enrolled/, and the server's keys/ca.crt to this machine")
 
 
-@app.command()
+@keys_app.command()
 def renew(
     hosts: Annotated[
         list[str] | None, typer.Argument(help="DNS names and addresses; none: those of the present certificate")
@@ -81,7 +86,7 @@ def renew(
     console.print("next: restart the SuperLink, and reload the proxy if there is one")
 
 
-@app.command()
+@keys_app.command()
 def show(folder: Keys = Path("keys")) -> None:
     """Show how long the certificates last, what they are for, and which nodes are enrolled."""
     from zofed.deployment import certificates, key_files

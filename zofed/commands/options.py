@@ -94,6 +94,7 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
                     f"--{key}",
                     metavar=_metavar(field.annotation),
                     help=f"{field.description}{_default(field.default)}",
+                    autocompletion=_completion(field.annotation),
                 ),
             ],
         )
@@ -110,6 +111,12 @@ def _metavar(annotation: Any) -> str:
     if annotation is bool:
         return "true|false"
     return "|".join(get_args(annotation)) or {int: "INTEGER", float: "NUMBER"}.get(annotation, "TEXT")
+
+
+def _completion(annotation: Any) -> Callable[[str], list[str]]:
+    """What a shell offers after an option: its choices, where it has some."""
+    choices = ("true", "false") if annotation is bool else get_args(annotation)
+    return lambda incomplete: [choice for choice in choices if choice.startswith(incomplete)]
 
 
 def _default(value: Any) -> str:

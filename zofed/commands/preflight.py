@@ -35,17 +35,22 @@ def list_models(
         float | None, typer.Option(help="GiB of a GPU: the largest models of --family whose step fits")
     ] = None,
     family: Annotated[str, typer.Option(help="llama (default), qwen2.5, opt or gpt2; with --fits")] = "",
+    memory: Annotated[
+        bool, typer.Option("--memory", help="of every named size; seconds each. With any setting given it is told too")
+    ] = False,
     *,
     options: dict[str, str],
 ) -> None:
     """The named sizes, or the one given with --model: parameters by scope, and memory of a step by mode.
 
-    All settings count: --batch-size 8 --block-size 128 --optimizer adamw tells what such a run takes.
+    Memory is predicted with --memory, or where settings are given, all of which count: --batch-size 8 --block-size 128
+    --optimizer adamw tells what such a run takes.
     """
     if context.invoked_subcommand is not None:
         asked = [*options, *(["fits"] if fits is not None else []), *(["family"] if family else [])]
+        asked += ["memory"] if memory else []
         if asked:
-            raise UserError(f"--{asked[0]} stands before {context.invoked_subcommand}: put it behind")
+            raise UserError(f"--{asked[0]} is no option of zofed models {context.invoked_subcommand}: leave it out")
         return
     if fits is not None:
         _tell_fits(fits, family or "llama", options)
@@ -62,30 +67,38 @@ def list_models(
     prepare_process(1)
     settings = settings_from(None, options)
     names = [settings.model] if "model" in options else list(sources.SIZES)
-    parameters = Table("model", "positions", *model_info.SCOPES, box=None, pad_edge=False)
-    memory = Table("model", "weights", *MODES, box=None, pad_edge=False)
+    infos = []
     for name in names:
-        chosen = settings.model_copy(update={"model": name})
-        found = model_info.info(with_absolute_paths(chosen), tuple(MODES))
+        chosen = with_absolute_paths(settings.model_copy(update={"model": name}))
+        infos.append((name, chosen, model_info.info(chosen, ())))
+    parameters = Table("model", "positions", *model_info.SCOPES, box=None, pad_edge=False)
+    for name, _, found in infos:
         counts = (f"{found.by_scope[scope]:,}" if scope in found.by_scope else "-" for scope in model_info.SCOPES)
         parameters.add_row(name, str(found.positions or "-"), *counts)
-        if found.memory:
-            peaks = [found.memory[mode].peak for mode in MODES]
-            weights = found.memory[next(iter(MODES))].weights
-            memory.add_row(name, *(f"{size / 2**20:,.0f}" for size in (weights, *peaks)))
-        else:
-            console.print(f"memory cannot be predicted for {name}: {found.unpredictable}", markup=False, soft_wrap=True)
-        if name == settings.model and "model" in options:
+        if "model" in options:
             console.print(f"{found.architecture}, vocabulary {found.vocabulary}, tokenizer {found.tokenizer}")
             if found.revision:
                 console.print(f"commit {found.revision}")
     console.print("parameters that train, by scope")
     console.print(parameters)
-    how = f"{settings.batch_size}x{settings.block_size} tokens, {settings.optimizer}, scope {settings.scope}"
-    console.print(f"\npredicted peak of a step in MiB, by mode ({how})")
-    console.print(memory)
     if "model" not in options and (cached := hub.cached()):
         console.print(f"\nin the hub's cache: {', '.join(cached)}")
+    if not (memory or options):
+        console.print("\nmemory of a step, by mode: zofed models --memory, or with a run's settings, as --batch-size 8")
+        return
+    table = Table("model", "weights", *MODES, box=None, pad_edge=False)
+    for name, chosen, _ in infos:
+        with console.status(f"predicting {name} ..."):
+            found = model_info.info(chosen, tuple(MODES))
+        if found.memory:
+            peaks = [found.memory[mode].peak for mode in MODES]
+            weights = found.memory[next(iter(MODES))].weights
+            table.add_row(name, *(f"{size / 2**20:,.0f}" for size in (weights, *peaks)))
+        else:
+            console.print(f"memory cannot be predicted for {name}: {found.unpredictable}", markup=False, soft_wrap=True)
+    how = f"{settings.batch_size}x{settings.block_size} tokens, {settings.optimizer}, scope {settings.scope}"
+    console.print(f"\npredicted peak of a step in MiB, by mode ({how})")
+    console.print(table)
 
 
 def _tell_fits(gigabytes: float, family: str, options: dict[str, str]) -> None:

@@ -19,12 +19,17 @@ from zofed.config import task_files
 if TYPE_CHECKING:
     from zofed.preflight.task_row import TaskRow
 
-app = typer.Typer(help=__doc__)
+tasks_app = typer.Typer(help=__doc__)
 
 TRAINED = "green"
 
 
-@app.callback(invoke_without_command=True)
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.add_typer(tasks_app, name="tasks")
+
+
+@tasks_app.callback(invoke_without_command=True)
 def list_tasks(context: typer.Context) -> None:
     """Tasks by name: what they tune a model for, and a row of each as the model meets it."""
     if context.invoked_subcommand:
@@ -44,7 +49,7 @@ def list_tasks(context: typer.Context) -> None:
     )
 
 
-@app.command()
+@tasks_app.command()
 def show(
     name: Annotated[str, typer.Argument(help="a name of zofed tasks, or the path of a task file that ends in .toml")],
     model: Annotated[str, typer.Option(help="whose tokens are shown: a folder, or OWNER/NAME of the hub")] = "tiny",

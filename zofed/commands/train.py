@@ -10,8 +10,8 @@ from rich.text import Text
 
 from zofed import config
 from zofed.base import torchrun
-from zofed.base.errors import UserError
-from zofed.commands.console import Interrupted, Reporter, brief, console, figure, how_to_go_on, tell_end, with_out
+from zofed.base.errors import Interrupted, UserError
+from zofed.commands.console import Reporter, brief, console, figure, how_to_go_on, tell_end, with_out
 from zofed.commands.options import (
     CentralCommand,
     FederatedCommand,

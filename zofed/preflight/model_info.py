@@ -59,8 +59,9 @@ def list_available_models() -> list[str]:
 def get_model_info(name: str, *, modes: tuple[str, ...] = tuple(MODES), **settings: Any) -> ModelInfo:
     """What a model holds and takes; no weights are read.
 
-    name: a size, a folder or a hub id. modes: those whose memory is wanted. settings: of the run, as of `zofed train`
-    with underscores (`batch_size=8`). Raises UserError for a model or settings that cannot be used.
+    name: a size, a folder or a hub id. modes: those whose memory is wanted, which takes seconds for a large model.
+    settings: of the run, as of `zofed train` with underscores (`batch_size=8`). Raises UserError for a model or
+    settings that cannot be used.
     """
     return info(_settings(name, settings), modes)
 
@@ -99,7 +100,7 @@ def info(settings: Settings, modes: tuple[str, ...], labels: int = CLASSES) -> M
         quantised.quantise(outline, settings.quantisation, frozenset(names), torch.device("meta"))
     memory, unpredictable = {}, ""
     try:
-        memory = footprint.footprints(outline, settings, trainable, matrices, modes)
+        memory = footprint.footprints(outline, settings, trainable, matrices, modes) if modes else {}
     except perturbed.Unseen as error:
         unpredictable = str(error)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # a pass that asks for a number

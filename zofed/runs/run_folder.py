@@ -1,6 +1,6 @@
 """A run's folder: settings, journal, metrics, checkpoints, summary, model; the same whichever way it ran.
 
-What needs torch is imported where it is used: commands look into folders, and tell their help, long before.
+What needs torch or numpy is imported where it is used: commands look into folders, and tell their help, long before.
 """
 
 import json
@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError, safe_open
 
 from zofed import __version__, config
 from zofed.base import arithmetic, shell
@@ -156,6 +154,8 @@ class RunFolder:
 
     def has_model(self) -> bool:
         """Whether the trained model lies here, whole as far as its headers tell."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             for path in (found := list(self.model.glob("*.safetensors"))):
                 with safe_open(path, "pt"):
