@@ -12,6 +12,7 @@ import typer
 
 import zofed
 from zofed.commands import cli, groups
+from zofed.config import SETTINGS, names
 
 Zofed = Callable[..., tuple[int, str, str]]
 HEAVY = {"torch", "transformers", "flwr", "numpy", "matplotlib", "datasets", "safetensors", "grpc"}
@@ -80,9 +81,56 @@ def test_the_lines_of_help_are_the_first_of_each_command() -> None:
     assert [name for name in group.commands if name not in groups.COMMANDS] == ["version"]
 
 
-def test_an_unknown_command_is_told_what_was_meant(zofed_command: Zofed) -> None:
-    status, _, errors = zofed_command("simulte")
-    assert (status, errors) == (2, "zofed: unknown command 'simulte': did you mean 'simulate'?\n")
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("simulte", "unknown command 'simulte': did you mean 'simulate'?"),
+        ("finetune", "unknown command 'finetune': did you mean zofed train?"),
+        ("xyz", "unknown command 'xyz': zofed --help lists those there are"),
+        ("data downlod", "unknown command 'downlod': did you mean 'download'?"),
+        ("models tiny", "unknown command 'tiny': zofed models --help lists those there are"),
+    ],
+)
+def test_an_unknown_command_is_told_what_was_meant(zofed_command: Zofed, line: str, told: str) -> None:
+    assert zofed_command(*line.split()) == (2, "", f"zofed: {told}\n")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("train --lr", "did you mean '--learning-rate'?"),
+        ("train --batch_size", "did you mean '--batch-size'?"),
+        ("train --LearningRate", "did you mean '--learning-rate'?"),
+        ("train --per_device_train_batch_size", "did you mean '--batch-size'?"),
+        ("train --num-epochs", "did you mean '--epochs'?"),
+        ("train --epoch", "did you mean '--epochs'?"),
+        ("train --output-dir", "did you mean '--out'?"),
+        ("train --lora-r", "did you mean '--lora-rank'?"),
+        ("train --zo_eps", "did you mean '--epsilon'?"),
+        ("simulate --num-clients", "did you mean '--clients'?"),
+        ("train --learnng-rate", "did you mean '--learning-rate'?"),
+        ("train --resum", "did you mean '--resume'?"),
+        ("train --json", "a run's folder has its figures for programs: summary.json, metrics.csv, ..."),
+        ("train --version", "zofed --version tells it"),
+        ("train --bf16", "dtype = bfloat16 is the type of 16 bits that there is"),
+        ("train --wxyz", "zofed train --help lists those there are"),
+        ("eval --resume", "zofed eval --help lists those there are"),  # another command's option
+        ("report --lr", "zofed report --help lists those there are"),
+    ],
+)
+def test_an_unknown_option_is_told_what_was_meant_and_nothing_rather_than_a_guess(
+    zofed_command: Zofed, line: str, told: str
+) -> None:
+    option = line.split()[1]
+    assert zofed_command(*line.split()) == (2, "", f"zofed: unknown option '{option}': {told}\n")
+
+
+def test_every_name_of_another_project_stands_for_one_of_ours_and_is_none_itself() -> None:
+    assert set(names.ELSEWHERE.values()) <= set(SETTINGS)
+    assert not (set(names.ELSEWHERE) | set(names.WITHOUT)) & set(SETTINGS)
+    assert not set(names.ELSEWHERE) & set(names.WITHOUT)
+    count = sum(len(theirs.split()) for theirs in (*names._ELSEWHERE.values(), *names._WITHOUT))
+    assert count == len(names.ELSEWHERE) + len(names.WITHOUT)  # none stands twice
 
 
 @pytest.mark.parametrize("arguments", [["--memory", "download", "a/b"], ["--fits", "8", "download", "a/b"]])

@@ -188,7 +188,7 @@ def test_a_former_name_is_answered_with_the_present_one(
     with pytest.raises(UserError, match=rf"^setting '{old}' is now called '{new}': write {new} instead$"):
         settings_from(file, {}, CENTRAL)
     status, _, errors = zofed_command("train", f"--{old}", "1", "--out", tmp_path / "run")
-    assert (status, errors) == (2, f"zofed: --{old} is now called --{new}\n")
+    assert (status, errors) == (2, f"zofed: option '--{old}' is now called '--{new}': write --{new} instead\n")
     assert old not in SETTINGS and not (tmp_path / "run").exists()
 
 

@@ -15,9 +15,10 @@ from zofed.base import shell
 from zofed.base.errors import Interrupted, UserError
 from zofed.base.files import write_whole
 from zofed.commands.console import brief, console
+from zofed.commands.groups import CommandGroup
 from zofed.data import catalog, subsets
 
-data_app = typer.Typer(no_args_is_help=True, help=__doc__)
+data_app = typer.Typer(cls=CommandGroup, no_args_is_help=True, help=__doc__)
 SOURCES_SHOWN = 16  # of a data set whose rows may each have a page as their source
 
 Name = Annotated[str, typer.Argument(help="a name of zofed data list, or the path of a local file or folder")]

@@ -14,13 +14,16 @@ from zofed import config
 from zofed.base import shell
 from zofed.base.errors import Interrupted, UserError
 from zofed.commands.console import console
+from zofed.commands.groups import CommandGroup
 from zofed.commands.options import SettingsCommand, with_settings
 
 if TYPE_CHECKING:
     from zofed.experiments.sweep_runner import Board, Runner
 
 
-plot_app = typer.Typer(no_args_is_help=True, help="Pictures of runs and sweeps, read back from their folders.")
+plot_app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="Pictures of runs and sweeps, read back from their folders."
+)
 
 Out = Annotated[Path | None, typer.Option(help="PNG file to write; empty: beside what is drawn")]
 Folder = Annotated[Path, typer.Argument(help="folder of a sweep, or one that holds folders of runs")]

@@ -99,7 +99,21 @@ GROUPS = {
 COMMANDS = {name: found for group in GROUPS.values() for name, found in group.items()}
 
 
-class Grouped(typer.core.TyperGroup):
+class CommandGroup(typer.core.TyperGroup):
+    """Commands of which an unknown one is told what was meant, once."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's. Raises UserError, with what was meant or where all are listed, for a name that is none."""
+        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
+            from zofed.commands import mistakes
+
+            raise mistakes.unknown_command(args[0], self.list_commands(ctx), ctx)
+        return super().resolve_command(ctx, args)
+
+
+class Grouped(CommandGroup):
     """The commands under their headings, each imported when it is asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -114,16 +128,6 @@ class Grouped(typer.core.TyperGroup):
             module.register(app)
             self.commands.update(typer.main.get_group(app).commands)
         return self.commands.get(cmd_name)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's. Raises UserError, with what was meant or what there is, for a name that is none."""
-        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None and not ctx.resilient_parsing:
-            from zofed.commands import mistakes
-
-            raise mistakes.unknown_command(args[0], self.list_commands(ctx))
-        return super().resolve_command(ctx, args)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Commands by their names and lines of help alone, and options."""

@@ -8,9 +8,10 @@ from rich.table import Table
 
 from zofed.base.errors import UserError
 from zofed.commands.console import console
+from zofed.commands.groups import CommandGroup
 from zofed.runs.run_folder import RunFolder
 
-journal_app = typer.Typer(no_args_is_help=True, help="Read, check and replay the journal of a run.")
+journal_app = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Read, check and replay the journal of a run.")
 
 
 def register(app: typer.Typer) -> None:

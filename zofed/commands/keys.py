@@ -8,8 +8,9 @@ from rich.table import Table
 
 from zofed.base import shell
 from zofed.commands.console import console
+from zofed.commands.groups import CommandGroup
 
-keys_app = typer.Typer(no_args_is_help=True, help=__doc__)
+keys_app = typer.Typer(cls=CommandGroup, no_args_is_help=True, help=__doc__)
 
 Keys = Annotated[Path, typer.Option("--keys", help="folder of the server's keys")]
 # The limits are those of the CA, the defaults of `certificates`, which takes a while to load: --help need not wait.

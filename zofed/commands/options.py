@@ -15,6 +15,7 @@ import typer.core
 
 from zofed import config
 from zofed.base.errors import UserError
+from zofed.commands.groups import CommandGroup
 from zofed.config import SETTINGS, Settings
 from zofed.runs.run_folder import RunFolder
 
@@ -66,7 +67,7 @@ class FederatedCommand(SettingsCommand):
     run = config.FEDERATED
 
 
-class SettingsGroup(_Help, typer.core.TyperGroup):
+class SettingsGroup(_Help, CommandGroup):
     """A group of commands that takes every setting."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

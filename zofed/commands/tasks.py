@@ -14,12 +14,13 @@ from zofed import config
 from zofed.base import shell
 from zofed.base.texts import printable
 from zofed.commands.console import console
+from zofed.commands.groups import CommandGroup
 from zofed.config import task_files
 
 if TYPE_CHECKING:
     from zofed.preflight.task_row import TaskRow
 
-tasks_app = typer.Typer(help=__doc__)
+tasks_app = typer.Typer(cls=CommandGroup, help=__doc__)
 
 TRAINED = "green"
 

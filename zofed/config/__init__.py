@@ -1,16 +1,14 @@
 """Every setting: its section, type, limits and default, what it is and when it acts."""
 
 from zofed.config.fields import CENTRAL, FEDERATED, Unlike, acts_in, kebab, traits
+from zofed.config.names import LONGEST_SHOWN, RENAMED, unknown, unknown_of_many
 from zofed.config.settings import (
-    LONGEST_SHOWN,
-    RENAMED,
     SECTIONS,
     SETTINGS,
     TEXT_OBJECTIVES,
     Settings,
     changed,
     pinned,
-    unknown,
     unknown_setting,
     with_present_names,
     without_effect,
@@ -23,5 +21,5 @@ __all__ = [
     "CENTRAL", "FEDERATED", "LONGEST_SHOWN", "RENAMED", "SECTIONS", "SETTINGS", "TEXT_OBJECTIVES", "WITH_BACKPROP",
     "ZEROTH_ORDER", "Settings", "Unlike", "absolute", "absolute_task", "acts_in", "changed", "documented_toml",
     "given", "kebab", "over", "pinned", "read_own_toml", "read_toml", "resolve", "summary", "to_toml", "traits",
-    "unknown", "unknown_setting", "with_present_names", "without_effect",
+    "unknown", "unknown_of_many", "unknown_setting", "with_present_names", "without_effect",
 ]  # fmt: skip

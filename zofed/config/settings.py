@@ -1,6 +1,5 @@
 """Every setting in one schema, for the command line, TOML files and Flower; and what is wrong with some values."""
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -12,6 +11,7 @@ from pydantic.fields import FieldInfo
 from zofed.base.errors import UserError
 from zofed.config.federation_sections import Aggregation, Federation, Machine, Output
 from zofed.config.fields import CENTRAL, FEDERATED, Condition, Section, Unlike, kebab, traits
+from zofed.config.names import LONGEST_SHOWN, RENAMED, unknown, unknown_of_many
 from zofed.config.task_section import Task
 from zofed.config.training_sections import (
     Backpropagation,
@@ -25,7 +25,6 @@ from zofed.config.training_sections import (
 )
 from zofed.core import kinds
 
-LONGEST_SHOWN = 200  # characters of a wrong value in its message
 TEXT_OBJECTIVES = ("exact-match", "token-f1", "rouge-l")  # of the answers that a model generates
 OBJECTIVES = ("loss", "accuracy", "f1", *TEXT_OBJECTIVES)
 # By name, in the order in which a person meets them.
@@ -70,29 +69,6 @@ class Settings(
 
 
 SETTINGS: dict[str, FieldInfo] = {kebab(name): field for name, field in Settings.model_fields.items()}
-# Former names of settings, of which a person is told the present one, and in which older runs wrote theirs down.
-RENAMED = {
-    "blend": "instruct-blend",
-    "client-held-out": "client-held-out-fraction",
-    "coefficient-bits": "quantization-bits",
-    "copies-per-pass": "perturbations-per-pass",
-    "digest-interval": "weight-check-interval",
-    "direction-sizes": "direction-scale",
-    "estimator": "finite-difference",
-    "example-cap": "max-examples",
-    "guide-rank": "gradient-rank",
-    "guide-source": "gradient-source",
-    "guide-step": "instruct-step",
-    "held-out": "held-out-fraction",
-    "largest-update": "max-update-norm",
-    "merge": "aggregation",
-    "normalise": "normalize-slopes",
-    "seeds": "direction-seeds",
-    "split-dataset-for-bp-zo": "bp-data-fraction",
-    "zo-clients": "forward-only-clients",
-    "zo-data": "query-batches",
-    "zo-query-batch-size": "query-batch-size",
-}
 
 
 def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,19 +210,8 @@ def _explain(problem: Any) -> str:
 
 
 def unknown_setting(key: str) -> str:
-    """The sentence for a key that is no setting: its present name, what was meant, or what there is."""
-    if key in RENAMED:
-        return f"setting {key!r} is now called {RENAMED[key]!r}: write {RENAMED[key]} instead"
-    return unknown(key, list(SETTINGS), "setting")
-
-
-def unknown(name: str, known: list[str], what: str) -> str:
-    """The sentence for a name that does not exist: what was meant, or what there is."""
-    if len(name) > LONGEST_SHOWN:
-        return f"unknown {what} {name[:LONGEST_SHOWN]!r}...: {len(name)} characters are too long, give a shorter name"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    meant = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(known)}"
-    return f"unknown {what} {name!r}: {meant}"
+    """The sentence for a key that is no setting: its present name, what was meant, or where all of them are listed."""
+    return unknown_of_many(key, SETTINGS, "setting", "zofed settings lists all")
 
 
 def pinned(settings: Settings) -> dict[str, Any]:
