@@ -147,6 +147,27 @@ def test_a_run_needs_a_superlink_that_flower_knows(tmp_path: Path, monkeypatch: 
         connections.run_on("lab", {})
 
 
+def test_a_run_without_a_superlink_names_the_address_and_the_command_that_starts_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path))
+    monkeypatch.setattr(flower_commands, "stream", lambda *_: pytest.fail("was submitted"))
+    port = flower_commands.free_port()
+    entry = f'address = "127.0.0.1:{port}"'
+    (tmp_path / "config.toml").write_text(
+        f'[superlink.trial]\n{entry}\ninsecure = true\n[superlink.lab]\n{entry}\nroot-certificates = "/k/ca.crt"\n'
+        '[superlink.far]\naddress = "no-such-host.invalid:8000"\n'
+    )
+    for name, options in (("trial", "--insecure"), ("lab", "--keys /k")):
+        told = (
+            rf"^nothing answers at 127.0.0.1:{port}, where .*config.toml has {name} \(Connection refused\): start it "
+        )
+        with pytest.raises(UserError, match=rf"{told}with zofed superlink --name {name} --port {port} {options}$"):
+            connections.run_on(name, {})
+    with pytest.raises(UserError, match=r"^nothing answers at no-such-host.invalid:8000, .*On that machine it starts "):
+        connections.run_on("far", {})
+
+
 # ---- enrolment -----------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The pure parts of the launcher, and its clean-up on ordinary processes; the real `flwr run` is a slow test."""
 
+import functools
 import json
 import os
 import shutil
@@ -151,6 +152,22 @@ def test_quickstart_trusts_neither_the_verdict_nor_the_summary_alone(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3  # one line for each that did not end well
     assert "finished:failed" in lines[1]
+
+
+def test_what_flower_says_in_a_box_is_told_whole() -> None:
+    box = [
+        "Using SuperLink: lab\n",
+        "╭─ Error ───────────────────────────────╮\n",
+        "│ Connection to the SuperLink is        │\n",
+        "│ unavailable. Check your network       │\n",
+        "│ connection.                           │\n",
+        "╰───────────────────────────────────────╯\n",
+    ]
+    said = functools.reduce(flower_commands.said_last, box, "no output")
+    told = "Connection to the SuperLink is unavailable. Check your network connection."
+    assert said.removeprefix(flower_commands.BOX).strip() == told
+    assert flower_commands.said_last(said, "one more line\n") == "one more line"
+    assert flower_commands.said_last("before", "\n") == "before"
 
 
 def test_a_folder_without_an_app_is_named(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The command line: `zofed --help` lists the commands."""
 
 import os
-import signal
 import sys
 import warnings
 from contextlib import suppress
@@ -12,14 +11,14 @@ import typer
 import typer.core
 
 from zofed import __version__
-from zofed.base import proxies, streams, torchrun
+from zofed.base import interruption, proxies, streams, torchrun
 from zofed.base.errors import Interrupted, UserError
 from zofed.commands.groups import Grouped
 
 HELP = "Tune language models by forward passes alone, by backpropagation or by both: alone or in a federation."
 
 typer.core.HAS_RICH = False  # else plain help shows what hides brackets from rich: a backslash before each
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, cls=Grouped, help=HELP)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, cls=Grouped, help=HELP, pretty_exceptions_enable=False)
 
 
 def _tell_version(asked: bool) -> None:
@@ -48,7 +47,7 @@ def main() -> None:
     streams.prepare()
     warnings.showwarning = lambda message, *_: print(f"zofed: warning: {message}", file=sys.stderr)
     os.environ.update(proxies.exempt(os.environ))  # before httpx or a process of Flower's reads them
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a supervisor's stop ends a run as Ctrl-C does
+    interruption.listen()
     try:
         if torchrun.place().world > 1 and sys.argv[1:2] != ["train"]:
             raise UserError("torchrun starts a command once in every process: of zofed's it takes train alone")

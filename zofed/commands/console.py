@@ -1,6 +1,5 @@
 """What commands print: the console, progress, and the end of a run."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -75,12 +74,6 @@ class Reporter:
             print(
                 f"{self.what} {row['step']}/{self.total}  {loss}  {self.held_out}  {row['seconds']:.1f} s", flush=True
             )
-
-
-def how_to_go_on(out: Path) -> str:
-    """What to do after an interruption: nothing stands in a folder that has no journal yet."""
-    folder = RunFolder(out)
-    return f"continue with: {folder.go_on()}" if folder.journal.exists() else "nothing was trained yet: start it again"
 
 
 def with_out(settings: Settings, name: str) -> Settings:

@@ -1,11 +1,17 @@
 """The commands by name, under the headings of `zofed --help`; the module of each is imported when it is asked for."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
+from typing import Any
 
 import click
 import typer
 import typer.core
 from click.shell_completion import CompletionItem
+
+from zofed.base import interruption
+from zofed.base.errors import Interrupted
 
 # Heading, then command: the module below zofed.commands that registers it, and its line in `zofed --help`. The line is
 # the first of the command's own help, which a test compares: so that help and completion import none of the modules.
@@ -99,6 +105,19 @@ GROUPS = {
 COMMANDS = {name: found for group in GROUPS.values() for name, found in group.items()}
 
 
+@contextmanager
+def interruptible(told: Callable[[], str]) -> Iterator[None]:
+    """Raise Interrupted, with what is told, where a Ctrl-C or SIGTERM ends this, or an error that came of one."""
+    try:
+        yield
+    except (click.exceptions.Exit, Interrupted):
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        if isinstance(error, KeyboardInterrupt) or interruption.came():
+            raise Interrupted(told()) from None
+        raise
+
+
 class CommandGroup(typer.core.TyperGroup):
     """Commands of which an unknown one is told what was meant, once."""
 
@@ -128,6 +147,11 @@ class Grouped(CommandGroup):
             module.register(app)
             self.commands.update(typer.main.get_group(app).commands)
         return self.commands.get(cmd_name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Raises Interrupted for a Ctrl-C that it does not tell of itself."""
+        with interruptible(lambda: "nothing of it goes on: type it again to start over"):
+            return super().invoke(ctx)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         """Commands by their names and lines of help alone, and options."""

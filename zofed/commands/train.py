@@ -1,5 +1,6 @@
 """Commands that train and score: `zofed train`, `simulate` and `eval`."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +11,9 @@ from rich.text import Text
 
 from zofed import config
 from zofed.base import torchrun
-from zofed.base.errors import Interrupted, UserError
-from zofed.commands.console import Reporter, brief, console, figure, how_to_go_on, tell_end, with_out
+from zofed.base.errors import UserError
+from zofed.commands.console import Reporter, brief, console, figure, tell_end, with_out
+from zofed.commands.groups import interruptible
 from zofed.commands.options import (
     CentralCommand,
     FederatedCommand,
@@ -44,22 +46,23 @@ def train(
         settings = settings_from(file, options, config.CENTRAL)
         settings = with_out(settings, settings.mode)
         out = Path(settings.out)
-    # torch and transformers take seconds to load: --help and mistakes need not wait
-    from zofed.training import central, device_pool, ranks
+    with interruptible(RunFolder(out).after_interruption):
+        # torch and transformers take seconds to load: --help and mistakes need not wait
+        from zofed.training import central, device_pool, ranks
 
-    if torchrun.place().rank:
-        device_pool.serve_rank(settings)
-        return
-    console.print(f"run folder: {out}")
-    try:
+        if torchrun.place().rank:
+            try:
+                device_pool.serve_rank(settings)
+            except KeyboardInterrupt:  # the first process tells how to go on
+                sys.exit(130)
+            return
+        console.print(f"run folder: {out}")
         with ranks.released(), Reporter(settings.steps, "step") as reporter:
             summary = (
                 central.resume(out, reporter, reporter.expect)
                 if folder
                 else central.train(settings, out, reporter, reporter.expect)
             )
-    except KeyboardInterrupt:
-        raise Interrupted(how_to_go_on(out)) from None
     tell_end(RunFolder.open(out), summary, "zofed", "train")
 
 
@@ -77,15 +80,14 @@ def simulate(
         nodes = 0
     if not settings.clients:  # there are as many nodes as are made here
         settings = settings.model_copy(update={"clients": nodes or 2})
-    from zofed.federated import client, server
-    from zofed.federated.local_grid import LocalGrid
+    out = Path(settings.out)
+    with interruptible(RunFolder(out).after_interruption):
+        from zofed.federated import client, server
+        from zofed.federated.local_grid import LocalGrid
 
-    grid = LocalGrid(client.app, nodes or settings.clients, settings.model_dump(by_alias=True))
-    try:
+        grid = LocalGrid(client.app, nodes or settings.clients, settings.model_dump(by_alias=True))
         summary = server.run(grid, settings, "")
-    except KeyboardInterrupt:
-        raise Interrupted(how_to_go_on(Path(settings.out))) from None
-    tell_end(RunFolder.open(Path(settings.out)), summary, "zofed", "simulate")
+    tell_end(RunFolder.open(out), summary, "zofed", "simulate")
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import sys
 import tomllib
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from zofed.base.errors import UserError
 from zofed.base.files import ROOT, write_whole
 from zofed.deployment import flower_commands, processes
 from zofed.deployment.flower_commands import Setting
+
+LISTENS_S = 10.0  # for the answer to a connection
 
 
 def user_flower_home() -> Path:
@@ -54,11 +57,34 @@ def save(name: str, entry: Mapping[str, Any]) -> None:
     print(f"saved as {name!r} in {path}: submit runs with {shell.command('zofed', 'run', name)}", flush=True)
 
 
+def check_listens(name: str, entry: Mapping[str, Any]) -> None:
+    """Raise UserError, with the command that starts a SuperLink, where nothing takes connections at its address."""
+    address = str(entry.get("address", ""))
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    if not host or not port.isdigit():  # Flower's own SuperLink on this machine, or an address that Flower will refuse
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=LISTENS_S).close()
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        is_here = host in ("127.0.0.1", "localhost", "::1")
+        words = ["zofed", "superlink", "--name", name, "--port", port]
+        words += ["--insecure"] if entry.get("insecure") else []
+        if not entry.get("insecure") and is_here and (root := entry.get("root-certificates")):
+            words += ["--keys", str(Path(root).parent)]
+        where = "start it with" if is_here else "is it up, and its port open? On that machine it starts with"
+        raise UserError(
+            f"nothing answers at {address}, where {user_flower_home() / 'config.toml'} has {name} ({why}): {where} "
+            f"{shell.command(*words)}"
+        ) from error
+
+
 def run_on(name: str, run_config: Mapping[str, Setting]) -> tuple[str, str]:
     """Submit a run to the SuperLink `name` of Flower's configuration, stream its log and wait for its end.
 
     Returns Flower's verdict, such as finished:completed, and the run's folder on the SuperLink's machine, if it told.
-    Raises UserError where the configuration has no such name, or the SuperLink does not accept the run.
+    Raises UserError where the configuration has no such name, nothing answers there, or the run is not accepted.
     """
     path = user_flower_home() / "config.toml"
     known = read(path)
@@ -73,6 +99,9 @@ def run_on(name: str, run_config: Mapping[str, Setting]) -> tuple[str, str]:
     scheme = "http" if known[name].get("insecure") else "https"
     environment = flower_commands.quiet_environment()
     environment |= proxies.towards(host, environment)
+    through = proxies.in_the_way(scheme, host, environment)
+    if not through:
+        check_listens(name, known[name])
     folder: list[str] = []
 
     def note(line: str) -> None:
@@ -91,10 +120,13 @@ def run_on(name: str, run_config: Mapping[str, Setting]) -> tuple[str, str]:
         except processes.Stopped:
             if submitted:
                 follow, end = (shell.command("flwr", verb, submitted[0], name) for verb in ("log", "stop"))
-                print(f"the run goes on: follow it with {follow}, end it with {end}", file=sys.stderr)
+                told = f"the run goes on: follow it with {follow}, end it with {end}"
+            else:
+                listed = shell.command("flwr", "list", name)
+                told = f"the SuperLink had not confirmed the run: if {listed} does not show it, start it again"
+            print(f"zofed: interrupted; {told}", file=sys.stderr)
             raise
         if run_id is None:
-            through = proxies.in_the_way(scheme, host, environment)
             remedy = through or "mend that and try again"
             raise UserError(f"the SuperLink {name!r} did not accept the run ({last_line}): {remedy}")
         return flower_commands.true_outcome(run_id, name, environment, scratch), "".join(folder)

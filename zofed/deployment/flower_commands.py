@@ -18,6 +18,7 @@ from zofed.base.errors import UserError
 
 OUTCOME_LIMIT_S = 60.0  # the status may lag behind the end of the log stream
 COMPLETED = "finished:completed"
+BOX = "│"
 
 Setting = str | int | float | bool
 
@@ -118,11 +119,12 @@ def stream(
     on_line: Callable[[str], object] = lambda line: None,
     on_start: Callable[[str], object] = lambda run_id: None,
 ) -> tuple[str | None, str]:
-    """Run `flwr run --stream`, pass its output through; return the run's id, if it got one, and the last line.
+    """Run `flwr run --stream`, pass its output through; return the run's id, if it got one, and what it said last.
 
-    on_line gets each line, on_start the id as soon as there is one.
+    That is its last line, or the text of the box that Flower draws around an error. on_line gets each line, on_start
+    the id as soon as there is one.
     """
-    run_id, last_line = None, "no output"
+    run_id, last = None, "no output"
     process = subprocess.Popen(
         command,
         cwd=home / "cwd",
@@ -143,12 +145,22 @@ def stream(
                 on_line(line)
                 if run_id is None and (run_id := run_id_in(line)):
                     on_start(run_id)
-                last_line = line.strip(" │╰╯─\n") or last_line
+                last = said_last(last, line)
         process.wait()
     finally:
         process.kill()
         process.wait()
-    return run_id, last_line
+    return run_id, last.removeprefix(BOX).strip()
+
+
+def said_last(before: str, line: str) -> str:
+    """What was said last, after a further line: that line, or the lines of a box together, which begin with BOX."""
+    text = line.strip()
+    if text.startswith("╭"):
+        return BOX
+    if before.startswith(BOX) and text.startswith("│"):
+        return f"{before} {text.strip(' │')}".rstrip()
+    return text.strip(" ╰╯─") or before
 
 
 def run_id_in(line: str) -> str | None:

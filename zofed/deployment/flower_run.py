@@ -16,6 +16,7 @@ from zofed.base.errors import UserError
 from zofed.base.files import ROOT
 from zofed.deployment import flower_commands, processes
 from zofed.deployment.flower_commands import COMPLETED, Setting
+from zofed.runs.run_folder import RunFolder
 
 CONNECTION = "zofed"  # the name of our connection in Flower's config.toml
 START_LIMIT_S = 60.0  # a SuperLink answers after 2 to 4 seconds; a loaded machine gets more
@@ -44,7 +45,8 @@ def quickstart(out: Path, runs: Mapping[str, Mapping[str, Setting]]) -> int:
         print(f"zofed quickstart failed: {error}", file=sys.stderr)
         return 1
     except processes.Stopped as stop:
-        print("zofed quickstart was stopped, and with it everything it had started", file=sys.stderr)
+        told = RunFolder(out).after_interruption()
+        print(f"zofed quickstart was stopped, and with it everything it had started; {told}", file=sys.stderr)
         return 128 + stop.number
     return 0
 

@@ -133,6 +133,10 @@ class RunFolder:
         words = [*self.way.split(), *(["NAME"] if self.way == DEPLOYED else [])]
         return shell.command(*words, "--resume", self.path)
 
+    def after_interruption(self) -> str:
+        """What to do after one: nothing stands in a folder that has no journal yet."""
+        return f"continue with: {self.go_on()}" if self.journal.exists() else "nothing was trained yet: start it again"
+
     def check_way(self, way: str) -> None:
         """Raise UserError, with the command that continues the run, unless it runs this way."""
         if not self.inputs():
