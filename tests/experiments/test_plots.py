@@ -162,9 +162,11 @@ def test_zo_compares_slopes_with_backpropagation_along_the_way_once(runs: Path, 
     figure, told = drawn[0]
     assert any("not zeroth order, left out: fo-0, fo-1" in note for note in told)
     cosine = next(place for place in figure.axes if place.get_ylabel().startswith("cosine"))
-    measured, chance = cosine.lines
+    measured, exact, chance = cosine.lines
     assert list(measured.get_xdata()) == [0, 5]
-    assert list(chance.get_ydata()) == pytest.approx([(3 / 141_056) ** 0.5] * 2, rel=0.05)
+    assert list(exact.get_ydata()) == pytest.approx([(3 / 141_056) ** 0.5] * 2, rel=0.05)
+    assert list(chance.get_ydata()) == pytest.approx([(1 / 141_056) ** 0.5] * 2, rel=0.05)
+    assert "dashed: of exact slopes, dotted: of chance" in cosine.get_ylabel()
     kept = runs / "zo-0" / "course.csv"
     before = kept.stat().st_mtime_ns
     plot_sweep.zo(found, tmp_path / "again.png", 2, [])

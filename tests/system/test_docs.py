@@ -765,6 +765,10 @@ def test_the_site_has_every_page_once() -> None:
         assert page == "settings.md" or (ROOT / "docs" / page).is_file() or (ROOT / page).is_file(), page
 
 
+def test_links_of_the_site_lead_to_pages_without_a_server() -> None:
+    assert yaml.safe_load(text_of("mkdocs.yml"))["use_directory_urls"] is False  # else they lead to folders
+
+
 def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mkdocs", "mkdocstrings"):
         pytest.importorskip(name, reason=f"{name} is not installed: make docs installs it")
@@ -773,10 +777,10 @@ def test_the_site_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.chdir(ROOT)
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path / "site"), strict=True))
-    settings = (tmp_path / "site/settings/index.html").read_text(encoding="utf-8")
+    settings = (tmp_path / "site/settings.html").read_text(encoding="utf-8")
     assert all(f"<code>{key}</code>" in settings for key in SETTINGS)
-    assert (tmp_path / "site/benchmarks/RESULTS/index.html").is_file()
-    api = (tmp_path / "site/api/index.html").read_text(encoding="utf-8")
+    assert (tmp_path / "site/benchmarks/RESULTS.html").is_file()
+    api = (tmp_path / "site/api.html").read_text(encoding="utf-8")
     assert all(f'id="{path}"' in api for path in described())
 
 

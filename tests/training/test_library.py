@@ -127,6 +127,8 @@ def test_a_diagnosis_finds_the_epsilon_and_a_fair_cosine() -> None:
     errors = {epsilon: error for epsilon, error, _ in found.errors}
     assert errors[found.best_epsilon] < 0.01 < errors[1e-5]
     assert found.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert found.random_cosine == found.parameters**-0.5
+    assert found.expected_cosine == pytest.approx(8 * found.random_cosine)  # of 64 directions
     assert 0.3 < found.cosine / found.expected_cosine < 2
     with pytest.raises(UserError, match="too few"):
         diagnose(replica, losses[:1], queries=4)

@@ -180,7 +180,9 @@ def diagnose(
     console.print(f"parameters that train       {found.parameters:,}")
     console.print(f"slopes, root mean square    {found.slope:.4g}")
     console.print(f"signal to noise of a batch  {found.signal_to_noise:.3g}")
-    console.print(f"cosine with the gradient    {found.cosine:.4g} (chance gives {found.expected_cosine:.4g})")
+    console.print(f"cosine with the gradient    {found.cosine:.4g}")
+    console.print(f"  as of exact slopes        {found.expected_cosine:.4g}")
+    console.print(f"  as of chance              {found.random_cosine:.4g} (a direction without its slope)")
     table = Table("epsilon", "error of the slopes", "rounding, at most about", box=None)
     for epsilon, error, rounding in found.errors:
         table.add_row(f"{epsilon:g}", f"{error:.2%}", f"{rounding:.2%}")

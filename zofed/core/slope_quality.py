@@ -23,7 +23,8 @@ class Diagnosis:
 
     parameters: entries that train. slope: root mean square of the exact slopes. signal_to_noise: variance of the
     slopes over directions by that over batches, for one batch. cosine: of the estimate from these slopes with the
-    gradient on the first batch; expected_cosine: sqrt(queries / parameters), what chance gives an unbiased estimate.
+    gradient on the first batch; expected_cosine: sqrt(queries / parameters), what exact slopes along as many directions
+    give.
     errors: for each epsilon the root mean square error of the finite differences and the share of it that rounding may
     be (`Estimate.rounding`), both by the slopes' root mean square.
     """
@@ -34,6 +35,11 @@ class Diagnosis:
     cosine: float
     expected_cosine: float
     errors: tuple[tuple[float, float, float], ...]
+
+    @property
+    def random_cosine(self) -> float:
+        """What chance gives: size of the cosine of one direction, whose slope nobody measured, with the gradient."""
+        return self.parameters**-0.5
 
     @property
     def best_epsilon(self) -> float:

@@ -281,7 +281,8 @@ def _over_time(cosine: Any, signal: Any, found: Sequence[Arm], points: int, note
             continue
         steps = [row["step"] for row in rows_]
         cosine.plot(steps, [row["cosine"] for row in rows_], **drawn, label=arm.name)
-        cosine.plot(steps, [row["expected_cosine"] for row in rows_], color=drawn["color"], lw=0.8, ls=":")
+        for name, style in (("expected_cosine", "--"), ("random_cosine", ":")):
+            cosine.plot(steps, [row[name] for row in rows_], color=drawn["color"], lw=0.8, ls=style)
         signal.plot(steps, [row["signal_to_noise"] for row in rows_], **drawn)
-    cosine.set(xlabel="step", ylabel="cosine with the gradient\n(dotted: what chance gives)")
+    cosine.set(xlabel="step", ylabel="cosine with the gradient\n(dashed: of exact slopes, dotted: of chance)")
     signal.set(xlabel="step", ylabel="signal to noise of one batch's slopes")

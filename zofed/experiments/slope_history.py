@@ -17,7 +17,7 @@ from zofed.training.replicas import place_model
 from zofed.training.task import Task
 
 FILE = "course.csv"
-COLUMNS: tuple[str, ...] = ("step", "signal_to_noise", "cosine", "expected_cosine")
+COLUMNS: tuple[str, ...] = ("step", "signal_to_noise", "cosine", "expected_cosine", "random_cosine")
 BATCHES = 4
 QUERIES = 64  # directions, at most, along which one look compares slopes
 
@@ -25,11 +25,13 @@ QUERIES = 64  # directions, at most, along which one look compares slopes
 def course(path: Path, points: int) -> list[dict[str, float]]:
     """Signal to noise of the slopes and the estimate's cosine with the gradient at `points` steps, evenly spread.
 
-    Kept in the run's folder, so that it is measured once. Raises UserError where the journal does not replay from the
-    start, or for dense directions.
+    Beside it what exact slopes along as many directions give, and what chance does (`Diagnosis`). Kept in the run's
+    folder, so that it is measured once. Raises UserError where the journal does not replay from the start, or for dense
+    directions.
     """
     folder = RunFolder.open(path)
-    if not (rows := read_table(folder.path / FILE)):
+    rows = read_table(folder.path / FILE)
+    if not rows or not set(COLUMNS) <= set(rows[0]):
         rows = _measure(folder, points)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -55,6 +57,6 @@ def _measure(folder: RunFolder, points: int) -> list[Row]:
         losses = [batch_loss(settings, replica, examples, at + 1 + extra) for extra in range(BATCHES)]
         queries = min(QUERIES, settings.queries)
         found = diagnose(replica, losses, queries, settings.finite_difference, settings.perturbations_per_pass)
-        values = (at, found.signal_to_noise, found.cosine, found.expected_cosine)
+        values = (at, found.signal_to_noise, found.cosine, found.expected_cosine, found.random_cosine)
         rows.append(dict(zip(COLUMNS, map(repr, values), strict=True)))
     return rows
