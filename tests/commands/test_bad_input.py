@@ -153,6 +153,17 @@ def test_a_wrong_value_is_named_with_its_limit_and_default(
 
 
 @pytest.mark.parametrize(
+    "command", ["eval {}", "generate {} hello", "journal verify {}", "train --resume {}", "plot quick {}", "export {}"]
+)
+def test_a_folder_of_runs_is_told_from_a_run(refused: Refused, tmp_path: Path, command: str) -> None:
+    for name in ("b", "a"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "settings.toml").write_text("")
+    given = [*command.format(tmp_path / "runs").split(), *(["--merged", "--out", "x"] if "export" in command else [])]
+    refused(*given, value=str(tmp_path / "runs"), remedy=f"is a folder of runs: name one, such as {tmp_path}/runs/a")
+
+
+@pytest.mark.parametrize(
     ("toml", "value", "remedy"),
     [
         ("learning-rte = 1", "'learning-rte'", "did you mean 'learning-rate'"),

@@ -14,6 +14,7 @@ from zofed.base.errors import UserError
 from zofed.base.files import write_whole
 from zofed.base.texts import printable
 from zofed.commands.console import console
+from zofed.runs.run_folder import check_is_one
 
 if TYPE_CHECKING:
     from zofed.training.asking import Reply, Request, Speaker
@@ -55,6 +56,7 @@ def generate(
         raise UserError(f"{told}: give one of PROMPT, --file and --chat")
     if chat and out:
         raise UserError("--out takes the answers to PROMPT or --file: leave it out of a --chat")
+    check_is_one(Path(model).expanduser())
     requests = list(_requests(file)) if file else []
     from zofed.training import asking  # torch and transformers take seconds to load: mistakes need not wait
 

@@ -97,6 +97,7 @@ def evaluate(
     options: dict[str, str],
 ) -> None:
     """Score a run's model, or any saved one, on held-out text or labels, or on all of the data that --dataset names."""
+    run_folder.check_is_one(folder)
     from zofed.training import scoring
 
     if (folder / "settings.toml").exists():

@@ -234,10 +234,12 @@ def model_folder(name: str, revision: str = "") -> Path:
         return folder
     if hub.is_id(name):
         return hub.snapshot(name, revision)
+    if meant := hub.meant(name):
+        raise UserError(
+            f"model {name!r} is {meant} on the hub: zofed models download {meant} fetches it, then give {meant}"
+        )
     known = unknown(name, [*SIZES, sample_model.NAME], "model")
-    message = f"{known}; or give the folder of a saved model, or OWNER/NAME of the hub"
-    meant = hub.meant(name)
-    raise UserError(f"{message}, such as {meant} after zofed models download {meant}" if meant else message)
+    raise UserError(f"{known}; or give the folder of a saved model, or OWNER/NAME of the hub")
 
 
 def _local(name: str) -> Path | None:

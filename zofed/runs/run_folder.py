@@ -110,6 +110,7 @@ class RunFolder:
     def open(cls, path: Path) -> "RunFolder":
         """The folder of an earlier run. Raises UserError when it is none."""
         folder = cls(config.absolute(path, "out"))
+        check_is_one(folder.path)
         if not (folder.path / "settings.toml").is_file() or not folder.journal.is_file():
             raise UserError(f"{folder.path} is not the folder of a run: it lacks settings.toml or journal.zofed")
         return folder
@@ -296,6 +297,17 @@ class RunFolder:
     def checkpoints(self) -> list[Path]:
         """Files of all checkpoints to go on from, oldest first."""
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
+
+
+def check_is_one(path: Path) -> None:
+    """Raise UserError, with one of them, for a folder that holds folders of runs instead of being one."""
+    try:
+        below = () if (path / "settings.toml").exists() else (each / "settings.toml" for each in sorted(path.iterdir()))
+        inner = next((file.parent for file in below if file.is_file()), None)
+    except OSError:  # no folder at all, or one that cannot be read: the caller tells
+        return
+    if inner:
+        raise UserError(f"{path} is a folder of runs: name one, such as {shell.command(inner)}")
 
 
 def versions() -> dict[str, str]:
