@@ -1,12 +1,19 @@
-"""This machine and this zofed: which code runs here, and how freed memory is kept."""
+"""This machine and this zofed: which code runs here, by which command, and how freed memory is kept."""
 
 import ctypes
 import hashlib
 import os
+import platform
+import socket
+import subprocess
+import sys
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 from zofed import __version__
-from zofed.base.files import PACKAGE
+from zofed.base import shell
+from zofed.base.files import PACKAGE, ROOT
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of glibc's mallopt(3)
 _KEEP_BYTES = 2**30
@@ -20,6 +27,43 @@ def code() -> str:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(PACKAGE).as_posix()} {len(content)}\n".encode() + content)
     return f"{__version__} {digest.hexdigest()[:12]} {PACKAGE}"
+
+
+def session() -> dict[str, str]:
+    """Where and by what this process was started: host, machine, commit of zofed's code, command."""
+    return {
+        "host": socket.gethostname(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        "commit": commit(),
+        "command": command(),
+    }
+
+
+def command() -> str:
+    """The command of zofed that runs, as typed; of another program its name alone.
+
+    Flower hands its apps tokens as options, and what else a program was given is not zofed's to write down.
+    """
+    program = Path(sys.argv[0] if sys.argv else "").name
+    if "zofed.commands.cli" in sys.modules and program in ("zofed", "__main__.py"):
+        return shell.command("zofed", *sys.argv[1:])
+    return program
+
+
+@cache
+def commit() -> str:
+    """Commit of the checkout that zofed runs from, with `+changes` where files differ from it; empty outside of one."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    with suppress(OSError, subprocess.SubprocessError):
+        if Path(git("rev-parse", "--show-toplevel") or "/").resolve() == ROOT.resolve():
+            return git("rev-parse", "--short=12", "HEAD") + (
+                "+changes" if git("status", "--porcelain", "zofed") else ""
+            )
+    return ""
 
 
 def keep_freed_memory() -> bool:

@@ -5,11 +5,8 @@ import io
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +14,9 @@ from typing import Any
 import tomli_w
 
 from zofed import config
+from zofed.base import environment
 from zofed.base.errors import UserError
-from zofed.base.files import ROOT, hold, write_whole
+from zofed.base.files import hold, write_whole
 from zofed.data import mixing, subsets
 from zofed.experiments import sweep_file
 from zofed.experiments.sweep import Run, Sweep
@@ -182,26 +180,9 @@ def session() -> dict[str, Any]:
     """What results of this process may depend on: versions, machine, the commit of zofed's code where it has one."""
     return {
         "began": timestamp(),
-        "commit": commit(),
         "versions": versions(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-        "command": " ".join(["zofed", *sys.argv[1:]]),
+        **environment.session(),
     }
-
-
-def commit() -> str:
-    """Commit of the checkout that zofed runs from, with `+changes` where files differ from it; empty outside of one."""
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=20)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    with suppress(OSError, subprocess.SubprocessError):
-        if Path(git("rev-parse", "--show-toplevel") or "/").resolve() == ROOT.resolve():
-            return git("rev-parse", "--short=12", "HEAD") + (
-                "+changes" if git("status", "--porcelain", "zofed") else ""
-            )
-    return ""
 
 
 def _read_json(path: Path, empty: Any) -> Any:

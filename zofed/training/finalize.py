@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from zofed.base import arithmetic
+from zofed.base import arithmetic, environment
 from zofed.base.errors import DiskError, DivergenceError, UserError
 from zofed.base.files import sync_folder, whole_folder
 from zofed.base.texts import said_by
@@ -26,7 +26,7 @@ from zofed.core.replica import NotKept, Replica, update_digest
 from zofed.models import adapters, initial, scopes, spec
 from zofed.models.precision import Model
 from zofed.models.spec import ModelSpec
-from zofed.runs.run_folder import RunFolder, peak_memory_bytes, versions
+from zofed.runs.run_folder import RunFolder, peak_memory_bytes, timestamp, versions
 from zofed.runs.tables import read_table
 from zofed.training import baselines, pins
 from zofed.training.divergence import has_diverged
@@ -113,6 +113,7 @@ def finish(
         **_started_from(task, replica),
         "versions": versions(),
         "arithmetic": arithmetic.described(),
+        "session": {"ended": timestamp(), "threads": task.settings.threads, **environment.session()},
         **(extra or {}),
     }
     save_model(task, replica, folder)
