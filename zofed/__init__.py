@@ -9,6 +9,9 @@ make_reproducible()  # before torch computes anything
 
 __version__ = "0.1.0"
 _HOMES = {
+    "train": "experiments.from_python",
+    "simulate": "experiments.from_python",
+    "Run": "experiments.from_python",
     "ZerothOrder": "training.zeroth_order",
     "replay": "training.zeroth_order",
     "Optimizer": "core.optimizers",
@@ -27,3 +30,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'zofed' has no attribute {name!r}")
     return getattr(import_module(f"zofed.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """What scripts use, for completion in a notebook; nothing is loaded."""
+    return sorted(["__version__", *_HOMES])

@@ -12,7 +12,6 @@ import tomli_w
 
 from zofed import config
 from zofed.base.errors import UserError
-from zofed.commands.options import settings_from
 from zofed.config import CENTRAL, FEDERATED, SETTINGS
 from zofed.experiments import sweep_file
 from zofed.training import central
@@ -137,7 +136,7 @@ def test_defaults_are_never_told(run: str) -> None:
     assert config.changed(config.resolve({})) == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        settings_from(None, {}, run)
+        config.asked_for(None, {}, run)
 
 
 @pytest.mark.parametrize(
@@ -169,14 +168,14 @@ def test_a_file_that_serves_several_runs_is_told_in_one_warning(tmp_path: Path) 
     file = tmp_path / "both.toml"
     file.write_text('steps = 5\nrounds = 5\nmomentum = 0.0\ntrim = 0.2\naggregation = "median"\n')
     with pytest.warns(UserWarning) as told:
-        assert settings_from(file, {}, CENTRAL).steps == 5
+        assert config.asked_for(file, {}, CENTRAL).steps == 5
     (line,) = [str(one.message) for one in told]
     assert line.startswith(f"{file}: rounds = 5 has no effect here") and "aggregation = median has no effect" in line
     assert "steps" not in line and "trim" not in line and "\n" not in line
     with pytest.warns(UserWarning, match=r"both.toml: steps = 5 has no effect here: it acts with zofed train"):
-        settings_from(file, {"direction-seeds": "shared"}, FEDERATED)
+        config.asked_for(file, {"direction-seeds": "shared"}, FEDERATED)
     with pytest.raises(UserError, match=r"^rounds = 7 has no effect here"):
-        settings_from(file, {"rounds": "7"}, CENTRAL)
+        config.asked_for(file, {"rounds": "7"}, CENTRAL)
 
 
 @pytest.mark.parametrize(("old", "new"), config.RENAMED.items())
@@ -186,7 +185,7 @@ def test_a_former_name_is_answered_with_the_present_one(
     file = tmp_path / "old.toml"
     file.write_text(f"{old} = {tomli_w.dumps({'x': SETTINGS[new].default}).partition(' = ')[2]}")
     with pytest.raises(UserError, match=rf"^setting '{old}' is now called '{new}': write {new} instead$"):
-        settings_from(file, {}, CENTRAL)
+        config.asked_for(file, {}, CENTRAL)
     status, _, errors = zofed_command("train", f"--{old}", "1", "--out", tmp_path / "run")
     assert (status, errors) == (2, f"zofed: option '--{old}' is now called '--{new}': write --{new} instead\n")
     assert old not in SETTINGS and not (tmp_path / "run").exists()

@@ -7,7 +7,6 @@ import pytest
 
 from zofed import config
 from zofed.base.errors import UserError
-from zofed.commands.options import settings_from
 from zofed.config import task_files
 from zofed.experiments import sweep_file
 
@@ -44,7 +43,7 @@ def test_what_is_given_wins_over_the_task_file(tmp_path: Path) -> None:
     assert (settings.block_size, settings.dataset, settings.label_words) == (32, "sample-sst2", " no, yes")
     assert settings.template == "{{ sentence | trim }} It was"
     file = written(tmp_path, 'template = "{{ text }}?"\nblock-size = 32\n', "settings.toml")
-    settings = settings_from(file, {"task": "sst2", "block-size": "48"})
+    settings = config.asked_for(file, {"task": "sst2", "block-size": "48"})
     assert (settings.template, settings.block_size, settings.dataset) == ("{{ text }}?", 48, "sst2")
 
 
@@ -52,9 +51,9 @@ def test_a_task_typed_beside_a_run_s_settings_replaces_the_run_s_own(tmp_path: P
     """No template, columns or data of the old task stay to be read by the new one; what is typed stands."""
     before = config.resolve({"task": "copa", "shots": 4, "eval-dataset": "copa", "batch-size": 7})
     file = written(tmp_path, config.to_toml(before), "settings.toml")
-    settings = settings_from(file, {"task": "rte", "block-size": "99"})
+    settings = config.asked_for(file, {"task": "rte", "block-size": "99"})
     assert settings == config.resolve({"task": "rte", "batch-size": 7, "block-size": 99})
-    assert settings_from(file, {"task": "prompt"}) == before  # a type is a setting as any other
+    assert config.asked_for(file, {"task": "prompt"}) == before  # a type is a setting as any other
 
 
 def test_paths_are_relative_to_the_task_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,9 +110,9 @@ def test_nobody_is_blamed_for_what_a_task_file_says(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         file = written(tmp_path, 'task = "squad"\nmode = "fo"\n', "settings.toml")
-        settings_from(file, {"eval-dataset": "squad"}, config.CENTRAL)
+        config.asked_for(file, {"eval-dataset": "squad"}, config.CENTRAL)
     with pytest.raises(UserError, match="label-words = a,b has no effect here"):
-        settings_from(None, {"task": "squad", "label-words": "a,b"}, config.CENTRAL)
+        config.asked_for(None, {"task": "squad", "label-words": "a,b"}, config.CENTRAL)
 
 
 def test_flower_s_defaults_do_not_overrule_a_task_file() -> None:

@@ -156,7 +156,12 @@ def unreferenced(repository: Path) -> None:
         (unreferenced, ID, "", rf"download {ID}, or set revision to a commit that is: [12]{{40}}, [12]{{40}}"),
         (None, "tiny", "main", "revision = 'main': model 'tiny' is not of the hub.*leave revision out"),
         (None, "20m", "", "did you mean '20M'"),
-        (None, "gpt2", "", "^model 'gpt2' is openai-community/gpt2 on the hub: zofed models download openai-community/gpt2 f"),
+        (
+            None,
+            "gpt2",
+            "",
+            "^model 'gpt2' is openai-community/gpt2 on the hub: zofed models download openai-comm",
+        ),
         (None, "owner/name/more", "", "unknown model 'owner/name/more'"),
         (without_weights, ID, "", f"hub model '{ID}' at {FIRST} holds no weights"),
         (pickled, ID, "", f"hub model '{ID}' at {FIRST} holds only the pickle 'pytorch_model.bin'"),

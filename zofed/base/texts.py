@@ -1,4 +1,4 @@
-"""Text from elsewhere, of files, libraries and other machines, as one line that any file and terminal can hold."""
+"""Text from elsewhere, files, libraries, other machines, as one line that any file and terminal can hold; durations."""
 
 LONGEST, LONGEST_ERROR = 500, 200  # characters of a line, of what an error says
 
@@ -27,3 +27,10 @@ def said_by(error: BaseException) -> str:
     """
     words = one_line(str(error), LONGEST_ERROR).rstrip(".")
     return words if words and not isinstance(error, KeyError) else f"{type(error).__name__} {words}".rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, to two digits or so."""
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -2,14 +2,14 @@
 
 from typing import Any
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
-from zofed import config
 from zofed.base import shell
-from zofed.config import Settings
-from zofed.runs.run_folder import RunFolder, timestamp
+from zofed.runs.progress import Progress
+from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Row
 
 
@@ -41,45 +41,38 @@ class Reporter:
     """Shows rows of a run's metrics: a bar on a terminal, else one plain line for every evaluation."""
 
     def __init__(self, total: int, what: str) -> None:
-        self.total, self.what = total, what
-        self.held_out = ""
-        self.progress: Progress | None = None
+        self.told = Progress(what, total)
+        self.live: rich.progress.Progress | None = None
 
     def __enter__(self) -> "Reporter":
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, console=console)
-            self.progress.start()
-            self.bar = self.progress.add_task(self.what, total=self.total)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[pace]}"),
+            )
+            self.live = rich.progress.Progress(*columns, console=console)
+            self.live.start()
+            self.bar = self.live.add_task(self.told.what, total=self.told.total, pace="")
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.progress:
-            self.progress.stop()
+        if self.live:
+            self.live.stop()
 
     def expect(self, total: int) -> None:
         """Count up to this many from now on."""
-        self.total = total
-        if self.progress:
-            self.progress.update(self.bar, total=total)
+        self.told.total = total
+        if self.live:
+            self.live.update(self.bar, total=total)
 
     def __call__(self, row: Row) -> None:
-        evaluated = row.get("eval_loss") is not None
-        if evaluated:
-            self.held_out = f"held-out {row['eval_loss']:.4f}"
-        loss = f"loss {row['loss']:.4f}" if row.get("loss") is not None else ""
-        if self.progress:
-            self.progress.update(self.bar, completed=row["step"], description=f"{loss} {self.held_out}".strip())
-        elif evaluated:
-            print(
-                f"{self.what} {row['step']}/{self.total}  {loss}  {self.held_out}  {row['seconds']:.1f} s", flush=True
-            )
-
-
-def with_out(settings: Settings, name: str) -> Settings:
-    """The settings with an absolute output folder: the one asked for, or a new one under ./runs."""
-    out = config.absolute(settings.out or f"runs/{name}-{timestamp().replace(':', '')}", "out")
-    return settings.model_copy(update={"out": str(out)})
+        losses, pace = self.told.losses(row), self.told.pace(row)
+        if self.live:
+            self.live.update(self.bar, completed=row["step"], description=losses, pace=pace)
+        elif row.get("eval_loss") is not None:
+            print(self.told.line(row), flush=True)
 
 
 def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:

@@ -11,7 +11,7 @@ from zofed import config
 from zofed.base import proxies, shell
 from zofed.base.errors import UserError
 from zofed.commands.console import console, tell_end
-from zofed.commands.options import FederatedCommand, resumed, settings_from, with_settings
+from zofed.commands.options import FederatedCommand, resumed, with_settings
 from zofed.runs.run_folder import DEPLOYED, RunFolder
 
 Keys = Annotated[Path, typer.Option(help="folder that zofed keys init made")]
@@ -142,7 +142,7 @@ def run(
     if folder := resumed(resume, file, options, DEPLOYED):
         settings = folder.settings().model_copy(update={"out": str(folder.path)})
     else:
-        settings = settings_from(file, options, config.FEDERATED)
+        settings = config.asked_for(file, options, config.FEDERATED)
         if settings.out:
             settings = settings.model_copy(update={"out": str(config.absolute(settings.out, "out"))})
         settings = settings.model_copy(update={key: absolute_path(key, getattr(settings, key)) for key in NAMES})

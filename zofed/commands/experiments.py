@@ -13,6 +13,7 @@ from rich.table import Table
 from zofed import config
 from zofed.base import shell
 from zofed.base.errors import Interrupted, UserError
+from zofed.base.texts import duration
 from zofed.commands.console import console
 from zofed.commands.groups import CommandGroup
 from zofed.commands.options import SettingsCommand, with_settings
@@ -133,8 +134,6 @@ class Watching:
             self.live.stop()
 
     def __call__(self, board: "Board") -> None:
-        from zofed.preflight.forecast import duration
-
         left = f", about {duration(board.left)} left" if board.left else ""
         if self.live:
             table = Table("run", "step", "of", "seconds", box=None, pad_edge=False)

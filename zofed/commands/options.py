@@ -4,7 +4,6 @@ Help shows the settings that people need first, and the names of the sections th
 """
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -14,10 +13,9 @@ import typer
 import typer.core
 
 from zofed import config
-from zofed.base.errors import UserError
 from zofed.commands.groups import CommandGroup
 from zofed.config import SETTINGS, Settings
-from zofed.runs.run_folder import RunFolder
+from zofed.runs.run_folder import RunFolder, to_resume
 
 
 class _Help:
@@ -125,33 +123,5 @@ def _default(value: Any) -> str:
 
 
 def resumed(folder: Path | None, file: Path | None, options: dict[str, str], way: str) -> RunFolder | None:
-    """The run that --resume names; None where it names none. way: how it must have begun, by its command.
-
-    Raises UserError where settings are given beside it, and for a folder that holds no such run.
-    """
-    if folder is None:
-        return None
-    if file or options:
-        raise UserError(f"--resume {folder} goes on with the run's own settings: give no others")
-    found = RunFolder.open(folder)
-    found.check_way(way)
-    return found
-
-
-def settings_from(file: Path | None, options: dict[str, str], run: str | None = None) -> Settings:
-    """Defaults, overridden by a TOML file, overridden by what was typed.
-
-    run: how they will be run, config.CENTRAL or config.FEDERATED, empty where both are possible; None: only a part of
-    them is looked at. A typed setting that then has no effect is a UserError; of those of a file, which may serve
-    several runs, one warning tells.
-    """
-    written = config.read_toml(file) if file else {}
-    settings = config.resolve(config.over(written, options))
-    if run is None:
-        return settings
-    if idle := config.without_effect(settings, options, run):
-        raise UserError("; ".join(idle))
-    changed = [key for key in config.changed(settings) if key in written and key not in options]
-    if idle := config.without_effect(settings, changed, run):
-        warnings.warn(f"{file}: {'; '.join(idle)}", stacklevel=2)
-    return settings
+    """The run that --resume names; None where it names none. way: how it must have begun, by its command."""
+    return None if folder is None else to_resume(folder, file or options, way)

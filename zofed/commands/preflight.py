@@ -10,7 +10,7 @@ from zofed import config
 from zofed.base import shell
 from zofed.base.errors import UserError
 from zofed.commands.console import console
-from zofed.commands.options import CentralCommand, SettingsCommand, SettingsGroup, settings_from, with_settings
+from zofed.commands.options import CentralCommand, SettingsCommand, SettingsGroup, with_settings
 
 models_app = typer.Typer(
     cls=SettingsGroup, help="The models there are: parameters that train by scope, memory of a step by mode."
@@ -65,7 +65,7 @@ def list_models(
     from zofed.training.process import prepare_process
 
     prepare_process(1)
-    settings = settings_from(None, options)
+    settings = config.asked_for(None, options)
     names = [settings.model] if "model" in options else list(sources.SIZES)
     infos = []
     for name in names:
@@ -112,7 +112,7 @@ def _tell_fits(gigabytes: float, family: str, options: dict[str, str]) -> None:
     from zofed.training.process import prepare_process
 
     prepare_process(1)
-    settings = settings_from(None, options)
+    settings = config.asked_for(None, options)
     modes = [settings.mode] if "mode" in options else list(MODES)
     with console.status("") as status:
         found = families.largest(
@@ -154,7 +154,7 @@ def check(
     options: dict[str, str],
 ) -> None:
     """Look at everything a run needs, in seconds and without writing a file: versions, data, model, memory, time."""
-    settings = settings_from(file, options, None if all_modes else config.FEDERATED if "clients" in options else "")
+    settings = config.asked_for(file, options, None if all_modes else config.FEDERATED if "clients" in options else "")
     from zofed.preflight import check
     from zofed.training.modes import MODES
 
@@ -176,7 +176,7 @@ def diagnose(
     """Compare a model's slopes with backpropagation: which epsilon, how noisy a batch, how good the estimate."""
     from zofed.training.central import diagnosis
 
-    found = diagnosis(settings_from(file, options), batches)
+    found = diagnosis(config.asked_for(file, options), batches)
     console.print(f"parameters that train       {found.parameters:,}")
     console.print(f"slopes, root mean square    {found.slope:.4g}")
     console.print(f"signal to noise of a batch  {found.signal_to_noise:.3g}")
@@ -199,7 +199,7 @@ def show_memory(
     """Memory of a zeroth-order step, and the largest perturbations-per-pass that fits a budget."""
     from zofed.training.central import memory_of_passes
 
-    found = memory_of_passes(settings_from(file, options), budget * 2**20)
+    found = memory_of_passes(config.asked_for(file, options), budget * 2**20)
     console.print(f"weights                 {found.weights / 2**20:10,.1f} MiB")
     console.print(f"a pass of one copy      {found.one / 2**20:10,.1f} MiB more")
     if not found.is_batched:

@@ -12,18 +12,17 @@ from rich.text import Text
 from zofed import config
 from zofed.base import torchrun
 from zofed.base.errors import UserError
-from zofed.commands.console import Reporter, brief, console, figure, tell_end, with_out
+from zofed.commands.console import Reporter, brief, console, figure, tell_end
 from zofed.commands.groups import interruptible
 from zofed.commands.options import (
     CentralCommand,
     FederatedCommand,
     SettingsCommand,
     resumed,
-    settings_from,
     with_settings,
 )
 from zofed.runs import run_folder
-from zofed.runs.run_folder import RunFolder
+from zofed.runs.run_folder import RunFolder, with_out
 
 
 def register(app: typer.Typer) -> None:
@@ -43,8 +42,8 @@ def train(
     if folder := resumed(resume, file, options, run_folder.CENTRAL):
         settings, out = folder.settings(), folder.path
     else:
-        settings = settings_from(file, options, config.CENTRAL)
-        settings = with_out(settings, settings.mode)
+        settings = config.asked_for(file, options, config.CENTRAL)
+        settings = with_out(settings, "")
         out = Path(settings.out)
     with interruptible(RunFolder(out).after_interruption):
         # torch and transformers take seconds to load: --help and mistakes need not wait
@@ -76,17 +75,13 @@ def simulate(
     if folder := resumed(resume, file, options, run_folder.SIMULATED):
         settings, nodes = folder.settings().model_copy(update={"out": str(folder.path)}), folder.nodes
     else:
-        settings = with_out(settings_from(file, options, config.FEDERATED), "simulated")
+        settings = with_out(config.asked_for(file, options, config.FEDERATED), "simulated")
         nodes = 0
-    if not settings.clients:  # there are as many nodes as are made here
-        settings = settings.model_copy(update={"clients": nodes or 2})
     out = Path(settings.out)
     with interruptible(RunFolder(out).after_interruption):
-        from zofed.federated import client, server
-        from zofed.federated.local_grid import LocalGrid
+        from zofed.federated import simulation
 
-        grid = LocalGrid(client.app, nodes or settings.clients, settings.model_dump(by_alias=True))
-        summary = server.run(grid, settings, "")
+        summary = simulation.simulate(settings, nodes)
     tell_end(RunFolder.open(out), summary, "zofed", "simulate")
 
 

@@ -1,5 +1,6 @@
 """Every setting: its section, type, limits and default, what it is and when it acts."""
 
+from zofed.config.asked import asked_for
 from zofed.config.fields import CENTRAL, FEDERATED, Unlike, acts_in, kebab, traits
 from zofed.config.names import LONGEST_SHOWN, RENAMED, unknown, unknown_of_many
 from zofed.config.settings import (
@@ -18,8 +19,36 @@ from zofed.config.toml import absolute, documented_toml, read_own_toml, read_tom
 from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
 
 __all__ = [
-    "CENTRAL", "FEDERATED", "LONGEST_SHOWN", "RENAMED", "SECTIONS", "SETTINGS", "TEXT_OBJECTIVES", "WITH_BACKPROP",
-    "ZEROTH_ORDER", "Settings", "Unlike", "absolute", "absolute_task", "acts_in", "changed", "documented_toml",
-    "given", "kebab", "over", "pinned", "read_own_toml", "read_toml", "resolve", "summary", "to_toml", "traits",
-    "unknown", "unknown_of_many", "unknown_setting", "with_present_names", "without_effect",
+    "CENTRAL",
+    "FEDERATED",
+    "LONGEST_SHOWN",
+    "RENAMED",
+    "SECTIONS",
+    "SETTINGS",
+    "TEXT_OBJECTIVES",
+    "WITH_BACKPROP",
+    "ZEROTH_ORDER",
+    "Settings",
+    "Unlike",
+    "absolute",
+    "absolute_task",
+    "acts_in",
+    "asked_for",
+    "changed",
+    "documented_toml",
+    "given",
+    "kebab",
+    "over",
+    "pinned",
+    "read_own_toml",
+    "read_toml",
+    "resolve",
+    "summary",
+    "to_toml",
+    "traits",
+    "unknown",
+    "unknown_of_many",
+    "unknown_setting",
+    "with_present_names",
+    "without_effect",
 ]  # fmt: skip

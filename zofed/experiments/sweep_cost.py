@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from zofed.base.errors import UserError
+from zofed.base.texts import duration
 from zofed.config import Settings
 from zofed.experiments import sweep_process
 from zofed.experiments.sweep import Run, Sweep
 from zofed.federated import protocol
 from zofed.preflight.check import bytes_needed
 from zofed.preflight.footprint import Footprint
-from zofed.preflight.forecast import bytes_of_a_round, duration, free_bytes, pace
+from zofed.preflight.forecast import bytes_of_a_round, free_bytes, pace
 from zofed.preflight.model_info import ModelInfo, info
 from zofed.training.paths import with_absolute_paths
 from zofed.training.process import prepare_process

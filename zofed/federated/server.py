@@ -24,6 +24,7 @@ from zofed.federated.places import WITHOUT_KEYS, Places
 from zofed.federated.rounds import Rounds
 from zofed.federated.traffic import Traffic
 from zofed.runs import sinks
+from zofed.runs.progress import Progress
 from zofed.runs.run_folder import DEPLOYED, SIMULATED, RunFolder
 from zofed.runs.tables import Row
 from zofed.training import baselines, pins
@@ -163,6 +164,8 @@ class Server:
             self.rounds.note,
         )
 
+        self.progress = Progress("round", self.settings.rounds)
+
     def run(self) -> dict[str, Any]:
         baselines.keep(self.task, self.replica.model, self.folder)
         with sinks.opened(self.settings, self.folder.path, self._show) as self.trainer.show:
@@ -207,6 +210,7 @@ class Server:
 
     def _show(self, row: Row) -> None:
         round_, now, slope_size = row["step"], self.traffic.now, self.rounds.slope_size
+        pace = self.progress.pace(row)
         held_out = f"  held-out {row['eval_loss']:.4f}" if row.get("eval_loss") is not None else ""
         if held_out and self.settings.client_held_out_fraction and not self.settings.losses_withheld:
             held_out += self.exchanges.evaluations(round_)
@@ -226,7 +230,7 @@ class Server:
         )
         print(
             f"round {round_}/{self.settings.rounds}  {loss}{held_out}{slopes}  {used} of {now.asked} replies{lost}  "
-            f"up {now.up // asked} B  down {now.down // asked} B a client  {row['seconds']:.1f} s",
+            f"up {now.up // asked} B  down {now.down // asked} B a client  {row['seconds']:.1f} s  {pace}",
             flush=True,
         )
         self.traffic.begin()  # rounds that the same exchange asked for have cost nothing more

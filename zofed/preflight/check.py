@@ -10,6 +10,7 @@ import torch
 
 from zofed import config
 from zofed.base.errors import UserError
+from zofed.base.texts import duration
 from zofed.config import Settings
 from zofed.core.replica import Replica
 from zofed.data import encoding, tokenizers
@@ -17,7 +18,7 @@ from zofed.data.documents import Reading
 from zofed.data.encoding import Document, Examples
 from zofed.federated import protocol
 from zofed.models import initial, limits, sources, spec
-from zofed.preflight.forecast import bytes_of_a_round, duration, free_bytes, pace
+from zofed.preflight.forecast import bytes_of_a_round, free_bytes, pace
 from zofed.preflight.model_info import ModelInfo, info
 from zofed.runs import run_folder
 from zofed.training.modes import MODES

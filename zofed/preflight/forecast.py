@@ -119,10 +119,3 @@ def bytes_of_a_round(settings: Settings, replica: Replica) -> tuple[int, int]:
     answer = protocol.Answer(plan.genesis, plan.round, 1, 0, b"", plan.probe, "", 1.0, 1, 1, values, -17)
     up, down = (messages.size(messages.pack(content)) for content in (answer, plan))
     return up, down
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, to two digits or so."""
-    if seconds < 120:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -299,6 +299,27 @@ class RunFolder:
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"))
 
 
+def with_out(settings: Settings, name: str) -> Settings:
+    """The settings with an absolute output folder: the one asked for, or a new one under ./runs.
+
+    name: what a new one's begins with; empty: the mode.
+    """
+    out = config.absolute(settings.out or f"runs/{name or settings.mode}-{timestamp().replace(':', '')}", "out")
+    return settings.model_copy(update={"out": str(out)})
+
+
+def to_resume(path: Path, given: object, way: str) -> RunFolder:
+    """The folder of a run to go on with, which began this way, by its command.
+
+    given: settings beside it, of which there may be none. Raises UserError for some, and for a folder of no such run.
+    """
+    if given:
+        raise UserError(f"--resume {path} goes on with the run's own settings: give no others")
+    found = RunFolder.open(path)
+    found.check_way(way)
+    return found
+
+
 def check_is_one(path: Path) -> None:
     """Raise UserError, with one of them, for a folder that holds folders of runs instead of being one."""
     try:
