@@ -30,22 +30,23 @@ def quickstart(out: Path, runs: Mapping[str, Mapping[str, Setting]]) -> int:
 
     runs: settings by the name of the folder. What lay at `out` before is moved aside.
     """
-    out = Path(os.path.abspath(out.expanduser()))
+    present = out = Path(os.path.abspath(out.expanduser()))
     try:
         earlier = move_aside(out)
         if earlier is not None:
             print(f"the earlier result now lies in {earlier}", flush=True)
         for number, (name, settings) in enumerate(runs.items(), 1):
             print(f"zofed quickstart: run {number} of {len(runs)}: {name}", flush=True)
-            status = flower_run(ROOT, {**settings, "out": str(out / name)}, nodes=4, cpus_per_node=1)
+            present = out / name
+            status = flower_run(ROOT, {**settings, "out": str(present)}, nodes=4, cpus_per_node=1)
             if status != COMPLETED:
                 raise UserError(f"the run ended as {status!r}, not {COMPLETED!r}: the cause and the logs stand above")
-            check_summary(out / name)
+            check_summary(present)
     except UserError as error:
         print(f"zofed quickstart failed: {error}", file=sys.stderr)
         return 1
     except processes.Stopped as stop:
-        told = RunFolder(out).after_interruption()
+        told = RunFolder(present).after_interruption()
         print(f"zofed quickstart was stopped, and with it everything it had started; {told}", file=sys.stderr)
         return 128 + stop.number
     return 0
