@@ -89,7 +89,7 @@ def test_the_command_tells_it(capsys: pytest.CaptureFixture[str], monkeypatch: p
     for wrong in ("0.01", "nan", "inf"):
         assert f"--fits {wrong} is no memory of a GPU" in run("--fits", wrong)[1]
     assert "--family opt goes with --fits" in run("--family", "opt")[1]
-    assert "--fits stands before download" in run("--fits", "24", "download", "a/b")[1]
+    assert "--fits is no option of zofed models download: leave it out" in run("--fits", "24", "download", "a/b")[1]
     out, _ = run("--model", "tiny")
     assert "predicted peak of a step" in out
     _, err = run("--fits", "24", "--block-size", "4096000", "--mode", "zo")
