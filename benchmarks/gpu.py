@@ -33,6 +33,8 @@ def report(device: str, size: str, model: str) -> bool:
     for what, holds in itertools.chain(results, gpu_runs.checks(device, model)):
         print(f"{'well ' if holds else 'WRONG'}  {what}", flush=True)
         found.append(holds)
+    for what in gpu_runs.left_out(device):
+        print(f"left out  {what}", flush=True)
     cost(device, size)
     if device.startswith("cuda"):
         gpu_runs.billion(device)

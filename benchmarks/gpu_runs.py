@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import common, query
 from zofed import config
 from zofed.base.errors import UserError
+from zofed.config import Settings
 from zofed.core import journal
 from zofed.core.replica import Replica
 from zofed.models import adapters, spec
@@ -29,6 +30,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "LoRA over int8": LORA | {"quantisation": "int8"},
     "LoRA over nf4, bfloat16": LORA | {"quantisation": "nf4", "dtype": "bfloat16"},
 }
+PLACED = {"": {}, "LoRA over nf4": LORA | {"quantisation": "nf4"}, "fo": {"mode": "fo", "optimizer": "adamw"}}
 QUERIES = 8  # of a step that is timed, two passes each
 BILLION = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "vocab_size": 32_000}
 BILLION |= {"num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048}  # TinyLlama's shape
@@ -41,12 +43,37 @@ def checks(device: str, model: str) -> Iterator[tuple[str, bool]]:
             yield f"run on {device}, replayed on cpu: {name}", _replays(device, model, values)
         except UserError as error:
             yield f"run on {device}: {name}: {error}", False
+    if device == "cuda" and (count := torch.cuda.device_count()) > 1:
+        for name, values in PLACED.items():
+            told = f"layers over {count} GPUs, steps of one: {name or 'zo'}"
+            try:
+                yield told, _digest("auto", model, values | {"placement": "auto"}) == _digest("cuda:0", model, values)
+            except UserError as error:
+                yield f"{told}: {error}", False
+
+
+def left_out(device: str) -> list[str]:
+    """What this machine cannot check, a line each."""
+    if device == "cuda" and torch.cuda.device_count() > 1:
+        return []
+    return ["layers over several GPUs (placement = auto): this machine has fewer than two, or --device names one"]
+
+
+def _settings(device: str, model: str, values: dict[str, Any]) -> Settings:
+    short = {"model": model, "dataset": "sample-sst2", "block-size": 48, "batch-size": 4, "queries": 4, "steps": 4}
+    short |= {"eval-examples": 16, "eval-interval": 4, "baselines": False, "controls": False, "save-interval": 0}
+    return config.resolve(short | {"device": device} | values)
+
+
+def _digest(device: str, model: str, values: dict[str, Any]) -> str:
+    """Of the weights that a short run ends with."""
+    with tempfile.TemporaryDirectory() as place:
+        found = central.train(_settings(device, model, values), Path(place) / "run", lambda _: None)
+        return str(found["digest"])
 
 
 def _replays(device: str, model: str, values: dict[str, Any]) -> bool:
-    short = {"model": model, "dataset": "sample-sst2", "block-size": 48, "batch-size": 4, "queries": 4, "steps": 4}
-    short |= {"eval-examples": 16, "eval-interval": 4, "baselines": False, "controls": False, "save-interval": 0}
-    settings = config.resolve(short | {"device": device} | values)
+    settings = _settings(device, model, values)
     with tempfile.TemporaryDirectory() as place:
         found = central.train(settings, Path(place) / "run", lambda _: None)
         contents = journal.read(RunFolder(Path(place) / "run").journal)

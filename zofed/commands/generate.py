@@ -60,7 +60,7 @@ def generate(
     requests = list(_requests(file)) if file else []
     from zofed.training import asking  # torch and transformers take seconds to load: mistakes need not wait
 
-    changes = {"device": device, "threads": threads}
+    changes = {"device": device, "threads": threads} | ({} if device == "auto" else {"placement": "none"})
     if (Path(model).expanduser() / "settings.toml").exists():
         if plain:
             raise UserError("--plain is for a saved model: a run's prompts are those it was trained with")

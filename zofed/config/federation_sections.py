@@ -231,6 +231,13 @@ class Machine(Section):
         pins=False,
         shapes_result=False,
     )
+    placement: Literal["none", "auto"] = setting(
+        "none",
+        "auto: the layers of one model over all GPUs of this machine, in their order, for a model that one cannot hold "
+        "(instead of device, devices and torchrun; the extra memory of several, not their speed)",
+        pins=False,
+        shapes_result=False,
+    )
     threads: int = setting(1, "CPU threads of each process (part of the result)", ge=1, le=1024)
     hidden_states_gigabytes: float = setting(
         8.0,

@@ -109,6 +109,12 @@ def _clashes(settings: Settings) -> list[str]:
         )
     if settings.devices and settings.mode != "zo":
         found.append(f"devices = {settings.devices!r} takes mode = zo: {settings.mode} runs on one; set device")
+    if settings.placement == "auto" and (settings.devices or settings.device != "auto"):
+        key = "devices" if settings.devices else "device"
+        found.append(
+            f"placement = 'auto' takes all GPUs of this machine, not {key} = {getattr(settings, key)!r}: leave {key} "
+            "out, or set placement to none"
+        )
     if settings.adapter != "none" and settings.freeze_encoder:
         found.append(
             f"adapter = {settings.adapter!r} trains inside the encoder, which freeze-encoder = true freezes: leave one "

@@ -64,7 +64,7 @@ class Copies:
                 raise
             return func(*first, *rest, **named)
         if self._owns and isinstance(value, Tensor) and _makes(name, args, kwargs):
-            return torch.where(self._mark, value, value)
+            return torch.where(self._mark.to(value.device), value, value)
         return value
 
     def _agreed(self, value: Any, numbers: bool = False) -> Any:

@@ -22,21 +22,27 @@ ROWS, ENTRIES = 1024, 2048  # one piece: 8 MiB of float32
 class Logits:
     """hidden @ weight.T + left @ right, not computed yet; `cross_entropy` never computes all of it.
 
-    hidden (..., width), weight (vocabulary, width), left (..., k), right (k, vocabulary). It follows a library's loss
-    through views of its leading dimensions and changes of type; anything else gets the whole product, as a tensor.
+    hidden (..., width), weight (vocabulary, width), left (..., k), right (k, vocabulary), all of one device. device: of
+    what is made of them, theirs if not given. It follows a library's loss through views of its leading dimensions and
+    changes of type or device; anything else gets the whole product, as a tensor.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        left: Tensor,
+        right: Tensor,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ) -> None:
         self.hidden, self.weight, self.left, self.right, self.dtype = hidden, weight, left, right, dtype
+        self.device = device or hidden.device
         self._whole: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
         return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
-
-    @property
-    def device(self) -> torch.device:
-        return self.hidden.device
 
     @property
     def is_whole(self) -> bool:
@@ -55,7 +61,7 @@ class Logits:
     def float(self) -> Any:
         if self._whole is not None:
             return self._whole.float()
-        return Logits(self.hidden, self.weight, self.left, self.right, torch.float32)
+        return Logits(self.hidden, self.weight, self.left, self.right, torch.float32, self.device)
 
     def contiguous(self) -> "Logits":
         return self
@@ -66,6 +72,8 @@ class Logits:
                 return self
             if args[0] == torch.float32:
                 return self.float()
+            if isinstance(args[0], torch.device) and self._whole is None:
+                return Logits(self.hidden, self.weight, self.left, self.right, self.dtype, args[0])
         return self.tensor().to(*args, **kwargs)
 
     def view(self, *shape: Any) -> Any:
@@ -99,18 +107,19 @@ class Logits:
         """The whole product. From now on it alone counts: it may be changed in place."""
         if self._whole is None:
             plain = self.hidden @ self.weight.T
-            self._whole = (plain + (self.left @ self.right).to(plain.dtype)).to(self.dtype)
+            self._whole = (plain + (self.left @ self.right).to(plain.dtype)).to(self.device, self.dtype)
         return self._whole
 
     def cross_entropy(self, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
         """Mean (or sum) of -log softmax at `target` (rows,) for logits (rows, vocabulary); float scalar."""
         assert self.dim() == 2
-        losses = _CrossEntropy.apply(self.hidden, self.weight, self.left, self.right, target, ignore_index)
-        total = losses.sum().to(self.dtype)  # type: ignore[union-attr]
+        there = target.to(self.hidden.device)
+        losses = _CrossEntropy.apply(self.hidden, self.weight, self.left, self.right, there, ignore_index)
+        total = losses.sum().to(self.device, self.dtype)  # type: ignore[union-attr]
         return total / (target != ignore_index).sum() if reduction == "mean" else total
 
     def _with(self, hidden: Tensor, left: Tensor) -> "Logits":
-        return Logits(hidden, self.weight, left, self.right, self.dtype)
+        return Logits(hidden, self.weight, left, self.right, self.dtype, self.device)
 
 
 def _forwarded(name: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zofed.base.errors import UserError
 from zofed.core import candidates, packed, trunk
+from zofed.core.devices import input_device
 from zofed.core.perturbation_mode import in_pieces
 
 Examples = dict[str, Tensor]
@@ -136,8 +137,8 @@ def loss_of(model: nn.Module, batch: Examples, forward_dtype: str = "weights", o
 
 @contextmanager
 def _ready(model: nn.Module, batch: Examples, forward_dtype: str) -> Iterator[Examples]:
-    """The batch on the model's device, and the type of its passes."""
-    device = next(model.parameters()).device
+    """The batch where the model reads it, and the type of its passes."""
+    device = input_device(model)
     with torch.autocast(device.type, torch.bfloat16, enabled=forward_dtype == "bfloat16"):
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 
@@ -226,7 +227,7 @@ def outcomes(
     empty: as there. Logits of a batch without a label that counts are zero. Raises UserError where the examples predict
     nothing.
     """
-    device = next(model.parameters()).device
+    device = input_device(model)
     has_classes = examples["labels"].dim() == 1
     losses, count = 0.0, 0
     found: list[Tensor | int] = []  # a batch's logits, or how many examples it leaves out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zofed.core import masks
+from zofed.core.devices import input_device
 
 Examples = dict[str, Tensor]
 
@@ -46,13 +47,13 @@ def leaks(model: nn.Module) -> bool:
 
     It reads two blocks of a few tokens, on its device.
     """
-    weight = next(model.parameters())
-    ids = torch.tensor([[0, 1, 2, 1, 2, 0], [0, 1, 2, 2, 1, 0]], device=weight.device)
-    labels, segments = ids.clone(), torch.tensor([[1, 1, 1, 2, 2, 2]] * 2, device=weight.device)
+    dtype, device = next(model.parameters()).dtype, input_device(model)
+    ids = torch.tensor([[0, 1, 2, 1, 2, 0], [0, 1, 2, 2, 1, 0]], device=device)
+    labels, segments = ids.clone(), torch.tensor([[1, 1, 1, 2, 2, 2]] * 2, device=device)
     try:
         together = output(model, {"input_ids": ids, "labels": labels, KEY: segments}).logits[:, 3:].float()
     except Exception:  # it takes no places, or no such mask: whatever its layers raise
         return True
     alone = model(input_ids=ids[:, 3:], use_cache=False).logits.float()
-    tolerance = 100 * torch.finfo(weight.dtype).eps  # of the largest: rounding alone
+    tolerance = 100 * torch.finfo(dtype).eps  # of the largest: rounding alone
     return bool((together - alone).abs().max() > tolerance * alone.abs().max())

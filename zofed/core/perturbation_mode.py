@@ -152,7 +152,7 @@ class Perturbation(Uncompiled):
 
     def _scaled(self, along: Tensor, like: Tensor, from_right: bool = False) -> Tensor:
         """What lies along the factors `like` of one side (..., r), as it lies along those of the other."""
-        scale = self.scale.to(like.dtype)
+        scale = self.scale.to(like)
         if scale.dim() < 2:
             return along * scale
         return along @ (scale.T if from_right else scale)
@@ -188,7 +188,7 @@ class Perturbation(Uncompiled):
             return value
         first, *second = self._factors(value)
         if not second:
-            shift = self.scale.to(first.dtype) @ first
+            shift = self.scale.to(first) @ first
         elif value.dim() > 1:
             shift = self._scaled(first.T, like=first) @ second[0]
         else:

@@ -214,9 +214,12 @@ class Replica:
         if isinstance(record, Guided):
             noise = self._estimate(record.seeded, seeds, name, parameter, None, drawn) if seeds else None
             return lambda start, stop: guided_estimate(
-                record, gradient[start:stop], noise and noise(start, stop).view(gradient[start:stop].shape)
+                record,
+                gradient[start:stop].to(parameter.device),
+                noise and noise(start, stop).view(gradient[start:stop].shape),
             )
-        return lambda start, stop: gradient[start:stop].to(torch.float32, copy=True)
+        device = parameter.device  # a kept gradient, or one that was sent, lies on the processor
+        return lambda start, stop: gradient[start:stop].to(device, torch.float32, copy=True)
 
     def _rounded(self, moved: Tensor, name: str, round_: int, start: int) -> Tensor:
         """float32 values that bfloat16 holds; start: how many entries of the tensor come before these."""
@@ -254,8 +257,10 @@ class Replica:
             parameter.copy_(weights[name])
         state = dict(state)
         self.spread = Spread(*state.pop("spread").tolist())
-        device = next(iter(self.parameters.values())).device
-        state = {key: value if key.endswith("powers") else value.to(device) for key, value in state.items()}
+        devices = {name: parameter.device for name, parameter in self.parameters.items()}
+        # Moments are named `<moment>/<tensor>`, of a second optimizer after BACKPROP; the powers are numbers.
+        of = {key: key.removeprefix(BACKPROP).partition("/")[2] for key in state}
+        state = {key: value.to(devices[of[key]]) if of[key] else value for key, value in state.items()}
         own = {key.removeprefix(BACKPROP): state.pop(key) for key in list(state) if key.startswith(BACKPROP)}
         self.optimizer.load_state_dict(state)
         if own:

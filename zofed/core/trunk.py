@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from zofed.core.devices import input_device
 from zofed.core.state_file import Full, StateFile
 
 Examples = dict[str, Tensor]
@@ -92,8 +93,9 @@ class Trunk:
                 self._found(_part(batch, slice(start, start + at_once)), run, kind, of)
                 for start in range(0, rows, at_once)
             ]
-            states = parts[0] if len(parts) == 1 else torch.cat(parts)
-            return batch | {KEY: states.to(next(model.parameters()).device)}
+            device = input_device(model)  # kept ones come from the processor, new ones from the last frozen layer
+            states = [part.to(device) for part in parts]
+            return batch | {KEY: states[0] if len(states) == 1 else torch.cat(states)}
 
     def _found(self, batch: Examples, run: Run, kind: Any, of: int) -> Tensor:
         """The states of a batch: kept ones, and of the examples that have none computed ones, from now on kept."""

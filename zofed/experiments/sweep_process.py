@@ -161,7 +161,8 @@ def at_a_time(parallel: int | None, share: float) -> int:
 
 def gpus(settings: Settings) -> int:
     """GPUs that runs with such settings take in turn; 0: none, or the settings say which device."""
-    return device_count() if settings.device == "auto" and not settings.devices else 0
+    has_choice = settings.device == "auto" and not settings.devices and settings.placement == "none"
+    return device_count() if has_choice else 0
 
 
 def device_count() -> int:

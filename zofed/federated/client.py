@@ -35,6 +35,7 @@ from zofed.federated.wire import Evaluation, Final, Greeting, Introduction, Malf
 from zofed.training import measurements
 from zofed.training.paths import with_absolute_paths
 from zofed.training.process import prepare_process
+from zofed.training.replicas import tell_placement
 from zofed.training.task import Task
 
 UPDATES_KEPT = 2  # guides and updates that entries soon to come will name
@@ -50,6 +51,7 @@ class ClientSession:
         self.settings, self._own = settings, own
         self.task = Task.own(settings, own, named) if own else Task.load(with_absolute_paths(settings), named or None)
         self.replica = self.task.replica()
+        tell_placement(self.replica, settings)
         self.genesis = genesis_chain(self.replica.genesis)
         self._parts: dict[tuple[int, int], tuple[Examples, Examples | None]] = {}
         self._updates: dict[bytes, Update] = {}
@@ -138,7 +140,8 @@ def session(context: Context, asked: Plan | Greeting | None = None) -> ClientSes
     settings = config.resolve(config.given(context.run_config))
     protocol.check_settings(settings)
     if device := context.node_config.get("device"):
-        settings = config.resolve(settings.model_dump(by_alias=True) | {"device": device})
+        own_device = {"device": device, "placement": "none"}  # the node's word counts before the run's
+        settings = config.resolve(settings.model_dump(by_alias=True) | own_device)
     own = str(context.node_config.get("dataset", ""))
     return _session(settings.model_dump_json(by_alias=True), own, named)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
+from zofed.core.devices import input_device
 from zofed.core.digests import named_parameters
 
 Pooling = Literal["mean", "pooler", "last-token"]
@@ -76,12 +77,17 @@ class PooledClassifier(nn.Module):
         if self.pooling == "pooler":
             return output.pooler_output
         hidden = output.last_hidden_state
+        attention_mask = attention_mask.to(hidden.device)
         if self.pooling == "mean":
             weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
             return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
         places = torch.arange(attention_mask.shape[1], device=attention_mask.device)
         last = (attention_mask * places).argmax(1)
         return hidden.gather(1, last.view(-1, 1, 1).expand(-1, 1, hidden.shape[-1])).squeeze(1)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Those of the encoder, as a model of the library says which they are."""
+        return self.encoder.get_input_embeddings()
 
     def forward(
         self,
@@ -96,7 +102,7 @@ class PooledClassifier(nn.Module):
             features = self.pool(input_ids, attention_mask)
         logits = self.classifier(features.to(self.classifier.weight.dtype))
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return Output(F.cross_entropy(exact, labels), logits)
+        return Output(F.cross_entropy(exact, labels.to(exact.device)), logits)
 
     def may_train(self, scope: str) -> dict[str, nn.Parameter]:
         """The parameters a scope chooses from: those of the linear layer where the encoder is frozen, else all used.
@@ -131,7 +137,7 @@ def features(model: PooledClassifier, tokens: Mapping[str, Tensor]) -> Tensor:
     tokens: 'input_ids' and 'attention_mask', int64 (n, block), padded on the right. Documents of similar length share
     a pass, which is cut to the longest of them; long work tells how far it is.
     """
-    device = model.classifier.weight.device
+    device = input_device(model)
     lengths = tokens["attention_mask"].sum(1)
     found = torch.empty(len(lengths), model.classifier.in_features)
     for some in _with_words(lengths.argsort(stable=True)):

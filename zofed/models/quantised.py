@@ -15,7 +15,7 @@ import importlib
 import logging
 import math
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from zofed.core import directions
 from zofed.models.classifier import PooledClassifier
 
 Kind = Literal["int8", "nf4"]
+BYTES: dict[Kind, float] = {"int8": 1.0, "nf4": 0.5}  # of an entry, without the scales
 
 BLOCK = 64  # entries that share a scale in nf4: what QLoRA takes
 ALIGNED = 256  # bytes: where the codes begin, behind the scales
@@ -114,25 +115,30 @@ def names(model: nn.Module, kind: Kind, trainable: Collection[str], scope: str) 
 
 
 @torch.no_grad()
-def quantise(model: nn.Module, kind: Kind, chosen: Collection[str], device: torch.device) -> None:
+def quantise(
+    model: nn.Module, kind: Kind, chosen: Collection[str], device: torch.device | Callable[[str], torch.device]
+) -> None:
     """Round the matrices of these names, in place and onto the device, one after the other; give back what is freed.
 
-    Biases stay the tensors they were. On the meta device nothing is rounded: the layers have their shapes alone. Raises
-    UserError where bitsandbytes is missing or does not know the device, and for values it cannot hold.
+    device: of all, or of each by its name in the model. Biases stay the tensors they were. On the meta device nothing
+    is rounded: the layers have their shapes alone. Raises UserError where bitsandbytes is missing or does not know the
+    device, and for values it cannot hold.
     """
-    library = _library(kind)
+    library, used = _library(kind), set[str]()
     for path, module in _layers(model):
         if directions.canonical_name(f"{path}.weight") not in chosen:
             continue
+        place = device(f"{path}.weight") if callable(device) else device
+        used.add(place.type)
         matrix = module.weight.T if isinstance(module, Conv1D) else module.weight
         shape = (matrix.shape[0], matrix.shape[1])
-        if device.type == "meta":
-            packed = torch.empty(_size(kind, shape), dtype=torch.uint8, device=device)
+        if place.type == "meta":
+            packed = torch.empty(_size(kind, shape), dtype=torch.uint8, device=place)
         else:
-            packed = _packed(library, kind, matrix.detach().to(device), f"{path}.weight")
+            packed = _packed(library, kind, matrix.detach().to(place), f"{path}.weight")
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, Quantised(kind, packed, shape, matrix.dtype, module.bias))
-    if device.type == "cpu":
+    if "cpu" in used:
         _unmap(model)
     give_back_freed_memory()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zofed.base.errors import UserError
+from zofed.core.devices import input_device
 from zofed.core.digests import named_parameters
 from zofed.core.perturbation_mode import Watch
 from zofed.models import adapters, quantised
@@ -264,7 +265,7 @@ def _used(model: nn.Module) -> list[int]:
     end = getattr(config, "eos_token_id", None)  # which some encoder-decoders look for
     end = end[0] if isinstance(end, list) and end else end
     token = end if isinstance(end, int) and 0 <= end < (getattr(config, "vocab_size", None) or 0) else 0
-    device = next(model.parameters()).device
+    device = input_device(model)
     was_training = inner.training
     try:
         for length in LENGTHS:

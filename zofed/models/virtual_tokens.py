@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel
 from zofed.base.errors import UserError
 from zofed.base.texts import said_by
 from zofed.core import directions
+from zofed.core.devices import input_device
 from zofed.models import adapter_files, initial
 
 PROMPT, PREFIX = adapter_files.TYPES["prompt"], adapter_files.TYPES["prefix"]  # as peft calls them
@@ -74,6 +75,7 @@ class VirtualTokens(nn.Module):
         self.weight = nn.Parameter(weight)
         self.heads = heads
         self.count = len(weight)
+        self.places: list[torch.device] = []  # of each layer, where they differ
         self._shown = 0  # outputs of their own in the pass that runs
 
     def before(self, base: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -88,7 +90,7 @@ class VirtualTokens(nn.Module):
         if begins and self.heads:
             given[named] = self._cached(base, cache, embeddings)
         elif begins:
-            own = self.weight.to(embeddings.dtype).expand(len(embeddings), *self.weight.shape)
+            own = self.weight.to(embeddings).expand(len(embeddings), *self.weight.shape)
             embeddings, self._shown = torch.cat([own, embeddings], 1), self.count
         for name in ("position_ids", "cache_position"):
             if given.get(name) is not None:
@@ -105,9 +107,11 @@ class VirtualTokens(nn.Module):
 
     def _cached(self, base: Any, cache: Any, like: Tensor) -> Any:
         cache = DynamicCache(config=base.config) if cache is None else cache
-        layers = self.weight.to(like.dtype).view(self.count, -1, 2, self.heads, self._size(base))
+        layers = self.weight.to(like).view(self.count, -1, 2, self.heads, self._size(base))
         for number, (keys, values) in enumerate(layers.permute(1, 2, 3, 0, 4)):
-            cache.update(keys.expand(len(like), *keys.shape), values.expand(len(like), *values.shape), number)
+            place = self.places[number] if self.places else like.device
+            keys, values = (part.to(place).expand(len(like), *part.shape) for part in (keys, values))
+            cache.update(keys, values, number)
         return cache
 
     def _size(self, base: Any) -> int:
@@ -136,6 +140,23 @@ def tokens(model: nn.Module) -> int:
     """Virtual tokens before a model's texts."""
     own = _own(model)
     return own.count if own else 0
+
+
+def place(model: nn.Module, devices: list[torch.device]) -> None:
+    """Tell a model's virtual tokens, if it has any, on which device each of its layers lies.
+
+    Raises UserError where the layers that keep keys and values are others than these.
+    """
+    own = _own(model)
+    if own is None or not own.heads:
+        return
+    kept = own.weight.shape[1] // (2 * own.heads * own._size(_base(model, PREFIX)))
+    if kept != len(devices):
+        raise UserError(
+            f"adapter = 'prefix': {kept} layers of the {type(model).__name__} keep keys and values, of which it is not "
+            "known on which device each lies: set placement to none, or adapter to prompt or lora"
+        )
+    own.places = devices
 
 
 def _own(model: nn.Module) -> VirtualTokens | None:
@@ -225,7 +246,7 @@ def _cache_name(base: nn.Module) -> str:
 def _cached_shapes(model: nn.Module, base: Any, kind: str) -> list[tuple[int, int]]:
     """Heads, and entries of one head, of the keys and of the values that each layer keeps of earlier tokens."""
     cache: Any = DynamicCache(config=base.config)
-    first = torch.zeros(1, 1, dtype=torch.int64, device=base.device)
+    first = torch.zeros(1, 1, dtype=torch.int64, device=input_device(base))
     try:
         base(**{"input_ids": first, _cache_name(base): cache}, use_cache=True)
         kept = [part for layer in cache.layers for part in (layer.keys, layer.values)]

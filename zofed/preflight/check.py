@@ -23,7 +23,7 @@ from zofed.preflight.model_info import ModelInfo, info
 from zofed.runs import run_folder
 from zofed.training.modes import MODES
 from zofed.training.paths import with_absolute_paths
-from zofed.training.process import device, prepare_process
+from zofed.training.process import device, layer_devices, prepare_process
 from zofed.training.task import Task
 from zofed.training.tasks import read
 
@@ -53,7 +53,9 @@ def check(settings: Settings, modes: Sequence[str]) -> Iterator[Line]:
     with _collect(faults, "device"):
         faults.append(_device(settings))
     if faults[0].verdict == "fix":
-        settings = settings.model_copy(update={"device": "cpu"})  # for all that can be looked at without it
+        settings = settings.model_copy(
+            update={"device": "cpu", "placement": "none"}
+        )  # for all that can be looked at without it
     if settings.out:
         with _collect(faults, "out"):
             faults.append(_out(settings))
@@ -93,12 +95,16 @@ def _collect(lines: list[Line], what: str) -> Iterator[None]:
 
 
 def _device(settings: Settings) -> Line:
-    chosen, here = device(settings), os.cpu_count() or 1
+    (chosen, *others), here = layer_devices(settings), os.cpu_count() or 1
+    if others:
+        names = ", ".join(torch.cuda.get_device_name(one) for one in (chosen, *others))
+        return Line("note", "device", f"layers over {names}: placement = auto has not yet run on several GPUs")
+    alone = ", which holds all layers: placement = auto finds no second GPU" if settings.placement == "auto" else ""
     if chosen.type == "cuda":
-        return Line("ok", "device", torch.cuda.get_device_name(chosen))
+        return Line("ok", "device", f"{torch.cuda.get_device_name(chosen)}{alone}")
     if settings.threads > here:
         return Line("note", "device", f"threads = {settings.threads}, but this machine has {here} CPUs")
-    return Line("ok", "device", f"cpu, {settings.threads} of {here} threads")
+    return Line("ok", "device", f"cpu, {settings.threads} of {here} threads{alone}")
 
 
 def _out(settings: Settings) -> Line:

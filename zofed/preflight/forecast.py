@@ -5,8 +5,6 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from zofed.config import Settings
 from zofed.core import metrics
 from zofed.core.journal import link
@@ -15,7 +13,7 @@ from zofed.core.replica import Replica
 from zofed.data.encoding import Examples
 from zofed.federated import protocol
 from zofed.training.modes import mode_of
-from zofed.training.process import device
+from zofed.training.process import free_on, layer_devices
 from zofed.training.steps import step_function, steps_of
 from zofed.training.task import Task
 
@@ -34,10 +32,9 @@ class Pace:
 
 
 def free_bytes(settings: Settings) -> int | None:
-    """Bytes a new process may take: on the run's GPU, else in RAM and in this process's container; None: not told."""
-    chosen = device(settings)
-    if chosen.type == "cuda":
-        return torch.cuda.mem_get_info(chosen)[0]
+    """Bytes a new process may take: on the run's GPUs, else in RAM and in this process's container; None: not told."""
+    if (chosen := layer_devices(settings))[0].type == "cuda":
+        return sum(free_on(chosen))
     try:
         lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

@@ -338,11 +338,13 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-    """Largest memory this process has held: on the GPU if it used one, else resident in RAM."""
+    """Largest memory this process has held: on the GPUs if it used some, of each its own, else resident in RAM."""
     import torch
 
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
+    if torch.cuda.is_available() and (
+        used := sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
+    ):
+        return used
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

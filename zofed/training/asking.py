@@ -18,8 +18,8 @@ from zofed.models import spec
 from zofed.runs.run_folder import RunFolder
 from zofed.training import generation
 from zofed.training.finalize import base_replica
-from zofed.training.process import device, prepare_process
-from zofed.training.replicas import place_model, replica_of
+from zofed.training.process import prepare_process
+from zofed.training.replicas import place, place_model, replica_of
 from zofed.training.task import Task
 from zofed.training.tasks import TASKS, Encoder, TaskType, encoder_of
 
@@ -172,4 +172,5 @@ def _loaded(settings: Settings, tokenizer: PreTrainedTokenizerBase, classes: int
     model = spec.create_model(settings, tokenizer, classes)
     if settings.quantisation != "none":  # as the run's own evaluations had it
         return replica_of(settings, model).model
-    return nn.Module.to(model, device(settings))
+    place(model, settings)
+    return model

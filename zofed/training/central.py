@@ -22,6 +22,7 @@ from zofed.training.measurements import batch_loss
 from zofed.training.modes import mode_of
 from zofed.training.paths import with_absolute_paths
 from zofed.training.process import prepare_process
+from zofed.training.replicas import tell_placement
 from zofed.training.steps import step_function, steps_of
 from zofed.training.task import Task
 from zofed.training.trainer import Totals, Trainer, sure_lines
@@ -59,6 +60,7 @@ def resume(path: Path, show: Show, expect: Expect = lambda _: None) -> dict[str,
     prepare_process(settings.threads)
     task = Task.load(settings)
     replica = task.replica()
+    tell_placement(replica, settings)
     with Journal.open(folder.journal) as journal:
         folder.check_unchanged(pins.of(task), journal.genesis, replica.genesis)
         done = journal.last_round

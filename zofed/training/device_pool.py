@@ -226,6 +226,11 @@ def check_ranks(settings: Settings, *, is_served: bool = False) -> None:
         raise UserError("under torchrun rank 0 alone runs, and the others measure for it: use zofed train")
     if settings.mode != "zo":
         raise UserError(f"torchrun's processes share the queries of mode zo: run mode = {settings.mode!r} without it")
+    if settings.placement == "auto":
+        raise UserError(
+            "placement = 'auto' takes all GPUs of this machine for one process, and torchrun starts several: leave "
+            "torchrun out, or set placement to none"
+        )
     if settings.devices:
         raise UserError(
             f"devices = {settings.devices!r} and torchrun both split the queries: leave devices out, or torchrun"

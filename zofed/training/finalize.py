@@ -30,7 +30,7 @@ from zofed.runs.run_folder import RunFolder, peak_memory_bytes, timestamp, versi
 from zofed.runs.tables import read_table
 from zofed.training import baselines, pins
 from zofed.training.divergence import has_diverged
-from zofed.training.process import device, prepare_process
+from zofed.training.process import device, layer_devices, prepare_process
 from zofed.training.rebuilding import replay, restore, with_random_slopes
 from zofed.training.task import Task
 from zofed.training.trainer import Totals, diverged
@@ -172,15 +172,16 @@ def _divergence(
 def base_replica(folder: RunFolder, base: str = "") -> tuple[Replica, Settings]:
     """A fresh replica at the base weights of a run's journal, from the run's files alone.
 
-    A base that the run held in fewer bits is whole here, and on the CPU: a replay rounds nothing, and where the run
-    computed it may not fit.
+    A base that the run held in fewer bits is whole here, and on the CPU, as one that lay on several GPUs is: a replay
+    rounds nothing, and on one of them it may not fit.
     """
     settings = folder.settings()
     genesis = read(folder.journal).genesis
     place = (base, "") if base else (settings.model, settings.revision)
     try:
         model = spec.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)
-        where = torch.device("cpu") if genesis.get("quantised") else device(settings)
+        is_large = genesis.get("quantised") or len(layer_devices(settings)) > 1
+        where = torch.device("cpu") if is_large else device(settings)
         return Replica(nn.Module.to(model, where), genesis), settings
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise JournalError(

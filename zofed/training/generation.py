@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from zofed.base import text_scores
 from zofed.base.errors import UserError
 from zofed.config import Settings
+from zofed.core.devices import input_device
 from zofed.core.metrics import IGNORED_LABEL, Answered, without_dropout
 from zofed.core.perturbation_mode import is_shared
 from zofed.core.perturbed import CannotBatch
@@ -83,7 +84,7 @@ def _answered(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    device = next(model.parameters()).device
+    device = input_device(model)
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,

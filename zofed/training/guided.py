@@ -213,7 +213,7 @@ def _guide_written(replica: Replica, own: Guidance, length: float) -> Iterator[N
 def _write(parameters: Parameters, saved: Parameters, own: Guidance, length: float) -> None:
     with torch.no_grad():
         for name, parameter in parameters.items():
-            tensors = (own.guide[name], saved[name], parameter.detach())
+            tensors = (own.guide[name].to(parameter.device), saved[name], parameter.detach())
             rows = max(1, BLOCK // max(1, math.prod(parameter.shape[1:])))
             pieces = ((tensor if tensor.dim() else tensor.view(1)).split(rows) for tensor in tensors)
             for guide, before, now in zip(*pieces, strict=True):
@@ -247,7 +247,7 @@ def _masked_losses(
             rows.append([])
             for step in steps:
                 for name, parameter in replica.parameters.items():
-                    guide = own.guide[name]
+                    guide = own.guide[name].to(parameter.device)
                     drawn = directions.direction(replica.kind, seed, name, tuple(parameter.shape)).to(parameter)
                     shift = torch.where(guide.abs() >= own.threshold, guide, drawn.mul_(unit))
                     torch.add(saved[name], shift.mul_(step), out=parameter)

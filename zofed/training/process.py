@@ -1,5 +1,7 @@
 """What belongs to the process and not to a model: its threads, its memory, its devices."""
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 
@@ -34,3 +36,14 @@ def devices(settings: Settings) -> list[torch.device]:
             f"set {key} to cpu{' or auto' if key == 'device' else ',cpu or to those it has'}"
         )
     return chosen
+
+
+def layer_devices(settings: Settings) -> list[torch.device]:
+    """The devices over which a model's layers are spread: of placement = auto all GPUs of this machine, else one."""
+    count = torch.cuda.device_count() if settings.placement == "auto" and settings.device == "auto" else 0
+    return [torch.device("cuda", number) for number in range(count)] if count > 1 else [device(settings)]
+
+
+def free_on(devices: Sequence[torch.device]) -> list[int]:
+    """Bytes that are free on each of several GPUs; 0 of other devices, of which only one is ever used."""
+    return [torch.cuda.mem_get_info(one)[0] if one.type == "cuda" else 0 for one in devices]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Collection
 
 import torch
 from torch import nn
@@ -19,10 +20,10 @@ from zofed.core.optimizers import Optimizer
 from zofed.core.replica import Replica
 from zofed.core.trunk import Trunk
 from zofed.data import encoding
-from zofed.models import adapters, quantised, scopes, spec
+from zofed.models import adapters, placement, quantised, scopes, spec
 from zofed.models.precision import Model
 from zofed.training.modes import mode_of
-from zofed.training.process import device
+from zofed.training.process import device, free_on, layer_devices
 
 
 def replica_of(settings: Settings, model: Model) -> Replica:
@@ -72,18 +73,37 @@ def place_model(replica: Replica, settings: Settings) -> None:
     """Bring a replica's model to the device of the settings, what the genesis names as quantised in as few bits as they
     say.
 
-    Whoever measures slopes does this; whoever only replays rounds nothing. Raises UserError as `quantised.quantise`.
+    Whoever measures slopes does this; whoever only replays rounds nothing. Raises UserError as `place`.
     """
-    model, names = replica.model, replica.genesis.get("quantised")
-    ran = bool(names) and scopes.runs(model)
-    if settings.quantisation != "none" and names:
-        quantised.quantise(model, settings.quantisation, frozenset(names), device(settings))
-    nn.Module.to(model, device(settings))
+    place(replica.model, settings, replica.genesis.get("quantised", ()))
+
+
+def place(model: nn.Module, settings: Settings, names: Collection[str] = ()) -> None:
+    """Bring a model to the device of the settings, or its layers to several, the matrices of these names rounded.
+
+    Raises UserError as `placement.over`, `quantised.quantise` and `placement.bring`, and for a model that does not run
+    over rounded matrices.
+    """
+    kind = settings.quantisation
+    rounded = frozenset(names) if kind != "none" else frozenset[str]()
+    ran = bool(rounded) and scopes.runs(model)
+    devices = layer_devices(settings)
+    sizes = {} if kind == "none" else dict.fromkeys(rounded, quantised.BYTES[kind])
+    places = placement.over(model, devices, free_on(devices), sizes)
+    if kind != "none" and rounded:
+        quantised.quantise(model, kind, rounded, places.device_of)
+    placement.bring(model, places)
     if ran and not scopes.runs(model):
         raise UserError(
             f"quantisation = {settings.quantisation!r}: the code of {type(model).__name__} reads the weights of linear "
             "layers itself instead of calling them: set quantisation to none"
         )
+
+
+def tell_placement(replica: Replica, settings: Settings) -> None:
+    """Print where the layers of a model lie, if they were to be spread."""
+    if settings.placement == "auto":
+        print(placement.described(replica.model), flush=True)
 
 
 def _states_name(replica: Replica, settings: Settings) -> str:
@@ -98,5 +118,6 @@ def _states_name(replica: Replica, settings: Settings) -> str:
         f"{device(settings)} {torch.get_num_threads()} {torch.__version__} {torch.backends.cpu.get_cpu_capability()}",
         json.dumps(arithmetic.described(), sort_keys=True),
         *((settings.quantisation,) if settings.quantisation != "none" else ()),
+        *((settings.placement,) if settings.placement != "none" else ()),  # GPUs may be of two kinds
     )
     return hashlib.sha256(" ".join(depends_on).encode()).hexdigest()

@@ -27,7 +27,7 @@ from zofed.models.spec import ModelSpec
 from zofed.training import generation
 from zofed.training.modes import mode_of
 from zofed.training.process import device
-from zofed.training.replicas import replica_of
+from zofed.training.replicas import place, replica_of, tell_placement
 from zofed.training.tasks import TASKS, Encoder, Question, TaskType, encoder_of, read, tokenizer_of
 
 SOURCES = 16  # scored apart, at most: a column `source` may well name a page for each document
@@ -232,7 +232,7 @@ class Task:
             json.dumps(spec.describe(self.settings.model, model), sort_keys=True),
             f"{chosen.type} {torch.get_num_threads()} {torch.__version__}",
         )
-        nn.Module.to(model, chosen)
+        place(model, self.settings)
         found = encoding.kept(
             encoding.default_cache() if cache else None, depends_on, lambda: classifier.features(model, tokens)
         )
@@ -368,12 +368,13 @@ class Task:
         return self.type.baselines(train, held_out, len(self.tokenizer), self.labels)
 
     def first_replica(self) -> Replica:
-        """`replica`, of whoever begins a run: says what the saved model lacks and the run draws, and what adapts it."""
+        """`replica`, of whoever begins a run: says what its saved model lacks, what adapts it, where its layers lie."""
         replica = self.replica()
         if adapter := adapters.described(replica.model):
             print(adapter, flush=True)
         if names := initial.drawn(replica.model):
             print(initial.described(names), flush=True)
+        tell_placement(replica, self.settings)
         return replica
 
     def replica(self) -> Replica:
