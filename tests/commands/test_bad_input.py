@@ -795,7 +795,10 @@ def test_a_spoilt_table_is_made_anew(zofed: Zofed, copy_of: Callable[[str], Path
     assert [row | {"timestamp": "", "seconds": ""} for row in read_table(folder / name)] == before
 
 
-@pytest.mark.parametrize("command", [["plot", "compare", "{run}", "--out", "/proc/no.png"], ["make-data", "/proc/no"]])
+@pytest.mark.parametrize(
+    "command",
+    [["plot", "compare", "{run}", "--out", "/proc/no.png"], ["make-data", "/proc/no"], ["make-model", "/proc/no"]],
+)
 def test_a_place_where_nothing_can_be_written_is_told(
     refused: Refused, copy_of: Callable[[str], Path], command: list[str]
 ) -> None:

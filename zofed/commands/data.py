@@ -14,7 +14,7 @@ from rich.text import Text
 from zofed.base import shell
 from zofed.base.errors import Interrupted, UserError
 from zofed.base.files import write_whole
-from zofed.commands.console import brief, console
+from zofed.commands.console import Reporter, brief, console
 from zofed.commands.groups import CommandGroup
 from zofed.data import catalog, subsets
 
@@ -29,6 +29,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.add_typer(data_app, name="data")
     app.command("make-data")(make_data)
+    app.command("make-model")(make_model)
 
 
 @contextmanager
@@ -248,3 +249,14 @@ def make_data(out: Annotated[Path, typer.Argument(help="folder that gets tokeniz
 
     for path in make_shipped_files(out):
         console.print(str(path))
+
+
+def make_model(out: Annotated[Path, typer.Argument(help="folder that gets pretrained/sample.json")]) -> None:
+    """Pretrain the small model that ships with zofed (model = sample) on generated opinions, in minutes on one core."""
+    from zofed.training import pretraining
+
+    file = out / "pretrained" / "sample.json"
+    file.parent.mkdir(parents=True, exist_ok=True)  # else minutes would pass before a folder is refused
+    with Reporter(pretraining.RECIPE["steps"], "step") as reporter:
+        pretraining.make_sample_model(file, reporter)
+    console.print(str(file), markup=False)

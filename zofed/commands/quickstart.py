@@ -104,5 +104,5 @@ def _tell(out: Path) -> None:
     picture = plot_scores.scores(shown, "bytes", (out / "scores.png").absolute(), metric="accuracy")
     console.print(f"wrote {picture}", markup=False)
     folder = out / "zo"
-    for words in (("journal", "replay", folder), ("generate", folder, "the plot is charming", "--compare")):
+    for words in (("journal", "replay", folder), ("generate", folder, "the plot is elegant", "--compare")):
         console.print(f"next: {shell.command('zofed', *words)}", markup=False)

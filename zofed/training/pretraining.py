@@ -3,6 +3,7 @@
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from zofed import config
 from zofed.data.sample_opinions import opinions
@@ -10,7 +11,7 @@ from zofed.models import sample_model
 from zofed.training import central
 from zofed.training.central import Show
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "mode": "fo",
     "optimizer": "adamw",
     "learning-rate": 0.005,
