@@ -88,39 +88,45 @@ def fo_vs_zo(arms: Sequence[Arm], path: Path, notes: Sequence[str] = ()) -> Path
             place.locator_params(axis="x", nbins=TICKS)
     ends(places[1, 0], [arm for _, arm in chosen], [mode for mode, _ in chosen])
     peaks = [[result.summary.get("peak_memory_bytes", math.nan) / 2**20 for result in arm.results] for _, arm in chosen]
-    bars(places[1, 1], [mode for mode, _ in chosen], peaks, "peak memory of the process (MiB)", 0.0)
+    bars(places[1, 1], [mode for mode, _ in chosen], peaks, "peak memory of the process (MiB)")
     notes = [*notes, EQUIVALENTS, "peak memory: of the whole process, loaded libraries among it", incomparable(results)]
     title = "the best arm of each mode; lines: mean of the seeds, bands and whiskers: lowest to highest"
     return plot_style.save(figure, path, title, notes, places[0, 0])
 
 
 def ends(place: Any, arms: Sequence[Arm], names: Sequence[str]) -> None:
-    """A bar an arm: mean end loss, whiskers over the seeds, beside the controls where there are some."""
+    """A point an arm: mean end loss, whiskers over the seeds, beside the controls where there are some."""
     losses = [list(arm.ends.values()) for arm in arms]
     flat = [loss for some_ in losses for loss in some_]
     frozen = {r.summary.get("controls", {}).get("frozen") for arm in arms for r in arm.results} - {None}
     starts = [loss for arm in arms for r in arm.results if (loss := r.summary.get("eval_loss_start")) is not None]
     level = float(np.mean(list(frozen) or starts)) if frozen or starts else math.nan
-    low = min(flat, default=0.0)
-    margin = 0.25 * ((level if math.isfinite(level) else max(flat, default=1.0)) - low) or 0.1
-    bars(place, names, losses, f"{plot_style.LOSS} at the end", low - margin)
+    seen = [*flat, *([level] if math.isfinite(level) else [])] or [0.0, 1.0]
+    margin = 0.15 * (max(seen) - min(seen)) or 0.1
+    for index, own in enumerate(losses):
+        if own := [loss for loss in own if math.isfinite(loss)]:
+            mean, drawn = float(np.mean(own)), plot_style.stroke(index)
+            spread = [[mean - min(own)], [max(own) - mean]]
+            place.errorbar(index, mean, spread, color=drawn.color, marker=drawn.marker, ms=8, capsize=4, lw=1.2)
+            beside = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": "small"}
+            place.annotate(f"{mean:,.4g}", (index, mean), **beside)
+    place.set(xticks=range(len(names)), xticklabels=names, ylabel=f"{plot_style.LOSS} at the end")
+    place.set(xlim=(-0.5, len(names) - 0.5), ylim=(min(seen) - margin, max(seen) + margin))
+    place.grid(axis="x", visible=False)
     if math.isfinite(level):
-        place.set_ylim(top=max(place.get_ylim()[1], level + margin))
         place.axhline(level, color="0.3", lw=1, ls="--")
         at = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": "small"}
         place.annotate("weights never moved", (0.99, level), **at)
 
 
-def bars(place: Any, names: Sequence[str], values: Sequence[Sequence[float]], label: str, floor: float) -> None:
-    """A hatched bar for each name: the mean of its values, whiskers from the lowest to the highest."""
+def bars(place: Any, names: Sequence[str], values: Sequence[Sequence[float]], label: str) -> None:
+    """A hatched bar for each name, from 0: the mean of its values, whiskers from the lowest to the highest."""
     values = [[value for value in own if math.isfinite(value)] for own in values]  # none of what diverged
     for index, own in enumerate(values):
         if not own:
             continue
         mean, drawn = float(np.mean(own)), plot_style.stroke(index)
-        place.bar(
-            index, mean - floor, bottom=floor, color=drawn.color, alpha=0.55, hatch=drawn.hatch, edgecolor="black"
-        )
+        place.bar(index, mean, color=drawn.color, alpha=0.55, hatch=drawn.hatch, edgecolor="black")
         place.errorbar(index, mean, [[mean - min(own)], [max(own) - mean]], color="black", capsize=4, lw=1.2)
         above = {"xytext": (0, 4), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
         place.annotate(
@@ -128,7 +134,7 @@ def bars(place: Any, names: Sequence[str], values: Sequence[Sequence[float]], la
         )
     place.set(xticks=range(len(names)), xticklabels=names, ylabel=label)
     highest = max((max(own) for own in values if own), default=1.0)
-    place.set_ylim(floor, floor + 1.15 * (highest - floor))
+    place.set_ylim(0, 1.15 * highest)
     place.grid(axis="x", visible=False)
 
 

@@ -87,12 +87,17 @@ def federated(result: Result, path: Path) -> Path:
         )
     clients = sorted({int(row["client"]) for row in replies})
     last = max(int(row["round"]) for row in replies)
-    figure, places = plot_style.panels(2, 2, width=5.6, height=3.7)
-    _participation(places[0, 0], replies, clients, last)
-    _refusals(places[0, 1], replies, last)
-    _traffic(places[1, 0], rounds)
-    notes = _losses(places[1, 1], result.path, replies, clients)
-    for place in places.flat:
+    reasons = sorted({row["result"] for row in replies} - {"used"})
+    figure, places = plot_style.panels(*((2, 2) if reasons else (1, 3)), width=5.6, height=3.7)
+    flat = list(places.flat)
+    _participation(flat[0], replies, clients, last)
+    if reasons:
+        _refusals(flat[1], replies, reasons, last)
+    _traffic(flat[-2], rounds)
+    notes = _losses(flat[-1], result.path, replies, clients)
+    if not reasons:
+        notes = [*notes, "every answer was used"]
+    for place in flat:
         place.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return plot_style.save(figure, path, f"{result.name}: {len(clients)} clients, {last} rounds", notes)
 
@@ -114,8 +119,7 @@ def _participation(place: Any, replies: list[dict[str, str]], clients: list[int]
     place.grid(visible=False)
 
 
-def _refusals(place: Any, replies: list[dict[str, str]], last: int) -> None:
-    reasons = sorted({row["result"] for row in replies} - {"used"})
+def _refusals(place: Any, replies: list[dict[str, str]], reasons: list[str], last: int) -> None:
     for index, reason in enumerate(reasons):
         counts = np.zeros(last)
         for row in replies:
@@ -124,11 +128,7 @@ def _refusals(place: Any, replies: list[dict[str, str]], last: int) -> None:
             np.arange(1, last + 1), np.cumsum(counts), **plot_style.stroke(index).line() | {"ms": 0}, label=reason
         )
     place.set(xlabel="round", ylabel="answers not used, in all")
-    if reasons:
-        place.legend(frameon=False, fontsize="small")
-    else:
-        place.set_axis_off()
-        place.annotate("every answer was used", (0.5, 0.5), xycoords="axes fraction", ha="center")
+    place.legend(frameon=False, fontsize="small")
 
 
 def _traffic(place: Any, rounds: list[dict[str, str]]) -> None:

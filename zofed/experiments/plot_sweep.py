@@ -221,21 +221,23 @@ def zo(results: Sequence[Result], path: Path, points: int, notes: Sequence[str] 
             f"the runs of zeroth order do not differ in {', '.join(ZO_SETTINGS)}; --points 5 shows how good their "
             "slopes are"
         )
-    columns = max(2, min(3, len(keys)))
-    rows = -(-len(keys) // columns)
-    figure, places = plot_style.panels(rows + 1, columns, width=4.9, height=3.6)
+    has_course = bool(points) or any(_has(result, name) for result in own for name in GUIDED)
+    count = len(keys) + 2 * has_course
+    columns = count if count < 4 else 2 if count == 4 else 3
+    figure, places = plot_style.panels(-(-count // columns), columns, width=4.9, height=3.6)
     flat = list(places.flat)
     for place, key in zip(flat, keys, strict=False):
         by_setting(place, comparable(done, [key]), key)
-    for place in [*flat[len(keys) : rows * columns], *places[rows, 2:]]:
-        place.set_visible(False)
-    _over_time(places[rows, 0], places[rows, 1], grouped(own), points, notes)
-    for place in places[rows, :2]:
+    if has_course:
+        _over_time(flat[len(keys)], flat[len(keys) + 1], grouped(own), points, notes)
+    for place in flat[len(keys) :]:
         place.set_visible(bool(place.lines))
-    if not points:
+    if points:
+        notes.append("cosine: dashed, what exact slopes along as many directions give; dotted, what chance gives")
+    else:
         notes.append("slopes are not set against backpropagation: --points 5 does so at five steps, by replay")
     title = "zeroth order: end loss by setting; quality of the slopes over time"
-    return plot_style.save(figure, path, title, notes, places[rows, 0])
+    return plot_style.save(figure, path, title, notes, flat[len(keys)] if has_course else None)
 
 
 def _is_drawn_as_one(place: Any, some_: Sequence[Result], name: str) -> bool:
@@ -284,5 +286,5 @@ def _over_time(cosine: Any, signal: Any, found: Sequence[Arm], points: int, note
         for name, style in (("expected_cosine", "--"), ("random_cosine", ":")):
             cosine.plot(steps, [row[name] for row in rows_], color=drawn["color"], lw=0.8, ls=style)
         signal.plot(steps, [row["signal_to_noise"] for row in rows_], **drawn)
-    cosine.set(xlabel="step", ylabel="cosine with the gradient\n(dashed: of exact slopes, dotted: of chance)")
-    signal.set(xlabel="step", ylabel="signal to noise of one batch's slopes")
+    cosine.set(xlabel="step", ylabel="cosine with the gradient")
+    signal.set(xlabel="step", ylabel="signal to noise of a batch")

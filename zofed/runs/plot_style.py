@@ -56,6 +56,9 @@ def stroke(index: int) -> Stroke:
     )
 
 
+LETTER = 0.085  # inches of a legend's letter
+
+
 def panels(rows: int, columns: int, width: float = 5.2, height: float = 3.9, **more: Any) -> tuple[Any, Any]:
     """A figure with (rows, columns) panels, always a two-dimensional array."""
     sns.set_theme(style="ticks", context="notebook", rc={"axes.grid": True, "grid.alpha": 0.35, "hatch.linewidth": 0.6})
@@ -97,9 +100,12 @@ def save(figure: Any, path: Path, title: str = "", notes: Sequence[str] = (), le
     below = 0.2 * len(wrapped)
     if legend_of is not None and legend_of.get_legend_handles_labels()[0]:
         handles, labels = legend_of.get_legend_handles_labels()
-        longest = max(map(len, labels), default=1)
-        columns = max(1, min(len(labels), int(width / (0.9 + 0.085 * longest))))
-        below += 0.26 * -(-len(labels) // columns) + 0.1
+        widest = int((width - 1.1) / LETTER)  # of a name, in letters: a longer one takes several lines
+        labels = ["\n".join(textwrap.wrap(label, widest)) for label in labels]
+        longest = max((len(line) for label in labels for line in label.split("\n")), default=1)
+        columns = max(1, min(len(labels), int(width / (0.9 + LETTER * longest))))
+        tallest = max(label.count("\n") + 1 for label in labels)
+        below += 0.26 * tallest * -(-len(labels) // columns) + 0.1
         figure.legend(
             handles, labels, loc="lower center", ncols=columns, frameon=False, handlelength=3.2, fontsize="small",
             bbox_to_anchor=(0.5, 0.2 * len(wrapped) / height),
