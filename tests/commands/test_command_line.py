@@ -109,6 +109,7 @@ def test_an_unknown_command_is_told_what_was_meant(zofed_command: Zofed, line: s
         ("train --zo_eps", "did you mean '--epsilon'?"),
         ("simulate --num-clients", "did you mean '--clients'?"),
         ("train --learnng-rate", "did you mean '--learning-rate'?"),
+        ("train --mod", "did you mean '--mode'?"),
         ("train --resum", "did you mean '--resume'?"),
         ("train --json", "a run's folder has its figures for programs: summary.json, metrics.csv, ..."),
         ("train --version", "zofed --version tells it"),

@@ -105,7 +105,7 @@ _WITHOUT = {
     "verbose quiet debug log-level silent": "there is one level of output",
 }
 WITHOUT = {theirs: told for names, told in _WITHOUT.items() for theirs in names.split()}
-CLOSE = 0.6  # likeness, by difflib, from which a name may have been meant
+CLOSE, VERY_CLOSE = 0.6, 0.8  # likeness, by difflib, from which a name may have been meant, and one of 3 letters
 
 
 def unknown(name: str, known: list[str], what: str) -> str:
@@ -145,10 +145,10 @@ def meant(key: str, known: list[str]) -> str:
 
 def close(key: str, known: list[str]) -> str:
     """Which of the known names, or of those of other projects for them, a slip of this is; empty: none is likely."""
-    if len(key) < 4:  # so short a name is like many
+    if len(key) < 3:  # two letters are like many a name
         return ""
     theirs = [name for name, ours in ELSEWHERE.items() if ours in known]
-    found = difflib.get_close_matches(key, [*known, *theirs], n=1, cutoff=CLOSE)
+    found = difflib.get_close_matches(key, [*known, *theirs], n=1, cutoff=CLOSE if len(key) > 3 else VERY_CLOSE)
     return ELSEWHERE.get(found[0], found[0]) if found else ""
 
 
