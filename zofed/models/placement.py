@@ -7,7 +7,7 @@ the objects they were: a replica moves them wherever they lie.
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -162,12 +162,20 @@ def _called(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def _together(model: nn.Module, parts: Mapping[str, torch.device]) -> dict[str, torch.device]:
-    """The parts, of which those without parameters, such as tables of positions, lie with the first that has some, and
-    those that share a tensor with an earlier one lie with that; what is named in none lies with the first, too.
+    """The parts, of which those with buffers alone, such as tables of positions, lie with the first that has parameters,
+    and those that share a tensor with an earlier one lie with that. What is named in none lies with the first, too;
+    parts without tensors run wherever they are called.
     """
-    owning = {name for name in parts for one, _ in model.named_parameters() if f"{one}.".startswith(f"{name}.")}
-    first = next(device for name, device in parts.items() if name in owning)
-    found = {"": first} | {name: device if name in owning else first for name, device in parts.items()}
+
+    def owners(names: Iterable[str]) -> set[str]:
+        known = [f"{name}." for name in names]
+        return {part for part in parts if any(name.startswith(f"{part}.") for name in known)}
+
+    with_parameters = owners(name for name, _ in model.named_parameters())
+    with_buffers = owners(name for name, _ in model.named_buffers()) - with_parameters
+    first = next(device for name, device in parts.items() if name in with_parameters)
+    found = {"": first} | {name: device for name, device in parts.items() if name in with_parameters}
+    found |= dict.fromkeys(with_buffers, first)
     begins: dict[int, str] = {}
     for name, tensor in model.named_parameters(remove_duplicate=False):
         if begins.setdefault(id(tensor), name) != name:
@@ -181,10 +189,10 @@ def _kept_whole(model: nn.Module) -> set[str]:
     """Names of the classes whose modules lie on one device: the library's list, layers, and what holds no layers."""
     inner = model.encoder if isinstance(model, PooledClassifier) else model
     named: Collection[str] = getattr(inner, "_no_split_modules", None) or ()
-    layers = scopes.layers(model)
-    above = {id(module) for module in model.modules() if not {*module.modules()}.isdisjoint(layers)} - {
-        *map(id, layers)
-    }
+    layers = {*named, *(type(layer).__name__ for layer in scopes.layers(model))}
+    of_layers = [module for module in model.modules() if type(module).__name__ in layers]
+    inside = {id(part) for module in of_layers for part in module.modules()}
+    above = {id(module) for module in model.modules() if any(id(part) in inside for part in module.modules())} - inside
 
     def beside(module: nn.Module) -> Iterator[str]:
         for child in module.children():
@@ -193,7 +201,7 @@ def _kept_whole(model: nn.Module) -> set[str]:
             else:
                 yield type(child).__name__
 
-    return {*named, *(beside(model) if layers else ())}
+    return {*layers, *(beside(model) if layers else ())}
 
 
 def _types(library: ModuleType, model: nn.Module, rounded: Mapping[str, float]) -> dict[str, Any]:
