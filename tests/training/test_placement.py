@@ -194,6 +194,7 @@ def test_parts_lie_in_their_order_and_tied_ones_together(bases: Path, name: str)
     embeddings = "model.embed_tokens" if name == "llama" else "transformer.wte"
     assert found.device_of(f"{embeddings}.weight") == GPUS[0]
     assert found.device_of("lm_head.weight") == GPUS[name == "llama"]  # gpt2's is tied to its embeddings
+    assert "lm_head" in found.parts  # so that what it is called with is brought there
 
 
 def test_the_smaller_device_holds_less(bases: Path) -> None:

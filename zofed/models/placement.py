@@ -162,16 +162,16 @@ def _called(model: nn.Module, name: str) -> Iterator[nn.Module]:
 
 
 def _together(model: nn.Module, parts: Mapping[str, torch.device]) -> dict[str, torch.device]:
-    """The parts, of which those with buffers alone, such as tables of positions, lie with the first that has parameters,
-    and those that share a tensor with an earlier one lie with that. What is named in none lies with the first, too;
-    parts without tensors run wherever they are called.
+    """The parts, of which those with buffers alone, such as tables of positions, lie with the first that has
+    parameters, and those that share a tensor with an earlier one lie with that. What is named in none lies with the
+    first, too; parts without tensors run wherever they are called.
     """
 
     def owners(names: Iterable[str]) -> set[str]:
         known = [f"{name}." for name in names]
         return {part for part in parts if any(name.startswith(f"{part}.") for name in known)}
 
-    with_parameters = owners(name for name, _ in model.named_parameters())
+    with_parameters = owners(name for name, _ in model.named_parameters(remove_duplicate=False))
     with_buffers = owners(name for name, _ in model.named_buffers()) - with_parameters
     first = next(device for name, device in parts.items() if name in with_parameters)
     found = {"": first} | {name: device for name, device in parts.items() if name in with_parameters}
