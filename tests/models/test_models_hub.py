@@ -192,7 +192,7 @@ def test_what_needs_no_download_is_listed(cache: Path) -> None:
     pickled_too.mkdir(parents=True)
     (pickled_too / "config.json").write_text("{}")
     (pickled_too / "pytorch_model.bin").write_bytes(b"")
-    assert zofed.list_available_models() == ["tiny", "20M", "200M", "500M", "1B", ID]
+    assert zofed.list_available_models() == ["tiny", "20M", "200M", "500M", "1B", "sample", ID]
 
 
 # --- download, from a hub that listens on this machine alone ----------------------------------------------------------
