@@ -74,7 +74,7 @@ def test_every_setting_says_when_it_acts_or_always_does() -> None:
     assert {key for key, alternatives in conditions.items() if not alternatives} == ALWAYS
     for alternatives in conditions.values():
         for condition in alternatives:
-            assert set(condition) <= {"run", *config.Settings.model_fields}
+            assert set(condition) <= {"run", "ranks", *config.Settings.model_fields}
 
 
 def test_every_setting_is_in_one_section_in_their_order() -> None:

@@ -163,8 +163,18 @@ def test_a_rank_says_where_it_could_not_reach_the_first(started: Callable[..., N
         ranks.joined({})
 
 
-def test_the_longest_wait_may_be_set_where_ranks_are_waited_for() -> None:
+def test_the_longest_wait_may_be_set_where_ranks_are_waited_for_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     given = config.resolve({"mode": "zo", "round-timeout": "900"})
+    assert config.without_effect(given, ["round-timeout"], config.CENTRAL) == [
+        "round-timeout = 900.0 has no effect here: it acts with a federation (zofed simulate, zofed run, flwr run), or "
+        "with devices other than '' and mode = zo, or with torchrun and mode = zo"
+    ]
+    devices = config.resolve({"mode": "zo", "round-timeout": "900", "devices": "cpu,cpu"})
+    assert config.without_effect(devices, ["round-timeout"], config.CENTRAL) == []
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     assert config.without_effect(given, ["round-timeout"], config.CENTRAL) == []
 
 

@@ -89,7 +89,7 @@ class Federation(Section):
         600.0,
         "seconds after which a round, or a step over several devices, stops waiting for replies",
         gt=0,
-        acts_when=when({"run": FEDERATED}, mode="zo"),
+        acts_when=when({"run": FEDERATED}, {"devices": Unlike(("",)), "mode": "zo"}, ranks=True, mode="zo"),
         pins=False,
     )
     node_timeout: float = setting(

@@ -43,7 +43,7 @@ class Traits:
 
 
 def when(*alternatives: Condition, **condition: Any) -> tuple[Condition, ...]:
-    """One of these conditions. `run`: CENTRAL or FEDERATED."""
+    """One of these conditions. `run`: CENTRAL or FEDERATED. `ranks`: whether torchrun started several processes."""
     return (*alternatives, *([condition] if condition else []))
 
 

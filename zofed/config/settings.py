@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
+from zofed.base import torchrun
 from zofed.base.errors import UserError
 from zofed.config.federation_sections import Aggregation, Federation, Machine, Output
 from zofed.config.fields import CENTRAL, FEDERATED, Condition, Section, Unlike, kebab, traits
@@ -172,8 +173,10 @@ def _attribute(key: str) -> str:
 
 
 def _holds(condition: Condition, settings: Settings, run: str) -> bool:
+    around = {"run": run, "ranks": torchrun.place().world > 1}
+
     def holds(name: str, wanted: Any) -> bool:
-        value = run if name == "run" else getattr(settings, name)
+        value = around[name] if name in around else getattr(settings, name)
         if isinstance(wanted, Unlike):
             return value not in wanted.values
         return value in wanted if isinstance(wanted, tuple) else value == wanted
@@ -187,6 +190,8 @@ def _in_words(condition: Condition) -> str:
     def words(name: str, wanted: Any) -> str:
         if name == "run":
             return ways[wanted]
+        if name == "ranks":
+            return "torchrun"
         if isinstance(wanted, Unlike):
             return f"{kebab(name)} other than {' or '.join(map(_written, wanted.values))}"
         return f"{kebab(name)} = {' or '.join(map(_written, wanted if isinstance(wanted, tuple) else (wanted,)))}"
