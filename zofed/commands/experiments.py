@@ -1,5 +1,6 @@
-"""Commands of experiments: `zofed sweep`, `zofed plot`, `zofed report`."""
+"""Commands of experiments: `zofed sweep`, `zofed plot`, `zofed report`, `zofed runs`."""
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -9,12 +10,13 @@ import typer
 from rich.console import Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from zofed import config
 from zofed.base import shell
 from zofed.base.errors import Interrupted, UserError
 from zofed.base.texts import duration
-from zofed.commands.console import console
+from zofed.commands.console import brief, console, figure
 from zofed.commands.groups import CommandGroup
 from zofed.commands.options import SettingsCommand, with_settings
 
@@ -36,6 +38,7 @@ def register(app: typer.Typer) -> None:
     app.command("sweep", cls=SettingsCommand)(with_settings(sweep))
     app.add_typer(plot_app, name="plot")
     app.command("report")(report)
+    app.command("runs")(runs)
 
 
 def sweep(
@@ -161,6 +164,38 @@ def report(
         if line.startswith("- "):
             console.print(line, markup=False)
     console.print(f"wrote {page} and {summary}", markup=False)
+
+
+def runs(
+    folder: Annotated[Path, typer.Argument(help="folder that holds runs, at any depth down to a sweep's")] = Path(
+        "runs"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON list, for programs")] = False,
+) -> None:
+    """The runs in a folder: mode, model, data, how far they came, what they scored and sent."""
+    from zofed.experiments import listing
+
+    found = listing.listed(folder)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    metrics = {row["metric"] for row in found if row.get("metric")}
+    table = Table(box=None, pad_edge=False)
+    for name in ("run", "mode", "model", "data", "status"):
+        table.add_column(name, min_width=9 if name == "status" else None, overflow="fold")
+    for name in ("steps", "held-out", metrics.pop() if len(metrics) == 1 else "score", "MB", "time"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in found:
+        if "error" in row:
+            continue
+        texts = [Text(brief(str(row[name]))) for name in ("run", "mode", "model", "data", "status")]
+        losses = ["" if row[name] is None else figure(row[name]) for name in ("held_out", "score")]
+        sent = f"{row['bytes'] / 1e6:,.3g}" if row["bytes"] else ""
+        table.add_row(*texts, str(row["steps"]), *losses, sent, duration(row["seconds"] or 0.0))
+    console.print(table)
+    for row in found:
+        if "error" in row:
+            console.print(f"{row['run']} cannot be read: {row['error']}", markup=False)
 
 
 @plot_app.command("quick")

@@ -68,6 +68,10 @@ GROUPS = {
             "export",
             "Write a run's model, its adapter, or a LoRA of what it changed, with a model card; --push uploads them.",
         ),
+        "runs": (
+            "experiments",
+            "The runs in a folder: mode, model, data, how far they came, what they scored and sent.",
+        ),
         "plot": ("experiments", "Pictures of runs and sweeps, read back from their folders."),
         "report": (
             "experiments",
