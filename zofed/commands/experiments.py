@@ -182,8 +182,8 @@ def runs(
     metrics = {row["metric"] for row in found if row.get("metric")}
     table = Table(box=None, pad_edge=False)
     for name in ("run", "mode", "model", "data", "status"):
-        table.add_column(name, min_width=9 if name == "status" else None, overflow="fold")
-    for name in ("steps", "held-out", metrics.pop() if len(metrics) == 1 else "score", "MB", "time"):
+        table.add_column(name, min_width={"status": 9, "mode": 8}.get(name, 10), no_wrap=True)
+    for name in ("steps", "held-out", metrics.pop() if len(metrics) == 1 else "score", "MB"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in found:
         if "error" in row:
@@ -191,7 +191,7 @@ def runs(
         texts = [Text(brief(str(row[name]))) for name in ("run", "mode", "model", "data", "status")]
         losses = ["" if row[name] is None else figure(row[name]) for name in ("held_out", "score")]
         sent = f"{row['bytes'] / 1e6:,.3g}" if row["bytes"] else ""
-        table.add_row(*texts, str(row["steps"]), *losses, sent, duration(row["seconds"] or 0.0))
+        table.add_row(*texts, str(row["steps"]), *losses, sent)
     console.print(table)
     for row in found:
         if "error" in row:
