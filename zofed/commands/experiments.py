@@ -182,9 +182,9 @@ def runs(
     metrics = {row["metric"] for row in found if row.get("metric")}
     table = Table(box=None, pad_edge=False)
     for name in ("run", "mode", "model", "data", "status"):
-        table.add_column(name, min_width={"status": 9, "mode": 8}.get(name, 10), no_wrap=True)
+        table.add_column(name, min_width=9 if name == "status" else 6, no_wrap=True)
     for name in ("steps", "held-out", metrics.pop() if len(metrics) == 1 else "score", "MB"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", min_width=min(6, max(5, len(name))), no_wrap=True)
     for row in found:
         if "error" in row:
             continue
