@@ -29,6 +29,14 @@ GROUPS = {
             "train",
             "Run a federation in this one process, without Ray or a SuperLink: the same apps, the same results.",
         ),
+        "recipes": (
+            "recipes",
+            "The experiments and tasks that ship with zofed, each a TOML file to run, to read or to copy and change.",
+        ),
+        "copy": (
+            "recipes",
+            "Copy an experiment or a task that ships with zofed, to change it; nothing is overwritten.",
+        ),
         "sweep": (
             "experiments",
             "Carry out many runs: what is finished is skipped, what was cut goes on, what fails is told and stops no "
