@@ -40,8 +40,8 @@ def figure(value: float) -> str:
 class Reporter:
     """Shows rows of a run's metrics: a bar on a terminal, else one plain line for every evaluation."""
 
-    def __init__(self, total: int, what: str) -> None:
-        self.told = Progress(what, total)
+    def __init__(self, total: int, what: str, *, is_own: bool = True) -> None:
+        self.told = Progress(what, total, is_own=is_own)
         self.live: rich.progress.Progress | None = None
 
     def __enter__(self) -> "Reporter":

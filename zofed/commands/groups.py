@@ -80,6 +80,7 @@ GROUPS = {
             "experiments",
             "The runs in a folder: mode, model, data, how far they came, what they scored and sent.",
         ),
+        "watch": ("watch", "Follow a run that goes on anywhere on this machine: losses, pace, time left, how it ends."),
         "plot": ("experiments", "Pictures of runs and sweeps, read back from their folders."),
         "report": (
             "experiments",

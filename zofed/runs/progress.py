@@ -8,11 +8,12 @@ from zofed.runs.tables import Row
 class Progress:
     """What rows of a run's metrics say of its course, the same wherever the run is watched.
 
-    what: a step or a round, of which there are `total`. A run that goes on is timed from its first row here.
+    what: a step or a round, of which there are `total`. is_own: whether this process is the run's, whose memory is then
+    told. A run that goes on is timed from its first row here.
     """
 
-    def __init__(self, what: str, total: int) -> None:
-        self.what, self.total = what, total
+    def __init__(self, what: str, total: int, *, is_own: bool = True) -> None:
+        self.what, self.total, self.is_own = what, total, is_own
         self._began: tuple[int, float] | None = None
         self._held_out = ""
 
@@ -27,13 +28,13 @@ class Progress:
         """Steps a second (or seconds a step), time left, and the most memory held so far; the last alone at first."""
         step, seconds = int(row["step"]), float(row["seconds"])
         first, began = self._began = self._began or (step, seconds)
-        memory = f"{peak_memory_bytes() / 2**20:,.0f} MiB"
+        memory = f"{peak_memory_bytes() / 2**20:,.0f} MiB" if self.is_own else ""
         if step == first or seconds <= began:
             return memory
         each = (seconds - began) / (step - first)
         rate = f"{1 / each:.3g} {self.what}s/s" if each < 1 else f"{duration(each)} a {self.what}"
-        left = f"{duration(each * (self.total - step))} left  " if step < self.total else ""
-        return f"{rate}  {left}{memory}"
+        left = f"{duration(each * (self.total - step))} left" if step < self.total else ""
+        return "  ".join(filter(None, [rate, left, memory]))
 
     def line(self, row: Row) -> str:
         """All of it, for a reader who sees one line after the other."""
