@@ -1,6 +1,5 @@
 """`zofed watch`: a run that another process carries out, followed by what it writes."""
 
-import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,9 +9,8 @@ import typer
 from zofed.base.texts import duration
 from zofed.commands.console import Reporter, console, figure, tell_scores
 from zofed.commands.groups import interruptible
-from zofed.runs import run_result
 from zofed.runs.run_folder import CENTRAL, RunFolder
-from zofed.runs.tables import Row
+from zofed.runs.tables import Row, read_table
 
 SILENT_S = 60.0  # after so many seconds without a line the run may have been killed
 
@@ -67,16 +65,15 @@ def _followed(folder: RunFolder, reporter: Reporter, every: float) -> str:
 
 
 def _rows(folder: RunFolder) -> list[Row]:
-    if not (folder.path / "metrics.csv").exists():
-        return []
-    columns = run_result.read(folder.path).columns
-    count = len(columns["step"])
-    figures = {name: columns[name] for name in ("loss", "eval_loss", "seconds")}
-    return [
-        {name: float(own[at]) if math.isfinite(own[at]) else None for name, own in figures.items()}
-        | {"step": int(columns["step"][at])}
-        for at in range(count)
-    ]
+    """Step, losses and seconds of each whole line of the metrics; nothing of a line that is still being written."""
+    rows = []
+    for row in read_table(folder.path / "metrics.csv"):
+        try:
+            losses = {name: float(row[name]) if row[name] else None for name in ("loss", "eval_loss")}
+            rows.append({"step": int(row["step"]), "seconds": float(row["seconds"]), **losses})
+        except (KeyError, ValueError):
+            continue
+    return rows
 
 
 def _evaluated(rows: list[Row]) -> list[Row]:

@@ -52,7 +52,6 @@ def _row(run: Path, below: Path) -> dict[str, Any]:
     except UserError as error:
         return {"run": name, "error": str(error)}
     own, found = result.settings, result.summary
-    steps = result.columns.get("step", ())
     return {
         "run": name,
         "mode": own["mode"],
@@ -60,7 +59,7 @@ def _row(run: Path, below: Path) -> dict[str, Any]:
         "data": _short(own["dataset"]),
         "seed": own["seed"],
         "status": _status(result),
-        "steps": int(steps[-1]) if len(steps) else 0,
+        "steps": int(done) if math.isfinite(done := result.total("step")) else None,
         "held_out": _finite(result.held_out[1][-1] if len(result.held_out[1]) else math.nan),
         "score": _finite(_score(result.metric, found)),
         "metric": result.metric if result.metric in found else None,
