@@ -191,7 +191,7 @@ def runs(
         texts = [Text(brief(str(row[name]))) for name in ("run", "mode", "model", "data", "status")]
         losses = ["" if row[name] is None else figure(row[name]) for name in ("held_out", "score")]
         sent = f"{row['bytes'] / 1e6:,.3g}" if row["bytes"] else ""
-        table.add_row(*texts, str(row["steps"]), *losses, sent)
+        table.add_row(*texts, "" if row["steps"] is None else str(row["steps"]), *losses, sent)
     console.print(table)
     for row in found:
         if "error" in row:
