@@ -17,7 +17,7 @@ import shutil
 import sys
 import textwrap
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ import zofed
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.commands import cli, console
+from zofed.commands.quickstart import TASK
 from zofed.config import SETTINGS, Settings, task_files
 from zofed.data import catalog, encoding
 from zofed.experiments import sweep_file
@@ -469,15 +470,19 @@ def is_run(path: str) -> bool:
 
 @dataclass(frozen=True)
 class Finished:
-    """Folders for commands that read what they did not make: a run, a federated one, a folder of two runs."""
+    """Folders for commands that read what they did not make: a run, a federated one, a folder of two runs, and one of
+    a LoRA on prompts."""
 
     run: Path
     federated: Path
     several: Path
+    prompted: Path
 
-    def for_command(self, name: str) -> Path:
+    def for_command(self, name: str, values: Mapping[str, object]) -> Path:
         if name == "plot federated":
             return self.federated
+        if name == "plot scores" or (name == "export" and values.get("is_adapter")):
+            return self.prompted
         return self.several if name in ("report", "plot sweep", "plot zo", "plot fo-vs-zo") else self.run
 
 
@@ -485,11 +490,13 @@ class Finished:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     """Runs of two steps."""
     folder = tmp_path_factory.mktemp("docs")
-    found = Finished(folder / "several/zo", folder / "federated", folder / "several")
+    found = Finished(folder / "several/zo", folder / "federated", folder / "several", folder / "prompted")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZOFED_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         for mode in ("zo", "fo"):
             central.train(config.resolve({**SMALL, "mode": mode}), found.several / mode, lambda row: None)
+        adapted = TASK | SMALL | {"mode": "fo", "adapter": "lora", "block-size": 64, "clients": 0, "partition": "iid"}
+        central.train(config.resolve(adapted), found.prompted, lambda row: None)
         settings = config.resolve({**SMALL, "clients": 2, "out": str(found.federated), "controls": True})
         server.run(LocalGrid(client.app, 2, settings.model_dump(by_alias=True)), settings, "")
     return found
@@ -523,7 +530,7 @@ def made_small(command: Command, folder: Path, finished: Finished, encoder: Path
     for before, word in zip(("", *command.words), command.words, strict=False):
         if is_run(word) and before != "--out":
             if "*" not in word and not (folder / word).exists():
-                shutil.copytree(finished.for_command(parsed.name), folder / word.removesuffix("/model"))
+                shutil.copytree(finished.for_command(parsed.name, parsed.values), folder / word.removesuffix("/model"))
             words += sorted(glob.glob(word)) if "*" in word else [word]
         else:
             words.append(str(encoder) if word == "FOLDER" else word)

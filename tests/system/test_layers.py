@@ -109,7 +109,7 @@ def bundle(folder: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 def test_the_app_bundle_holds_the_app_alone_whatever_else_lies_in_the_folder(tmp_path: Path) -> None:
     app = tmp_path / "zofed"
-    tracked = ("zofed", "tokenizer", "datasets_subset", "tasks")
+    tracked = ("zofed", "tokenizer", "pretrained", "datasets_subset", "tasks")
     for name in tracked:
         shutil.copytree(ROOT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE", "server_app.py", "client_app.py", ".gitignore"):
@@ -118,6 +118,7 @@ def test_the_app_bundle_holds_the_app_alone_whatever_else_lies_in_the_folder(tmp
     expected = {"pyproject.toml", "README.md", "LICENSE", "server_app.py", "client_app.py"}
     expected |= {f"zofed/{module}" for module in MODULES}
     expected |= {f"tokenizer/{path.name}" for path in (ROOT / "tokenizer").glob("*.json")}
+    expected |= {f"pretrained/{path.name}" for path in (ROOT / "pretrained").glob("*.json")}
     expected |= {str(path.relative_to(ROOT)) for path in (ROOT / "datasets_subset").glob("**/*.jsonl")}
     expected |= {f"tasks/{path.name}" for path in (ROOT / "tasks").glob("*.toml")}
     assert {name for name in before if not name.startswith(".info")} == expected
