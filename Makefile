@@ -39,7 +39,7 @@ test-processors: $(STAMP) ## run the tests of equal bits with other instruction 
 	    echo "-- $$setting"; env $$setting $(VENV)/bin/pytest -q -m bits -n $(JOBS) --dist loadfile || exit 1; \
 	done
 
-run: $(STAMP) ## train through `flwr run`: 4 clients, the text that ships with the project
+run: $(STAMP) ## adapt a small model through `flwr run`: 4 clients, the data that ship with the project
 	$(VENV)/bin/zofed quickstart
 
 lint: $(STAMP) ## check style, format and who imports whom

@@ -219,7 +219,7 @@ def test_a_download_that_no_proxy_lets_through_names_it(
     assert status == 2 and "https_proxy = " in errors and "secret" not in errors and len(errors.splitlines()) == 1
 
 
-@pytest.mark.slow  # Flower with Ray, three times: 60 to 120 s
+@pytest.mark.slow  # Flower with Ray, and two more runs: 40 to 80 s
 def test_the_quickstart_needs_no_proxy_and_is_stopped_by_none(tmp_path: Path, refusing: str) -> None:
     zofed = Path(sys.executable).parent / "zofed"
     with silent() as unanswering:

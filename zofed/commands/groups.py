@@ -19,7 +19,7 @@ GROUPS = {
     "Train": {
         "quickstart": (
             "quickstart",
-            "Adapt a small pretrained model to the reviews of 4 simulated clients, by three ways through `flwr run`.",
+            "Adapt a small pretrained model to the reviews of 4 simulated clients by three ways, `flwr run` first.",
         ),
         "train": (
             "train",

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from zofed import config
 from zofed.base import shell
 from zofed.commands.console import console
 
@@ -63,12 +64,19 @@ def quickstart(
     ),
     rounds: Annotated[int | None, typer.Option(min=1, help="at most this many rounds of each way")] = None,
 ) -> None:
-    """Adapt a small pretrained model to the reviews of 4 simulated clients, by three ways through `flwr run`."""
+    """Adapt a small pretrained model to the reviews of 4 simulated clients by three ways, `flwr run` first."""
     from zofed.deployment import flower_run
 
+    out = config.absolute(out, "out")
     runs = {name: TASK | way | _rounds(way["rounds"], rounds) for name, (_, way) in WAYS.items()}
-    if status := flower_run.quickstart(out, runs):
+    through_flower = runs.pop("zo")
+    if status := flower_run.quickstart(out, {"zo": through_flower}):
         raise typer.Exit(status)
+    from zofed.experiments.from_python import simulate  # torch takes seconds to load
+
+    for name, settings in runs.items():  # the same apps in this process: the same bits, without Ray's start
+        console.print(f"zofed quickstart: {name}, in this process")
+        simulate(out=out / name, **{key.replace("-", "_"): value for key, value in settings.items()})
     _tell(out)
 
 
