@@ -11,7 +11,7 @@ from zofed.base import shell
 from zofed.commands.console import console
 
 # What all ways share: film reviews that four clients keep to themselves, unevenly by label, and a prompt.
-TASK = {
+TASK: dict[str, Any] = {
     "model": "sample",
     "dataset": "sample-sst2",
     "task": "prompt",
@@ -68,7 +68,9 @@ def quickstart(
     from zofed.deployment import flower_run
 
     out = config.absolute(out, "out")
-    runs = {name: TASK | way | _rounds(way["rounds"], rounds) for name, (_, way) in WAYS.items()}
+    runs: dict[str, dict[str, Any]] = {
+        name: TASK | way | _rounds(way["rounds"], rounds) for name, (_, way) in WAYS.items()
+    }
     through_flower = runs.pop("zo")
     if status := flower_run.quickstart(out, {"zo": through_flower}):
         raise typer.Exit(status)
