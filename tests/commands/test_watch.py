@@ -56,7 +56,8 @@ def test_one_that_fell_silent_is_told_with_what_continues_it_and_is_not_stopped(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(watch.time, "sleep", interrupted)
-    os.utime(half / "metrics.csv", (1e9, 1e9))
+    for file in half.iterdir():
+        os.utime(file, (1e9, 1e9))
     status, out, errors = zofed_command("watch", half)
     assert status == 130 and f"if it was killed, continue with: zofed train --resume {half}" in out
     assert "no longer watched, and not stopped" in errors

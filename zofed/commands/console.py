@@ -24,6 +24,11 @@ class PlainConsole(Console):
 console = PlainConsole(highlight=False, soft_wrap=True)
 
 
+def print_table(table: Table) -> None:
+    """Print a table of many columns: a pipe or a file has room for all of it, a terminal as much as it is wide."""
+    (console if console.is_terminal else Console(width=1000, highlight=False)).print(table)
+
+
 NAME_WIDTH = 60
 
 

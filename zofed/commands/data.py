@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -14,7 +13,7 @@ from rich.text import Text
 from zofed.base import shell
 from zofed.base.errors import Interrupted, UserError
 from zofed.base.files import write_whole
-from zofed.commands.console import Reporter, brief, console
+from zofed.commands.console import Reporter, brief, console, print_table
 from zofed.commands.groups import CommandGroup
 from zofed.data import catalog, subsets
 
@@ -231,8 +230,7 @@ def show_partition(
         table.add_column(Text(brief(column)), justify="right", overflow="fold")
     for row in rows:
         table.add_row(*(f"{value:,}" for value in row))
-    # A pipe or a file has room for every column; a terminal as wide as it is.
-    (console if console.is_terminal else Console(width=1000, highlight=False)).print(table)
+    print_table(table)
     console.print(f"documents of each group; {len(found):,} in all, without the held-out ones")
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from zofed import config
 from zofed.base import shell
 from zofed.base.errors import Interrupted, UserError
 from zofed.base.texts import duration
-from zofed.commands.console import brief, console, figure
+from zofed.commands.console import brief, console, figure, print_table
 from zofed.commands.groups import CommandGroup
 from zofed.commands.options import SettingsCommand, with_settings
 
@@ -192,7 +192,7 @@ def runs(
         losses = ["" if row[name] is None else figure(row[name]) for name in ("held_out", "score")]
         sent = f"{row['bytes'] / 1e6:,.3g}" if row["bytes"] else ""
         table.add_row(*texts, "" if row["steps"] is None else str(row["steps"]), *losses, sent)
-    console.print(table)
+    print_table(table)
     for row in found:
         if "error" in row:
             console.print(f"{row['run']} cannot be read: {row['error']}", markup=False)

@@ -71,8 +71,7 @@ def quickstart(
     runs: dict[str, dict[str, Any]] = {
         name: TASK | way | _rounds(way["rounds"], rounds) for name, (_, way) in WAYS.items()
     }
-    through_flower = runs.pop("zo")
-    if status := flower_run.quickstart(out, {"zo": through_flower}):
+    if status := flower_run.quickstart(out, "zo", runs.pop("zo")):
         raise typer.Exit(status)
     from zofed.experiments.from_python import simulate  # torch takes seconds to load
 

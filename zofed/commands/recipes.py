@@ -11,7 +11,7 @@ from rich.table import Table
 from zofed import config
 from zofed.base import shell
 from zofed.base.errors import UserError
-from zofed.commands.console import console
+from zofed.commands.console import console, print_table
 from zofed.config import task_files
 
 
@@ -26,7 +26,7 @@ def recipes() -> None:
     table = Table("recipe", "what", box=None, pad_edge=False)
     for name, path in _shipped().items():
         table.add_row(name, tomllib.loads(path.read_text(encoding="utf-8")).get("about", ""))
-    console.print(table)
+    print_table(table)
     console.print("one of them to change: zofed copy RECIPE", markup=False)
 
 

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tomli_w
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from zofed import config
 from zofed.base import shell
 from zofed.base.texts import printable
-from zofed.commands.console import console
+from zofed.commands.console import console, print_table
 from zofed.commands.groups import CommandGroup
 from zofed.config import task_files
 
@@ -43,8 +42,7 @@ def list_tasks(context: typer.Context) -> None:
         dataset = task.settings.get("dataset", "")
         here = "yes" if _is_here(dataset) else ""
         table.add_row(name, task.settings["task"], dataset, task.settings.get("metric", ""), here, task.about)
-    # A pipe or a file has room for every column; a terminal as wide as it is.
-    (console if console.is_terminal else Console(width=1000, highlight=False)).print(table)
+    print_table(table)
     console.print(
         "one of them: zofed tasks show NAME; its data: zofed data download DATA; tune: zofed train --task NAME"
     )

@@ -9,10 +9,8 @@ import typer
 from zofed.base.texts import duration
 from zofed.commands.console import Reporter, console, figure, tell_scores
 from zofed.commands.groups import interruptible
-from zofed.runs.run_folder import CENTRAL, RunFolder
+from zofed.runs.run_folder import CENTRAL, SILENT_S, RunFolder
 from zofed.runs.tables import Row, read_table
-
-SILENT_S = 60.0  # after so many seconds without a line the run may have been killed
 
 
 def register(app: typer.Typer) -> None:
@@ -58,7 +56,7 @@ def _followed(folder: RunFolder, reporter: Reporter, every: float) -> str:
                 told, silent = row["step"], False
         if status != "running":
             return status
-        if (quiet := _since(folder)) > SILENT_S and not silent:
+        if (quiet := folder.quiet_seconds) > SILENT_S and not silent:
             silent = True
             console.print(f"nothing was written for {duration(quiet)}: if it was killed, {folder.after_interruption()}")
         time.sleep(every)
@@ -78,8 +76,3 @@ def _rows(folder: RunFolder) -> list[Row]:
 
 def _evaluated(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["eval_loss"] is not None]
-
-
-def _since(folder: RunFolder) -> float:
-    """Seconds since the run last wrote a row."""
-    return time.time() - (folder.path / "metrics.csv").stat().st_mtime if _rows(folder) else 0.0

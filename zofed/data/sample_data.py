@@ -125,13 +125,13 @@ def make_shipped_files(root: Path, seed: int = 0) -> list[Path]:
     reviews = film_reviews(seed)
     data = root / "datasets_subset"
     files = [_write(data / "README.md", _README)]
-    files.append(_write_rows(data / "dclm" / "train.jsonl", web))
-    files.append(_write_rows(data / "pubmedqa" / "train.jsonl", trials))
-    files.append(_write_rows(data / "alpaca" / "train.jsonl", instructions(seed)))
+    files.append(write_rows(data / "dclm" / "train.jsonl", web))
+    files.append(write_rows(data / "pubmedqa" / "train.jsonl", trials))
+    files.append(write_rows(data / "alpaca" / "train.jsonl", instructions(seed)))
     start = 0
     for split, count in REVIEWS.items():
         rows = [{**row, "idx": idx} for idx, row in enumerate(reviews[start : start + count])]
-        files.append(_write_rows(data / "sst2" / f"{split}.jsonl", rows))
+        files.append(write_rows(data / "sst2" / f"{split}.jsonl", rows))
         start += count
     texts = [row["text"] for row in web]
     texts += ["\n".join([row["question"], *row["context"]["contexts"], row["long_answer"]]) for row in trials]
@@ -304,7 +304,8 @@ def with_sentiment(rng: Random, template: str, agreeing: Sequence[str], contrary
     return template
 
 
-def _write_rows(file: Path, rows: Iterable[Row]) -> Path:
+def write_rows(file: Path, rows: Iterable[Row]) -> Path:
+    """Write rows as JSON lines; the file's path. Raises OSError where it cannot be written."""
     return _write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 

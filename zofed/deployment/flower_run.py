@@ -25,28 +25,26 @@ START_LIMIT_S = 60.0  # a SuperLink answers after 2 to 4 seconds; a loaded machi
 # ---- what a user calls ---------------------------------------------------------------------------
 
 
-def quickstart(out: Path, runs: Mapping[str, Mapping[str, Setting]]) -> int:
-    """Carry out runs with 4 simulated clients, each in its folder of `out`; 0 only if all completed.
+def quickstart(out: Path, name: str, settings: Mapping[str, Setting]) -> int:
+    """Run a job with 4 simulated clients in the folder `name` of `out`; 0 only if it completed and wrote its summary.
 
-    runs: settings by the name of the folder. What lay at `out` before is moved aside.
+    What lay at `out` before is moved aside.
     """
-    present = out = Path(os.path.abspath(out.expanduser()))
+    out = Path(os.path.abspath(out.expanduser()))
+    run = out / name
     try:
         earlier = move_aside(out)
         if earlier is not None:
             print(f"the earlier result now lies in {earlier}", flush=True)
-        for number, (name, settings) in enumerate(runs.items(), 1):
-            print(f"zofed quickstart: run {number} of {len(runs)}: {name}", flush=True)
-            present = out / name
-            status = flower_run(ROOT, {**settings, "out": str(present)}, nodes=4, cpus_per_node=1)
-            if status != COMPLETED:
-                raise UserError(f"the run ended as {status!r}, not {COMPLETED!r}: the cause and the logs stand above")
-            check_summary(present)
+        status = flower_run(ROOT, {**settings, "out": str(run)}, nodes=4, cpus_per_node=1)
+        if status != COMPLETED:
+            raise UserError(f"the run ended as {status!r}, not {COMPLETED!r}: the cause and the logs stand above")
+        check_summary(run)
     except UserError as error:
         print(f"zofed quickstart failed: {error}", file=sys.stderr)
         return 1
     except processes.Stopped as stop:
-        told = RunFolder(present).after_interruption()
+        told = RunFolder(run).after_interruption()
         print(f"zofed quickstart was stopped, and with it everything it had started; {told}", file=sys.stderr)
         return 128 + stop.number
     return 0

@@ -1,18 +1,17 @@
 """The runs below a folder, a line each: what they are, how far they came, what they found."""
 
 import math
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.runs import run_result
+from zofed.runs.run_folder import SILENT_S, RunFolder
 from zofed.runs.run_result import Result
 
 DEPTH = 4  # folders below the one that is asked for: runs/SWEEP/runs/RUN
-GOES_ON_S = 60.0  # a running run that wrote nothing for so long is called silent
 
 
 def listed(folder: Path) -> list[dict[str, Any]]:
@@ -24,7 +23,7 @@ def listed(folder: Path) -> list[dict[str, Any]]:
     folder = config.absolute(folder, "folder")
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}: name the one that holds runs, or make a run with zofed train")
-    places = sorted(_folders(folder, DEPTH), key=_written)
+    places = sorted(_folders(folder, DEPTH), key=lambda place: -RunFolder(place).quiet_seconds)
     if not places:
         raise UserError(f"{folder} holds no runs: name the folder that does, or make one with zofed train")
     return [_row(place, folder) for place in places]
@@ -37,12 +36,6 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
         for entry in folder.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 yield from _folders(entry, depth - 1)
-
-
-def _written(run: Path) -> float:
-    """When a run last wrote, in seconds since 1970."""
-    files = [run / name for name in ("metrics.csv", "summary.json", "settings.toml")]
-    return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
 
 def _row(run: Path, below: Path) -> dict[str, Any]:
@@ -61,7 +54,7 @@ def _row(run: Path, below: Path) -> dict[str, Any]:
         "status": _status(result),
         "steps": int(done) if math.isfinite(done := result.total("step")) else None,
         "held_out": _finite(result.held_out[1][-1] if len(result.held_out[1]) else math.nan),
-        "score": _finite(_score(result.metric, found)),
+        "score": _finite(result.score),
         "metric": result.metric if result.metric in found else None,
         "bytes": int(sent) if math.isfinite(sent := result.total("bytes")) else None,
         "seconds": _finite(result.total("seconds")),
@@ -76,13 +69,8 @@ def _short(name: str) -> str:
 def _status(result: Result) -> str:
     """What the summary says; `silent` of a run that should be running and has written nothing for a while."""
     status = str(result.summary.get("status", "unknown"))
-    is_silent = status == "running" and time.time() - _written(result.path) > GOES_ON_S
+    is_silent = status == "running" and RunFolder(result.path).quiet_seconds > SILENT_S
     return "silent" if is_silent else status
-
-
-def _score(metric: str, summary: Mapping[str, Any]) -> float:
-    value = summary.get(metric)
-    return float(value) if isinstance(value, int | float) else math.nan
 
 
 def _finite(value: float) -> float | None:

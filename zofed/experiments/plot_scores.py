@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from zofed.base.errors import UserError
+from zofed.core.metrics import SCORES, scores_among
 from zofed.experiments import plot_arms
 from zofed.experiments.arms import Arm, incomparable
 from zofed.runs import plot_style
@@ -19,7 +20,7 @@ UNTRAINED = {
     "threshold": "untouched, one fitted threshold",
     "majority": "most frequent class",
 }
-PER_CENT = ("accuracy", "f1", "exact_match", "token_f1", "rouge_l")
+PER_CENT = frozenset(SCORES) - {"auc"}
 
 
 def scores(arms: Sequence[Arm], axis: str, path: Path, notes: Sequence[str] = (), metric: str = "") -> Path:
@@ -77,7 +78,8 @@ def _baselines(place: Any, results: Sequence[Result], metric: str) -> None:
         values = {
             round(value, 6)
             for result in results
-            if isinstance(value := result.summary.get("baselines", {}).get(f"{name}_{metric}"), int | float)
+            for own in [scores_among(result.summary.get("baselines", {})).get(name, {})]
+            if isinstance(value := own.get(metric), int | float)
         }
         if len(values) == 1:
             level = values.pop() * _scale(metric)

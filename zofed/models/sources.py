@@ -215,7 +215,7 @@ def source_of(name: str, revision: str = "", *, is_masked: bool = False) -> Sour
             )
         return Fresh(name)
     folder = model_folder(name, revision)
-    if name == sample_model.NAME or _local(name):
+    if _local(name):
         again, config = "copy the folder again from where it came", "bring back the config.json it was saved with"
         return Stored(Saved(folder, f"model folder {str(folder)!r}", again, config), is_masked)
     # Not the snapshot alone: its files are links to others beside it, which would be taken for whole.
@@ -228,8 +228,6 @@ def model_folder(name: str, revision: str = "") -> Path:
 
     Raises UserError for none.
     """
-    if name == sample_model.NAME:
-        return sample_model.folder()
     if folder := _local(name):
         return folder
     if hub.is_id(name):
@@ -243,7 +241,9 @@ def model_folder(name: str, revision: str = "") -> Path:
 
 
 def _local(name: str) -> Path | None:
-    """The folder of this name on this machine, if there is one."""
+    """The folder of this name on this machine, if there is one; of the shipped model where it was unpacked."""
+    if name == sample_model.NAME:
+        return sample_model.folder()
     folder = Path(os.path.expanduser(name))
     with suppress(OSError, ValueError):  # no name that a file can have
         return folder if name and folder.is_dir() else None
@@ -255,7 +255,7 @@ def commit(name: str, revision: str) -> str:
 
     Raises UserError where it is not cached, and for the revision of a model that has none.
     """
-    if hub.is_id(name) and not (name in SIZES or name == sample_model.NAME or _local(name)):
+    if hub.is_id(name) and not (name in SIZES or _local(name)):
         return hub.snapshot(name, revision).name
     if revision:
         raise UserError(

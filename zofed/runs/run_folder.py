@@ -37,6 +37,7 @@ EVALUATIONS = (
     "step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1", "auc", "exact_match", "token_f1",
     "rouge_l",
 )  # fmt: skip
+SILENT_S = 60.0  # a running run that wrote nothing for so many seconds may have been killed
 BEST = "best"  # name of the checkpoint with the lowest held-out loss
 
 WAY, NODES, ARITHMETIC = "way", "nodes", "arithmetic"  # what inputs.json says of a run beside what must not change
@@ -133,6 +134,12 @@ class RunFolder:
         """The command that continues the run. NAME stands for a SuperLink, which the run's folder does not know."""
         words = [*self.way.split(), *(["NAME"] if self.way == DEPLOYED else [])]
         return shell.command(*words, "--resume", self.path)
+
+    @property
+    def quiet_seconds(self) -> float:
+        """Seconds since the run wrote a step or its summary; of one that should be running, many mean it was killed."""
+        files = [self.path / name for name in ("metrics.csv", "summary.json", "settings.toml")]
+        return time.time() - max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
     def after_interruption(self) -> str:
         """What to do after one: nothing stands in a folder that has no journal yet."""

@@ -1,11 +1,11 @@
 """How the shipped model was made: backpropagation on made-up opinions, in minutes on one core."""
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from zofed import config
+from zofed.data.sample_data import write_rows
 from zofed.data.sample_opinions import opinions
 from zofed.models import sample_model
 from zofed.training import central
@@ -34,6 +34,6 @@ def make_sample_model(file: Path, show: Show) -> None:
     """
     with tempfile.TemporaryDirectory() as place:
         text, run = Path(place) / "opinions.jsonl", Path(place) / "run"
-        text.write_text("".join(json.dumps(row) + "\n" for row in opinions()), encoding="utf-8")
+        write_rows(text, opinions())
         central.train(config.resolve(RECIPE | {"dataset": str(text), "out": str(run)}), run, show)
         sample_model.pack(run / "model", file)
