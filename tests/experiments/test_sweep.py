@@ -60,7 +60,7 @@ def test_a_grid_is_crossed_with_the_seeds(tmp_path: Path) -> None:
     ]
     run = found.first()[-1]
     assert (run.settings.mode, run.settings.queries, run.settings.seed, run.settings.steps) == ("fo", 4, 2, 7)
-    assert found.most == 8 and not found.later({})
+    assert found.count({}) == 8 and not found.later({})
 
 
 def test_runs_have_names_and_cross_their_lists_with_the_grid(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_an_arm_tunes_with_the_first_seed_and_runs_the_others_at_the_best(tmp_pa
         "b,learning-rate=0.3,seed=5", "b,learning-rate=0.3,seed=6", "b,learning-rate=0.3,seed=7",
     ]  # fmt: skip
     assert [run.tunes for run in found.first()] == [True, True, False, False, False]
-    assert found.most == 7
+    assert found.count({}) == 7
     assert not found.later({first[0]: 3.0}), "the other rate is not over"
     later = found.later({first[0]: 3.0, first[1]: 2.0})
     assert [run.name for run in later] == ["a,learning-rate=0.2,seed=6", "a,learning-rate=0.2,seed=7"]

@@ -61,6 +61,7 @@ TOO_MUCH = {
     "worker": "serves until it is stopped",
     "run": "needs a SuperLink with nodes",
     "sweep": "takes minutes, but for --dry-run",
+    "tune": "takes several runs",
     "data download": "needs the network",
     "models download": "needs the network",
 }

@@ -21,6 +21,7 @@ from zofed.commands.groups import CommandGroup
 from zofed.commands.options import SettingsCommand, with_settings
 
 if TYPE_CHECKING:
+    from zofed.experiments.sweep import Sweep
     from zofed.experiments.sweep_runner import Board, Runner
 
 
@@ -82,13 +83,20 @@ def sweep(
         for line in sweep_cost.estimate(wanted, at_a_time):
             console.print(line, markup=False)
         return
+    carry_out(wanted, folder_path, at_a_time)
+
+
+def carry_out(wanted: "Sweep", path: Path, at_a_time: int) -> "Runner":
+    """Begin a sweep in the folder, or go on with it; raises `typer.Exit` at its end where a run failed."""
+    from zofed.experiments import sweep_cost, sweep_file
     from zofed.experiments.sweep_folder import SweepFolder
     from zofed.experiments.sweep_runner import Runner
 
-    folder = SweepFolder(folder_path)
+    folder = SweepFolder(path)
     with folder.opened():
         wanted = folder.begin(wanted)
-        console.print(f"sweep: {folder.path}: {wanted.most} runs, {at_a_time} at a time", markup=False)
+        count = f"{wanted.count({})} runs{' or more' if wanted.walks else ''}"
+        console.print(f"sweep: {folder.path}: {count}, {at_a_time} at a time", markup=False)
         if warning := sweep_cost.too_much(wanted, at_a_time):
             console.print(f"zofed: warning: {warning}", markup=False)
         try:
@@ -101,6 +109,7 @@ def sweep(
     _tell_outcome(runner, board)
     if board.failed or runner.untuned:
         raise typer.Exit(1)
+    return runner
 
 
 def _tell_outcome(runner: "Runner", board: "Board") -> None:

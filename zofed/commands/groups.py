@@ -42,6 +42,11 @@ GROUPS = {
             "Carry out many runs: what is finished is skipped, what was cut goes on, what fails is told and stops no "
             "other.",
         ),
+        "tune": (
+            "tune",
+            "Find a setting's best value: runs at the one given, at its neighbours, then on to where the held-out loss "
+            "falls.",
+        ),
     },
     "Before a run": {
         "tasks": ("tasks", "Tasks by name: what they tune a model for, and a row of each as the model meets it."),

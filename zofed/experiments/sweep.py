@@ -1,8 +1,9 @@
 """A sweep: which runs there are, which of them tune, which arms are compared."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,27 @@ Values = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Walk:
+    """A tuning that goes along a line of values: from the one at `start` and its neighbours to wherever the best leads.
+
+    most: values that it tries at most.
+    """
+
+    start: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
 class Arm:
-    """What is compared: settings that differ from the base, and those among which its tuning chooses ([{}]: none)."""
+    """What is compared: settings that differ from the base, and those among which its tuning chooses ([{}]: none).
+
+    walk: tuned is a line of values, in order, of which so many are tried as it takes; None: all are.
+    """
 
     name: str
     values: Values
     tuned: tuple[Values, ...]
+    walk: Walk | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +64,12 @@ class Sweep:
             self.run(arm, values, seed)
             for seed in self.seeds
             for arm in self.arms
-            for values in arm.tuned
+            for values in self.tried(arm, {})
             if len(arm.tuned) == 1 or seed == self.seeds[0]
         ]
 
     def later(self, losses: Mapping[str, float]) -> list[Run]:
-        """The other seeds of every arm whose tuning is over, at the best of its values.
+        """The other seeds of every arm whose tuning is over, at the best of its values; or where its walk leads next.
 
         losses: end losses by name of the runs that are over; infinite where a run failed.
         """
@@ -61,17 +77,43 @@ class Sweep:
         for arm in self.arms:
             if (values := self.chosen(arm, losses)) is not None and len(arm.tuned) > 1:
                 found += [self.run(arm, values, seed) for seed in self.seeds[1:]]
+            elif arm.walk:
+                found += [self.run(arm, values, self.seeds[0]) for values in self.tried(arm, losses)]
         return found
+
+    def tried(self, arm: Arm, losses: Mapping[str, float]) -> tuple[Values, ...]:
+        """The values that an arm's tuning tries, as far as the losses tell: all of them, or those of its walk.
+
+        A walk goes on while the best of what it tried lies at an end; where nothing trains, to smaller values.
+        """
+        if arm.walk is None:
+            return arm.tuned
+        first, last = max(0, arm.walk.start - 1), min(len(arm.tuned) - 1, arm.walk.start + 1)
+        while last - first + 1 < arm.walk.most:
+            found = self._losses(arm, arm.tuned[first : last + 1], losses)
+            if found and first > 0 and (found[0] < min(found[1:]) or min(found) == inf):
+                first -= 1
+            elif found and last < len(arm.tuned) - 1 and found[-1] < min(found[:-1]):
+                last += 1
+            else:
+                break
+        return arm.tuned[first : last + 1]
+
+    def _losses(self, arm: Arm, tried: Sequence[Values], losses: Mapping[str, float]) -> list[float] | None:
+        """End losses of an arm's runs that try these values; None while one of them is not over."""
+        found = [losses.get(self.run(arm, values, self.seeds[0]).name) for values in tried]
+        known = [loss for loss in found if loss is not None]
+        return known if len(known) == len(found) else None
 
     def chosen(self, arm: Arm, losses: Mapping[str, float]) -> Values | None:
         """The values an arm's tuning chose; None while some of its runs are not over, or where all failed."""
         if len(arm.tuned) == 1:
             return arm.tuned[0]
-        found = [losses.get(self.run(arm, values, self.seeds[0]).name) for values in arm.tuned]
-        if any(loss is None for loss in found):
+        tried = self.tried(arm, losses)
+        found = self._losses(arm, tried, losses)
+        if found is None or min(found) == inf:
             return None
-        best = min(range(len(found)), key=lambda at: found[at])  # type: ignore[arg-type, return-value]
-        return arm.tuned[best] if found[best] != float("inf") else None
+        return tried[found.index(min(found))]
 
     def run(self, arm: Arm, values: Values, seed: int) -> Run:
         """The run of an arm with one choice of its tuned values and one seed."""
@@ -89,10 +131,14 @@ class Sweep:
 
         return [idle(runs[0], key)[0] for key in keys if all(idle(settings, key) for settings in runs)]
 
+    def count(self, losses: Mapping[str, float]) -> int:
+        """How many runs there are when all tuning is over, unless a walk leads further than the losses tell."""
+        return sum(len(self.tried(arm, losses)) + (len(self.seeds) - 1) for arm in self.arms)
+
     @property
-    def most(self) -> int:
-        """How many runs there are when all tuning is over."""
-        return sum(len(arm.tuned) + (len(self.seeds) - 1) for arm in self.arms)
+    def walks(self) -> bool:
+        """Whether some arm's tuning may try more values than it begins with."""
+        return any(arm.walk for arm in self.arms)
 
 
 def pairs(values: Values) -> list[str]:

@@ -63,7 +63,7 @@ def estimate(sweep: Sweep, parallel: int) -> Iterator[str]:
         memory.append(found.memory)
         disk += found.disk
         traffic += found.traffic
-    told = f"{sweep.most} runs, {parallel} at a time: about {duration(total / parallel)}"
+    told = f"{sweep.count({})} runs{' or more' if sweep.walks else ''}, {parallel} at a time: about {duration(total / parallel)}"
     told += f" and {unknown} runs of unknown length" if unknown else ""
     told += f"; {sum(sorted(memory)[-parallel:]) / 2**20:,.0f} MiB of memory, {disk / 2**20:,.0f} MiB on disk"
     yield told + (f", {traffic:,} bytes between clients and server" if traffic else "")
@@ -103,7 +103,8 @@ def _later(sweep: Sweep) -> Iterator[tuple[Run, str]]:
     for arm in sweep.arms:
         if len(arm.tuned) > 1:
             for seed in sweep.seeds[1:]:
-                yield sweep.run(arm, arm.tuned[0], seed), f"{arm.name},(the best of {len(arm.tuned)}),seed={seed}"
+                tried = sweep.tried(arm, {})
+                yield sweep.run(arm, tried[0], seed), f"{arm.name},(the best of {len(tried)}),seed={seed}"
 
 
 def _kind(run: Run) -> Settings:

@@ -6,6 +6,7 @@
     [grid]                           # key = [values]: crossed with each other and with the runs below
     [[runs]]                         # a name and settings; a list of values is crossed, too
     [tune]                           # key = [values]: tried with the first seed; the others run at the best of them
+                                     # key = { around = value, factor = 3, most = 7 }: as many as it takes to find it
     [[leave-out]]                    # key = value or [values]: combinations that are not run
     [merge]                          # name = [data sets]: data that are merged before the runs begin
     with-controls = true             # controls of every run, and beside each run of instruct its arms without noise
@@ -16,6 +17,7 @@ Everything here is a plain function of the file: nothing is read but it, nothing
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.base.files import ROOT
 from zofed.config import SETTINGS
+from zofed.experiments import sweep_walk
 from zofed.experiments.sweep import Arm, Sweep, Values, pairs, safe
 
 SHIPPED = ROOT / "experiments"
@@ -133,7 +136,7 @@ def of(parts: Values, options: Mapping[str, str] | None = None) -> Sweep:
     base, grid, tune = parts.get("base", {}), parts.get("grid", {}), parts.get("tune", {})
     _check_keys(base, "[base]")
     _check_lists(grid, "[grid]")
-    _check_lists(tune, "[tune]")
+    _check_tune(tune, "[tune]")
     left_out = parts.get("leave-out", [])
     for values in left_out:
         _check_keys(values, "[[leave-out]]")
@@ -181,14 +184,14 @@ def _arms(run: Values, grid: Values, tune: Values) -> Iterable[Arm]:
     name, own_tune = str(run.pop("name", "")), run.pop("tune", {})
     where = f"[[runs]] {name}".strip()
     _check_keys(run, where)
-    _check_lists(own_tune, f"{where} tune")
+    _check_tune(own_tune, f"{where} tune")
     crossed = {key: value for key, value in run.items() if isinstance(value, list)}
     _check_lists(crossed, where)
     fixed = {key: value for key, value in run.items() if key not in crossed}
-    tuned = tuple(_cross(tune | own_tune))
+    tuned, walk = sweep_walk.line(tune | own_tune) or (tuple(_cross(tune | own_tune)), None)
     for values in _cross(grid | crossed):
         shown = values if name else fixed | values
-        yield Arm(",".join(part for part in (safe(name), *pairs(shown)) if part), values | fixed, tuned)
+        yield Arm(",".join(part for part in (safe(name), *pairs(shown)) if part), values | fixed, tuned, walk)
 
 
 def _kept(arms: Iterable[Arm], base: Values, left_out: Sequence[Values]) -> Iterable[Arm]:
@@ -202,8 +205,10 @@ def _kept(arms: Iterable[Arm], base: Values, left_out: Sequence[Values]) -> Iter
 
     for arm in arms:
         tuned = tuple(values for values in arm.tuned if not is_out(base | arm.values | values))
+        if arm.walk and 0 < len(tuned) < len(arm.tuned):
+            raise UserError(f"[[leave-out]] leaves out values along which {arm.name or 'the runs'} tune: give a list")
         if tuned:
-            yield Arm(arm.name, arm.values, tuned)
+            yield replace(arm, tuned=tuned)
 
 
 def _with_arms_without_noise(arms: Sequence[Arm], base: Values) -> list[Arm]:
@@ -215,7 +220,7 @@ def _with_arms_without_noise(arms: Sequence[Arm], base: Values) -> list[Arm]:
         for kind in WITHOUT_NOISE if (base | arm.values).get("mode") == "instruct" else ():
             own = {"instruct-kind": kind}
             name = ",".join(part for part in (arm.name, *pairs(own)) if part)
-            control = Arm(name, arm.values | own, tuned)
+            control = replace(arm, name=name, values=arm.values | own, tuned=tuned)
             if not any((one.values, one.tuned) == (control.values, control.tuned) for one in found):
                 found.append(control)
     return found
@@ -283,6 +288,18 @@ def _check_lists(values: Any, where: str) -> None:
             raise UserError(f"{where}: {key} = {value!r} is no list: write [{value!r}]")
         if not value:
             raise UserError(f"{where}: {key} = [] is empty: give it values, or leave it out")
+
+
+def _check_tune(values: Values, where: str) -> None:
+    if not isinstance(values, dict):
+        raise UserError(f"{where} is no table: write key = [values]")
+    walked = {key: value for key, value in values.items() if isinstance(value, dict)}
+    _check_lists({key: value for key, value in values.items() if key not in walked}, where)
+    _check_keys(walked, where)
+    for key, value in walked.items():
+        sweep_walk.check(key, value, where)
+    if walked and len(values) > 1:
+        raise UserError(f"{where}: {next(iter(walked))} is searched for, which goes with no other: tune it alone")
 
 
 def _cross(lists: Mapping[str, Sequence[Any]]) -> list[Values]:

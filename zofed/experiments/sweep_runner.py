@@ -123,7 +123,7 @@ class Runner:
         failed = {run.name for run in self.ended if run.error}
         diverged = sorted(name for name, loss in self.losses.items() if loss == math.inf and name not in failed)
         return Board(
-            most=self.sweep.most,
+            most=self.sweep.count(self.losses),
             skipped=self._skipped,
             ended=tuple(self.ended),
             diverged=tuple(diverged),
@@ -175,7 +175,7 @@ class Runner:
         if not known:
             return None
         mean = statistics.fmean(known)
-        whole = self.sweep.most - self._skipped - len(self.ended) - len(running)
+        whole = self.sweep.count(self.losses) - self._skipped - len(self.ended) - len(running)
         rest = sum(max(0.0, mean * (1 - share)) for _, share in shares)
         return (whole * mean + rest) / min(self.parallel, max(1, whole + len(running)))
 

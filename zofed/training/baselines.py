@@ -115,7 +115,8 @@ def fitted_biases(logits: Tensor, labels: Tensor) -> Tensor:
 def _few_shot(task: Task, model: nn.Module) -> dict[str, float]:
     """Scores of the base weights where solved training documents stand before each prompt, the same before all.
 
-    Raises UserError where they do not fit what the model reads.
+    Raises UserError where they do not fit what the model reads, or where rows are so much longer than block-size that
+    the run cuts that it would take many times the run's own tokens.
     """
     settings = task.settings
     count = min(SHOTS, len(task.train) - 1)
@@ -123,6 +124,11 @@ def _few_shot(task: Task, model: nn.Module) -> dict[str, float]:
     longest, need = limits.positions(model), replace(task, demonstrations=shown).block_for(task.scored_documents)
     if longest is not None and need > longest:
         raise UserError(f"{count} solved examples before a prompt take up to {need:,} tokens, the model {longest:,}")
+    if need > (count + 1) * settings.block_size:
+        raise UserError(
+            f"{count} solved examples before a prompt take up to {need:,} tokens, more than {count + 1} times "
+            f"block-size = {settings.block_size}, which cuts the rows"
+        )
     wider = replace(task, settings=settings.model_copy(update={"block_size": need}), demonstrations=shown)
     examples = wider.examples(task.scored_documents, cache=False)
     loss, logits = metrics.outcomes(model, examples, batch_size=8)

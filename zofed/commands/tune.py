@@ -1,0 +1,104 @@
+"""`zofed tune`: the best value of a setting, found by as many runs as it takes."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from zofed import config
+from zofed.base import shell
+from zofed.base.errors import UserError
+from zofed.commands import experiments
+from zofed.commands.console import console, figure
+from zofed.commands.options import SettingsCommand, with_settings
+from zofed.config import SETTINGS, Settings
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the command line."""
+    app.command("tune", cls=SettingsCommand)(with_settings(tune))
+
+
+def tune(
+    file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
+    over: Annotated[str, typer.Option(help="setting to tune, one that is a number")] = "learning-rate",
+    factor: Annotated[float, typer.Option(help="ratio of one value to the next")] = 3.0,
+    most: Annotated[int, typer.Option(help="values to try at most")] = 7,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="runs at a time, each in a process of its own [1]", show_default=False)
+    ] = None,
+    gpus_per_run: Annotated[
+        float, typer.Option(min=0, max=1, help="share of a GPU for each run: as many at a time as the GPUs hold")
+    ] = 0.0,
+    *,
+    options: dict[str, str],
+) -> None:
+    """Find a setting's best value: runs at the one given, at its neighbours, then on to where the held-out loss falls.
+
+    Each run is whole, so that schedules mean what they will mean. With --clients the runs are federations. The folder
+    is a sweep's: zofed report and zofed plot sweep read it, zofed sweep goes on with it.
+    """
+    from zofed.experiments import sweep_file
+
+    settings = config.asked_for(file, options, _way(file, options))
+    if over not in SETTINGS:
+        raise UserError(f"--over: {config.unknown_setting(over)}")
+    if over in ("seed", "out"):
+        raise UserError(f"--over {over}: it is no setting to tune; name another, as learning-rate")
+    start = getattr(settings, over.replace("-", "_"))
+    own = settings.model_dump(by_alias=True)
+    base = {key: own[key] for key in config.changed(settings) if key not in (over, "seed", "out")}
+    walk = {"around": start, "factor": factor, "most": most}
+    wanted = sweep_file.of({"seeds": [settings.seed], "base": base, "tune": {over: walk}})
+    if idle := wanted.without_effect([over]):
+        raise UserError(f"--over {over}: {idle[0]}")
+    from zofed.experiments import sweep_process  # torch and transformers take seconds to load
+    from zofed.runs.run_folder import with_out
+
+    path = Path(with_out(settings, "tune").out)
+    runner = experiments.carry_out(wanted, path, sweep_process.at_a_time(parallel, gpus_per_run))
+    _tell(runner, over)
+    given = [word for key, value in options.items() if key not in (over, "out") for word in (f"--{key}", value)]
+    chosen = [f"--{over}", f"{_chosen(runner)[over]:g}"]
+    words = [*([file] if file else []), *given, *chosen]
+    console.print(f"next: {shell.command('zofed', _command(settings), *words)}", markup=False)
+
+
+def _way(file: Path | None, options: dict[str, str]) -> str:
+    """How the runs will run: as a federation where clients are given."""
+    in_file = config.read_own_toml(file).get("clients", 0) if file else 0
+    return config.FEDERATED if str(options.get("clients", in_file)) != "0" else config.CENTRAL
+
+
+def _command(settings: Settings) -> str:
+    return "simulate" if settings.clients else "train"
+
+
+def _chosen(runner: "experiments.Runner") -> dict[str, Any]:
+    chosen = runner.sweep.chosen(runner.sweep.arms[0], runner.losses)
+    assert chosen is not None, "where nothing trains, carry_out has told so and ended"
+    return chosen
+
+
+def _tell(runner: "experiments.Runner", over: str) -> None:
+    """The values that were tried, what each came to, and the best."""
+    from zofed.runs import run_result
+
+    sweep, folder = runner.sweep, runner.folder
+    tried = sweep.tried(sweep.arms[0], runner.losses)
+    results = {
+        own[over]: run_result.read(folder.run_path(sweep.run(sweep.arms[0], own, sweep.seeds[0]))) for own in tried
+    }
+    metric = next((result.metric for result in results.values() if result.metric in result.summary), "")
+    table = Table(over, "held-out loss", *([metric] if metric else []), box=None, pad_edge=False)
+    for value, result in results.items():
+        shown = [f"{value:g}", "diverged" if result.has_diverged else figure(result.summary["eval_loss_end"])]
+        shown += [figure(result.summary[metric])] if metric and metric in result.summary else []
+        table.add_row(*map(Text, shown))
+    console.print(table)
+    best = _chosen(runner)[over]
+    console.print(f"best: {over} = {best:g}, the run {results[best].path}", markup=False)
+    if best in (min(results), max(results)):
+        console.print(f"it lies at an end of what was tried: --{over} {best:g} begins there", markup=False)
