@@ -10,7 +10,14 @@ from pathlib import Path
 from zofed.base.errors import UserError
 
 PACKAGE = Path(__file__).resolve().parents[1]
-ROOT = PACKAGE.parent  # what ships beside the package: tokenizer, data, experiments, Flower's project file
+ROOT = PACKAGE.parent  # where zofed is imported from: a checkout, a Flower bundle, or site-packages
+_IN_WHEEL = PACKAGE / "shipped"
+IS_INSTALLED = _IN_WHEEL.is_dir()  # from a wheel, into which setup.py puts what ships
+
+
+def shipped(name: str) -> Path:
+    """A folder that ships with zofed, such as tasks: beside the package, or within it where a wheel is installed."""
+    return (_IN_WHEEL if IS_INSTALLED else ROOT) / name
 
 
 def write_whole(path: Path, text: str) -> None:

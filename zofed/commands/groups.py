@@ -37,6 +37,10 @@ GROUPS = {
             "recipes",
             "Copy an experiment or a task that ships with zofed, to change it; nothing is overwritten.",
         ),
+        "new": (
+            "new",
+            "Make a Flower app of your own over the zofed installed here: settings to change, shims for code.",
+        ),
         "sweep": (
             "experiments",
             "Carry out many runs: what is finished is skipped, what was cut goes on, what fails is told and stops no "

@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 from zofed.base.errors import UserError
-from zofed.base.files import ROOT
+from zofed.base.files import shipped
 from zofed.config.fields import kebab
 from zofed.config.settings import LONGEST_SHOWN, SETTINGS, Settings, unknown, validated, without_effect
 from zofed.config.task_section import Task
 from zofed.config.toml import read_toml
 
-SHIPPED = ROOT / "tasks"
+SHIPPED = shipped("tasks")
 TYPES: tuple[str, ...] = get_args(Task.model_fields["task"].annotation)
 ABOUT = ("about", "source", "licence")  # for people
 DATA = ("dataset", "eval-dataset")

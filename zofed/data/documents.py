@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from zofed.base.errors import UserError
-from zofed.base.files import ROOT
+from zofed.base.files import shipped
 from zofed.base.texts import printable, said_by
 from zofed.data import columns, labels, subsets
 from zofed.data.catalog import CATALOG, data_root, suggestion
@@ -24,7 +24,7 @@ from zofed.data.readers import Rows, rows_of_file, rows_of_folder
 from zofed.data.templates import Template
 
 # Found by __file__, since Flower runs an installed copy of the app from somebody else's working folder.
-SHIPPED = ROOT / "datasets_subset"
+SHIPPED = shipped("datasets_subset")
 
 _SHIPPED_FILES = {
     "sample-dclm": ("dclm/train.jsonl",),

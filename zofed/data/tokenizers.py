@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zofed.base.errors import UserError
-from zofed.base.files import ROOT
+from zofed.base.files import shipped
 from zofed.base.texts import said_by
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHIPPED_TOKENIZER = ROOT / "tokenizer"
+SHIPPED_TOKENIZER = shipped("tokenizer")
 
 PROBE = "Hello world"
 _GPT2_PROBE = (PROBE, [15496, 995])

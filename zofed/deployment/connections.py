@@ -13,8 +13,8 @@ import tomli_w
 
 from zofed.base import proxies, shell
 from zofed.base.errors import UserError
-from zofed.base.files import ROOT, write_whole
-from zofed.deployment import flower_commands, processes
+from zofed.base.files import write_whole
+from zofed.deployment import app_folder, flower_commands, processes
 from zofed.deployment.flower_commands import Setting
 
 LISTENS_S = 10.0  # for the answer to a connection
@@ -112,7 +112,10 @@ def run_on(name: str, run_config: Mapping[str, Setting]) -> tuple[str, str]:
         flower_commands.empty_folder(scratch)
         settings = scratch / "run-config.toml"
         settings.write_text(tomli_w.dumps(dict(run_config)), encoding="utf-8")
-        command = [str(flower_commands.tool("flwr")), "run", str(ROOT), name, "--stream", "--run-config", str(settings)]
+        command = [
+            str(flower_commands.tool("flwr")), "run", str(app_folder.ready(scratch)), name, "--stream",
+            "--run-config", str(settings),
+        ]  # fmt: skip
         flower_commands.show(command)
         submitted: list[str] = []
         try:

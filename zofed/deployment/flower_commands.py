@@ -30,7 +30,7 @@ def tool(name: str) -> Path:
     """A command of this environment: beside the interpreter, whatever PATH says. Raises UserError where it is not."""
     path = Path(sys.executable).parent / name
     if not path.exists():
-        raise UserError(f"{path} is missing: install the project into this environment with `make install`")
+        raise UserError(f"{path} is missing: install zofed into this environment, by pip or by make install in a clone")
     return path
 
 

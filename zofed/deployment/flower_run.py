@@ -1,4 +1,4 @@
-"""Runs a Flower app through `flwr run` on a SuperLink of its own, tells the true outcome, leaves no process behind."""
+"""Runs zofed's Flower app through `flwr run` on a SuperLink of its own, tells the true outcome, leaves no process behind."""
 
 import json
 import os
@@ -13,8 +13,7 @@ from pathlib import Path
 import tomli_w
 
 from zofed.base.errors import UserError
-from zofed.base.files import ROOT
-from zofed.deployment import flower_commands, processes
+from zofed.deployment import app_folder, flower_commands, processes
 from zofed.deployment.flower_commands import COMPLETED, Setting
 from zofed.runs.run_folder import RunFolder
 
@@ -36,7 +35,7 @@ def quickstart(out: Path, name: str, settings: Mapping[str, Setting]) -> int:
         earlier = move_aside(out)
         if earlier is not None:
             print(f"the earlier result now lies in {earlier}", flush=True)
-        status = flower_run(ROOT, {**settings, "out": str(run)}, nodes=4, cpus_per_node=1)
+        status = flower_run({**settings, "out": str(run)}, nodes=4, cpus_per_node=1)
         if status != COMPLETED:
             raise UserError(f"the run ended as {status!r}, not {COMPLETED!r}: the cause and the logs stand above")
         check_summary(run)
@@ -50,18 +49,16 @@ def quickstart(out: Path, name: str, settings: Mapping[str, Setting]) -> int:
     return 0
 
 
-def flower_run(project: Path, run_config: dict[str, Setting], nodes: int, cpus_per_node: int) -> str:
-    """Run the Flower app in `project` to its end and return Flower's own verdict, such as `finished:completed`.
+def flower_run(run_config: dict[str, Setting], nodes: int, cpus_per_node: int) -> str:
+    """Run zofed's Flower app to its end and return Flower's own verdict, such as `finished:completed`.
 
     Flower's log is streamed to stdout. `flwr run` exits with 0 even when the app failed, so the SuperLink is asked.
     """
-    if not (project / "pyproject.toml").is_file():
-        raise UserError(f"no Flower app in {project}: clone the project and install it there with `make install`")
     with processes.stop_on_signals(), flower_commands.flower_home() as home, superlink(home) as environment:
         settings = home / "run-config.toml"
         settings.write_text(tomli_w.dumps(run_config), encoding="utf-8")
         command = [
-            str(flower_commands.tool("flwr")), "run", str(project), CONNECTION, "--stream",
+            str(flower_commands.tool("flwr")), "run", str(app_folder.ready(home)), CONNECTION, "--stream",
             "--run-config", str(settings),
             "--federation-config", federation_config(nodes, cpus_per_node, usable_cpus()),
         ]  # fmt: skip

@@ -12,11 +12,12 @@ import httpx
 from flwr.app import Error, Message
 
 from zofed.base.errors import UserError
+from zofed.deployment import app_folder
 from zofed.federated import client
 from zofed.federated.flower_internals import Assignment, Runtime, Task, pause
 from zofed.federated.local_grid import CLIENT_FAILED
 
-APP = "zofed/zofed"  # publisher and name in pyproject.toml
+APP = f"{app_folder.PUBLISHER}/{app_folder.NAME}"
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
 
 
@@ -60,7 +61,10 @@ def reply_to(assignment: Assignment, device: str) -> Message:
     message, context = assignment.message, assignment.context
     try:
         if assignment.app != APP:
-            raise UserError(f"the run brings the app {assignment.app!r}: this worker answers {APP!r} alone")
+            raise UserError(
+                f"the run brings the app {assignment.app!r}: this worker answers {APP!r} alone; submit its settings with "
+                "zofed run, or have nodes that run its code: flower-supernode"
+            )
         if device:
             context.node_config["device"] = device
         return client.app(message, context)

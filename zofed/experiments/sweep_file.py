@@ -23,12 +23,12 @@ from typing import Any
 
 from zofed import config
 from zofed.base.errors import UserError
-from zofed.base.files import ROOT
+from zofed.base.files import shipped
 from zofed.config import SETTINGS
 from zofed.experiments import sweep_walk
 from zofed.experiments.sweep import Arm, Sweep, Values, pairs, safe
 
-SHIPPED = ROOT / "experiments"
+SHIPPED = shipped("experiments")
 COPY = "sweep.toml"  # the name under which a sweep writes itself down in its folder
 PARTS = ("about", "seeds", "base", "grid", "runs", "tune", "leave-out", "merge", "with-controls")
 OWN = {"out": "--out names the sweep's folder", "seed": "write seeds = [0, 1, 2] at the top of the file"}

@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from zofed import config
+from zofed import __version__, config
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core.journal import Journal
@@ -59,6 +59,23 @@ def main(grid: Grid, context: Context) -> None:
         # Flower marks a run as failed only if an exception leaves the app, and logs it: one line will do for this one.
         sys.tracebacklimit = 0
         raise error from None
+
+
+def app_for(version: str) -> ServerApp:
+    """`app`, for a folder that brings no zofed of its own but was written for one; another one ends the run and says so."""
+    if version == __version__:
+        return app
+    other = ServerApp()
+
+    @other.main()
+    def refuse(grid: Grid, context: Context) -> None:
+        sys.tracebacklimit = 0  # as in main
+        raise UserError(
+            f"this app is of zofed {version}, the server's machine has zofed {__version__}: give all machines the same, "
+            "or make the app anew with zofed new"
+        )
+
+    return other
 
 
 def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict[str, Any]:

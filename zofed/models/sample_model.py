@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from zofed.base.errors import UserError
-from zofed.base.files import ROOT, write_whole
+from zofed.base.files import shipped, write_whole
 from zofed.data.encoding import default_cache
 from zofed.data.tokenizers import SHIPPED_TOKENIZER
 
 NAME = "sample"
-SHIPPED = ROOT / "pretrained" / "sample.json"
+SHIPPED = shipped("pretrained") / "sample.json"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
