@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.installed-docs
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-processors run lint types docs clean-venv
+.PHONY: help install test test-slow test-processors run lint types lowest wheel docs clean-venv
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,19 @@ lint: $(STAMP) ## check style, format and who imports whom
 
 types: $(STAMP) ## check the types
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+# uv ends with 2 where no index answers, with 1 where the bounds cannot be met.
+lowest: $(STAMP) ## resolve the requirements at their lower bounds, into build/lowest.txt
+	@mkdir -p build
+	@$(VENV)/bin/uv pip compile --quiet --python $(VENV)/bin/python --resolution lowest-direct \
+	    --output-file build/lowest.txt requirements.txt; status=$$?; \
+	if [ $$status -eq 2 ]; then echo "no package index answers uv: the lower bounds are not checked"; \
+	elif [ $$status -ne 0 ]; then exit $$status; fi
+
+wheel: $(STAMP) ## build the source distribution and, from it, the wheel into dist/, and check both
+	@rm -rf dist
+	$(VENV)/bin/python -m build --no-isolation
+	$(VENV)/bin/python -m twine check --strict dist/*
 
 docs: $(DOCS_STAMP) ## build the documentation site into site/
 	$(VENV)/bin/mkdocs build --strict --quiet

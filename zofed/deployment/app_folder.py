@@ -1,4 +1,4 @@
-"""The Flower app that a run is submitted as: a checkout of zofed, or a folder of shims over the zofed installed here."""
+"""The Flower app that a run is submitted as: a checkout of zofed, or a folder of shims over the installed zofed."""
 
 import re
 from pathlib import Path
@@ -83,12 +83,13 @@ flwr run . --stream --run-config settings.toml              # through Flower: re
 flwr run . --stream --run-config settings.toml --federation-config 'num-supernodes=4'
 ```
 
-**On separate machines** each one has zofed {version} and what it needs installed: the app brings none of it. A server with
-another version ends the run with a sentence that names both, and it takes in no node that has another one.
+**On separate machines** each one has zofed {version} and what it needs installed: the app brings none of it. A server
+with another version ends the run with a sentence that names both, and it takes in no node that has another one.
 
-- `zofed run NAME settings.toml` submits the settings to a SuperLink and to nodes started by `zofed supernode`. These run the zofed
-  that is installed there, never code that a run brings, so that this folder's own code stays out of it.
-- `flwr run . NAME --stream --run-config settings.toml` submits this folder, whose code Flower's own `flower-supernode` runs.
+- `zofed run NAME settings.toml` submits the settings to a SuperLink and to nodes started by `zofed supernode`. These
+  run the zofed that is installed there, never code that a run brings: this folder's own code stays out of it.
+- `flwr run . NAME --stream --run-config settings.toml` submits this folder, whose code Flower's own `flower-supernode`
+  runs.
 """
 
 

@@ -1,4 +1,4 @@
-"""Runs zofed's Flower app through `flwr run` on a SuperLink of its own, tells the true outcome, leaves no process behind."""
+"""Runs zofed's Flower app through `flwr run` on a SuperLink of its own, tells the true outcome, leaves no process."""
 
 import json
 import os

@@ -62,7 +62,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def app_for(version: str) -> ServerApp:
-    """`app`, for a folder that brings no zofed of its own but was written for one; another one ends the run and says so."""
+    """`app`, for a folder that was written by that version and brings no zofed along; another one refuses its runs."""
     if version == __version__:
         return app
     other = ServerApp()
@@ -71,8 +71,8 @@ def app_for(version: str) -> ServerApp:
     def refuse(grid: Grid, context: Context) -> None:
         sys.tracebacklimit = 0  # as in main
         raise UserError(
-            f"this app is of zofed {version}, the server's machine has zofed {__version__}: give all machines the same, "
-            "or make the app anew with zofed new"
+            f"this app is of zofed {version}, the server's machine has zofed {__version__}: give all machines the "
+            "same, or make the app anew with zofed new"
         )
 
     return other
