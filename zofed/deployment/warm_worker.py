@@ -62,8 +62,8 @@ def reply_to(assignment: Assignment, device: str) -> Message:
     try:
         if assignment.app != APP:
             raise UserError(
-                f"the run brings the app {assignment.app!r}: this worker answers {APP!r} alone; submit the settings with "
-                "zofed run, or have its code run by flower-supernode"
+                f"the run brings the app {assignment.app!r}: this worker answers {APP!r} alone; submit its settings "
+                "with zofed run, or have its code run by flower-supernode"
             )
         if device:
             context.node_config["device"] = device
