@@ -2,10 +2,12 @@
 
 import ast
 import importlib
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,18 @@ def test_what_flower_keeps_private_is_used_in_two_modules_alone() -> None:
     for module in MODULES:
         private = {name for name in imported(module) if name.split(".")[0] == "flwr"} - FLOWER_PUBLIC
         assert not private or module in FLOWER_PRIVATE_KNOWN_TO, f"{module} must not import {private}"
+
+
+def test_what_zofed_imports_is_required_by_name() -> None:
+    """What comes along with another package only, that one may leave out in its next release."""
+    lines = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    required = {re.split(r"[^a-z0-9-]", line)[0] for line in lines}
+    found = {name.split(".")[0] for module in MODULES for name in imported(module)}
+    homes = packages_distributions()
+    foreign = found - set(sys.stdlib_module_names) - {"zofed"}
+    assert len(foreign) > 15 and foreign <= homes.keys()
+    names = {name: {home.lower().replace("_", "-") for home in homes[name]} for name in foreign}
+    assert {name: homes for name, homes in names.items() if not homes & required} == {}
 
 
 def test_a_stranger_sees_the_architecture_from_ls() -> None:
