@@ -23,7 +23,7 @@ ALWAYS = {
     "mode", "model", "revision", "task", "dataset", "tokenizer", "block-size", "scope", "optimizer", "learning-rate",
     "weight-decay", "schedule", "warmup-steps", "clip-norm", "batch-size", "objective", "max-forward-equivalents",
     "max-seconds", "max-tokens", "seed", "dtype", "forward-dtype", "threads", "eval-interval", "eval-examples",
-    "eval-dataset", "save-interval", "keep-best", "controls", "tensorboard", "out", "columns", "metric", "adapter",
+    "eval-dataset", "save-interval", "keep-best", "controls", "report-to", "out", "columns", "metric", "adapter",
     "placement",
 }  # fmt: skip
 

@@ -202,9 +202,9 @@ class Output(Section):
     controls: bool = setting(
         False, "after the run, also report random slopes of the same size", pins=False, shapes_result=False
     )
-    tensorboard: bool = setting(
-        False,
-        "also write the metrics for TensorBoard, in the run's folder (the extra zofed[tensorboard])",
+    report_to: str = setting(
+        "",
+        "also send the metrics to tensorboard, wandb, trackio or mlflow; several by commas (the extras zofed[wandb], ...)",
         pins=False,
         shapes_result=False,
     )

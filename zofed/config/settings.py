@@ -27,6 +27,7 @@ from zofed.config.training_sections import (
 from zofed.core import kinds
 
 TEXT_OBJECTIVES = ("exact-match", "token-f1", "rouge-l")  # of the answers that a model generates
+SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
 OBJECTIVES = ("loss", "accuracy", "f1", *TEXT_OBJECTIVES)
 # By name, in the order in which a person meets them.
 SECTIONS: dict[str, type[Section]] = {
@@ -74,7 +75,19 @@ SETTINGS: dict[str, FieldInfo] = {kebab(name): field for name, field in Settings
 
 def with_present_names(values: Mapping[str, Any]) -> dict[str, Any]:
     """What an earlier version wrote down by the names of its settings, by those of today; other keys as they are."""
-    return {RENAMED.get(key, key): value for key, value in values.items()}
+    return {RENAMED.get(key, key): _present_value(key, value) for key, value in values.items()}
+
+
+def _present_value(key: str, value: Any) -> Any:
+    """What a setting with another name than today's said, as it is said today."""
+    if key == "tensorboard" and isinstance(value, bool):
+        return "tensorboard" if value else ""
+    return value
+
+
+def sinks_of(settings: Settings) -> list[str]:
+    """What `report-to` names, each once."""
+    return list(dict.fromkeys(name for part in settings.report_to.split(",") if (name := part.strip())))
 
 
 def validated(values: Mapping[str, Any]) -> Settings:
@@ -108,6 +121,9 @@ def _clashes(settings: Settings) -> list[str]:
             f"objective = {settings.objective!r} scores generated responses: it takes task = instruction, loss-on = "
             "response and packing = false"
         )
+    found += [
+        f"report-to: {unknown(name, list(SINKS), 'dashboard')}" for name in sinks_of(settings) if name not in SINKS
+    ]
     if settings.devices and settings.mode != "zo":
         found.append(f"devices = {settings.devices!r} takes mode = zo: {settings.mode} runs on one; set device")
     if settings.placement == "auto" and (settings.devices or settings.device != "auto"):

@@ -43,7 +43,7 @@ class ZerothOrderConfig:
     )
     optimizer: Literal["sgd", "adamw", "mudamw"] = _setting("sgd", "rule that turns a gradient estimate into a step")
     momentum: float = _setting(0.0, "heavy-ball momentum of sgd")
-    seed: int | None = _setting(None, "names every direction; by default the seed of TrainingArguments")
+    direction_seed: int | None = _setting(None, "names every direction; by default the seed of TrainingArguments")
 
     def __post_init__(self) -> None:
         if self.optimizer not in get_args(OptimizerName):

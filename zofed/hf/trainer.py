@@ -91,7 +91,7 @@ class ZerothOrderMixin(_Base):
         trainable = config.trainable or [name for name, each in named_parameters(model).items() if each.requires_grad]
         return ZerothOrder(
             model,
-            seed=self.args.seed if config.seed is None else config.seed,
+            seed=self.args.seed if config.direction_seed is None else config.direction_seed,
             trainable=trainable,
             directions=config.directions,
             queries=config.queries,
