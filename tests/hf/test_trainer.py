@@ -1,6 +1,7 @@
 """Hugging Face's Trainer with steps by forward passes: what it trains, keeps, continues and refuses."""
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,12 @@ def trainer(folder: Path, net: nn.Module | None = None, config: ZerothOrderConfi
     """One that is ready to train on the rows; `also` goes to the trainer, all else to its arguments."""
     also = more.pop("also", {})
     return ZerothOrderTrainer(
-        model=net or model(), args=arguments(folder, **more), train_dataset=ROWS, eval_dataset=ROWS[:8], zeroth_order=config, **also
+        model=net or model(),
+        args=arguments(folder, **more),
+        train_dataset=ROWS,
+        eval_dataset=ROWS[:8],
+        zeroth_order=config,
+        **also,
     )
 
 
@@ -99,6 +105,7 @@ def test_it_learns_tells_callbacks_and_its_journal_alone_rebuilds_the_weights(tm
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
+@pytest.mark.first(1)
 @pytest.mark.parametrize(
     "config",
     [
@@ -108,7 +115,9 @@ def test_it_learns_tells_callbacks_and_its_journal_alone_rebuilds_the_weights(tm
     ],
     ids=["adamw", "norms", "as MeZO's"],
 )
-def test_each_way_of_stepping_replays_and_continues_to_the_same_weights(tmp_path: Path, config: ZerothOrderConfig) -> None:
+def test_each_way_of_stepping_replays_and_continues_to_the_same_weights(
+    tmp_path: Path, config: ZerothOrderConfig
+) -> None:
     more: dict[str, Any] = {"config": config, "weight_decay": 0.01, "learning_rate": 1e-3, "max_steps": 4}
     whole = trainer(tmp_path / "whole", **more)
     whole.train()
@@ -117,7 +126,9 @@ def test_each_way_of_stepping_replays_and_continues_to_the_same_weights(tmp_path
     again = trainer(tmp_path / "whole", **more)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     assert digest(again) == digest(whole)
-    assert (tmp_path / "whole" / "run.zofed").read_bytes() == journal == (tmp_path / "whole" / "run-1.zofed").read_bytes()
+    assert (
+        (tmp_path / "whole" / "run.zofed").read_bytes() == journal == (tmp_path / "whole" / "run-1.zofed").read_bytes()
+    )
 
 
 class Killed(TrainerCallback):
@@ -128,8 +139,14 @@ class Killed(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("net", [model, lambda: adapted(torch.seed())], ids=["all weights", "an adapter drawn anew"])
-def test_a_run_that_was_cut_continues_to_the_digest_of_an_undisturbed_one(tmp_path: Path, net: Callable[[], nn.Module]) -> None:
+SEEDS = itertools.count()
+
+
+@pytest.mark.first(1)
+@pytest.mark.parametrize("net", [lambda: adapted(next(SEEDS)), model], ids=["an adapter drawn anew", "all weights"])
+def test_a_run_that_was_cut_continues_to_the_digest_of_an_undisturbed_one(
+    tmp_path: Path, net: Callable[[], nn.Module]
+) -> None:
     start = net()
     whole = trainer(tmp_path / "whole", start)
     whole.train()
@@ -146,6 +163,7 @@ def test_a_run_that_was_cut_continues_to_the_digest_of_an_undisturbed_one(tmp_pa
     assert rebuild(net(), tmp_path / "cut") == digest(whole)
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_and_nothing_else(tmp_path: Path) -> None:
     net = adapted(1)
     frozen = {name: tensor.clone() for name, tensor in net.named_parameters() if "lora_" not in name}
@@ -158,10 +176,13 @@ def test_an_adapter_trains_and_nothing_else(tmp_path: Path) -> None:
     assert saved < 20_000 and run_files.base_file(tmp_path, run.zeroth_order.replica.genesis).stat().st_size < 20_000
 
 
+@pytest.mark.slow
 def test_batches_that_accumulate_are_one_step_of_their_loss(tmp_path: Path) -> None:
     slopes = {}
     for name, batch, parts in (("whole", 4, 1), ("parts", 2, 2)):
-        run = trainer(tmp_path / name, max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=parts)
+        run = trainer(
+            tmp_path / name, max_steps=2, per_device_train_batch_size=batch, gradient_accumulation_steps=parts
+        )
         run.train()
         first, second = steps(tmp_path / name / "run.zofed")
         slopes[name] = [value * 2.0**record.exponent for record in (first, second) for value in record.coefficients]
@@ -187,12 +208,19 @@ def test_the_loss_of_the_trainer_is_what_is_measured(tmp_path: Path) -> None:
         return of.state.log_history[0]["loss"]
 
     plain = first_loss(trainer(tmp_path / "plain", max_steps=1))
-    assert first_loss(trainer(tmp_path / "double", max_steps=1, also={"compute_loss_func": doubled})) == pytest.approx(2 * plain)
-    assert first_loss(trainer(tmp_path / "smooth", max_steps=1, label_smoothing_factor=0.5)) != pytest.approx(plain, rel=1e-6)
-    squared = Squared(model=model(), args=arguments(tmp_path / "squared", max_steps=1), train_dataset=ROWS, zeroth_order=SMALL)
+    assert first_loss(trainer(tmp_path / "double", max_steps=1, also={"compute_loss_func": doubled})) == pytest.approx(
+        2 * plain
+    )
+    assert first_loss(trainer(tmp_path / "smooth", max_steps=1, label_smoothing_factor=0.5)) != pytest.approx(
+        plain, rel=1e-6
+    )
+    squared = Squared(
+        model=model(), args=arguments(tmp_path / "squared", max_steps=1), train_dataset=ROWS, zeroth_order=SMALL
+    )
     assert first_loss(squared) == pytest.approx(plain**2)
 
 
+@pytest.mark.slow
 def test_dropout_is_off_while_slopes_are_measured(tmp_path: Path) -> None:
     dropped = model(resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
     run = trainer(tmp_path / "a", dropped)
@@ -202,6 +230,7 @@ def test_dropout_is_off_while_slopes_are_measured(tmp_path: Path) -> None:
     assert digest(run) == digest(plain)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     run = trainer(
         tmp_path, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_loss",
@@ -213,6 +242,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
     assert rebuild(model(), tmp_path) == run_files.Place.read(tmp_path / "checkpoint-8").digest
 
 
+@pytest.mark.slow
 def test_training_once_more_sets_the_earlier_journal_aside(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(tmp_path, max_steps=2)
     run.train()
@@ -224,6 +254,7 @@ def test_training_once_more_sets_the_earlier_journal_aside(tmp_path: Path, caplo
     assert rebuild(model(), tmp_path) == digest(run)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_journal_set_aside_is_still_continued(tmp_path: Path) -> None:
     run = trainer(tmp_path, max_steps=2)
     run.train()
@@ -290,13 +321,17 @@ def test_what_cannot_be_continued_is_named(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"other settings, queries = 5 \(before: 4\)"):
         trainer(tmp_path, config=ZerothOrderConfig(queries=5)).train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(UserError, match="began with another seed: choose another file"):
-        trainer(tmp_path, config=dataclasses.replace(SMALL, direction_seed=3)).train(resume_from_checkpoint=str(checkpoint))
+        trainer(tmp_path, config=dataclasses.replace(SMALL, direction_seed=3)).train(
+            resume_from_checkpoint=str(checkpoint)
+        )
     written = place.read_text()
     place.write_text(written.replace('"head": "', '"head": "00'))
     with pytest.raises(UserError, match=r"no journal in .* holds step 4 of this checkpoint"):
         trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
     place.unlink()
-    with pytest.raises(UserError, match=r"zofed.json is not there or spoilt, so this is no checkpoint of a zeroth-order run"):
+    with pytest.raises(
+        UserError, match=r"zofed.json is not there or spoilt, so this is no checkpoint of a zeroth-order run"
+    ):
         trainer(tmp_path).train(resume_from_checkpoint=str(checkpoint))
     next(tmp_path.glob("base-*")).write_bytes(b"damage")
     place.write_text(written)
@@ -305,7 +340,9 @@ def test_what_cannot_be_continued_is_named(tmp_path: Path) -> None:
 
 
 def test_options_of_a_script_are_made_of_the_config() -> None:
-    words = "--queries 8 --finite_difference two-point --no_normalize_slopes --trainable last-2 --output_dir out".split()
+    words = (
+        "--queries 8 --finite_difference two-point --no_normalize_slopes --trainable last-2 --output_dir out".split()
+    )
     config, args = HfArgumentParser((ZerothOrderConfig, TrainingArguments)).parse_args_into_dataclasses(words)
     assert config == ZerothOrderConfig(
         queries=8, finite_difference="two-point", normalize_slopes=False, trainable="last-2"
@@ -315,6 +352,7 @@ def test_options_of_a_script_are_made_of_the_config() -> None:
         ZerothOrderConfig(optimizer="lion")  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_passes_in_bfloat16_by_autocast_train_float32_weights(tmp_path: Path) -> None:
     run = trainer(tmp_path, config=ZerothOrderConfig(queries=4, epsilon=0.03), bf16=True)
     run.train()
@@ -322,6 +360,7 @@ def test_passes_in_bfloat16_by_autocast_train_float32_weights(tmp_path: Path) ->
     assert zofed.replay(model(), tmp_path / "run.zofed") == digest(run)
 
 
+@pytest.mark.slow
 def test_the_mixin_gives_trl_its_steps(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
     from datasets import Dataset

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,9 @@ def test_each_dashboard_is_asked_for_by_its_extra(
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=rf"report-to = '{name}', .*pip install 'zofed\[{name}\]'"):
         sinks.check(quick(report_to=name))
-    assert (ROOT / f"requirements-{name}.txt").is_file() and f"requirements-{name}.txt" in (ROOT / "pyproject.toml").read_text()
+    assert (ROOT / f"requirements-{name}.txt").is_file() and f"requirements-{name}.txt" in (
+        ROOT / "pyproject.toml"
+    ).read_text()
 
 
 def test_a_dashboard_that_fails_on_the_way_ends_no_run(
@@ -100,7 +103,9 @@ def test_a_dashboard_that_fails_on_the_way_ends_no_run(
     monkeypatch.setitem(sinks.SINKS, "mlflow", Away)
     shown: list[int] = []
     with pytest.warns(UserWarning, match=r"report-to = 'mlflow' took no more figures \(the server is gone\): the run"):
-        central.train(quick(steps=2, report_to="mlflow, tensorboard"), tmp_path / "run", lambda row: shown.append(row["step"]))
+        central.train(
+            quick(steps=2, report_to="mlflow, tensorboard"), tmp_path / "run", lambda row: shown.append(row["step"])
+        )
     assert shown == [0, 1, 2] and [call[2] for call in told if call[0] == "step/rate"] == [1, 2]
 
 
@@ -143,7 +148,11 @@ def test_weights_and_biases_keeps_an_offline_run_in_the_folder(tmp_path: Path, m
     name = written(tmp_path, "wandb")
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert [file.name for file in files] == [f"run-{name}.wandb"] * 2
-    assert b"loss/training (nats)" in files[0].read_bytes() and b"loss/held out (nats)" in files[1].read_bytes()
+    for file, wanted in zip(files, (b"loss/training (nats)", b"loss/held out (nats)"), strict=True):
+        end = time.monotonic() + 60  # its own process still writes when it has been told the end
+        while wanted not in file.read_bytes() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert wanted in file.read_bytes()
 
 
 def test_trackio_keeps_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

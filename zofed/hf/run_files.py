@@ -74,7 +74,9 @@ def begin(folder: Path) -> Path:
             if earlier.entries:
                 aside = _unused(folder)
                 path.rename(aside)
-                logger.warning("%s held %d steps of an earlier run: it is now %s", path, len(earlier.entries), aside.name)
+                logger.warning(
+                    "%s held %d steps of an earlier run: it is now %s", path, len(earlier.entries), aside.name
+                )
             else:
                 path.unlink()
             sync_folder(folder)
@@ -109,7 +111,9 @@ def cut_back(folder: Path, place: Place) -> Path:
         sync_file(temporary)
         os.replace(temporary, path)
         sync_folder(folder)
-    logger.warning("%s goes on from step %d; with its %d later steps it is kept as %s", path, place.step, len(later), aside.name)
+    logger.warning(
+        "%s goes on from step %d; with its %d later steps it is kept as %s", path, place.step, len(later), aside.name
+    )
     return path
 
 
@@ -142,7 +146,9 @@ def load_base(model: nn.Module, folder: Path, genesis: Genesis) -> None:
     path = base_file(folder, genesis)
     found = checkpoints.read(path)
     if found is None:
-        raise UserError(f"{path}, the tensors that the run's journal starts from, is not there or damaged: restore it from a copy")
+        raise UserError(
+            f"{path}, the tensors that the run's journal starts from, is not there or damaged: restore it from a copy"
+        )
     parameters = named_parameters(model)
     for name, tensor in found[0].items():
         parameter = parameters.get(name)

@@ -92,7 +92,9 @@ def check_arguments(args: TrainingArguments, config: ZerothOrderConfig) -> None:
     )
     for wrong, name, why in refused:
         if wrong:
-            raise UserError(f"{name} = {_value(getattr(args, name))} cannot work by forward passes alone ({why}): leave it out")
+            raise UserError(
+                f"{name} = {_value(getattr(args, name))} cannot work by forward passes alone ({why}): leave it out"
+            )
     if getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing:
         logger.warning("gradient checkpointing has no effect: forward passes keep nothing for a backward one")
     if config.normalize_slopes and args.learning_rate == _default("learning_rate"):
@@ -120,7 +122,9 @@ def check_processes(args: TrainingArguments) -> None:
 def differences(config: ZerothOrderConfig, before: Mapping[str, Any]) -> list[str]:
     """Fields that another run had otherwise, each as a phrase."""
     now = {each.name: getattr(config, each.name) for each in fields(config)}
-    return [f"{name} = {now[name]} (before: {before[name]})" for name in now if name in before and before[name] != now[name]]
+    return [
+        f"{name} = {now[name]} (before: {before[name]})" for name in now if name in before and before[name] != now[name]
+    ]
 
 
 def _value(value: Any) -> str:
