@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shlex
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -291,10 +292,10 @@ def test_what_needs_gradients_is_refused_by_name(tmp_path: Path, more: dict[str,
 
 def test_several_gpus_and_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-    with pytest.raises(UserError, match="2 GPUs are visible.*CUDA_VISIBLE_DEVICES=0"):
+    with pytest.raises(UserError, match=r"2 GPUs are visible.*CUDA_VISIBLE_DEVICES=0"):
         trainer(tmp_path)
     monkeypatch.setattr(TrainingArguments, "world_size", 4)
-    with pytest.raises(UserError, match="4 processes would each measure.*torchrun -m zofed train"):
+    with pytest.raises(UserError, match=r"4 processes would each measure.*torchrun -m zofed train"):
         trainer(tmp_path)
 
 
@@ -340,10 +341,9 @@ def test_what_cannot_be_continued_is_named(tmp_path: Path) -> None:
 
 
 def test_options_of_a_script_are_made_of_the_config() -> None:
-    words = (
-        "--queries 8 --finite_difference two-point --no_normalize_slopes --trainable last-2 --output_dir out".split()
-    )
-    config, args = HfArgumentParser((ZerothOrderConfig, TrainingArguments)).parse_args_into_dataclasses(words)
+    words = "--queries=8 --finite_difference=two-point --no_normalize_slopes --trainable=last-2 --output_dir=out"
+    parser = HfArgumentParser((ZerothOrderConfig, TrainingArguments))
+    config, args = parser.parse_args_into_dataclasses(shlex.split(words))
     assert config == ZerothOrderConfig(
         queries=8, finite_difference="two-point", normalize_slopes=False, trainable="last-2"
     )

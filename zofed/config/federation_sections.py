@@ -204,7 +204,8 @@ class Output(Section):
     )
     report_to: str = setting(
         "",
-        "also send the metrics to tensorboard, wandb, trackio or mlflow; several by commas (the extras zofed[wandb], ...)",
+        "also send the metrics to tensorboard, wandb, trackio or mlflow, several by commas (the extras zofed[wandb], "
+        "...)",
         pins=False,
         shapes_result=False,
     )

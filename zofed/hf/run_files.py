@@ -1,7 +1,7 @@
 """What lies beside a Trainer's checkpoints: the journal, and the weights that it starts from.
 
-    OUTPUT_DIR/run.zofed               every step
-    OUTPUT_DIR/base-DIGEST.safetensors  the trainable tensors before the first of them, by the digest that its genesis has
+    OUTPUT_DIR/run.zofed                every step
+    OUTPUT_DIR/base-DIGEST.safetensors  what trains, before the first of them; by the digest of the weights
     OUTPUT_DIR/run-1.zofed, ...         journals set aside, whole: of earlier runs, and from before a resume
     OUTPUT_DIR/checkpoint-N/zofed.json  which place in the journal the checkpoint is
 
@@ -56,8 +56,8 @@ class Place:
             return cls(**json.loads((checkpoint / PLACE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"{checkpoint / PLACE} is not there or spoilt, so this is no checkpoint of a zeroth-order run: load its "
-                "weights with from_pretrained and begin a run of its own"
+                f"{checkpoint / PLACE} is not there or spoilt, so this is no checkpoint of a zeroth-order run: load "
+                "its weights with from_pretrained and begin a run of its own"
             ) from error
 
     def write(self, checkpoint: Path) -> None:
@@ -93,8 +93,8 @@ def cut_back(folder: Path, place: Place) -> Path:
     if not (path.exists() and _ends(path, place.head)):
         if not others:
             raise UserError(
-                f"no journal in {folder} holds step {place.step} of this checkpoint: bring back {JOURNAL} of its run, or load "
-                "the checkpoint's weights with from_pretrained and begin a run of its own"
+                f"no journal in {folder} holds step {place.step} of this checkpoint: bring back {JOURNAL} of its run, "
+                "or load the checkpoint's weights with from_pretrained and begin a run of its own"
             )
         begin(folder)
         shutil.copyfile(others[0], path)
@@ -134,7 +134,7 @@ def base_file(folder: Path, genesis: Genesis) -> Path:
 
 
 def keep_base(folder: Path, zo: ZerothOrder) -> None:
-    """Write what a run trains as it is before its first step, once: an adapter or a head may have been drawn at random."""
+    """Write what trains, as it is before the first step: an adapter or a head may have been drawn at random."""
     path = base_file(folder, zo.replica.genesis)
     if not path.exists():
         checkpoints.write(folder, path.stem, zo.replica.parameters, {})
@@ -142,7 +142,7 @@ def keep_base(folder: Path, zo: ZerothOrder) -> None:
 
 @torch.no_grad()
 def load_base(model: nn.Module, folder: Path, genesis: Genesis) -> None:
-    """Put the tensors that a run trained back to where its journal starts. Raises UserError where they cannot be had."""
+    """Put what a run trained back to where its journal starts. Raises UserError where that cannot be had."""
     path = base_file(folder, genesis)
     found = checkpoints.read(path)
     if found is None:
@@ -155,8 +155,8 @@ def load_base(model: nn.Module, folder: Path, genesis: Genesis) -> None:
         if parameter is None or parameter.shape != tensor.shape:
             shape = "none" if parameter is None else f"one of shape {tuple(parameter.shape)}"
             raise UserError(
-                f"the run trained {name!r} of shape {tuple(tensor.shape)}, and the model at hand has {shape}: give the model "
-                "(and the adapter) that the run began with"
+                f"the run trained {name!r} of shape {tuple(tensor.shape)}, and the model at hand has {shape}: give the "
+                "model (and the adapter) that the run began with"
             )
         parameter.copy_(tensor)
 

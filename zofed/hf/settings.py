@@ -85,7 +85,7 @@ def check_arguments(args: TrainingArguments, config: ZerothOrderConfig) -> None:
         (
             rule not in (_default("optim"), *ours),
             "optim",
-            f"steps are zofed's own: ZerothOrderConfig(optimizer={config.optimizer!r}) says which, of sgd, adamw, mudamw",
+            f"steps are zofed's own: ZerothOrderConfig(optimizer={config.optimizer!r}) says which: sgd, adamw, mudamw",
         ),
         (args.neftune_noise_alpha, "neftune_noise_alpha", "a step's passes must all see the same embeddings"),
         *((getattr(args, name) != _default(name), name, "zofed's AdamW has its moments fixed") for name in betas),
@@ -109,8 +109,8 @@ def check_processes(args: TrainingArguments) -> None:
     """Raise UserError for more than one process or GPU, of which each would measure a loss of its own."""
     if args.world_size > 1:
         raise UserError(
-            f"{args.world_size} processes would each measure and move a model of their own: start one; queries over several "
-            "processes or GPUs are split by torchrun -m zofed train, or devices of zofed train"
+            f"{args.world_size} processes would each measure and move a model of their own: start one; the queries of "
+            "a step are split over several processes or GPUs by torchrun -m zofed train, or zofed train --devices"
         )
     if args.n_gpu > 1:
         raise UserError(

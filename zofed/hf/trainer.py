@@ -27,13 +27,13 @@ Inputs = dict[str, Any]
 
 
 class RecordedSteps(torch.optim.Optimizer):
-    """What schedules, checkpoints and callbacks take for the optimizer: it holds the rate, its step applies a record."""
+    """What schedules, checkpoints and callbacks take for the optimizer: it has the rate, its step applies a record."""
 
     def __init__(self, parameters: Iterable[Tensor], rate: float, apply: Callable[[], None]) -> None:
         super().__init__(parameters, {"lr": rate})
         self._apply = apply
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Apply the record that was measured; gradients there are none."""
         self._apply()
 
@@ -110,7 +110,8 @@ class ZerothOrderMixin(_Base):
         place = run_files.Place.read(checkpoint)
         if other := settings.differences(self.zeroth_order_config, place.config):
             warnings.warn(
-                f"{checkpoint} goes on with other settings, {', '.join(other)}: not to the weights of an undisturbed run",
+                f"{checkpoint} goes on with other settings, {', '.join(other)}: not to the weights of an undisturbed "
+                "run",
                 stacklevel=2,
             )
         journal = run_files.cut_back(folder, place)
@@ -120,14 +121,15 @@ class ZerothOrderMixin(_Base):
             assert zo.journal is not None
             zo.journal.close()
             raise UserError(
-                f"{journal} leads to weights of SHA-256 {zo.digest()[:16]}... at step {place.step}, and {checkpoint} was "
-                f"written at {place.digest[:16]}...: report this as a bug"
+                f"{journal} leads to weights of SHA-256 {zo.digest()[:16]}... at step {place.step}, and {checkpoint} "
+                f"was written at {place.digest[:16]}...: report this as a bug"
             )
         return zo
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """What holds the rate; its step applies the record."""
-        trained = self.zeroth_order.replica.parameters if self.zeroth_order else dict(self.model.named_parameters())
+        whole = self.accelerator.unwrap_model(self.model)
+        trained = self.zeroth_order.replica.parameters if self.zeroth_order else named_parameters(whole)
         self.optimizer = RecordedSteps(trained.values(), self.args.learning_rate, self._apply)
         return self.optimizer
 
@@ -149,8 +151,8 @@ class ZerothOrderMixin(_Base):
             self._record = self.zeroth_order.measure(lambda: self._loss(model, batches, num_items_in_batch), rate)
         except ValueError as error:
             raise UserError(
-                f"step {self.state.global_step + 1} measured a loss that is not finite ({error}): lower learning_rate = "
-                f"{self.args.learning_rate:g}, or look at the batch; the steps before it stand in the journal"
+                f"step {self.state.global_step + 1} measured a loss that is not finite ({error}): lower learning_rate "
+                f"= {self.args.learning_rate:g}, or look at the batch; the steps before it stand in the journal"
             ) from error
         assert self.zeroth_order.estimate is not None
         return torch.tensor(self.zeroth_order.estimate.loss, device=self.args.device)
@@ -163,7 +165,7 @@ class ZerothOrderMixin(_Base):
         total: Any = 0.0
         for inputs in batches:
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, dict(inputs), num_items_in_batch=items)
+                loss: Any = self.compute_loss(model, dict(inputs), num_items_in_batch=items)
             total = total + (loss if whole else loss / len(batches))
         return total
 

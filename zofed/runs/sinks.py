@@ -201,7 +201,7 @@ def _tried(sinks: dict[str, Sink], name: str, call: Callable[[Sink], None]) -> N
     except Exception as error:  # of every library, its own: a dashboard ends no run
         del sinks[name]
         warnings.warn(
-            f"report-to = {name!r} took no more figures ({_first_line(error)}): the run goes on, metrics.csv has them all",
+            f"report-to = {name!r} took no more figures ({_first_line(error)}): the run goes on, metrics.csv has all",
             stacklevel=3,
         )
 
