@@ -13,7 +13,7 @@ from zofed.base.files import ROOT
 
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 SHORT = {
-    "STEPS = 60": "STEPS = 3", "STEPS = 12": "STEPS = 3", "ROUNDS = 20": "ROUNDS = 2", "reviews[:1000]": "reviews[:40]",
+    "STEPS = 60": "STEPS = 6", "STEPS = 12": "STEPS = 3", "ROUNDS = 20": "ROUNDS = 2", "reviews[:1000]": "reviews[:40]",
 }  # fmt: skip
 
 
