@@ -278,7 +278,7 @@ def test_a_checkpoint_of_a_journal_set_aside_is_still_continued(tmp_path: Path) 
         ({"optim": "adafactor"}, r"optim = 'adafactor' .* ZerothOrderConfig\(optimizer='sgd'\)"),
         ({"adam_beta2": 0.95}, "adam_beta2 = 0.95"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha = 5.0"),
-        ({"also": {"optimizers": (object(), None)}}, "optimizers: .*ZerothOrderConfig"),
+        ({"also": {"optimizers": (object(), None)}}, "an optimizer of your own.*ZerothOrderConfig"),
     ],
 )
 def test_what_needs_gradients_is_refused_by_name(tmp_path: Path, more: dict[str, Any], words: str) -> None:
@@ -287,7 +287,7 @@ def test_what_needs_gradients_is_refused_by_name(tmp_path: Path, more: dict[str,
         setattr(asked, name, value)
     with pytest.raises(UserError, match=words):
         ZerothOrderTrainer(model=model(), args=asked, train_dataset=ROWS, zeroth_order=SMALL, **also)
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))
 
 
 def test_several_gpus_and_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,14 +50,16 @@ class ZerothOrderMixin(_Base):
 
     def __init__(self, *positional: Any, zeroth_order: ZerothOrderConfig | None = None, **named: Any) -> None:
         self.zeroth_order_config = zeroth_order or ZerothOrderConfig()
-        for name in ("optimizers", "optimizer_cls_and_kwargs"):
-            if any(named.get(name) or ()):
-                raise UserError(f"{name}: steps are zofed's own; choose one with ZerothOrderConfig(optimizer=...)")
         given = named.get("args", positional[1] if len(positional) > 1 else None)
         if isinstance(given, TrainingArguments):  # before transformers meets what would not work
             settings.check_arguments(given, self.zeroth_order_config)
         super().__init__(*positional, **named)
         settings.check_processes(self.args)
+        if self.optimizer is not None or self.lr_scheduler is not None or self.optimizer_cls_and_kwargs is not None:
+            raise UserError(
+                "an optimizer of your own, and a schedule bound to it, cannot take these steps: leave them out, and say "
+                "ZerothOrderConfig(optimizer=...) and lr_scheduler_type"
+            )
         self.zeroth_order: ZerothOrder | None = None
         self._batches: list[Inputs] = []  # of the present step
         self._record: Seeded | None = None  # measured and not yet applied

@@ -47,7 +47,7 @@ RESTORE = "restore it from a copy"
 _OF_REFUSED = (
     "settings.toml", "inputs.json", "journal.zofed", "metrics.csv", "evaluations.csv", "summary.json", "rounds.csv",
     "clients.csv", "client_evaluations.csv", "partition.csv", "partition.png", "rounds.log", "members.json",
-    "baselines.json", "samples.jsonl",
+    "baselines.json", "samples.jsonl", "sinks.json",
 )  # fmt: skip
 _OF_FEDERATIONS = ("rounds.csv", "clients.csv", "client_evaluations.csv", "partition.csv")
 
