@@ -57,8 +57,8 @@ class ZerothOrderMixin(_Base):
         settings.check_processes(self.args)
         if self.optimizer is not None or self.lr_scheduler is not None or self.optimizer_cls_and_kwargs is not None:
             raise UserError(
-                "an optimizer of your own, and a schedule bound to it, cannot take these steps: leave them out, and "
-                "say ZerothOrderConfig(optimizer=...) and lr_scheduler_type"
+                "an optimizer of your own, and a schedule bound to it, cannot take these steps: leave them out and say "
+                "ZerothOrderConfig(optimizer=...) and lr_scheduler_type"
             )
         self.zeroth_order: ZerothOrder | None = None
         self._batches: list[Inputs] = []  # of the present step
