@@ -120,7 +120,7 @@ def test_only_a_summary_that_says_completed_is_taken(tmp_path: Path) -> None:
 
 def outcome(monkeypatch: pytest.MonkeyPatch, answer: Callable[[Path], str], out: Path) -> int:
     """The quickstart's exit status when Flower does what `answer` does with the output folder."""
-    monkeypatch.setattr(flower_run, "flower_run", lambda project, run_config, **size: answer(Path(run_config["out"])))
+    monkeypatch.setattr(flower_run, "flower_run", lambda run_config, **size: answer(Path(run_config["out"])))
     return flower_run.quickstart(out, "one", {})
 
 
