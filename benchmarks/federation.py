@@ -181,7 +181,7 @@ def recovery(folder: Path, count: int) -> None:
 @contextlib.contextmanager
 def _replicas_forget(at: int) -> Iterator[None]:
     """The clients' process loses all it holds before round `at`."""
-    measure = client.measure
+    measure = client.answers.measure
     done = []
 
     def forgetful(plan: Any, context: Any) -> Any:
@@ -190,17 +190,17 @@ def _replicas_forget(at: int) -> Iterator[None]:
             client.forget()
         return measure(plan, context)
 
-    client.measure = forgetful
+    client.answers.measure = forgetful
     try:
         yield
     finally:
-        client.measure = measure
+        client.answers.measure = measure
 
 
 @contextlib.contextmanager
 def _flipped_bit(at: int, chance: random.Random) -> Iterator[list[bool]]:
     """After round `at` one random bit of one random weight of the clients' replica is wrong; gives its rebuildings."""
-    measure, rebuild = client.measure, client.Task.replica
+    measure, rebuild = client.answers.measure, client.Task.replica
     done: list[bool] = []
     rebuilt: list[bool] = []
 
@@ -217,11 +217,11 @@ def _flipped_bit(at: int, chance: random.Random) -> Iterator[list[bool]]:
         rebuilt.extend(done)
         return rebuild(self)
 
-    client.measure, client.Task.replica = flipping, noting
+    client.answers.measure, client.Task.replica = flipping, noting
     try:
         yield rebuilt
     finally:
-        client.measure, client.Task.replica = measure, rebuild
+        client.answers.measure, client.Task.replica = measure, rebuild
 
 
 def kills(folder: Path, count: int) -> None:
@@ -302,9 +302,11 @@ def serve() -> None:
     """One client's process: a request, an answer, and so on."""
     out, sys.stdout = sys.stdout.buffer, sys.stderr
     handlers: dict[str, tuple[Any, Any]] = {
-        "query.status": (wire.Greeting, client.greet), "train.zo": (protocol.Plan, client.measure),
-        "query.digest": (protocol.Plan, client.final), "train.fo": (protocol.Plan, client.backpropagate),
-    }  # fmt: skip
+        "query.status": (wire.Greeting, client.answers.greet),
+        "train.zo": (protocol.Plan, client.answers.measure),
+        "query.digest": (protocol.Plan, client.answers.final),
+        "train.fo": (protocol.Plan, client.answers.backpropagate),
+    }
     while line := sys.stdin.buffer.readline():
         kind, node, run, length = json.loads(line)
         content, handler = handlers[kind]

@@ -331,7 +331,7 @@ ON_WIRE = ESCAPES.replace("\ud800", "")  # Flower's wire and ours take no half o
 
 def saying(grid: Meddling, message_type: str, changes: Iterable[dict[str, Any]]) -> None:
     """Have the last nodes' replies of one type changed, each as one of `changes` says."""
-    kinds = {"query.status": Introduction, "query.digest": Final, "evaluate": Evaluation}
+    kinds = {"query.status": Introduction, "query.digest": Final, "evaluate.zofed": Evaluation}
     by_node = dict(zip(reversed(range(len(grid._contexts))), changes, strict=False))
 
     def alter(index: int, message: Message, reply: Message) -> Message:
@@ -563,7 +563,7 @@ def test_no_reply_that_chance_spoils_ends_the_run(
     summary = run((grid, settings))
     assert summary["status"] == "completed" and summary["replay_digest"] == summary["digest"]
     assert summary["client_digests"]["0"] == summary["digest"]
-    assert set(kinds) == {"query.status", "train.zo", "evaluate", "query.digest"} and kinds.total() > 30
+    assert set(kinds) == {"query.status", "train.zo", "evaluate.zofed", "query.digest"} and kinds.total() > 30
     out, told = capfd.readouterr()
     assert_printable(out + told)
     assert "could not be drawn" not in told

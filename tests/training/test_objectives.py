@@ -136,7 +136,7 @@ def test_a_federation_runs_no_code_that_the_other_side_names(quick: Quick, tmp_p
 
     client.forget()
     with pytest.raises(UserError, match="clients run code"):
-        client.measure(plan, Context())  # type: ignore[arg-type]
+        client.answers.measure(plan, Context())  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="session")

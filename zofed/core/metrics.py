@@ -1,11 +1,12 @@
 """How good a model is on examples it never trained on, and what knowing nothing would score."""
 
 import importlib
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from zofed.base.errors import UserError
 from zofed.core import candidates, packed, trunk
 from zofed.core.devices import input_device
 from zofed.core.perturbation_mode import in_pieces
+from zofed.core.perturbed import each_tensor
 
 Examples = dict[str, Tensor]
 
@@ -32,7 +34,7 @@ class Score:
     accuracy, f1, auc: of a classifier; f1 is the mean of F1 over the classes that occur among labels or predictions,
     auc the area under the curve of two classes. bytes_per_token: UTF-8 bytes of text that a predicted token stands for,
     of a language model. is_per_token: whether the loss is; so it is where that is known. exact_match, token_f1,
-    rouge_l: means over generated answers.
+    rouge_l: means over generated answers. own: what a person's own function says beside the loss, by name.
     """
 
     loss: float
@@ -44,6 +46,7 @@ class Score:
     exact_match: float | None = None
     token_f1: float | None = None
     rouge_l: float | None = None
+    own: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float | None:
@@ -61,6 +64,10 @@ class Score:
         """All that is known and finite, by the names of MEASURES: what files can hold."""
         found = {name: getattr(self, name) for name in MEASURES}
         return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+    def row(self) -> dict[str, Any]:
+        """The columns, and the person's own measures as JSON, for a table."""
+        return self.columns() | ({"metrics": json.dumps(dict(self.own))} if self.own else {})
 
 
 def losses_among(baselines: Mapping[str, float]) -> dict[str, float]:
@@ -126,21 +133,21 @@ def loss_of(model: nn.Module, batch: Examples, forward_dtype: str = "weights", o
     model defines it; `accuracy` or `f1`, as 1 - score; or `module:function`, called with (model, batch). Raises
     UserError for a function that cannot be found.
     """
-    with _ready(model, batch, forward_dtype) as ready:
+    with ready(model, batch, forward_dtype) as there:
         if ":" in objective:
-            return _function(objective)(model, ready)
-        output = output_of(model, ready)
+            return _function(objective)(model, there)
+        output = output_of(model, there)
         if objective == "loss":
             return output.loss
-        return _missed(output.logits, ready["labels"], objective)
+        return _missed(output.logits, there["labels"], objective)
 
 
 @contextmanager
-def _ready(model: nn.Module, batch: Examples, forward_dtype: str) -> Iterator[Examples]:
-    """The batch where the model reads it, and the type of its passes."""
+def ready(model: nn.Module, batch: Any, forward_dtype: str = "weights") -> Iterator[Any]:
+    """The batch, nested as it may be, where the model reads it, and the type of its passes."""
     device = input_device(model)
     with torch.autocast(device.type, torch.bfloat16, enabled=forward_dtype == "bfloat16"):
-        yield {name: tensor.to(device) for name, tensor in batch.items()}
+        yield each_tensor(batch, lambda tensor: tensor.to(device))
 
 
 def output_of(model: nn.Module, batch: Examples) -> Any:
@@ -157,8 +164,8 @@ def filled(
     """The batch with what the model's frozen layers make of its examples, where that is kept: see `trunk.filled`."""
 
     def run(some: Examples) -> Any:
-        with _ready(model, some, forward_dtype) as ready:
-            return output_of(model, ready)
+        with ready(model, some, forward_dtype) as there:
+            return output_of(model, there)
 
     return trunk.filled(model, batch, run, variant=forward_dtype, at_once=at_once, of=of)
 

@@ -194,5 +194,6 @@ def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {key: each_tensor(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(each_tensor(item, change) for item in value)
+        changed = [each_tensor(item, change) for item in value]
+        return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
     return change(value) if isinstance(value, Tensor) else value

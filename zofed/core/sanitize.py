@@ -15,8 +15,10 @@ from zofed.core.records import CLIENTS
 LONGEST_NAME = 100  # characters of a label or a source
 LARGEST_TABLE = 2**20  # characters of a table of counts
 LARGEST_COUNT = 2**40  # examples, documents
+LARGEST_MEASURE = 2.0**1000  # of either sign: beyond, a mean over clients may be no number
 NO_REASON = "no reason given"
-TABLES = ("counts", "names")  # fields whose texts `counts` and `Classes.unpacked` read
+MOST_MEASURES = 64  # numbers by name that a client may say of its own evaluation
+TABLES = ("counts", "names", "metrics")  # fields whose texts `counts`, `Classes.unpacked` and `measures` read
 
 T = TypeVar("T")
 
@@ -54,6 +56,16 @@ def counts(raw: str) -> dict[str, int]:
     for name, value in found.items():
         table[texts.one_line(name, LONGEST_NAME) or "no name"] += value
     return dict(table)
+
+
+def measures(raw: str) -> dict[str, float]:
+    """Finite numbers by name, from JSON; empty where it is no table of at most MOST_MEASURES of them."""
+    found = json_object(raw) if len(raw) <= LARGEST_TABLE else None
+    if not found or len(found) > MOST_MEASURES:
+        return {}
+    if not all(type(value) in (int, float) and abs(value) < LARGEST_MEASURE for value in found.values()):
+        return {}
+    return {texts.one_line(name, LONGEST_NAME) or "no name": float(value) for name, value in found.items()}
 
 
 def misplaced(client: object, clients: object) -> str:

@@ -181,24 +181,35 @@ def batch(
     purpose: str = "batch",
     order: Literal["shuffled", "stratified"] = "shuffled",
 ) -> Examples:
-    """The examples of one step, a pure function of (purpose, seed, client, step): nothing needs keeping to resume.
+    """The examples of one step, at `positions`; of tensors by name, each with the examples along its first dimension.
+
+    Where the order is stratified, any stretch of an epoch holds the classes, 'labels' int64 (n,), about as all examples
+    do. Tensors keep their dtypes and get the leading dimension `batch_size`. Raises UserError as `positions`.
+    """
+    is_stratified = order == "stratified" and examples["labels"].dim() == 1
+    classes = examples["labels"].numpy().tobytes() if is_stratified else b""
+    count = len(next(iter(examples.values())))
+    chosen = positions(count, seed, client, step, batch_size, purpose, classes)
+    return {name: tensor[torch.tensor(chosen)] for name, tensor in examples.items()}
+
+
+def positions(
+    count: int, seed: int, client: int, step: int, batch_size: int, purpose: str = "batch", classes: bytes = b""
+) -> list[int]:
+    """Which of `count` examples one step reads, a function of (purpose, seed, client, step): resuming needs no more.
 
     Steps walk through one permutation an epoch, each drawn from (seed, client, epoch), so every epoch visits each
-    example once; a batch may cross the end of an epoch, or of several when it is larger than the data. Where the order
-    is stratified, any stretch of the permutation holds the classes, 'labels' int64 (n,), about as all examples do.
-    Tensors keep their dtypes and get the leading dimension `batch_size`. Raises UserError for a size below 1.
+    example once; a batch may cross the end of an epoch, or of several when it is larger than the data. classes: of all
+    examples, as int64, to hold their shares throughout; empty: shuffled. Raises UserError for a size below 1.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} is below 1: use at least 1")
-    count = len(next(iter(examples.values())))
     if count == 0:
         raise UserError("0 examples cannot fill a batch: use a data set of at least 1 example")
-    classes = examples["labels"].numpy().tobytes() if order == "stratified" and examples["labels"].dim() == 1 else b""
-    positions = range(step * batch_size, (step + 1) * batch_size)
-    spanned = range(positions[0] // count, positions[-1] // count + 1)
+    walked = range(step * batch_size, (step + 1) * batch_size)
+    spanned = range(walked[0] // count, walked[-1] // count + 1)
     epochs = {epoch: _epoch(count, purpose, seed, client, epoch, classes) for epoch in spanned}
-    index = torch.tensor([int(epochs[at // count][at % count]) for at in positions])
-    return {name: tensor[index] for name, tensor in examples.items()}
+    return [int(epochs[at // count][at % count]) for at in walked]
 
 
 @lru_cache(maxsize=4)

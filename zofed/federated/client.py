@@ -20,57 +20,53 @@ from zofed import config
 from zofed.base import environment
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import gradient_codec, metrics, sanitize, snapshots
+from zofed.core import gradient_codec, sanitize, snapshots
 from zofed.core.aggregation import Measured
 from zofed.core.digests import tensors_digest
 from zofed.core.journal import differences, genesis_chain
 from zofed.core.measure import Update
 from zofed.core.replica import catch_up
-from zofed.data import partitions
 from zofed.data.classes import Classes
-from zofed.data.encoding import Examples
 from zofed.federated import messages, protocol
 from zofed.federated.protocol import NO_LOSS, Answer, Contribution, Plan
 from zofed.federated.wire import Evaluation, Final, Greeting, Introduction, Malformed
-from zofed.training import measurements
+from zofed.training import measurements, shards
 from zofed.training.paths import with_absolute_paths
+from zofed.training.problem import Place, Problem, TaskProblem
 from zofed.training.process import prepare_process
 from zofed.training.replicas import tell_placement
+from zofed.training.shards import Data
 from zofed.training.task import Task
 
 UPDATES_KEPT = 2  # guides and updates that entries soon to come will name
-
-app = ClientApp()
 
 
 class ClientSession:
     """This process's one copy of the model, and the data of the clients it has served."""
 
-    def __init__(self, settings: Settings, own: str, named: Classes) -> None:
-        prepare_process(settings.threads)
-        self.settings, self._own = settings, own
-        self.task = Task.own(settings, own, named) if own else Task.load(with_absolute_paths(settings), named or None)
-        self.replica = self.task.replica()
-        tell_placement(self.replica, settings)
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.settings = problem, problem.settings
+        self.replica = problem.replica()
+        tell_placement(self.replica, self.settings)
         self.genesis = genesis_chain(self.replica.genesis)
-        self._parts: dict[tuple[int, int], tuple[Examples, Examples | None]] = {}
+        self._parts: dict[Place, tuple[Data, Data | None]] = {}
         self._updates: dict[bytes, Update] = {}
         self.is_unsound = False  # at the head of the last plan, but with other weights
 
-    def _share(self, context: Context) -> tuple[int, int]:
-        """Which share of the task's documents is the node's: all of its own file, or one part of the run's."""
-        return (0, 1) if self._own else place(context)
-
-    def parts(self, context: Context) -> tuple[Examples, Examples | None]:
+    def parts(self, context: Context) -> tuple[Data, Data | None]:
         """What the node trains and, with `client-held-out-fraction`, evaluates on."""
-        share = self._share(context)
+        share = place(context)
         if share not in self._parts:
-            self._parts[share] = self.task.client_parts(*share, self.settings.client_held_out_fraction)
+            self._parts[share] = self.problem.parts(share, context)
         return self._parts[share]
 
+    def examples(self, context: Context) -> int:
+        """How many examples the node trains on."""
+        return len(shards.of(self.settings, self.parts(context)[0]))
+
     def counts(self, context: Context) -> dict[str, int]:
-        """Documents of the node's data by label or source."""
-        return partitions.counts(self.task.client_documents(*self._share(context)), self.settings.partition)
+        """What the node holds, by label or source."""
+        return self.problem.counts(place(context), context)
 
     def catch_up(self, plan: Plan) -> bool:
         """Move to the plan's head and weights; from the base, anew, when the plan brings the whole history.
@@ -86,7 +82,7 @@ class ClientSession:
         if not plan.rebuild and not plan.snapshot and self._follow(plan):
             return True
         if plan.rebuild:
-            self.replica = self.task.replica()
+            self.replica = self.problem.replica()
         if plan.snapshot:
             try:
                 snapshots.restore(self.replica, plan.snapshot)
@@ -95,7 +91,7 @@ class ClientSession:
         elif plan.after != self.genesis:
             return False
         elif not plan.rebuild:
-            self.replica = self.task.replica()
+            self.replica = self.problem.replica()
         return self._follow(plan)
 
     def _unreachable(self, plan: Plan, error: ValueError) -> bool:
@@ -120,7 +116,10 @@ class ClientSession:
 
 @lru_cache(maxsize=1)
 def _session(written: str, own: str, named: Classes) -> ClientSession:
-    return ClientSession(Settings.model_validate_json(written), own, named)
+    settings = Settings.model_validate_json(written)
+    prepare_process(settings.threads)
+    task = Task.own(settings, own, named) if own else Task.load(with_absolute_paths(settings), named or None)
+    return ClientSession(TaskProblem(task, is_own=bool(own)))
 
 
 def forget() -> None:
@@ -137,13 +136,21 @@ def session(context: Context, asked: Plan | Greeting | None = None) -> ClientSes
         named = Classes.unpacked(asked.classes, asked.names) if asked else Classes.numbered(0)
     except ValueError as error:
         raise UserError(f"the server's message is damaged ({error}): give all machines the same zofed") from error
-    settings = config.resolve(config.given(context.run_config))
+    settings = of_node(config.resolve(config.given(context.run_config)), context)
+    own = str(context.node_config.get("dataset", ""))
+    return _session(settings.model_dump_json(by_alias=True), own, named)
+
+
+def of_node(settings: Settings, context: Context) -> Settings:
+    """A run's settings as a node takes them: on its own device, if it names one.
+
+    Raises UserError for what a federation cannot run with.
+    """
     protocol.check_settings(settings)
     if device := context.node_config.get("device"):
         own_device = {"device": device, "placement": "none"}  # the node's word counts before the run's
         settings = config.resolve(settings.model_dump(by_alias=True) | own_device)
-    own = str(context.node_config.get("dataset", ""))
-    return _session(settings.model_dump_json(by_alias=True), own, named)
+    return settings
 
 
 def place(context: Context) -> tuple[int, int]:
@@ -175,37 +182,145 @@ def capability(here: ClientSession, context: Context) -> str:
     return "zo" if client >= clients - here.settings.forward_only_clients else mode
 
 
-def greet(greeting: Greeting, context: Context) -> Introduction:
-    """Say who this client is, or in one line why it cannot take part in the run."""
-    client = -1
-    try:
-        client, clients = place(context)
-        here = session(context, greeting)
-        theirs = sanitize.json_object(greeting.genesis)
-        if theirs is None:
-            raise UserError("the server's greeting holds no genesis: give all machines the same zofed")
-        if different := differences(theirs, here.replica.genesis):
-            raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
-        examples = len(here.parts(context)[0]["labels"])
-        counts = json.dumps(here.counts(context))
-        return Introduction(
-            client, clients, examples, capability(here, context), here.replica.head, counts, "", environment.code()
-        )
-    except UserError as error:
-        return Introduction(client, 0, 0, "", b"", "", str(error), environment.code())
+Open = Callable[[Context, Plan | Greeting], ClientSession]
 
 
-def _report(plan: Plan, here: ClientSession, context: Context, work: Callable[[int, Examples], Any]) -> dict[str, Any]:
+class Answers:
+    """What a client answers each kind of message. open: this process's replica and data for a run's message."""
+
+    def __init__(self, open_session: Open) -> None:
+        self._open = open_session
+
+    def greet(self, greeting: Greeting, context: Context) -> Introduction:
+        """Say who this client is, or in one line why it cannot take part in the run."""
+        client = -1
+        try:
+            client, clients = place(context)
+            here = self._open(context, greeting)
+            theirs = sanitize.json_object(greeting.genesis)
+            if theirs is None:
+                raise UserError("the server's greeting holds no genesis: give all machines the same zofed")
+            if different := differences(theirs, here.replica.genesis):
+                raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
+            examples, counts = here.examples(context), json.dumps(here.counts(context))
+            mode = capability(here, context)
+            return Introduction(client, clients, examples, mode, here.replica.head, counts, "", environment.code())
+        except UserError as error:
+            return Introduction(client, 0, 0, "", b"", "", str(error), environment.code())
+
+    def measure(self, plan: Plan, context: Context) -> Answer:
+        """Catch up and answer with integers: slopes, or the coefficients of a subspace."""
+        here = self._open(context, plan)
+        settings = here.settings
+        by_backprop = capability(here, context) == "fo"
+
+        def work(client: int, data: Data) -> Measured:
+            replica = here.replica  # that of the plan's head
+            if plan.task == "coefficients":
+                total = settings.rounds
+                return measurements.coefficients(settings, replica, data, client, total, by_backprop=by_backprop)
+            if plan.task == "guided":
+                guide = gradient_codec.decoded(plan.guide, here.replica.shapes)
+                here.keep(guide)
+                return measurements.guided_slopes(settings, replica, data, client, guide)
+            return measurements.slopes(settings, replica, data, client, plan.steps)
+
+        fields = _report(plan, here, context, work)
+        found: Measured | None = fields.pop("found")
+        if found is None:
+            return Answer(**fields, coefficients=(), exponent=0, loss=NO_LOSS)
+        loss = NO_LOSS if settings.losses_withheld else found.loss
+        return Answer(**fields, coefficients=found.coefficients, exponent=found.exponent, loss=loss)
+
+    def backpropagate(self, plan: Plan, context: Context) -> Contribution:
+        """Catch up and answer with a gradient for a guide, or with the update of local training."""
+        here = self._open(context, plan)
+        settings = here.settings
+
+        def work(client: int, data: Data) -> tuple[bytes, float]:
+            if plan.task == "gradient":
+                gradient, loss = measurements.gradient(settings, here.replica, data, client)
+                return gradient_codec.compressed(gradient, settings.gradient_rank), loss
+            update, loss = measurements.update(settings, here.replica, data, client)
+            return gradient_codec.whole(update), loss
+
+        fields = _report(plan, here, context, work)
+        update, loss = fields.pop("found") or (b"", NO_LOSS)
+        return Contribution(**fields, update=update, loss=NO_LOSS if settings.losses_withheld else loss)
+
+    def evaluate(self, plan: Plan, context: Context) -> Evaluation:
+        """Catch up and score the client's own held-out part, of which the same sample is read each time."""
+        here, (client, _) = self._open(context, plan), place(context)
+        held_out = here.parts(context)[1]
+        if held_out is None or not here.catch_up(plan):
+            return Evaluation(client, here.replica.head, NO_LOSS, 0)
+        score, examples = here.problem.evaluate_part(here.replica.model, held_out)
+        own = json.dumps(dict(score.own)) if score.own else ""
+        return Evaluation(client, here.replica.head, score.loss, examples, own)
+
+    def final(self, plan: Plan, context: Context) -> Final:
+        """Catch up and name the weights this client has."""
+        here = self._open(context, plan)
+        arrived = here.catch_up(plan)
+        return Final(place(context)[0], here.replica.digest() if arrived or here.is_unsound else "", here.replica.head)
+
+    def on_status(self, message: Message, context: Context) -> Message:
+        """Answer `query.status`."""
+        try:
+            greeting = messages.unpack(Greeting, message.content)
+        except Malformed:
+            code = environment.code()
+            told = f"runs zofed {code}, which reads the server's messages otherwise: give all machines the same"
+            return _reply(message, Introduction(-1, 0, 0, "", b"", "", told, code))
+        return _reply(message, self.greet(greeting, context))
+
+    def on_measure(self, message: Message, context: Context) -> Message:
+        """Answer `train.zo`."""
+        return _reply(message, self.measure(messages.unpack(Plan, message.content), context))
+
+    def on_backpropagate(self, message: Message, context: Context) -> Message:
+        """Answer `train.fo` and `train.guide`."""
+        return _reply(message, self.backpropagate(messages.unpack(Plan, message.content), context))
+
+    def on_evaluate(self, message: Message, context: Context) -> Message:
+        """Answer `evaluate.zofed`."""
+        return _reply(message, self.evaluate(messages.unpack(Plan, message.content), context))
+
+    def on_digest(self, message: Message, context: Context) -> Message:
+        """Answer `query.digest`."""
+        return _reply(message, self.final(messages.unpack(Plan, message.content), context))
+
+    @property
+    def handlers(self) -> dict[str, Callable[[Message, Context], Message]]:
+        """What answers a message, by its type."""
+        return {
+            "query.status": self.on_status,
+            "query.digest": self.on_digest,
+            "train.zo": self.on_measure,
+            "train.fo": self.on_backpropagate,
+            "train.guide": self.on_backpropagate,
+            "evaluate.zofed": self.on_evaluate,
+        }
+
+    def added_to(self, app: ClientApp, *kinds: str) -> ClientApp:
+        """The app, which from now on answers these types of messages, all by default; all else of it stays."""
+        for kind in kinds or self.handlers:
+            category, action = kind.split(".")
+            getattr(app, category)(action)(self.handlers[kind])
+        return app
+
+
+def _report(plan: Plan, here: ClientSession, context: Context, work: Callable[[int, Data], Any]) -> dict[str, Any]:
     """The fields that all answers have; `found` is what the work gave, None where there was none to do or to give."""
     began = time.monotonic()
     client, _ = place(context)
-    examples = here.parts(context)[0]
+    data = here.parts(context)[0]
     found, problem = None, ""
     arrived = here.catch_up(plan)
     if arrived:
         torch.set_num_threads(here.settings.threads)
         try:
-            found = work(client, examples)
+            found = work(client, data)
         except ValueError:  # a loss or a gradient that is not finite
             problem = "not_finite"
     return {
@@ -217,103 +332,14 @@ def _report(plan: Plan, here: ClientSession, context: Context, work: Callable[[i
         "head": b"" if arrived or here.is_unsound else here.replica.head,
         "probe": here.replica.probe(),
         "problem": problem,
-        "examples": len(examples["labels"]),
+        "examples": here.examples(context),
         "milliseconds": round(1000 * (time.monotonic() - began)),
     }
 
 
-def measure(plan: Plan, context: Context) -> Answer:
-    """Catch up and answer with integers: slopes, or the coefficients of a subspace."""
-    here = session(context, plan)
-    settings = here.settings
-    by_backprop = capability(here, context) == "fo"
-
-    def work(client: int, examples: Examples) -> Measured:
-        replica = here.replica  # that of the plan's head
-        if plan.task == "coefficients":
-            total = settings.rounds
-            return measurements.coefficients(settings, replica, examples, client, total, by_backprop=by_backprop)
-        if plan.task == "guided":
-            guide = gradient_codec.decoded(plan.guide, here.replica.shapes)
-            here.keep(guide)
-            return measurements.guided_slopes(settings, replica, examples, client, guide)
-        return measurements.slopes(settings, replica, examples, client, plan.steps)
-
-    fields = _report(plan, here, context, work)
-    found: Measured | None = fields.pop("found")
-    if found is None:
-        return Answer(**fields, coefficients=(), exponent=0, loss=NO_LOSS)
-    loss = NO_LOSS if settings.losses_withheld else found.loss
-    return Answer(**fields, coefficients=found.coefficients, exponent=found.exponent, loss=loss)
-
-
-def backpropagate(plan: Plan, context: Context) -> Contribution:
-    """Catch up and answer with a gradient for a guide, or with the update of local training."""
-    here = session(context, plan)
-    settings = here.settings
-
-    def work(client: int, examples: Examples) -> tuple[bytes, float]:
-        if plan.task == "gradient":
-            gradient, loss = measurements.gradient(settings, here.replica, examples, client)
-            return gradient_codec.compressed(gradient, settings.gradient_rank), loss
-        update, loss = measurements.update(settings, here.replica, examples, client)
-        return gradient_codec.whole(update), loss
-
-    fields = _report(plan, here, context, work)
-    update, loss = fields.pop("found") or (b"", NO_LOSS)
-    return Contribution(**fields, update=update, loss=NO_LOSS if settings.losses_withheld else loss)
-
-
-def evaluate(plan: Plan, context: Context) -> Evaluation:
-    """Catch up and score the client's own held-out part, of which the same sample is read each time."""
-    here, (client, _) = session(context, plan), place(context)
-    held_out = here.parts(context)[1]
-    if held_out is None or not here.catch_up(plan):
-        return Evaluation(client, here.replica.head, NO_LOSS, 0)
-    sample = here.task.sampled(held_out)
-    score = metrics.evaluate(here.replica.model, sample)
-    return Evaluation(client, here.replica.head, score.loss, len(sample["labels"]))
-
-
-def final(plan: Plan, context: Context) -> Final:
-    """Catch up and name the weights this client has."""
-    here = session(context, plan)
-    arrived = here.catch_up(plan)
-    return Final(place(context)[0], here.replica.digest() if arrived or here.is_unsound else "", here.replica.head)
-
-
-@app.query("status")
-def on_status(message: Message, context: Context) -> Message:
-    try:
-        greeting = messages.unpack(Greeting, message.content)
-    except Malformed:
-        told = (
-            f"runs zofed {environment.code()}, which reads the server's messages otherwise: give all machines the same"
-        )
-        return _reply(message, Introduction(-1, 0, 0, "", b"", "", told, environment.code()))
-    return _reply(message, greet(greeting, context))
-
-
-@app.train("zo")
-def on_measure(message: Message, context: Context) -> Message:
-    return _reply(message, measure(messages.unpack(Plan, message.content), context))
-
-
-@app.train("fo")
-@app.train("guide")
-def on_backpropagate(message: Message, context: Context) -> Message:
-    return _reply(message, backpropagate(messages.unpack(Plan, message.content), context))
-
-
-@app.evaluate()
-def on_evaluate(message: Message, context: Context) -> Message:
-    return _reply(message, evaluate(messages.unpack(Plan, message.content), context))
-
-
-@app.query("digest")
-def on_digest(message: Message, context: Context) -> Message:
-    return _reply(message, final(messages.unpack(Plan, message.content), context))
-
-
 def _reply(message: Message, content: Answer | Contribution | Introduction | Evaluation | Final) -> Message:
     return Message(content=messages.pack(content), reply_to=message)
+
+
+answers = Answers(session)  # of a client whose model and data the run's settings name
+app = answers.added_to(ClientApp())

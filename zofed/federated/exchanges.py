@@ -1,5 +1,6 @@
 """One exchange with clients: plans out, answers in, each checked; those behind are sent what they lack."""
 
+import json
 import statistics
 import sys
 import time
@@ -287,7 +288,7 @@ class Exchanges:
 
     def _evaluated(self, round_: int) -> list[dict[str, Any]]:
         """A row for each client that scored itself."""
-        _, replies = self.send({client: self.plan(client) for client in self.members.there()}, "evaluate")
+        _, replies = self.send({client: self.plan(client) for client in self.members.there()}, "evaluate.zofed")
         rows = []
         for client, member in self.members.found.items():
             found = _told(Evaluation, client, replies.get(member.node))
@@ -297,7 +298,8 @@ class Exchanges:
                 what = f"a loss of {found.loss:g} on {sanitize.brief(found.examples)} examples"
                 print(f"client {client}: {what} cannot be: left out of the scores", file=sys.stderr, flush=True)
                 continue
-            rows.append({"round": round_, "client": client, "loss": found.loss, "examples": found.examples})
+            own = {"metrics": json.dumps(measures)} if (measures := found.measures()) else {}
+            rows.append({"round": round_, "client": client, "loss": found.loss, "examples": found.examples} | own)
         return rows
 
 

@@ -20,7 +20,7 @@ from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Row
 from zofed.training import guided, guides, measurements, schedules, step_records
 from zofed.training.modes import Request, mode_of
-from zofed.training.task import Task
+from zofed.training.problem import Problem
 from zofed.training.trainer import SUMS, Step, diverged
 
 LOGGED = ("loss", "epoch", "batch_size", *SUMS, "facts")  # what a step found out beside its record and update
@@ -36,14 +36,14 @@ class Rounds:
         self,
         members: Members,
         exchanges: Exchanges,
-        task: Task,
+        problem: Problem,
         replica: Replica,
         journal: Journal,
         folder: RunFolder,
         traffic: Traffic,
     ) -> None:
         self.members, self.exchanges, self.traffic = members, exchanges, traffic
-        self.task, self.settings, self.replica = task, task.settings, replica
+        self.problem, self.settings, self.replica = problem, problem.settings, replica
         self.journal, self.folder = journal, folder
         self.slope_size: float | None = None
 
@@ -167,7 +167,7 @@ class Rounds:
         settings = self.settings
         if settings.gradient_source == "server":
             try:
-                gradient, loss = measurements.gradient(settings, self.replica, self.task.backprop_examples, 0)
+                gradient, loss = measurements.gradient(settings, self.replica, self.problem.backprop_data(), 0)
                 raw = gradient_codec.compressed(gradient, settings.gradient_rank)
             except ValueError as error:
                 raise diverged(round_, settings) from error
@@ -216,7 +216,7 @@ class Rounds:
             forward_passes=passes,
             backward_passes=passes,
             forward_equivalents=3 * passes * size,
-            tokens=passes * size * self.settings.block_size,
+            tokens=passes * size * self.problem.tokens_per_example,
             bytes=self.traffic.now.up + self.traffic.now.down,
         )
 
@@ -247,7 +247,7 @@ class Rounds:
             forward_passes=forward,
             backward_passes=backward,
             forward_equivalents=forward * per_pass + (2 if mode_of(settings).trains_coefficients else 3) * extra,
-            tokens=seen * settings.block_size,
+            tokens=seen * self.problem.tokens_per_example,
             bytes=self.traffic.now.up + self.traffic.now.down,
             facts=facts or {},
         )

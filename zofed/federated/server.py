@@ -27,10 +27,10 @@ from zofed.runs import sinks
 from zofed.runs.progress import Progress
 from zofed.runs.run_folder import DEPLOYED, SIMULATED, RunFolder
 from zofed.runs.tables import Row
-from zofed.training import baselines, pins
 from zofed.training.finalize import draw, finish, status_kept
 from zofed.training.modes import mode_of
 from zofed.training.paths import check_absolute, with_absolute_paths
+from zofed.training.problem import Problem, TaskProblem
 from zofed.training.process import prepare_process
 from zofed.training.task import Task
 from zofed.training.trainer import Trainer
@@ -43,12 +43,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation from Flower's run configuration; the output folder is absolute and printed."""
-    module = sys.modules[type(grid).__module__]
-    if is_deployed := hasattr(module, "pull_objects"):  # separate machines
-        from zofed.federated import flower_internals
-
-        flower_internals.hasten(module)
-    way = DEPLOYED if is_deployed else SIMULATED
+    way = DEPLOYED if hasten(grid) else SIMULATED
     try:
         given = config.given(context.run_config)
         check_absolute(settings := config.resolve(given))
@@ -78,10 +73,29 @@ def app_for(version: str) -> ServerApp:
     return other
 
 
+def hasten(grid: Grid) -> bool:
+    """Have a grid of separate machines ask again soon for what is on its way to it; whether it is one."""
+    module = sys.modules[type(grid).__module__]
+    if is_deployed := hasattr(module, "pull_objects"):
+        from zofed.federated import flower_internals
+
+        flower_internals.hasten(module)
+    return is_deployed
+
+
 def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict[str, Any]:
     """One federated run over `grid`, new or going on from the journal in its folder; returns its summary.
 
     name: of the folder, where settings.out is empty. way: on this machine (SIMULATED) or on separate ones (DEPLOYED).
+    """
+    settings, out = prepared(settings, name)
+    return carry_out(grid, TaskProblem(Task.load(with_absolute_paths(settings))), out, way)
+
+
+def prepared(settings: Settings, name: str) -> tuple[Settings, Path]:
+    """The settings of a federated run and its absolute folder, this process being ready for it.
+
+    Raises UserError for settings that a federation cannot run with.
     """
     protocol.check_settings(settings)
     sinks.check(settings)
@@ -92,52 +106,53 @@ def run(grid: Grid, settings: Settings, name: str, way: str = SIMULATED) -> dict
         warnings.warn(
             f"direction-seeds = 'shared' with local-steps = {settings.local_steps}: the noise of the clients does not "
             "average out; set direction-seeds to distinct",
-            stacklevel=2,
+            stacklevel=3,
         )
     prepare_process(settings.threads)
-    task = Task.load(with_absolute_paths(settings.model_copy(update={"out": str(out)})))
-    task.check_held_out()
+    return settings.model_copy(update={"out": str(out)}), out
+
+
+def carry_out(grid: Grid, problem: Problem, out: Path, way: str) -> dict[str, Any]:
+    """The run of a problem in the folder `out`, new or going on from the journal there; returns its summary."""
+    held_out, settings = problem.held_out(), problem.settings
     if settings.gradient_source == "server" and mode_of(settings).helps_zeroth_order:
-        if not settings.bp_dataset:
-            raise UserError("gradient-source = 'server' backpropagates on public data: set bp-dataset to it")
-        _ = task.backprop_examples
-    replica = task.first_replica()
+        problem.backprop_data()
+    replica = problem.first_replica()
     earlier = (
-        _reopened(out, way, task, replica) if os.path.exists(RunFolder(out).journal) else None
+        _reopened(out, way, problem, replica) if os.path.exists(RunFolder(out).journal) else None
     )  # False for a bad name
     try:
         places = Places.read(out, are_lasting=os.environ.get(WITHOUT_KEYS) != "1")
-        members = Members(grid, task.settings, replica, earlier, task.named, places)
+        members = Members(grid, settings, replica, earlier, problem.named, places)
         members.meet()
-        inputs, nodes = pins.of(task), members.partitions
-        folder = RunFolder(out) if earlier else RunFolder.create(out, task.settings, inputs, way, nodes)
+        folder = RunFolder(out) if earlier else RunFolder.create(out, settings, problem.pins(), way, members.partitions)
     except BaseException:
         if earlier:
             earlier.close()
         raise
-    folder.write_text("settings.toml", config.to_toml(task.settings))
+    folder.write_text("settings.toml", config.to_toml(settings))
     # The journal first: without it what a crash leaves here could neither go on nor begin anew.
     with earlier or Journal.create(folder.journal, replica.genesis) as journal, status_kept(folder):
         members.journal = journal
         members.places.keep_in(folder.path)
         last = journal.last_round
-        what = f"goes on after round {last}" if earlier else f"{len(task.held_out)} documents held out"
-        print(f"run folder: {out}\n{task.told()}\n{len(members.found)} clients, {what}", flush=True)
+        what = f"goes on after round {last}" if earlier else held_out
+        print(f"run folder: {out}\n{problem.told()}\n{len(members.found)} clients, {what}", flush=True)
         _tell_holdings(members, folder)
-        with Traffic(folder, last, losses_withheld=task.settings.losses_withheld) as traffic:
-            return Server(grid, members, task, replica, journal, folder, traffic).run()
+        with Traffic(folder, last, losses_withheld=settings.losses_withheld) as traffic:
+            return Server(grid, members, problem, replica, journal, folder, traffic).run()
 
 
-def _reopened(out: Path, way: str, task: Task, replica: Replica) -> Journal:
+def _reopened(out: Path, way: str, problem: Problem, replica: Replica) -> Journal:
     """The journal of a run that goes on. Raises UserError where it runs another way, or began otherwise."""
     folder = RunFolder.open(out)
     folder.check_way(way)
     journal = Journal.open(folder.journal)
     try:
-        folder.check_unchanged(pins.of(task), journal.genesis, replica.genesis)
-        done = journal.last_round
-        if done > task.settings.rounds:
-            raise UserError(f"rounds = {task.settings.rounds}, but {out} has done {done}: set rounds to {done} or more")
+        folder.check_unchanged(problem.pins(), journal.genesis, replica.genesis)
+        done, rounds = journal.last_round, problem.settings.rounds
+        if done > rounds:
+            raise UserError(f"rounds = {rounds}, but {out} has done {done}: set rounds to {done} or more")
     except UserError:
         journal.close()
         raise
@@ -146,7 +161,8 @@ def _reopened(out: Path, way: str, task: Task, replica: Replica) -> Journal:
 
 def _tell_holdings(members: Members, folder: RunFolder) -> None:
     """Table and picture of who holds what, as the clients say."""
-    counts = {client: member.told.held_counts() for client, member in sorted(members.found.items())}
+    told = {client: member.told for client, member in sorted(members.found.items())}
+    counts = {client: own.held_counts() or {"examples": own.examples} for client, own in told.items()}
     folder.write_text("partition.csv", partitions.to_csv(partitions.largest(counts, GROUPS_KEPT)))
     draw("partition", counts, folder.path / "partition.png")
 
@@ -158,24 +174,24 @@ class Server:
         self,
         grid: Grid,
         members: Members,
-        task: Task,
+        problem: Problem,
         replica: Replica,
         journal: Journal,
         folder: RunFolder,
         traffic: Traffic,
     ) -> None:
-        self.members, self.task, self.settings, self.replica = members, task, task.settings, replica
+        self.members, self.problem, self.settings, self.replica = members, problem, problem.settings, replica
         self.journal, self.folder, self.traffic = journal, folder, traffic
         self.exchanges = Exchanges(
             grid, members, replica, journal, self.settings, folder.path, traffic, lambda: self.trainer.seconds_moving
         )
-        self.rounds = Rounds(members, self.exchanges, task, replica, journal, folder, traffic)
+        self.rounds = Rounds(members, self.exchanges, problem, replica, journal, folder, traffic)
         self.trainer = Trainer(
             replica,
             journal,
             folder,
             self.settings,
-            task.evaluate,
+            problem.evaluate,
             self._show,
             traffic.latest,
             self.rounds.note,
@@ -184,7 +200,7 @@ class Server:
         self.progress = Progress("round", self.settings.rounds)
 
     def run(self) -> dict[str, Any]:
-        baselines.keep(self.task, self.replica.model, self.folder)
+        self.problem.keep_baselines(self.replica.model, self.folder)
         with sinks.opened(self.settings, self.folder.path, self._show) as self.trainer.show:
             totals = self.trainer.run(self.settings.rounds, self.rounds.measure)
         digests = self.exchanges.digests(self.members.there())
@@ -202,7 +218,7 @@ class Server:
             "wrong_digests": {str(c): digests[c] for c in wrong},
         }
         draw("federation", self.folder, len(self.members.found))  # before the end, which may be that it diverged
-        summary = finish(self.task, self.replica, self.journal, self.folder, totals, extra)
+        summary = finish(self.problem, self.replica, self.journal, self.folder, totals, extra)
         answered = list(digests.values()).count(own)
         print(
             f"held-out {summary['eval_loss_start']:.4f} -> {summary['eval_loss_end']:.4f} "

@@ -23,7 +23,7 @@ CLIENTS = (
     "round", "attempt", "client", "task", "result", "loss", "examples", "bytes_up", "bytes_down", "payload_up",
     "payload_down", "seconds_compute",
 )  # fmt: skip
-EVALUATIONS = ("round", "client", "loss", "examples")
+EVALUATIONS = ("round", "client", "loss", "examples", "metrics")
 SIZES = ("bytes_up", "bytes_down", "payload_up", "payload_down")  # of a reply
 # What FlowerTune's board allows a run, in its MB of 2^20 bytes: the arrays of all training messages, both ways.
 FLOWERTUNE_BUDGET = 200_000

@@ -86,12 +86,20 @@ class Final:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Mean loss on a client's own held-out examples and how many they are; 0 where it could not catch up."""
+    """Mean loss on a client's own held-out examples and how many they are; 0 where it could not catch up.
+
+    metrics: what a function of the client's own says of them, as JSON; empty where it has none.
+    """
 
     client: int
     head: bytes
     loss: float
     examples: int
+    metrics: str = ""
+
+    def measures(self) -> dict[str, float]:
+        """The metrics; none where what the node says is no table of names and numbers."""
+        return sanitize.measures(self.metrics)
 
 
 KINDS: tuple[type[Any], ...] = (Plan, Answer, Contribution, Greeting, Introduction, Final, Evaluation)

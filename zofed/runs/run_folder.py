@@ -35,7 +35,7 @@ METRICS = (
 )  # fmt: skip
 EVALUATIONS = (
     "step", "source", "loss", "perplexity", "bits_per_byte", "accuracy", "f1", "auc", "exact_match", "token_f1",
-    "rouge_l",
+    "rouge_l", "metrics",
 )  # fmt: skip
 SILENT_S = 60.0  # a running run that wrote nothing for so many seconds may have been killed
 BEST = "best"  # name of the checkpoint with the lowest held-out loss
@@ -43,6 +43,7 @@ BEST = "best"  # name of the checkpoint with the lowest held-out loss
 WAY, NODES, ARITHMETIC = "way", "nodes", "arithmetic"  # what inputs.json says of a run beside what must not change
 # How a run runs, by the command that begins and continues it. The last of them is a federation on separate machines.
 CENTRAL, SIMULATED, DEPLOYED = "zofed train", "zofed simulate", "zofed run"
+IN_APP = "flwr run"  # of an app of a person's own, in which a run goes on where its folder is named again
 RESTORE = "restore it from a copy"
 _OF_REFUSED = (
     "settings.toml", "inputs.json", "journal.zofed", "metrics.csv", "evaluations.csv", "summary.json", "rounds.csv",
@@ -120,7 +121,7 @@ class RunFolder:
     def way(self) -> str:
         """How the run runs: CENTRAL, SIMULATED or DEPLOYED. A run of an earlier version tells it by its files alone."""
         written = self.inputs().get(WAY)
-        if written in (CENTRAL, SIMULATED, DEPLOYED):
+        if written in (CENTRAL, SIMULATED, DEPLOYED, IN_APP):
             return written
         return SIMULATED if any((self.path / name).exists() for name in _OF_FEDERATIONS) else CENTRAL
 
@@ -132,6 +133,8 @@ class RunFolder:
 
     def go_on(self) -> str:
         """The command that continues the run. NAME stands for a SuperLink, which the run's folder does not know."""
+        if self.way == IN_APP:
+            return shell.command(*IN_APP.split(), ".", "--run-config", f'zofed.out="{self.path}"')
         words = [*self.way.split(), *(["NAME"] if self.way == DEPLOYED else [])]
         return shell.command(*words, "--resume", self.path)
 
@@ -151,6 +154,7 @@ class RunFolder:
             raise UserError(f"{self.path / 'inputs.json'}, which tells what the run began with, is spoilt: {RESTORE}")
         if self.way != way:
             what = {CENTRAL: "a central run", SIMULATED: "a federated run", DEPLOYED: "a run on separate machines"}
+            what[IN_APP] = "a run of an app of its own"
             told = f"{self.path} holds {what[self.way]}: continue it with {self.go_on()}"
             raise UserError(f"{told}, or choose another folder with --out")
 

@@ -11,7 +11,16 @@ from typing import Any, Self
 from zofed.base.errors import DiskError
 from zofed.base.files import sync_folder, write_whole
 
-TEXTS = ("timestamp", "mode", "scope", "optimizer", "source", "task", "result")  # columns of words; others hold numbers
+TEXTS = (
+    "timestamp",
+    "mode",
+    "scope",
+    "optimizer",
+    "source",
+    "task",
+    "result",
+    "metrics",
+)  # columns of words; others hold numbers
 
 Row = dict[str, Any]
 

@@ -16,11 +16,12 @@ from zofed.data.encoding import Examples
 from zofed.runs import sinks
 from zofed.runs.run_folder import CENTRAL, RunFolder
 from zofed.runs.tables import Row
-from zofed.training import baselines, device_pool, pins
+from zofed.training import device_pool, pins
 from zofed.training.finalize import finish, status_kept
 from zofed.training.measurements import batch_loss
 from zofed.training.modes import mode_of
 from zofed.training.paths import with_absolute_paths
+from zofed.training.problem import TaskProblem
 from zofed.training.process import prepare_process
 from zofed.training.replicas import tell_placement
 from zofed.training.steps import step_function, steps_of
@@ -80,20 +81,20 @@ def resume(path: Path, show: Show, expect: Expect = lambda _: None) -> dict[str,
 def _run(
     task: Task, replica: Replica, examples: Examples, journal: Journal, folder: RunFolder, show: Show, expect: Expect
 ) -> dict[str, Any]:
-    settings = task.settings
-    print(task.told(), flush=True)
+    settings, problem = task.settings, TaskProblem(task)
+    print(problem.told(), flush=True)
     total = steps_of(settings, len(examples["labels"]))
     expect(total)
     backprop_examples = task.backprop_examples if mode_of(settings).helps_zeroth_order else None
     trainer = Trainer(replica, journal, folder, settings, task.evaluate, show)
     with status_kept(folder):
-        baselines.keep(task, replica.model, folder)
+        problem.keep_baselines(replica.model, folder)
         with (
             sinks.opened(settings, folder.path, show) as trainer.show,
             device_pool.opened(task, replica, journal, folder.path) as split,
         ):
             totals = trainer.run(total, step_function(settings, replica, examples, total, backprop_examples, split))
-        return finish(task, replica, journal, folder, totals)
+        return finish(problem, replica, journal, folder, totals)
 
 
 def diagnosis(settings: Settings, batches: int) -> Diagnosis:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,21 +19,19 @@ from zofed.base.errors import DiskError, DivergenceError, UserError
 from zofed.base.files import sync_folder, whole_folder
 from zofed.base.texts import said_by
 from zofed.config import Settings
-from zofed.core.digests import named_parameters, weights_digest
 from zofed.core.journal import Journal, JournalError, read
 from zofed.core.records import Guided, Seeded
 from zofed.core.replica import NotKept, Replica, update_digest
-from zofed.models import adapters, initial, scopes, spec
-from zofed.models.precision import Model
-from zofed.models.spec import ModelSpec
+from zofed.models import scopes, spec
 from zofed.runs.run_folder import RunFolder, peak_memory_bytes, timestamp, versions
 from zofed.runs.tables import read_table
-from zofed.training import baselines, pins
 from zofed.training.divergence import has_diverged
 from zofed.training.process import device, layer_devices, prepare_process
 from zofed.training.rebuilding import replay, restore, with_random_slopes
-from zofed.training.task import Task
 from zofed.training.trainer import Totals, diverged
+
+if TYPE_CHECKING:
+    from zofed.training.problem import Problem
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -75,7 +73,7 @@ def _say_failed(folder: RunFolder, error: str, status: str = "failed") -> None:
 
 
 def finish(
-    task: Task,
+    problem: "Problem",
     replica: Replica,
     journal: Journal,
     folder: RunFolder,
@@ -88,10 +86,11 @@ def finish(
     the replay from the files gives other weights than the run holds, and, once all is written, DivergenceError for a
     run that ends far above its start.
     """
-    scores, digest = totals.scores or task.evaluate(replica.model), replica.digest()
+    settings = problem.settings
+    scores, digest = totals.scores or problem.evaluate(replica.model), replica.digest()
     cost = totals.columns()
-    replayed = _replay_digest(task, journal, folder)
-    known = baselines.of(task, folder)
+    replay_digest = _replay_digest(problem, journal, folder)
+    known = problem.baselines(folder)
     rows = read_table(folder.path / "metrics.csv")
     summary: dict[str, Any] = {
         "status": "completed",
@@ -100,29 +99,31 @@ def finish(
         "stopped_by": totals.stopped_by,
         "evaluated": asdict(scores.coverage),
         **{key: value for key, value in scores.whole.columns().items() if key != "loss"},
+        **({"metrics": dict(scores.whole.own)} if scores.whole.own else {}),
         **({"sources": {name: own.columns() for name, own in scores.sources.items()}} if scores.sources else {}),
         "baselines": known,
-        "controls": _controls(task, journal, folder) if task.settings.controls else {},
+        "controls": _controls(problem, journal, folder) if settings.controls else {},
         "digest": digest,
-        "replay_digest": replayed,
+        "replay_digest": replay_digest,
         "journal_head": journal.head.hex(),
         "bytes_up_per_client_round": 0.0,
         "bytes_down_per_client_round": 0.0,
         **cost,
         "peak_memory_bytes": peak_memory_bytes(),
-        **_started_from(task, replica),
+        **problem.facts(replica),
+        "parameters": {"total": scopes.true_count(replica.model), "trainable": _count(replica)},
         "versions": versions(),
         "arithmetic": arithmetic.described(),
-        "session": {"ended": timestamp(), "threads": task.settings.threads, **environment.session()},
+        "session": {"ended": timestamp(), "threads": settings.threads, **environment.session()},
         **(extra or {}),
     }
-    save_model(task, replica, folder)
+    save_model(problem, replica, folder)
     draw("plot_loss", folder, known)
-    if replayed not in (None, digest):
+    if replay_digest not in (None, digest):
         raise UserError(
-            f"the replay of {folder.journal} gives {replayed}, the run holds {digest}: report this as a bug"
+            f"the replay of {folder.journal} gives {replay_digest}, the run holds {digest}: report this as a bug"
         )
-    error = _divergence(task, summary, rows, replica.round)
+    error = _divergence(settings, summary, rows, replica.round)
     folder.write_summary(summary | ({"status": "diverged", "error": str(error)} if error else {}))
     if error:
         raise error
@@ -143,30 +144,16 @@ def draw(name: str, *arguments: Any) -> None:
         )
 
 
-def _started_from(task: Task, replica: Replica) -> dict[str, Any]:
-    """What a run was made of: its model and its data."""
-    settings, adapted = task.settings, adapters.of(replica.model)
-    weights = adapted.base if adapted else replica.genesis["weights"]  # without the adapter, which is drawn
-    return {
-        "base": {"model": settings.model, "revision": settings.revision, "weights": weights},
-        "drawn": list(initial.drawn(replica.model)),
-        "parameters": {"total": scopes.true_count(replica.model), "trainable": _count(replica)},
-        "data": pins.digests(task),
-        "data_read": [reading.facts() for reading in task.readings],
-        **({"classes": list(task.class_names)} if task.labels else {}),
-    }
-
-
 def _divergence(
-    task: Task, summary: Mapping[str, Any], rows: Sequence[Mapping[str, str]], round_: int
+    settings: Settings, summary: Mapping[str, Any], rows: Sequence[Mapping[str, str]], round_: int
 ) -> DivergenceError | None:
     """What is wrong with a run that ends far above its start; None where nothing is. rows: of its metrics."""
     start, end = summary["eval_loss_start"], summary["eval_loss_end"]
-    is_told = task.settings.objective == "loss"
+    is_told = settings.objective == "loss"
     training = [float(row["loss"]) for row in rows if row["loss"]] if is_told else []
-    if not has_diverged(start, end, training, summary["baselines"]["uniform"]):
+    if not has_diverged(start, end, training, summary["baselines"].get("uniform", -math.inf)):
         return None
-    return diverged(round_, task.settings, what=f"on held-out data is {end:.4g} nats, far above its start, {start:.4g}")
+    return diverged(round_, settings, what=f"on held-out data is {end:.4g} nats, far above its start, {start:.4g}")
 
 
 def base_replica(folder: RunFolder, base: str = "") -> tuple[Replica, Settings]:
@@ -197,7 +184,11 @@ def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Rep
     counts as not kept. Raises NotKept where first-order steps lie behind the last checkpoint.
     """
     prepare_process(threads)
-    replica, _ = base_replica(folder, base)
+    return replayed(base_replica(folder, base)[0], folder)
+
+
+def replayed(replica: Replica, folder: RunFolder) -> tuple[Replica, int]:
+    """`replay_run` of a replica at the base weights of the run in a folder."""
     entries = read(folder.journal).entries
     try:
         replay(replica, [entry.record for entry in entries], folder.whole_update)
@@ -209,12 +200,12 @@ def replay_run(folder: RunFolder, base: str = "", threads: int = 1) -> tuple[Rep
     return replica, start
 
 
-def _replay_digest(task: Task, journal: Journal, folder: RunFolder) -> str | None:
+def _replay_digest(problem: "Problem", journal: Journal, folder: RunFolder) -> str | None:
     """Digest of the weights that an independent replay from the base gives; None where it lacks a gradient."""
     if not _has_updates(journal, folder):
         return None
     try:
-        replica, start = replay_run(folder, threads=task.settings.threads)
+        replica, start = replayed(problem.rebuilt(folder), folder)
     except NotKept:
         return None
     return None if start else replica.digest()
@@ -226,18 +217,18 @@ def _has_updates(journal: Journal, folder: RunFolder) -> bool:
     return all(digest is None or folder.has_update(digest) for digest in digests)
 
 
-def _controls(task: Task, journal: Journal, folder: RunFolder) -> dict[str, float]:
+def _controls(problem: "Problem", journal: Journal, folder: RunFolder) -> dict[str, float]:
     """Held-out losses of what did not learn: the base weights, and steps of the same size with random slopes.
 
     The latter where the journal replays from the start and some step has slopes. Loss that is no number is left out.
     """
-    control = task.replica()
-    found = {"frozen": task.evaluate(control.model).whole.loss}
+    control = problem.replica()
+    found = {"frozen": problem.evaluate(control.model).whole.loss}
     records = [entry.record for entry in journal.entries]
     if any(isinstance(record, Seeded | Guided) for record in records) and _has_updates(journal, folder):
         with suppress(NotKept):  # a damaged file
-            replay(control, with_random_slopes(records, task.settings.seed), folder.update)
-            found["random_slopes"] = task.evaluate(control.model).whole.loss
+            replay(control, with_random_slopes(records, problem.settings.seed), folder.update)
+            found["random_slopes"] = problem.evaluate(control.model).whole.loss
     for name in [name for name, loss in found.items() if not math.isfinite(loss)]:
         warnings.warn(f"the control {name} ends at a loss that is not finite: it is left out", stacklevel=2)
         del found[name]
@@ -248,37 +239,16 @@ def _count(replica: Replica) -> int:
     return sum(parameter.numel() for parameter in replica.parameters.values())
 
 
-@torch.no_grad()
-def whole_model(task: Task, replica: Replica) -> Model:
-    """The replica's model; with a quantised base the unquantised one, read once more, with the weights that trained.
+def save_model(problem: "Problem", replica: Replica, folder: RunFolder) -> None:
+    """The trained model in a folder that is replaced as a whole, durable at the end.
 
-    Of an adapter, which is saved alone, no base need be read. Raises UserError where what is read is no longer the base
-    of the run.
+    Raises DiskError where the disk does not take it; the model that was there stays. Raises UserError as
+    `Problem.save`.
     """
-    if not replica.genesis.get("quantised") or spec.saves_adapter(replica.model, ModelSpec.of(task.settings).base):
-        return replica.model  # type: ignore[return-value]
-    model = spec.create_model(task.settings, task.tokenizer, task.outputs)
-    if weights_digest(model) != replica.genesis["weights"]:
-        raise UserError(
-            f"model = {task.settings.model!r} has changed since the run began, and what trained belongs to the weights "
-            "that it had: bring it back, then go on with zofed train --resume"
-        )
-    parameters = named_parameters(model)
-    for name, trained in replica.parameters.items():
-        parameters[name].copy_(trained)
-    return model
-
-
-def save_model(task: Task, replica: Replica, folder: RunFolder) -> None:
-    """A Hugging Face folder (safetensors and tokenizer) that AutoModel loads, replaced as a whole, durable at the end.
-
-    Raises DiskError where the disk does not take it; the model that was there stays. Raises UserError as `whole_model`.
-    """
-    model = whole_model(task, replica)
     temporary = folder.path / ".model.new"
     try:
         with whole_folder(temporary):
-            spec.save(model, task.tokenizer, temporary, task.class_names, ModelSpec.of(task.settings).base)
+            problem.save(replica, temporary)
     except (SafetensorError, OSError) as error:
         raise DiskError(f"cannot write the model into {folder.path}: {error}; free some space") from error
     shutil.rmtree(folder.model, ignore_errors=True)

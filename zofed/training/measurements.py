@@ -10,8 +10,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from zofed.config import TEXT_OBJECTIVES, WITH_BACKPROP, Settings
-from zofed.core import directions, gradient_codec, kinds, metrics, records, subspace
+from zofed.config import WITH_BACKPROP, Settings
+from zofed.core import directions, gradient_codec, kinds, records, subspace
 from zofed.core.aggregation import Measured
 from zofed.core.estimators import (
     Estimate,
@@ -25,13 +25,12 @@ from zofed.core.measure import Update
 from zofed.core.optimizers import Optimizer
 from zofed.core.perturbed import Loss
 from zofed.core.replica import Replica
-from zofed.data import encoding
-from zofed.data.encoding import Examples
-from zofed.training import generation, guided, guides, schedules
+from zofed.training import guided, guides, schedules, shards
+from zofed.training.shards import Batch, Data
 
 
 def slopes(
-    settings: Settings, replica: Replica, examples: Examples, client: int, steps: int = 1, split: Split | None = None
+    settings: Settings, replica: Replica, examples: Data, client: int, steps: int = 1, split: Split | None = None
 ) -> Measured:
     """Slopes along one client's directions of the `steps` rounds that follow the replica's.
 
@@ -65,7 +64,7 @@ def slopes(
         math.fsum(one.loss for one in found) / len(found),
         passes,
         passes * (examples_per_query(settings) or settings.batch_size),
-        len(examples["labels"]),
+        len(shards.of(settings, examples)),
     )
 
 
@@ -80,9 +79,7 @@ def _move(replica: Replica, seeds: Sequence[int], coefficients: Sequence[int], s
         parameter.sub_(total.rows(0, shape[0] if shape else 1).mul_(own).view(shape).to(parameter))
 
 
-def raw_losses(
-    settings: Settings, replica: Replica, examples: Examples, client: int, some: slice, batched: bool
-) -> Tensor:
+def raw_losses(settings: Settings, replica: Replica, examples: Data, client: int, some: slice, batched: bool) -> Tensor:
     """Losses at the shifted weights of some of a round's queries, as `slopes` meets them: (queries, steps)."""
     round_ = replica.round + 1
     loss, own = query_loss(settings, replica, examples, round_, client)
@@ -99,46 +96,23 @@ def seeds_of(settings: Settings, replica: Replica, round_: int, client: int, loc
 
 
 def query_loss(
-    settings: Settings, replica: Replica, examples: Examples, round_: int, client: int, local: int = 0
-) -> tuple[Loss, Examples | None]:
+    settings: Settings, replica: Replica, examples: Data, round_: int, client: int, local: int = 0
+) -> tuple[Loss, Batch | None]:
     """The loss that a local step's queries measure, and the examples handed to it: those of each query, or None."""
-    how = (settings.forward_dtype, settings.objective)
-    each = examples_per_query(settings)
-    size = settings.queries * each or settings.batch_size
-    drawn = encoding.batch(
-        examples,
-        seed=replica.genesis["seed"],
-        client=client,
-        step=(round_ - 1) * settings.local_steps + local + 1,
-        batch_size=size,
-        order=settings.batch_order,
-    )
-    if ":" not in settings.objective:  # a function of the user's may call the model as it likes
-        at_once = each or settings.batch_size
-        drawn = metrics.filled(
-            replica.model, drawn, settings.forward_dtype, at_once=at_once, of=len(examples["labels"])
-        )
-    if not each:
-        if settings.objective in TEXT_OBJECTIVES:
-            return generation.TextLoss(settings, replica.model, drawn), None
-        return lambda: metrics.loss_of(replica.model, drawn, *how), None
-    own = {name: tensor.unflatten(0, (settings.queries, -1)) for name, tensor in drawn.items()}
-    if settings.objective in TEXT_OBJECTIVES:
-        return generation.TextLoss(settings, replica.model, None), own
-    return lambda batch: metrics.loss_of(replica.model, batch, *how), own
+    shard, model, each = shards.of(settings, examples), replica.model, examples_per_query(settings)
+    step = (round_ - 1) * settings.local_steps + local + 1
+    chosen = {"seed": replica.genesis["seed"], "client": client, "step": step}
+    if each:
+        return shard.measured(model, None), shard.of_queries(model, settings.queries, each, **chosen)
+    (batch,) = shard.batches(1, settings.batch_size, **chosen)
+    return shard.measured(model, shard.prepared(model, batch)), None
 
 
-def batch_loss(settings: Settings, replica: Replica, examples: Examples, step: int) -> Loss:
+def batch_loss(settings: Settings, replica: Replica, examples: Data, step: int) -> Loss:
     """The loss of the batch that a run alone has in a step, whatever its objective."""
-    batch = encoding.batch(
-        examples,
-        seed=settings.seed,
-        client=0,
-        step=step,
-        batch_size=settings.batch_size,
-        order=settings.batch_order,
-    )
-    return lambda: metrics.loss_of(replica.model, batch, settings.forward_dtype)
+    shard = shards.of(settings, examples)
+    (batch,) = shard.batches(1, settings.batch_size, seed=settings.seed, client=0, step=step)
+    return lambda: shard.loss(replica.model, batch)
 
 
 def examples_per_query(settings: Settings) -> int:
@@ -158,7 +132,7 @@ def examples_seen(settings: Settings) -> int:
     return settings.local_steps * (examples_per_query(settings) * settings.queries or settings.batch_size)
 
 
-def guided_slopes(settings: Settings, replica: Replica, examples: Examples, client: int, guide: Update) -> Measured:
+def guided_slopes(settings: Settings, replica: Replica, examples: Data, client: int, guide: Update) -> Measured:
     """Slopes along one client's directions that a guide shapes. Raises ValueError when a loss is not finite."""
     round_, shape = replica.round + 1, guides.Shape.of(settings)
     loss, own = query_loss(settings, replica, examples, round_, client)
@@ -166,10 +140,10 @@ def guided_slopes(settings: Settings, replica: Replica, examples: Examples, clie
     found = guided.slopes(replica, loss, guides.guidance(guide, shape), shape, seeds, own)
     sequences = found.forward_passes * (examples_per_query(settings) or settings.batch_size)
     integers = records.to_integers(found.values, settings.quantization_bits)
-    return Measured(*integers, found.loss, found.forward_passes, sequences, len(examples["labels"]))
+    return Measured(*integers, found.loss, found.forward_passes, sequences, len(shards.of(settings, examples)))
 
 
-def gradient(settings: Settings, replica: Replica, examples: Examples, client: int) -> tuple[Update, float]:
+def gradient(settings: Settings, replica: Replica, examples: Data, client: int) -> tuple[Update, float]:
     """Mean gradient over the round's backprop batches, clipped, and the mean loss.
 
     Raises ValueError when one of them is not finite.
@@ -193,7 +167,7 @@ def gradient(settings: Settings, replica: Replica, examples: Examples, client: i
     return update, total / len(losses)
 
 
-def update(settings: Settings, replica: Replica, examples: Examples, client: int) -> tuple[Update, float]:
+def update(settings: Settings, replica: Replica, examples: Data, client: int) -> tuple[Update, float]:
     """What `local-steps` steps of backpropagation changed, over minus the local rate; and the mean loss.
 
     In units of a gradient: the server's SGD of the local rate moves the weights by the mean of what the clients moved
@@ -233,7 +207,7 @@ def update(settings: Settings, replica: Replica, examples: Examples, client: int
 
 
 def coefficients(
-    settings: Settings, replica: Replica, examples: Examples, client: int, total: int, *, by_backprop: bool = True
+    settings: Settings, replica: Replica, examples: Data, client: int, total: int, *, by_backprop: bool = True
 ) -> Measured:
     """Integer coefficients trained in the subspace of the round that follows the replica's, which all clients share.
 
@@ -261,7 +235,8 @@ def coefficients(
     trained = subspace.trained(*asked, probing=ways)
     integers, exponent = records.to_integers([-value for value in trained.coefficients], settings.quantization_bits)
     passes = count if by_backprop else 2 * settings.queries * count
-    return Measured(integers, exponent, trained.loss, passes, passes * settings.batch_size, len(examples["labels"]))
+    held = len(shards.of(settings, examples))
+    return Measured(integers, exponent, trained.loss, passes, passes * settings.batch_size, held)
 
 
 def subspace_rate(settings: Settings, round_: int, total: int) -> float:
@@ -269,20 +244,16 @@ def subspace_rate(settings: Settings, round_: int, total: int) -> float:
     return schedules.learning_rate(settings, round_, total) * settings.subspace_interval
 
 
-def batches(
-    settings: Settings, replica: Replica, examples: Examples, client: int, count: int, size: int
-) -> Sequence[Loss]:
+def batches(settings: Settings, replica: Replica, examples: Data, client: int, count: int, size: int) -> Sequence[Loss]:
     """Losses of `count` batches of the round after the replica's; backpropagation beside zeroth order has its own."""
+    shard = shards.of(settings, examples)
     purpose = "backprop batch" if settings.mode in WITH_BACKPROP else "batch"
     chosen = {"seed": settings.seed, "client": client, "step": replica.round + 1, "purpose": purpose}
-    drawn = encoding.batch(examples, **chosen, batch_size=count * size, order=settings.batch_order)
-    parts = [{name: tensor[i * size : (i + 1) * size] for name, tensor in drawn.items()} for i in range(count)]
 
-    def loss(part: Examples) -> Tensor:
-        own = metrics.filled(replica.model, part, settings.forward_dtype, of=len(examples["labels"]))
-        return metrics.loss_of(replica.model, own, settings.forward_dtype)
+    def loss(batch: Batch) -> Tensor:
+        return shard.loss(replica.model, shard.prepared(replica.model, batch))
 
-    return [lambda part=part: loss(part) for part in parts]  # type: ignore[misc]
+    return [lambda batch=batch: loss(batch) for batch in shard.batches(count, size, **chosen)]  # type: ignore[misc]
 
 
 def backprop_batch_size(settings: Settings) -> int:

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,26 @@ def replica_of(settings: Settings, model: Model) -> Replica:
             "the model's folder lacks them, and they do not train; set scope to head, last-1 or full to train them",
             stacklevel=2,
         )
+    replica = made(settings, model, names, spec.describe(settings.model, model), rounded)
+    place_model(replica, settings)
+    if settings.hidden_states_gigabytes and len(names) < len(named_parameters(model)):
+        limit = int(settings.hidden_states_gigabytes * 1e9)
+        folder, name = encoding.default_cache() / "hidden states", _states_name(replica, settings)
+        trunk.keep(model, Trunk(replica.parameters, scopes.layers(model), folder, name, limit))
+    return replica
+
+
+def made(
+    settings: Settings,
+    model: nn.Module,
+    names: Sequence[str],
+    description: dict[str, Any],
+    rounded: Sequence[str] = (),
+) -> Replica:
+    """A replica of a module where it lies, with the genesis that the settings give it.
+
+    names: of what trains. description: what a replay can know the module by. rounded: names of what is quantised.
+    """
     matrices = frozenset(scopes.inner_matrices(model, names))
 
     def rule(name: OptimizerName) -> Optimizer:
@@ -51,7 +72,7 @@ def replica_of(settings: Settings, model: Model) -> Replica:
     in_proportion = has_directions and settings.direction_scale == "rms"
     genesis = make_genesis(
         model,
-        spec.describe(settings.model, model),
+        description,
         names,
         seed=settings.seed,
         kind=mode.direction_kind,
@@ -60,13 +81,7 @@ def replica_of(settings: Settings, model: Model) -> Replica:
         backprop_optimizer=(rule(settings.bp_optimizer or settings.optimizer) if mode.helps_zeroth_order else None),
         quantised=rounded,
     )
-    replica = Replica(model, genesis)
-    place_model(replica, settings)
-    if settings.hidden_states_gigabytes and len(names) < len(parameters):
-        limit = int(settings.hidden_states_gigabytes * 1e9)
-        folder, name = encoding.default_cache() / "hidden states", _states_name(replica, settings)
-        trunk.keep(model, Trunk(replica.parameters, scopes.layers(model), folder, name, limit))
-    return replica
+    return Replica(model, genesis)
 
 
 def place_model(replica: Replica, settings: Settings) -> None:

@@ -9,9 +9,9 @@ from zofed.core.digests import tensors_digest
 from zofed.core.estimators import Split
 from zofed.core.records import Dense
 from zofed.core.replica import Replica
-from zofed.data.encoding import Examples
-from zofed.training import guided, guides, measurements, schedules, step_records
+from zofed.training import guided, guides, measurements, schedules, shards, step_records
 from zofed.training.modes import Request, mode_of
+from zofed.training.shards import Data
 from zofed.training.trainer import Step, diverged
 
 
@@ -25,9 +25,9 @@ def steps_of(settings: Settings, count: int) -> int:
 def step_function(
     settings: Settings,
     replica: Replica,
-    examples: Examples,
+    examples: Data,
     total: int,
-    backprop_examples: Examples | None = None,
+    backprop_examples: Data | None = None,
     split: Split | None = None,
 ) -> Callable[[int], Step]:
     """What measures one round of a mode, out of `total`.
@@ -64,9 +64,9 @@ class Steps:
         self,
         settings: Settings,
         replica: Replica,
-        examples: Examples,
+        examples: Data,
         total: int,
-        backprop_examples: Examples,
+        backprop_examples: Data,
         split: Split | None,
     ) -> None:
         self.settings, self.replica, self.total, self.split = settings, replica, total, split
@@ -154,5 +154,5 @@ class Steps:
             tokens=seen * settings.block_size,
         )
 
-    def _epoch(self, round_: int, seen: int, examples: Examples | None = None) -> float:
-        return round_ * seen / len((examples or self.examples)["labels"])
+    def _epoch(self, round_: int, seen: int, examples: Data | None = None) -> float:
+        return round_ * seen / len(shards.of(self.settings, examples or self.examples))

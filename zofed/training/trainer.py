@@ -248,7 +248,7 @@ class Trainer:
         with Table(self.folder.path / "evaluations.csv", EVALUATIONS) as table:
             # The whole comes first, under a name that no source has.
             told = (("", scores.whole), *scores.sources.items())
-            table.write(*({"step": round_, "source": source} | score.columns() for source, score in told))
+            table.write(*({"step": round_, "source": source} | score.row() for source, score in told))
             table.sync()  # a line of metrics that tells of a score stands for these
         return whole
 

@@ -1,0 +1,1 @@
+"""A CNN on handwritten digits, federated by forward passes."""
