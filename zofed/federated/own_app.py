@@ -1,7 +1,6 @@
 """A module of a person's own in their own Flower app: the server side, the client side, both in one process."""
 
 import json
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch import nn
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.core.metrics import MEASURES
-from zofed.federated import client, server
+from zofed.federated import server
 from zofed.federated.client import Answers, ClientSession
 from zofed.federated.local_grid import RUN_ID, SERVER_NODE, LocalGrid
 from zofed.runs.run_folder import IN_APP
@@ -33,13 +32,13 @@ class Client:
 
     model: the class of the module, or a function that makes it: untrained, and the same at each call under one seed of
     torch, which every node and the server give it. loss: of (module, batch), a scalar tensor, the mean over the batch.
-    data: of Flower's `Context`, what the node trains on: a tensor, a tuple or a dict of tensors, a map-style Dataset, or
-    a DataLoader of one, of which `dataset` and `collate_fn` are used. metrics: of (module, batches), numbers by name,
-    of the node's own held-out part, where `zofed.client-held-out-fraction` makes one.
+    data: of Flower's `Context`, what the node trains on: a tensor, a tuple or a dict of tensors, a map-style Dataset,
+    or a DataLoader of one, of which `dataset` and `collate_fn` are used. metrics: of (module, batches), numbers by
+    name, of the node's own held-out part, where `zofed.client-held-out-fraction` makes one.
 
-    The settings are those of the app's run configuration that begin with `zofed.`, such as `zofed.queries`. What keeps a
-    node from taking part (another module than the server's, data without an example, a loss that is no finite scalar or
-    that draws random numbers) the server is told in one line.
+    The settings are those of the app's run configuration that begin with `zofed.`, such as `zofed.queries`. What keeps
+    a node from taking part (another module than the server's, data without an example, a loss that is no finite scalar
+    or that draws random numbers) the server is told in one line.
     """
 
     def __init__(
@@ -130,7 +129,7 @@ class Strategy:
 
     def _run(self, grid: Grid, context: Context) -> Result:
         server.hasten(grid)
-        values = own_settings.among(context.run_config)
+        values = config.given(own_settings.among(context.run_config))
         if self._held_out is None:
             raise UserError("held_out = None: give examples that no client trains on, for the server to score")
         problem = OwnProblem(values, self._own, held_out=self._held_out)

@@ -1,4 +1,4 @@
-"""Data of a person's own, in the forms that torch's loaders take, read by position so that a step can be asked again."""
+"""Data of a person's own, in the forms of torch's loaders, read by position, so that a step can be asked again."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +57,7 @@ def read(given: Any, whose: str) -> OwnData:
     if isinstance(given, Tensor | tuple | Mapping):
         return _of_tensors(given, whose, as_list=collate is list)
     if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
-        raise UserError(f"{whose} is {_kind(given)}: give {FORMS}")
+        raise UserError(f"{whose} is {kind_of(given)}: give {FORMS}")
     if not len(given):
         raise UserError(f"{whose} holds no example: give at least 1")
     return OwnData(len(given), partial(_collated, given, collate))
@@ -67,7 +67,7 @@ def _check_loader(loader: "DataLoader[Any]", whose: str) -> None:
     own = next((s for s in (loader.sampler, loader.batch_sampler) if s is not None and not _is_plain(s)), None)
     if own is not None:
         raise UserError(
-            f"{whose} is a DataLoader with {_kind(own)}, which says what a batch holds; here the seed does: give the "
+            f"{whose} is a DataLoader with {kind_of(own)}, which says what a batch holds; here the seed does: give the "
             "Dataset, in it each example as often as it is to count"
         )
     if loader.batch_size is None:
@@ -82,8 +82,9 @@ def _is_plain(sampler: object) -> bool:
 
 def _of_tensors(given: Any, whose: str, *, as_list: bool) -> OwnData:
     leaves = pytree.tree_leaves(dict(given) if isinstance(given, Mapping) else given)
-    if other := next((leaf for leaf in leaves if not isinstance(leaf, Tensor) or not leaf.dim()), None):
-        raise UserError(f"{whose} holds {_kind(other)}: give {FORMS}, each tensor with the examples along its first")
+    if others := [leaf for leaf in leaves if not isinstance(leaf, Tensor) or not leaf.dim()]:
+        what = "a Tensor without a dimension" if isinstance(others[0], Tensor) else kind_of(others[0])
+        raise UserError(f"{whose} holds {what}: give {FORMS}, tensors with the examples along their first dimension")
     lengths = {len(leaf) for leaf in leaves}
     if len(lengths) > 1:
         raise UserError(f"{whose} holds tensors of {' and '.join(map(str, sorted(lengths)))} examples: give as many")
@@ -105,7 +106,8 @@ def _collated(dataset: Any, collate: Callable[[list[Any]], Any], positions: Sequ
     return collate([dataset[position] for position in positions])
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a value is, with its article."""
     name = type(value).__name__
     return f"an {name}" if name[0] in "AEIOUaeiou" else f"a {name}"
 

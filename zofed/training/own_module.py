@@ -71,7 +71,8 @@ class OwnModule:
 
     def __post_init__(self) -> None:
         if isinstance(self.model, nn.Module) or not callable(self.model):
-            what = f"a {type(self.model).__name__} that is made already" if callable(self.model) else repr(self.model)
+            is_made = isinstance(self.model, nn.Module)
+            what = f"{own_data.kind_of(self.model)} that is made already" if is_made else repr(self.model)
             raise UserError(f"model = {what}: give the class, or a function that makes it anew at each call")
         for name, function in (("loss", self.loss), ("metrics", self.metrics)):
             if not callable(function) and not (name == "metrics" and function is None):
@@ -88,7 +89,7 @@ class OwnModule:
             torch.manual_seed(seed)
             model = self.model()
         if not isinstance(model, nn.Module):
-            raise UserError(f"model = {self.name} gives a {type(model).__name__}, not a torch.nn.Module")
+            raise UserError(f"model = {self.name} gives {own_data.kind_of(model)}, not a torch.nn.Module")
         return model
 
     def scored(self, model: nn.Module, data: OwnData, chosen: Sequence[int]) -> Score:
@@ -104,7 +105,7 @@ class OwnModule:
     def _measured(self, given: Any) -> dict[str, float]:
         """What `metrics` gave; a number that is not finite is left out."""
         if not isinstance(given, Mapping) or len(given) > MOST_METRICS:
-            raise UserError(f"metrics gives {type(given).__name__}: give a dict of at most {MOST_METRICS} numbers")
+            raise UserError(f"metrics gives {own_data.kind_of(given)}: give a dict of at most {MOST_METRICS} numbers")
         for name, value in given.items():
             is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
             if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not is_number:
@@ -114,7 +115,7 @@ class OwnModule:
     def checked(self, loss: Any, of: str) -> Tensor:
         """A loss that their function gave. Raises UserError for what no run can follow, with what it is of."""
         if not isinstance(loss, Tensor):
-            raise UserError(f"loss gives a {type(loss).__name__} of {of}: give the tensor itself, without .item()")
+            raise UserError(f"loss gives {own_data.kind_of(loss)} of {of}: give the tensor itself, without .item()")
         if loss.numel() != 1:
             raise UserError(f"loss gives a tensor of shape {tuple(loss.shape)} of {of}: give its mean, one number")
         if not loss.is_floating_point():

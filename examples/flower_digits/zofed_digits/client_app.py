@@ -2,8 +2,8 @@
 
 from flwr.app import Context
 from flwr.clientapp import ClientApp
-from zofed.flower import Client
 
+from zofed.flower import Client
 from zofed_digits.task import Net, load_data, loss
 
 

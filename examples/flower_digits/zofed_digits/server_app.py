@@ -3,8 +3,8 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from torch.utils.data import DataLoader
-from zofed.flower import Strategy
 
+from zofed.flower import Strategy
 from zofed_digits.task import Net, digits, loss, test
 
 app = ServerApp()
