@@ -12,6 +12,7 @@ from benchmarks import (
     architectures,
     blas,
     common,
+    digits,
     first_order,
     gpu,
     memory,
@@ -61,6 +62,9 @@ def main() -> None:
     one.add_argument("--threads", type=int, default=1)
     one.add_argument("--pairs", type=int, default=5)
     one.add_argument("--only", nargs="*", default=[], metavar="TYPE")
+    one = kinds.add_parser("digits", help=digits.__doc__)
+    one.add_argument("--seeds", type=int, default=3)
+    one.add_argument("--only", nargs="*", default=list(digits.WAYS), choices=digits.WAYS, metavar="WAY")
     one = kinds.add_parser("three-modes", help=three_modes.__doc__)
     one.add_argument(
         "--out", type=Path, required=True, help="folder of the runs, which it goes on from, and the figure"
@@ -83,6 +87,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.what == "model-types":
         model_types.report(given.out, given.only)
+        return
+    if given.what == "digits":
+        torch.set_num_threads(1)
+        print(common.machine(), flush=True)
+        digits.report(given.seeds, given.only)
         return
     if given.what == "three-modes":
         print(common.machine(), flush=True)

@@ -20,7 +20,7 @@ ROOT = PACKAGE.parent
 
 CORE_KNOWS = {"torch", "numpy", "safetensors", "zofed"} | set(sys.stdlib_module_names)
 # What Flower documents for apps; everything else of it may change with any version.
-FLOWER_PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp"}
+FLOWER_PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
 FLOWER_PRIVATE_KNOWN_TO = {"federated/flower_internals.py", "federated/flower_messages.py"}
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 

@@ -5,18 +5,12 @@ from flwr.clientapp import ClientApp
 
 from fedavg_digits.task import Net, load_data, train
 
-
-def data(context: Context):
-    node = context.node_config
-    return load_data(node["partition-id"], node["num-partitions"], context.run_config["batch-size"])
-
-
 app = ClientApp()
 
 
 @app.train()
 def train_here(message: Message, context: Context) -> Message:
-    net, loader = Net(), data(context)
+    net, loader = Net(), load_data(context)
     net.load_state_dict(message.content["arrays"].to_torch_state_dict())
     loss = train(net, loader, context.run_config["local-epochs"], context.run_config["learning-rate"])
     metrics = MetricRecord({"loss": loss, "num-examples": len(loader.dataset)})
