@@ -44,7 +44,7 @@ from zofed.federated import client, server, traffic, wire
 from zofed.federated.local_grid import LocalGrid
 from zofed.federated.protocol import Reason
 from zofed.runs import run_folder
-from zofed.training import central
+from zofed.training import central, own_settings
 
 Zofed = Callable[..., tuple[int, str, str]]
 
@@ -257,7 +257,9 @@ def check(words: tuple[str, ...], *, whole: bool = True) -> None:
         parse(words, whole=whole)
     elif program == "flwr":
         values = parse(words, whole=whole).values
-        config.resolve(pairs(" ".join(values.get("run_config_overrides") or ())))
+        given = pairs(" ".join(values.get("run_config_overrides") or ()))
+        own_settings.of(given.pop("zofed", {}), "Net")  # of an app of a person's own
+        config.resolve(given)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", text_of("Makefile"), re.MULTILINE)
         assert all(word in targets or "=" in word for word in words[1:]), f"make has {targets}"
