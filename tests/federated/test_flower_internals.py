@@ -2,14 +2,18 @@
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import pytest
+from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
+from flwr.serverapp.strategy import Result
 from flwr.superlink.grid import http_grid
 
-from zofed.federated import flower_internals
+from zofed.federated import flower_internals, flower_messages
 from zofed.federated.flower_internals import Patience
 
 
@@ -36,6 +40,14 @@ def test_flowers_private_interfaces_are_those_zofed_was_written_against() -> Non
     assert "time.sleep(3)" in source, "the SuperNode's pause between looks for messages is another"
     source = inspect.getsource(internals.start_client_internal._push_messages)
     assert "time.sleep(0.5)" in source, "the SuperNode's pause while it waits for an answer is another"
+    assert {"task_id", "run_id", "node_id"} <= set(dir(type(flower_messages.TaskIdentity)))
+    assert parameters(flower_messages.get_all_nested_objects) == ["obj"]
+    for decorator in (ClientApp.train, ClientApp.evaluate, ClientApp.query):
+        assert parameters(decorator)[:2] == ["self", "action"]
+    assert parameters(ServerApp.__call__) == ["self", "grid", "context"]
+    assert [field.name for field in fields(Result)] == [
+        "arrays", "train_metrics_clientapp", "evaluate_metrics_clientapp", "evaluate_metrics_serverapp",
+    ], "`own_app.Result` fills them in this order"  # fmt: skip
     for module in (internals.start_client_internal, http_grid):
         assert module.pull_objects is internals.pull_objects, f"{module.__name__} pulls objects another way"
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from federations import Meddling, Quick, assert_one_model, federate, records_of, results
+from federations import Meddling, Quick, assert_one_model, federate, records_of
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -186,7 +186,7 @@ FORMS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "loader": lambda x, y: DataLoader(TensorDataset(x, y), batch_size=3, shuffle=True),
     "list of examples": lambda x, y: list(zip(x, y, strict=True)),
     "own collate": lambda x, y: DataLoader(
-        range(len(x)), batch_size=2, collate_fn=lambda chosen: (x[chosen], y[chosen])
+        list(range(len(x))), batch_size=2, collate_fn=lambda chosen: (x[chosen], y[chosen])
     ),
 }
 
@@ -491,10 +491,13 @@ def test_every_setting_is_said_by_code_or_acts() -> None:
     } <= zofed.config.SETTINGS.keys() - said.keys()  # type: ignore[attr-defined]
 
 
-def test_commands_that_need_the_code_of_a_module_say_so(tmp_path: Path) -> None:
-    from zofed.training import finalize
-
-    found = start({}, tmp_path / "run")
-    with pytest.raises(UserError, match=r"a module of a person's own \(Net\), .* zofed.replay"):
-        finalize.replay_run(RunFolder(found.folder))
-    assert results(RunFolder(found.folder).settings())
+def test_commands_that_need_the_code_of_a_module_say_so(
+    tmp_path: Path, zofed_command: Callable[..., tuple[int, str, str]]
+) -> None:
+    folder = str(start({}, tmp_path / "run").folder)
+    for words in ("eval", "generate --chat", "export --merged --out x", "journal replay"):
+        status, _, told = zofed_command(*words.split(), folder)
+        assert status == 2 and "a module of a person's own" in told and "zofed.replay" in told, (words, told)
+    status, _, told = zofed_command("simulate", "--resume", folder)
+    assert status == 2 and "continue it with flwr run . --run-config" in told
+    assert zofed_command("watch", folder)[0] == zofed_command("runs", str(tmp_path))[0] == 0

@@ -123,7 +123,7 @@ def test_flwr_run_of_the_digits_equals_the_same_apps_in_one_process(digits: None
 
     from zofed.deployment import flower_commands, flower_run
 
-    changes = {"zofed.rounds": 2, "zofed.clients": 2, "zofed.eval-interval": 2}
+    changes: dict[str, Any] = {"zofed.rounds": 2, "zofed.clients": 2, "zofed.eval-interval": 2}
     local = configured("flower_digits") | changes | {"zofed.out": str(tmp_path / "local")}
     simulate(server_app.app, client_app.app, 2, local)
     project = EXAMPLES / "flower_digits"

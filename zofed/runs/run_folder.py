@@ -158,6 +158,14 @@ class RunFolder:
             told = f"{self.path} holds {what[self.way]}: continue it with {self.go_on()}"
             raise UserError(f"{told}, or choose another folder with --out")
 
+    def check_has_model(self) -> None:
+        """Raise UserError for a run whose module only its own app can make: no file says what it is."""
+        if self.way == IN_APP:
+            raise UserError(
+                f"{self.path} is the run of a module of a person's own, whose code is not in its files: in Python, "
+                f"zofed.replay of the untrained module and {str(self.journal)!r} rebuilds its weights"
+            )
+
     @property
     def journal(self) -> Path:
         """The file of the run's records."""

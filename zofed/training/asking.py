@@ -133,6 +133,7 @@ def of_run(path: Path, *, compare: bool = False, changes: Mapping[str, Any] | No
     changes: settings, by key, of the machine. Raises UserError where there is no model yet.
     """
     folder = RunFolder.open(path)
+    folder.check_has_model()
     settings = resolve(folder.settings().model_dump(by_alias=True) | dict(changes or {}))
     if not folder.has_model():
         raise UserError(f"{folder.path} has no model yet: let the run end, with {folder.go_on()}")

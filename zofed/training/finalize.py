@@ -25,7 +25,6 @@ from zofed.core.replica import NotKept, Replica, update_digest
 from zofed.models import scopes, spec
 from zofed.runs.run_folder import RunFolder, peak_memory_bytes, timestamp, versions
 from zofed.runs.tables import read_table
-from zofed.training import own_settings
 from zofed.training.divergence import has_diverged
 from zofed.training.process import device, layer_devices, prepare_process
 from zofed.training.rebuilding import replay, restore, with_random_slopes
@@ -163,13 +162,9 @@ def base_replica(folder: RunFolder, base: str = "") -> tuple[Replica, Settings]:
     A base that the run held in fewer bits is whole here, and on the CPU, as one that lay on several GPUs is: a replay
     rounds nothing, and on one of them it may not fit.
     """
+    folder.check_has_model()
     settings = folder.settings()
     genesis = read(folder.journal).genesis
-    if own := (genesis.get("model") or {}).get(own_settings.KEY):
-        raise UserError(
-            f"{folder.path} is the run of a module of a person's own ({own}), whose code is not in its files: in "
-            f"Python, zofed.replay of the untrained module and {str(folder.journal)!r} rebuilds its weights"
-        )
     place = (base, "") if base else (settings.model, settings.revision)
     try:
         model = spec.rebuild(genesis["model"], genesis["seed"], settings.dtype, *place)

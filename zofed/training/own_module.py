@@ -99,8 +99,8 @@ class OwnModule:
             losses = [float(self.checked(self.loss(model, batch), of="held-out data")) for batch in batches]
             total = math.fsum(loss * size for loss, size in zip(losses, batches.sizes, strict=True))
             found = self._measured(self.metrics(model, batches)) if self.metrics else {}
-        known = {name: found[name] for name in ("accuracy", "f1", "auc") if name in found}
-        return Score(total / len(chosen), **known, own=found)
+        accuracy, f1, auc = (found.get(name) for name in ("accuracy", "f1", "auc"))  # which tables have columns for
+        return Score(total / len(chosen), accuracy, f1, auc=auc, own=found)
 
     def _measured(self, given: Any) -> dict[str, float]:
         """What `metrics` gave; a number that is not finite is left out."""

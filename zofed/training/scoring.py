@@ -66,6 +66,7 @@ def score_run(path: Path, changes: Mapping[str, Any], *, best: bool = False) -> 
     """
     _check(changes, (*OF_A_RUN, *OF_THE_BASE) if best else OF_A_RUN)
     folder = RunFolder.open(path)
+    folder.check_has_model()
     own, named = folder.settings(), _named(changes)
     if not best and not folder.model.is_dir():
         raise UserError(f"{folder.path} has no model yet: let the run end, with {folder.go_on()}")
