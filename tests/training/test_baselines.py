@@ -134,7 +134,7 @@ def test_a_server_measures_them_too(quick: Quick, films: Path, tmp_path: Path) -
 def test_solved_examples_stand_before_each_prompt_where_they_fit(
     quick: Quick, films: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = quick(dataset=str(films), **WAY)
+    settings = quick(dataset=str(films), **(WAY | {"block_size": 32}))
     task = Task.load(settings)
     demonstrations = tuple(drawn(task.train, 2, settings.seed)[1])
     asked = replace(task, demonstrations=demonstrations)
@@ -153,9 +153,13 @@ def test_solved_examples_stand_before_each_prompt_where_they_fit(
         assert {"few_shot_accuracy", "few_shot_loss", "threshold_accuracy"} <= set(found)
         monkey.setattr(baselines, "SHOTS", 20)
         assert "few_shot_accuracy" not in baselines.measured(task, model)
+        assert "no few-shot score: 20 solved examples before a prompt take" in capfd.readouterr().out
+        monkey.setattr(baselines, "SHOTS", 3)
+        cut = replace(task, settings=settings.model_copy(update={"block_size": 8}))
+        assert "few_shot_accuracy" not in baselines.measured(cut, model)
+        assert "more than 4 times block-size = 8, which cuts the rows" in capfd.readouterr().out
     finally:
         monkey.undo()
-    assert "no few-shot score: 20 solved examples before a prompt take" in capfd.readouterr().out
 
 
 def test_the_end_of_a_run_and_its_report_set_scores_beside_baselines(

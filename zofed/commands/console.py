@@ -1,8 +1,11 @@
 """What commands print: the console, progress, and the end of a run."""
 
-from typing import Any
+import json
+import math
+from typing import Annotated, Any
 
 import rich.progress
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
@@ -22,6 +25,22 @@ class PlainConsole(Console):
 
 # Progress and results are for people: they go to the terminal as plain words, without colour codes in a pipe.
 console = PlainConsole(highlight=False, soft_wrap=True)
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="JSON in the place of a table, for programs")]
+
+
+def print_json(found: Any) -> None:
+    """Print what a table would show, whole, as JSON; a float that is no finite number as null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(own) for key, own in value.items()}
+        if isinstance(value, list):
+            return [plain(own) for own in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    print(json.dumps(plain(found), indent=1))
 
 
 def print_table(table: Table) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -13,7 +13,7 @@ from rich.text import Text
 from zofed.base import shell
 from zofed.base.errors import Interrupted, UserError
 from zofed.base.files import write_whole
-from zofed.commands.console import Reporter, brief, console, print_table
+from zofed.commands.console import AsJson, Reporter, brief, console, print_json, print_table
 from zofed.commands.groups import CommandGroup
 from zofed.data import catalog, subsets
 
@@ -41,13 +41,21 @@ def bar(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @data_app.command("list")
-def list_datasets() -> None:
+def list_datasets(as_json: AsJson = False) -> None:
     """Every data set by name, how much of it there is and how much of it lies here."""
-    table = Table("name", "rows", "here", "what", box=None, pad_edge=False)
+    found: list[dict[str, Any]] = []
     for name in catalog.list_available_datasets():
         info, folder = catalog.CATALOG.get(name), subsets.find(name)
-        here = f"{subsets.info(folder).get('rows', 0):,}" if folder else ("" if info and info.repository else "all")
-        table.add_row(name, f"{info.rows:,}" if info and info.rows else "", here, info.about if info else "merged")
+        here = subsets.info(folder).get("rows", 0) if folder else ("" if info and info.repository else "all")
+        rows = info.rows if info and info.rows else None
+        found.append({"name": name, "rows": rows, "here": here, "what": info.about if info else "merged"})
+    if as_json:
+        print_json(found)
+        return
+    table = Table("name", "rows", "here", "what", box=None, pad_edge=False)
+    for row in found:
+        shown = [f"{row[key]:,}" if isinstance(row[key], int) else row[key] or "" for key in ("rows", "here")]
+        table.add_row(row["name"], *shown, row["what"])
     console.print(table)
     console.print(f"data root: {catalog.data_root()} (ZOFED_DATA names another)")
 

@@ -1,6 +1,5 @@
 """Commands of experiments: `zofed sweep`, `zofed plot`, `zofed report`, `zofed runs`."""
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -16,7 +15,7 @@ from zofed import config
 from zofed.base import shell
 from zofed.base.errors import Interrupted, UserError
 from zofed.base.texts import duration
-from zofed.commands.console import brief, console, figure, print_table
+from zofed.commands.console import AsJson, brief, console, figure, print_json, print_table
 from zofed.commands.groups import CommandGroup
 from zofed.commands.options import SettingsCommand, with_settings
 
@@ -179,14 +178,14 @@ def runs(
     folder: Annotated[Path, typer.Argument(help="folder that holds runs, at any depth down to a sweep's")] = Path(
         "runs"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="a JSON list, for programs")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """The runs in a folder: mode, model, data, how far they came, what they scored and sent."""
     from zofed.experiments import listing
 
     found = listing.listed(folder)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print_json(found)
         return
     metrics = {row["metric"] for row in found if row.get("metric")}
     table = Table(box=None, pad_edge=False)

@@ -1,13 +1,13 @@
 """Commands on a run's journal: `zofed journal show`, `verify` and `replay`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from zofed.base.errors import UserError
-from zofed.commands.console import console
+from zofed.commands.console import AsJson, console, print_json
 from zofed.commands.groups import CommandGroup
 from zofed.runs.run_folder import RunFolder
 
@@ -23,22 +23,32 @@ def register(app: typer.Typer) -> None:
 def journal_show(
     folder: Annotated[Path, typer.Argument(help="folder of a run")],
     last: Annotated[int, typer.Option(min=0, help="show only this many of the newest records; 0: all")] = 20,
+    as_json: AsJson = False,
 ) -> None:
     """A table of the records: round, kind, rate, clients, queries, size of the slopes."""
     from zofed.core import aggregation, journal
     from zofed.core.records import Dense, Guided, Seeded, Skipped
 
     contents = journal.read(RunFolder.open(folder).journal)
-    table = Table("round", "kind", "rate", "clients", "queries", "slope rms", "bytes", "chain", box=None)
+    found: list[dict[str, Any]] = []
     for entry in contents.entries[-last:] if last else contents.entries:
-        record, end = entry.record, (str(len(entry.raw)), entry.chain.hex()[:12])
-        if isinstance(record, Seeded):
-            clients, rms = str(len(record.clients)), f"{aggregation.size(record):.4g}"
-            table.add_row(str(record.round), "seeded", f"{record.rate:g}", clients, str(record.queries), rms, *end)
-        else:
-            kind = {Dense: "dense", Guided: "guided"}.get(type(record), "skipped")
-            rate = "" if isinstance(record, Skipped) else f"{record.rate:g}"
-            table.add_row(str(record.round), kind, rate, "", "", "", *end)
+        record = entry.record
+        kind = {Seeded: "seeded", Dense: "dense", Guided: "guided"}.get(type(record), "skipped")
+        row: dict[str, Any] = {"round": record.round, "kind": kind}
+        row["rate"] = None if isinstance(record, Skipped) else record.rate
+        of_slopes = isinstance(record, Seeded)
+        row["clients"], row["queries"] = (len(record.clients), record.queries) if of_slopes else (None, None)
+        row["slope rms"] = aggregation.size(record) if of_slopes else None
+        found.append(row | {"bytes": len(entry.raw), "chain": entry.chain.hex()})
+    if as_json:
+        print_json(found)
+        return
+    columns = ("round", "kind", "rate", "clients", "queries", "slope rms", "bytes", "chain")
+    table = Table(*columns, box=None)
+    for row in found:
+        shown = {"rate": "g", "slope rms": ".4g"}
+        cells = ["" if row[key] is None else format(row[key], shown.get(key, "")) for key in columns[:-1]]
+        table.add_row(*cells, row["chain"][:12])
     console.print(table)
     console.print(f"{len(contents.entries)} records, {contents.end} bytes, head {contents.head.hex()}")
 

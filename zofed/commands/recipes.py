@@ -11,7 +11,7 @@ from rich.table import Table
 from zofed import config
 from zofed.base import shell
 from zofed.base.errors import UserError
-from zofed.commands.console import console, print_table
+from zofed.commands.console import AsJson, console, print_json, print_table
 from zofed.config import task_files
 
 
@@ -21,11 +21,17 @@ def register(app: typer.Typer) -> None:
     app.command("copy")(copy)
 
 
-def recipes() -> None:
+def recipes(as_json: AsJson = False) -> None:
     """The experiments and tasks that ship with zofed, each a TOML file to run, to read or to copy and change."""
+    found = {
+        name: tomllib.loads(path.read_text(encoding="utf-8")).get("about", "") for name, path in _shipped().items()
+    }
+    if as_json:
+        print_json([{"recipe": name, "what": about} for name, about in found.items()])
+        return
     table = Table("recipe", "what", box=None, pad_edge=False)
-    for name, path in _shipped().items():
-        table.add_row(name, tomllib.loads(path.read_text(encoding="utf-8")).get("about", ""))
+    for name, about in found.items():
+        table.add_row(name, about)
     print_table(table)
     console.print("one of them to change: zofed copy RECIPE", markup=False)
 
@@ -54,7 +60,8 @@ def _shipped() -> dict[str, Path]:
     from zofed.experiments import sweep_file
 
     folders = {"experiments": sweep_file.SHIPPED, "tasks": task_files.SHIPPED}
-    return {f"{kind}/{path.stem}": path for kind, place in folders.items() for path in sorted(place.glob("*.toml"))}
+    found = {f"{kind}/{path.stem}": path for kind, place in folders.items() for path in place.glob("*.toml")}
+    return dict(sorted(found.items()))
 
 
 def _found(recipe: str) -> tuple[str, Path]:

@@ -12,7 +12,7 @@ from rich.text import Text
 from zofed import config
 from zofed.base import shell
 from zofed.base.texts import printable
-from zofed.commands.console import console, print_table
+from zofed.commands.console import AsJson, console, print_json, print_table
 from zofed.commands.groups import CommandGroup
 from zofed.config import task_files
 
@@ -30,18 +30,23 @@ def register(app: typer.Typer) -> None:
 
 
 @tasks_app.callback(invoke_without_command=True)
-def list_tasks(context: typer.Context) -> None:
+def list_tasks(context: typer.Context, as_json: AsJson = False) -> None:
     """Tasks by name: what they tune a model for, and a row of each as the model meets it."""
     if context.invoked_subcommand:
         return
+    found = []
+    for task in map(task_files.load, task_files.names()):
+        own, data = task.settings, task.settings.get("dataset", "")
+        row = {"name": task.name, "type": own["task"], "data": data, "metric": own.get("metric", "")}
+        found.append(row | {"here": _is_here(data), "what": task.about})
+    if as_json:
+        print_json(found)
+        return
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "type", "data", "metric", "here", "what"):
+    for column in found[0]:
         table.add_column(column, no_wrap=column != "what")
-    for name in task_files.names():
-        task = task_files.load(name)
-        dataset = task.settings.get("dataset", "")
-        here = "yes" if _is_here(dataset) else ""
-        table.add_row(name, task.settings["task"], dataset, task.settings.get("metric", ""), here, task.about)
+    for row in found:
+        table.add_row(*(("yes" if value else "") if key == "here" else value for key, value in row.items()))
     print_table(table)
     console.print(
         "one of them: zofed tasks show NAME; its data: zofed data download DATA; tune: zofed train --task NAME"

@@ -12,7 +12,7 @@ from rich.text import Text
 from zofed import config
 from zofed.base import torchrun
 from zofed.base.errors import UserError
-from zofed.commands.console import Reporter, brief, console, figure, tell_end
+from zofed.commands.console import AsJson, Reporter, brief, console, figure, print_json, tell_end
 from zofed.commands.groups import interruptible
 from zofed.commands.options import (
     CentralCommand,
@@ -88,6 +88,7 @@ def simulate(
 def evaluate(
     folder: Annotated[Path, typer.Argument(help="folder of a run, or of a saved model")],
     best: Annotated[bool, typer.Option("--best", help="a run's weights at its lowest held-out loss")] = False,
+    as_json: AsJson = False,
     *,
     options: dict[str, str],
 ) -> None:
@@ -101,6 +102,11 @@ def evaluate(
         raise UserError(f"{folder} is not the folder of a run: --best goes with one")
     else:
         found = scoring.score(folder, options)
+    if as_json:
+        sources = {source: own.columns() for source, own in found.scores.sources.items()}
+        own = {"data": found.data, "held_out": str(found.scores.coverage), "note": found.note}
+        print_json(own | {"scores": found.scores.whole.columns(), "sources": sources})
+        return
     console.print(f"{found.data}: {found.scores.coverage}", markup=False)
     if found.note:
         console.print(f"note: {found.note}", markup=False)
