@@ -16,7 +16,7 @@ from zofed.core.pass_memory import peak_bytes
 from zofed.data import encoding
 from zofed.models import spec
 from zofed.preflight import check, footprint, model_info
-from zofed.runs.run_folder import peak_memory_bytes
+from zofed.runs import memory as process_memory
 from zofed.training import modes
 from zofed.training.replicas import replica_of
 from zofed.training.steps import step_function
@@ -94,12 +94,12 @@ def test_the_subspace_writes_no_gradient_of_the_weights() -> None:
 
 @pytest.mark.slow
 def test_the_largest_size_is_predicted_without_its_memory() -> None:
-    before = peak_memory_bytes()
+    before = process_memory.peak_bytes()
     found = zofed.get_model_info("1B", modes=("fo",))
     memory = found.memory["fo"]
     assert found.parameters == 774_030_080 and memory.weights == 4 * 774_030_080
     assert memory.peak > 2 * memory.weights
-    assert peak_memory_bytes() - before < 2**29
+    assert process_memory.peak_bytes() - before < 2**29
 
 
 def test_parameters_are_counted_by_scope() -> None:

@@ -15,6 +15,17 @@ from zofed.runs.run_result import Array, Result
 POINTS = 200  # at which curves of several seeds are averaged
 WIDEST = 20  # times that arms may differ in what they cost before an axis is logarithmic
 EQUIVALENTS = "forward-equivalents: examples run forward, a backward pass counting two"
+# Of a summary: the key, what a panel calls it, and the note that belongs to it.
+TRAINING_MEMORY = (
+    "training_memory_bytes",
+    "memory that training took (MiB)",
+    "memory: the most above what the process held when training began, with the model, the data and the libraries",
+)
+PEAK_MEMORY = (
+    "peak_memory_bytes",
+    "peak memory of the process (MiB)",
+    "peak memory: of the whole process, loaded libraries among it",
+)
 LEAST_SMOOTHED = 5  # values
 TICKS = 6  # that large numbers leave room for
 FAIR = ("forward-equivalents", "seconds", "bytes")
@@ -87,9 +98,11 @@ def fo_vs_zo(arms: Sequence[Arm], path: Path, notes: Sequence[str] = ()) -> Path
         if not logarithmic:
             place.locator_params(axis="x", nbins=TICKS)
     ends(places[1, 0], [arm for _, arm in chosen], [mode for mode, _ in chosen])
-    peaks = [[result.summary.get("peak_memory_bytes", math.nan) / 2**20 for result in arm.results] for _, arm in chosen]
-    bars(places[1, 1], [mode for mode, _ in chosen], peaks, "peak memory of the process (MiB)")
-    notes = [*notes, EQUIVALENTS, "peak memory: of the whole process, loaded libraries among it", incomparable(results)]
+    all_tell = all("training_memory_bytes" in result.summary for result in results)
+    key, what, note = TRAINING_MEMORY if all_tell else PEAK_MEMORY  # as earlier versions told
+    peaks = [[result.summary.get(key, math.nan) / 2**20 for result in arm.results] for _, arm in chosen]
+    bars(places[1, 1], [mode for mode, _ in chosen], peaks, what)
+    notes = [*notes, EQUIVALENTS, note, incomparable(results)]
     title = "the best arm of each mode; lines: mean of the seeds, bands and whiskers: lowest to highest"
     return plot_style.save(figure, path, title, notes, places[0, 0])
 

@@ -1,7 +1,7 @@
 """A run's progress in words: losses, how fast it goes, how long it will take, how much memory it has taken."""
 
 from zofed.base.texts import duration
-from zofed.runs.run_folder import peak_memory_bytes
+from zofed.runs import memory
 from zofed.runs.tables import Row
 
 
@@ -28,13 +28,13 @@ class Progress:
         """Steps a second (or seconds a step), time left, and the most memory held so far; the last alone at first."""
         step, seconds = int(row["step"]), float(row["seconds"])
         first, began = self._began = self._began or (step, seconds)
-        memory = f"{peak_memory_bytes() / 2**20:,.0f} MiB" if self.is_own else ""
+        held = f"{memory.peak_bytes() / 2**20:,.0f} MiB" if self.is_own else ""
         if step == first or seconds <= began:
-            return memory
+            return held
         each = (seconds - began) / (step - first)
         rate = f"{1 / each:.3g} {self.what}s/s" if each < 1 else f"{duration(each)} a {self.what}"
         left = f"{duration(each * (self.total - step))} left" if step < self.total else ""
-        return "  ".join(filter(None, [rate, left, memory]))
+        return "  ".join(filter(None, [rate, left, held]))
 
     def line(self, row: Row) -> str:
         """All of it, for a reader who sees one line after the other."""

@@ -5,8 +5,6 @@ What needs torch or numpy is imported where it is used: commands look into folde
 
 import json
 import platform
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Collection, Mapping
@@ -354,18 +352,6 @@ def versions() -> dict[str, str]:
     """Versions of all that a result may depend on."""
     packages = ("torch", "transformers", "numpy", "flwr", "safetensors", "tokenizers")
     return {"zofed": __version__, "python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def peak_memory_bytes() -> int:
-    """Largest memory this process has held: on the GPUs if it used some, of each its own, else resident in RAM."""
-    import torch
-
-    if torch.cuda.is_available() and (
-        used := sum(map(torch.cuda.max_memory_allocated, range(torch.cuda.device_count())))
-    ):
-        return used
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def timestamp() -> str:

@@ -85,7 +85,14 @@ class Result:
         return float(found[-1]) if len(found) else math.nan
 
 
-NUMBERS = ("eval_loss_start", "eval_loss_end", "forward_equivalents", "seconds", "peak_memory_bytes")  # of a summary
+NUMBERS = (
+    "eval_loss_start",
+    "eval_loss_end",
+    "forward_equivalents",
+    "seconds",
+    "peak_memory_bytes",
+    "training_memory_bytes",
+)  # of a summary
 
 
 def read(path: Path) -> Result:

@@ -23,7 +23,8 @@ from zofed.core.journal import Journal, JournalError, read
 from zofed.core.records import Guided, Seeded
 from zofed.core.replica import NotKept, Replica, update_digest
 from zofed.models import scopes, spec
-from zofed.runs.run_folder import RunFolder, peak_memory_bytes, timestamp, versions
+from zofed.runs import memory
+from zofed.runs.run_folder import RunFolder, timestamp, versions
 from zofed.runs.tables import read_table
 from zofed.training.divergence import has_diverged
 from zofed.training.process import device, layer_devices, prepare_process
@@ -109,7 +110,8 @@ def finish(
         "bytes_up_per_client_round": 0.0,
         "bytes_down_per_client_round": 0.0,
         **cost,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": memory.peak_bytes(),
+        **({} if totals.memory is None else {"training_memory_bytes": totals.memory}),
         **problem.facts(replica),
         "parameters": {"total": scopes.true_count(replica.model), "trainable": _count(replica)},
         "versions": versions(),

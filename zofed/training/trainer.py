@@ -16,7 +16,7 @@ from zofed.core.measure import Update
 from zofed.core.metrics import Scores
 from zofed.core.records import Record, Skipped
 from zofed.core.replica import NotKept, Replica, update_digest
-from zofed.runs import samples
+from zofed.runs import memory, samples
 from zofed.runs.run_folder import EVALUATIONS, METRICS, RunFolder, timestamp
 from zofed.runs.tables import Row, Table, keep_rows, sure_rows
 from zofed.training.modes import mode_of
@@ -58,7 +58,8 @@ class Totals:
 
     seconds: of training up to the last step's end, those before a resumption included: with them a budget is spent for
     the row, the loop and a later resumption alike. stopped_by: the budget that ended the run before its last step.
-    scores: of the final weights on the held-out part; None where this process did not score them.
+    scores: of the final weights on the held-out part; None where this process did not score them. memory: most bytes
+    that training held above what this process held when it began; None where the system does not tell.
     """
 
     forward_passes: int = 0
@@ -69,6 +70,7 @@ class Totals:
     seconds: float = 0.0
     stopped_by: str = field(default="", init=False)
     scores: Scores | None = field(default=None, init=False)
+    memory: int | None = field(default=None, init=False)
     _told: float = field(default_factory=time.monotonic, init=False)
 
     @classmethod
@@ -136,6 +138,7 @@ class Trainer:
         totals = Totals.of(rows[-1] if rows else None)
         told = len(rows) - 1  # killed between journal and metrics: the journal is ahead
         table = Table(self.folder.path / "metrics.csv", METRICS)
+        training = memory.Training.begin()
         try:
             if told < 0:
                 self._tell(table, self._row(0, totals) | {"eval_loss": self._score(0)})
@@ -173,6 +176,7 @@ class Trainer:
         totals.stopped_by = totals.spent(self.settings) if self.replica.round < total else ""
         scored, scores = self._scored
         totals.scores = scores if scored == self.replica.round else None
+        totals.memory = training.bytes_above() if training else None
         return totals
 
     def _pass_over(self, round_: int, told: int, table: Table, totals: Totals, measure: Measurement) -> None:
