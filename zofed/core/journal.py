@@ -16,6 +16,7 @@ import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -23,9 +24,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from zofed.base import checksums
+from zofed.base import checksums, shell
 from zofed.base.errors import DiskError, UserError
-from zofed.base.files import hold, sync_folder
+from zofed.base.files import hold, open_private, sync_folder
 from zofed.core import records, varint
 from zofed.core.records import Record
 
@@ -69,6 +70,25 @@ class Contents:
     def head(self) -> bytes:
         """Chain after the last whole entry (16 bytes): it names the whole history."""
         return self.entries[-1].chain if self.entries else genesis_chain(self.genesis)
+
+    @property
+    def last_round(self) -> int:
+        """Round of the last whole entry; 0 where there is none."""
+        return self.entries[-1].record.round if self.entries else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What a journal holds, damaged or not. contents: up to where it is whole.
+
+    damage: what is wrong behind them, with the byte; empty: nothing. is_torn: it is a torn end, which opening cuts off.
+    behind: rounds of the whole entries behind the damage, in the order of the file: what they follow is not known.
+    """
+
+    contents: Contents
+    damage: str
+    is_torn: bool
+    behind: tuple[int, ...]
 
 
 def canonical(genesis: Genesis) -> bytes:
@@ -159,8 +179,8 @@ def _entry_size(raw: bytes, offset: int) -> int | None:
     return size if zlib.crc32(raw[offset : offset + 4] + rest) == crc else None
 
 
-def _holds_entry(raw: bytes, start: int) -> bool:
-    """Whether an undamaged entry stands anywhere from offset `start` on; linear in the bytes, whatever they are."""
+def _whole_entries(raw: bytes, start: int) -> Iterator[int]:
+    """Offsets of the undamaged entries from offset `start` on; linear in the bytes, whatever they are."""
     kinds = np.zeros(256, np.bool_)
     kinds[list(records.KINDS)] = True
     every = np.frombuffer(raw, np.uint8)
@@ -174,9 +194,7 @@ def _holds_entry(raw: bytes, start: int) -> bool:
         zeros = np.zeros(len(offsets), np.uint32)
         of_lengths = checksums.crc32_of_parts(raw, offsets, offsets + 4, zeros)
         found = checksums.crc32_of_parts(raw, offsets + _ENTRY.size, stops, of_lengths)
-        if bool((found == crc).any()):
-            return True
-    return False
+        yield from offsets[found == crc].tolist()
 
 
 def _little_endian(every: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -209,26 +227,53 @@ def read(path: Path) -> Contents:
     Raises JournalError for a missing file, another format, a damaged header, an edited entry, or damage with whole
     entries behind it.
     """
+    raw, contents, edited = _parsed(path)
+    remedy = f"restore it from a copy, or see with zofed journal repair {shell.command(path.parent)} what can be kept"
+    if edited:
+        raise JournalError(f"journal {path} was edited: {edited}; {remedy}")
+    if contents.torn and next(_whole_entries(raw, contents.end + 1), None) is not None:
+        raise JournalError(
+            f"journal {path} is damaged at byte {contents.end}, after round {contents.last_round}, with whole entries "
+            f"behind the damage; {remedy}"
+        )
+    return contents
+
+
+def survey(path: Path) -> Survey:
+    """What can be kept of the journal at `path`, and what is wrong behind it; the file stays as it is.
+
+    Raises JournalError where no record can be: for a missing file, another format and a damaged header.
+    """
+    raw, contents, damage = _parsed(path)
+    found = [*_whole_entries(raw, contents.end + 1)] if contents.torn else []
+    rounds: list[int] = []
+    for offset in found:
+        length = _CRC.unpack_from(raw, offset)[0]
+        with suppress(ValueError):
+            rounds.append(records.decode(raw[offset + _ENTRY.size : offset + _ENTRY.size + length]).round)
+    is_torn = bool(contents.torn) and not damage and not found
+    if contents.torn and not damage:
+        what = "is cut off by the file's end" if is_torn else "does not fit its checksum"
+        damage = f"the entry at byte {contents.end} {what}"
+    return Survey(contents, damage, is_torn, tuple(rounds))
+
+
+def _parsed(path: Path) -> tuple[bytes, Contents, str]:
+    """The bytes of a journal, what of them is whole and in order, and why the entry behind that is refused, if so."""
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise JournalError(f"cannot read journal {path}: {error.strerror}; give the folder of a run") from error
     genesis, start = _read_header(path, raw)
     entries: list[Entry] = []
-    end = start
+    end, edited = start, ""
     try:
         for entry in parse_entries(raw, genesis_chain(genesis), start):
             entries.append(entry)
             end += len(entry.raw)
     except ValueError as error:
-        raise JournalError(f"journal {path} was edited: {error}; restore it from a copy") from error
-    if end < len(raw) and _holds_entry(raw, end + 1):
-        last = entries[-1].record.round if entries else 0
-        raise JournalError(
-            f"journal {path} is damaged at byte {end}, after round {last}, with whole entries behind the damage; "
-            "restore it from a copy"
-        )
-    return Contents(genesis, tuple(entries), end, len(raw) - end)
+        edited = str(error)
+    return raw, Contents(genesis, tuple(entries), end, len(raw) - end), edited
 
 
 def _read_header(path: Path, raw: bytes) -> tuple[Genesis, int]:
@@ -271,7 +316,7 @@ class Journal:
         body = canonical(genesis)
         header = _START.pack(MAGIC, FORMAT, len(body)) + body
         temporary = path.with_suffix(".new")
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=open_private) as file:
             file.write(header + _CRC.pack(zlib.crc32(header)))
             file.flush()
             os.fsync(file.fileno())

@@ -71,7 +71,7 @@ def flower_home() -> Iterator[Path]:
 def keep_logs(home: Path) -> Path:
     """Move the logs out of the folder, which is about to be removed, into one beside it."""
     kept = home.with_name(f"{home.name}-logs")
-    kept.mkdir()
+    kept.mkdir(mode=0o700)
     for log in home.glob("*.log"):
         log.rename(kept / log.name)
     return kept

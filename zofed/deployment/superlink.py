@@ -11,7 +11,7 @@ from typing import Any
 import tomli_w
 
 from zofed.base.errors import UserError
-from zofed.base.files import write_whole
+from zofed.base.files import private_folder, write_private
 from zofed.deployment import connections, flower_commands, key_checks, key_files
 from zofed.deployment.supervisor import Child, supervise
 from zofed.federated import places
@@ -49,11 +49,10 @@ def run_superlink(keys_folder: Path | None, host: str, port: int, state: Path, n
         key_checks.check_server(keys_folder)
         key_files.enrolled(keys_folder)
     flower_commands.check_port_is_free(host, port)
-    state.mkdir(parents=True, exist_ok=True)
-    home = state / "flower"
-    home.mkdir(exist_ok=True)
+    private_folder(state)
+    home = private_folder(state / "flower")
     entry = connection(keys_folder, host, port)
-    (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"default": CONTROL, CONTROL: entry}}))
+    write_private(home / "config.toml", tomli_w.dumps({"superlink": {"default": CONTROL, CONTROL: entry}}))
     connections.save(name, entry)
     command = superlink_command(keys_folder, host, port, state)
     environment = flower_commands.quiet_environment() | {"FLWR_HOME": str(home)}
@@ -61,7 +60,7 @@ def run_superlink(keys_folder: Path | None, host: str, port: int, state: Path, n
         environment[places.WITHOUT_KEYS] = "1"  # for the ServerApps that run below it
     flower_commands.show(command)
     enrolment = Enrolment(keys_folder, state, environment) if keys_folder is not None else None
-    child = Child("superlink", command, environment)
+    child = Child("superlink", command, environment, umask=0o077)  # its database, and what Flower keeps beside it
     return supervise([child], enrolment.look if enrolment else lambda: None)
 
 
@@ -115,7 +114,7 @@ class Enrolment:
         return True
 
     def _save(self) -> None:
-        write_whole(self._file, json.dumps(self.nodes, indent=2))
+        write_private(self._file, json.dumps(self.nodes, indent=2))
 
     def _flwr(self, action: str, what: str, *more: str) -> dict[str, Any]:
         command = [str(flower_commands.tool("flwr")), "supernode", action, what, CONTROL, *more, "--format", "json"]

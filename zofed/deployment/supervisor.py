@@ -23,7 +23,7 @@ class Child:
     """One process to keep alive.
 
     before_restart: what to do between its death and its next start, which must not raise. takes_along: names of those
-    that end with it, to be started anew too.
+    that end with it, to be started anew too. umask: of the process; negative: ours.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Child:
     environment: Mapping[str, str]
     takes_along: Sequence[str] = ()
     before_restart: Callable[[], None] = lambda: None
+    umask: int = -1
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     deaths: int = 0  # in a row
@@ -77,6 +78,7 @@ def _start(child: Child) -> None:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        umask=child.umask,
         start_new_session=True,  # Ctrl-C in the terminal reaches us alone, and we end the rest in order
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 from zofed import config
 from zofed.base.errors import UserError
-from zofed.base.files import write_whole
+from zofed.base.files import write_private
 from zofed.experiments import comparisons, plot_arms, plot_run, plot_sweep, report_bytes, report_scores
 from zofed.experiments.arms import Arm, collect, differing, grouped, incomparable, sweep_of
 from zofed.experiments.html_page import Page, Rows
@@ -77,7 +77,7 @@ def write_report(path: Path, points: int) -> tuple[Path, Path]:
     page.table(*_sessions(folder))
     written = path / "report.html", path / "summary.md"
     for target, text in zip(written, (page.to_html(), "\n".join(page.summary)), strict=True):
-        write_whole(target, text)
+        write_private(target, text)
     return written
 
 

@@ -16,7 +16,7 @@ import tomli_w
 from zofed import config
 from zofed.base import environment
 from zofed.base.errors import UserError
-from zofed.base.files import hold, write_whole
+from zofed.base.files import PRIVATE, hold, private_folder, write_private
 from zofed.data import mixing, subsets
 from zofed.experiments import sweep_file
 from zofed.experiments.sweep import Run, Sweep
@@ -44,9 +44,9 @@ class SweepFolder:
         Raises UserError where another sweep is at work in it, or where it cannot be written.
         """
         try:
-            for name in ("runs", "logs"):
-                (self.path / name).mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT)
+            for folder in (self.path, self.path / "runs", self.path / "logs"):
+                private_folder(folder)
+            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, PRIVATE)
         except OSError as error:
             raise UserError(
                 f"out = {str(self.path)!r} cannot be written: {error.strerror}; choose another --out"
@@ -84,6 +84,7 @@ class SweepFolder:
         for name, some in sweep.merge.items():
             folder = self.path / "data" / name
             if not subsets.is_subset(folder):
+                private_folder(folder.parent)
                 mixing.merge(some, folder, 0)
             pairs.append(f"{name}={folder}")
         if pairs:
@@ -149,7 +150,7 @@ class SweepFolder:
         return row | {"status": status, "error": error}
 
     def _write(self, name: str, text: str) -> None:
-        write_whole(self.path / name, text)
+        write_private(self.path / name, text)
 
 
 def _loss(run: Run, summary: Mapping[str, Any]) -> float | None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from zofed.base.errors import UserError
+from zofed.base.files import open_private
 from zofed.config import Settings
 from zofed.experiments.sweep import Run
 from zofed.runs.run_folder import RunFolder
@@ -95,7 +96,7 @@ def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and is for the sweep to answer
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
-    with open(log, "ab", buffering=0) as file:
+    with open(log, "ab", buffering=0, opener=open_private) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     warnings.showwarning = lambda message, *_: print(f"zofed: warning: {message}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from zofed.base.files import write_whole
+from zofed.base.files import write_private
 from zofed.core import sanitize
 
 FILE = "members.json"  # in the run's folder
@@ -103,4 +103,4 @@ class Places:
         """Write them down, where there is a folder yet."""
         if self.path is not None and self.path.parent.is_dir():
             nodes = {str(index): node for index, node in sorted(self.nodes.items())}
-            write_whole(self.path, json.dumps({"num-partitions": self.clients, "nodes": nodes}, indent=2) + "\n")
+            write_private(self.path, json.dumps({"num-partitions": self.clients, "nodes": nodes}, indent=2) + "\n")

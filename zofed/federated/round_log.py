@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 from zofed.base.errors import DiskError
-from zofed.base.files import sync_folder
+from zofed.base.files import PRIVATE, sync_folder
 from zofed.runs.tables import Row
 
 NAME = "rounds.log"  # beside the tables
@@ -25,7 +25,7 @@ class RoundLog:
     def __init__(self, folder: Path) -> None:
         path = folder / NAME
         is_new = not path.exists()
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, PRIVATE)
         if is_new:
             sync_folder(folder)
         self.exchanges: dict[int, Row] = {}

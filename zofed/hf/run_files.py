@@ -11,8 +11,6 @@ A checkpoint's weights are a convenience: resuming replays the journal.
 import dataclasses
 import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +20,7 @@ import torch
 from torch import nn
 
 from zofed.base.errors import UserError
-from zofed.base.files import sync_file, sync_folder, write_whole
+from zofed.base.files import sync_folder, write_private, write_whole
 from zofed.core.digests import named_parameters
 from zofed.core.journal import Genesis, Journal, genesis_chain, read
 from zofed.hf.settings import ZerothOrderConfig
@@ -97,19 +95,16 @@ def cut_back(folder: Path, place: Place) -> Path:
                 "or load the checkpoint's weights with from_pretrained and begin a run of its own"
             )
         begin(folder)
-        shutil.copyfile(others[0], path)
+        write_private(path, others[0].read_bytes())
     with Journal.open(path) as journal:
         kept = [entry.chain.hex() for entry in journal.entries].index(place.head) + 1 if place.step else 0
         later = journal.entries[kept:]
         if not later:
             return path
         aside = _unused(folder)
-        shutil.copyfile(path, aside)
-        sync_file(aside)
-        temporary = folder / f".{JOURNAL}.new"
-        temporary.write_bytes(path.read_bytes()[: -sum(len(entry.raw) for entry in later)])
-        sync_file(temporary)
-        os.replace(temporary, path)
+        raw = path.read_bytes()
+        write_private(aside, raw)
+        write_private(path, raw[: -sum(len(entry.raw) for entry in later)])
         sync_folder(folder)
     logger.warning(
         "%s goes on from step %d; with its %d later steps it is kept as %s", path, place.step, len(later), aside.name

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zofed.base.errors import DiskError
-from zofed.base.files import sync_file, sync_folder
+from zofed.base.files import make_private, private_folder, sync_file, sync_folder
 from zofed.core.digests import tensors_digest
 
 
@@ -22,7 +22,8 @@ def write(folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping
     held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     digest, written = tensors_digest(held), json.dumps(facts)
     try:
-        folder.mkdir(exist_ok=True)
+        private_folder(folder)
+        make_private(temporary)
         save_file(held, temporary, {"facts": written, "digest": digest, "seal": _seal(digest, written)})
         sync_file(temporary)
         temporary.rename(folder / f"{name}.safetensors")

@@ -15,6 +15,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import LogFormatter
 
 from zofed.base.errors import UserError
+from zofed.base.files import make_private, take_mode
 
 AXES = {
     "step": "step",
@@ -122,7 +123,9 @@ def save(figure: Any, path: Path, title: str = "", notes: Sequence[str] = (), le
     figure.tight_layout(rect=(0, below / total, 1, 1 - above / total))
     temporary = path.with_name(f".{path.name}.new.png")
     try:
+        make_private(temporary)  # curves and shares of a run, which is its owner's alone
         figure.savefig(temporary, dpi=120)
+        take_mode(temporary, path)
         temporary.rename(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose another --out") from error

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from zofed import __version__, config
 from zofed.base import arithmetic, shell
 from zofed.base.errors import UserError
-from zofed.base.files import sync_file, sync_folder, write_whole
+from zofed.base.files import private_folder, sync_file, sync_folder, write_private
 from zofed.config import Settings
 from zofed.data import hub
 
@@ -79,7 +79,7 @@ class RunFolder:
             ):
                 remedy = f"continue it with {folder.go_on()}, or choose" if folder.journal.exists() else "choose"
                 raise UserError(f"out = {str(path)!r} is not empty: {remedy} another folder with --out")
-            path.mkdir(parents=True, exist_ok=True)
+            private_folder(path)
             about = {WAY: way, ARITHMETIC: arithmetic.described(), **({NODES: nodes} if nodes else {})}
             folder.write_text("inputs.json", json.dumps(dict(inputs) | about, indent=2, sort_keys=True) + "\n")
             folder.write_text("settings.toml", config.to_toml(settings))
@@ -192,7 +192,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a file so that a reader sees the old or the new one, never half of it."""
-        write_whole(self.path / name, text)
+        write_private(self.path / name, text)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from zofed.base.errors import DiskError
-from zofed.base.files import sync_folder, write_whole
+from zofed.base.files import open_private, sync_folder, write_private
 from zofed.core.metrics import Answered
 
 SAMPLES = "samples.jsonl"
@@ -23,7 +23,7 @@ def add(folder: Path, step: int, answered: Sequence[Answered]) -> None:
         _line({"step": step, "prompt": one.prompt, "answer": one.answer, "wanted": one.wanted}) for one in answered
     )
     try:
-        with path.open("ab") as file:
+        with open(path, "ab", opener=open_private) as file:
             file.write("".join(lines).encode())
             file.flush()
             os.fsync(file.fileno())
@@ -63,7 +63,7 @@ def keep(folder: Path, steps: Collection[int]) -> None:
     text = "".join(map(_line, (sample for sample in read(folder) if sample["step"] in steps)))
     try:
         if path.read_bytes() != text.encode():
-            write_whole(path, text)
+            write_private(path, text)
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror}; free some space") from error
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zofed.base.errors import UserError
-from zofed.base.files import write_whole
+from zofed.base.files import private_folder, write_private
 from zofed.config import Settings, sinks_of
 from zofed.runs.tables import Row
 
@@ -51,7 +51,7 @@ class TensorBoard:
     module = "torch.utils.tensorboard"
 
     def __init__(self, library: Any, folder: Path, settings: Settings, identity: dict[str, str]) -> None:
-        self._library, self._folder, self._writer = library, str(folder / "tensorboard"), None
+        self._library, self._folder, self._writer = library, str(private_folder(folder / "tensorboard")), None
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         self._writer = self._writer or self._library.SummaryWriter(self._folder, purge_step=step)
@@ -71,6 +71,7 @@ class Wandb:
     module = "wandb"
 
     def __init__(self, library: Any, folder: Path, settings: Settings, identity: dict[str, str]) -> None:
+        private_folder(folder / "wandb")
         self._run = library.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=identity["name"],
@@ -169,7 +170,7 @@ def opened(settings: Settings, folder: Path, show: Show) -> Iterator[Show]:
     try:
         for name in names:
             sinks[name] = _begun(name, folder, settings, identity)
-        write_whole(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
+        write_private(folder / IDENTITY, json.dumps(identity, indent=2) + "\n")
         yield also
         completed = True
     finally:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from zofed.base.errors import DiskError
-from zofed.base.files import sync_folder, write_whole
+from zofed.base.files import open_private, sync_folder, write_private
 
 TEXTS = (
     "timestamp",
@@ -33,7 +33,9 @@ class Table:
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         self.path, self.columns = path, columns
-        self._file = path.open("ab", buffering=0)
+        self._file = open(  # noqa: SIM115, closed by close
+            path, "ab", buffering=0, opener=open_private
+        )
         if not path.stat().st_size:
             self._add(_line(columns))
             sync_folder(path.parent)
@@ -105,7 +107,7 @@ def keep_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
     try:
         before = path.read_bytes() if path.exists() else None
         if before != text.encode() and (rows or before is not None):
-            write_whole(path, text)
+            write_private(path, text)
     except OSError as error:
         raise DiskError(f"cannot write {path}: {error.strerror}; free some space") from error
 

@@ -250,7 +250,7 @@ def save_model(problem: "Problem", replica: Replica, folder: RunFolder) -> None:
     """
     temporary = folder.path / ".model.new"
     try:
-        with whole_folder(temporary):
+        with whole_folder(temporary, private_as=folder.model):
             problem.save(replica, temporary)
     except (SafetensorError, OSError) as error:
         raise DiskError(f"cannot write the model into {folder.path}: {error}; free some space") from error
