@@ -19,7 +19,7 @@ from zofed.base.errors import UserError
 from zofed.commands import cli
 from zofed.core import journal
 from zofed.data import encoding
-from zofed.federated.round_log import RoundLog
+from zofed.runs.round_log import RoundLog
 from zofed.models import spec
 from zofed.runs import checkpoints
 from zofed.runs.run_folder import RunFolder

@@ -1,7 +1,7 @@
-"""Commands on a run's journal: `zofed journal show`, `verify` and `replay`."""
+"""Commands on a run's journal: `zofed journal show`, `verify`, `replay` and `repair`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -11,7 +11,13 @@ from zofed.commands.console import AsJson, console, print_json
 from zofed.commands.groups import CommandGroup
 from zofed.runs.run_folder import RunFolder
 
-journal_app = typer.Typer(cls=CommandGroup, no_args_is_help=True, help="Read, check and replay the journal of a run.")
+if TYPE_CHECKING:
+    from zofed.core.journal import Survey
+    from zofed.runs.repair import Lost
+
+journal_app = typer.Typer(
+    cls=CommandGroup, no_args_is_help=True, help="Read, check, replay and repair the journal of a run."
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -102,3 +108,63 @@ def journal_replay(
             f"the run's weights are {expected}, the journal gives others: it was cut or exchanged; "
             "zofed journal verify tells more, restore it from a copy"
         )
+
+
+@journal_app.command("repair")
+def journal_repair(
+    folder: Annotated[Path, typer.Argument(help="folder of a run")],
+    to: Annotated[int | None, typer.Option(help="cut behind this round; left out: tell, and change nothing")] = None,
+) -> None:
+    """Tell up to which round the journal is whole; with --to, cut the run back to a round and keep the rest aside."""
+    from zofed.core import journal
+    from zofed.runs import repair
+
+    run = RunFolder.open(folder)
+    found = journal.survey(run.journal)
+    last = found.contents.last_round
+    if to is None or (to == last and not found.damage):
+        _tell_damage(run, found)
+        if not found.damage:
+            back = f"; to go back to an earlier round: {repair.command(run, 'ROUND')}" if last else ""
+            console.print(f"there is nothing to repair{back}", markup=False)
+            return
+        whole = repair.last_to_go_on_from(run, found)
+        if whole < last:
+            why = repair.refusal(run, found.contents.entries, last)
+            console.print(f"the run can go on from round {whole}, not from round {last}: {why}", markup=False)
+        _tell_lost(f"cutting behind round {whole} would put aside", repair.lost(run, found, whole))
+        console.print(f"nothing was changed; this cuts: {repair.command(run, whole)}", markup=False)
+        return
+    repair.check(run, found, to)
+    lost = repair.lost(run, found, to)
+    aside = repair.cut(run, to)
+    _tell_lost(f"the run ends with round {to} now; put aside, whole, in {aside}", lost)
+    console.print(f"go on from there: {run.go_on()}", markup=False)
+
+
+def _tell_damage(run: RunFolder, found: "Survey") -> None:
+    """Up to where a journal is whole, and what is wrong behind that."""
+    whole = f"journal {run.journal} is whole up to round {found.contents.last_round}"
+    if not found.damage:
+        console.print(f"{whole}, its last, byte {found.contents.end}", markup=False)
+        return
+    console.print(f"{whole}, byte {found.contents.end}; behind it {found.damage}", markup=False)
+    if found.is_torn:
+        console.print(f"a torn end, of which nobody was told, is cut off by itself: {run.go_on()}", markup=False)
+    elif found.behind:
+        count, first, last = len(found.behind), min(found.behind), max(found.behind)
+        which = f"of round {first}" if count == 1 else f"of rounds {first} to {last}"
+        are = "1 whole record stands" if count == 1 else f"{count} whole records stand"
+        console.print(
+            f"{are} behind the damage, {which}: useless, since weights move by every record in turn", markup=False
+        )
+
+
+def _tell_lost(what: str, lost: "Lost") -> None:
+    """What a cut puts aside."""
+    first, last = lost.rounds
+    rounds = "no round" if last < first else f"round {first}" if first == last else f"rounds {first} to {last}"
+    seconds = f", {lost.seconds:.1f} seconds of training" if lost.seconds else ""
+    console.print(f"{what}: {rounds} with their lines in the tables{seconds}", markup=False)
+    for name in lost.files:
+        console.print(f"  {name}", markup=False)

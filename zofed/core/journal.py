@@ -30,6 +30,7 @@ from zofed.base.files import hold, open_private, sync_folder
 from zofed.core import records, varint
 from zofed.core.records import Record
 
+OF_A_RUN = "journal.zofed"  # the name in the folder of a run, whose commands know more remedies
 FORMAT = 3
 MAGIC = b"ZOFEDJNL"
 _START = struct.Struct("<8sHI")  # magic, format, length of the genesis
@@ -228,7 +229,9 @@ def read(path: Path) -> Contents:
     entries behind it.
     """
     raw, contents, edited = _parsed(path)
-    remedy = f"restore it from a copy, or see with zofed journal repair {shell.command(path.parent)} what can be kept"
+    remedy = "restore it from a copy"
+    if path.name == OF_A_RUN:
+        remedy += f", or see what can be kept with {shell.command('zofed', 'journal', 'repair', path.parent)}"
     if edited:
         raise JournalError(f"journal {path} was edited: {edited}; {remedy}")
     if contents.torn and next(_whole_entries(raw, contents.end + 1), None) is not None:

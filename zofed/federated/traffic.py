@@ -9,7 +9,7 @@ from flwr.app import Message
 
 from zofed.federated import messages
 from zofed.federated.protocol import Plan, Reply
-from zofed.federated.round_log import RoundLog
+from zofed.runs.round_log import RoundLog
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Row, Table, keep_rows, sure_rows
 from zofed.training.trainer import sure_lines

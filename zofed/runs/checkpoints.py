@@ -52,6 +52,16 @@ def read(path: Path, wanted: str = "") -> tuple[dict[str, Tensor], dict[str, Any
         return None
 
 
+def facts(path: Path) -> dict[str, Any]:
+    """The facts of a file, unchecked, without its tensors; empty where they cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads(file.metadata()["facts"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def _seal(digest: str, facts: str) -> str:
     """SHA-256, hex, over a file's facts and the digest of its tensors."""
     return hashlib.sha256(f"{digest}\n{facts}".encode()).hexdigest()

@@ -108,11 +108,18 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """The folder of an earlier run. Raises UserError when it is none."""
+        """The folder of an earlier run; a repair that was stopped on its way is carried to its end first.
+
+        Raises UserError when it is none.
+        """
         folder = cls(config.absolute(path, "out"))
         check_is_one(folder.path)
         if not (folder.path / "settings.toml").is_file() or not folder.journal.is_file():
             raise UserError(f"{folder.path} is not the folder of a run: it lacks settings.toml or journal.zofed")
+        from zofed.runs import repair
+
+        if (folder.path / repair.PENDING).exists():
+            repair.complete(folder)
         return folder
 
     @property

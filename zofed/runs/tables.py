@@ -112,6 +112,17 @@ def keep_rows(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, An
         raise DiskError(f"cannot write {path}: {error.strerror}; free some space") from error
 
 
+def cut(path: Path, column: str, last: int) -> None:
+    """Let go of the rows behind a round, by its column, and of what is not whole behind them.
+
+    Raises DiskError where the disk does not take it.
+    """
+    header, rows = _sure(path)
+    kept = [row for row in rows if row.get(column, "").isdecimal() and int(row[column]) <= last]
+    if len(kept) < len(rows):
+        keep_rows(path, header, kept)
+
+
 def _sure(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Header and rows of a file, up to the first that is cut or has more or fewer cells than the header."""
     try:

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 from zofed.base.errors import DiskError
-from zofed.base.files import PRIVATE, sync_folder
+from zofed.base.files import PRIVATE, sync_folder, write_private
 from zofed.runs.tables import Row
 
 NAME = "rounds.log"  # beside the tables
@@ -30,7 +30,7 @@ class RoundLog:
             sync_folder(folder)
         self.exchanges: dict[int, Row] = {}
         self.scores: dict[int, list[Row]] = {}
-        for fact in filter(None, map(_fact, path.read_bytes().split(b"\n"))):
+        for fact in _facts(path):
             self._note(fact)
 
     def _note(self, fact: Row) -> None:
@@ -42,7 +42,7 @@ class RoundLog:
     def write(self, *facts: Row) -> None:
         """Keep facts, each with its `round`; durable when this returns. Raises DiskError where the disk takes none."""
         lines = (json.dumps(fact, separators=(",", ":")).encode() for fact in facts)
-        raw = b"".join(b"\n%08x %s" % (zlib.crc32(line), line) for line in lines) + b"\n"
+        raw = b"".join(map(_line, lines)) + b"\n"
         try:
             if os.write(self._file, raw) != len(raw):
                 raise DiskError("cannot write the log of rounds: the disk is full; free some space")
@@ -52,6 +52,33 @@ class RoundLog:
 
     def close(self) -> None:
         os.close(self._file)
+
+
+def keep(folder: Path, last: int) -> None:
+    """Let go of all that was found out in rounds behind `last`. Raises OSError where the disk does not take it."""
+    path = folder / NAME
+    if path.exists() and any(fact["round"] > last for fact in _facts(path)):
+        kept = (json.dumps(fact, separators=(",", ":")).encode() for fact in _facts(path) if fact["round"] <= last)
+        write_private(path, b"".join(map(_line, kept)) + b"\n")
+
+
+def begins_exchange(folder: Path, round_: int) -> bool:
+    """Whether clients were asked for this round itself: not where an earlier round's exchange gave its record, too.
+
+    A round that nothing is known of counts as one.
+    """
+    path = folder / NAME
+    found = [fact for fact in (_facts(path) if path.exists() else []) if fact["round"] == round_ and "now" in fact]
+    return not found or bool(found[-1]["now"].get("asked"))
+
+
+def _facts(path: Path) -> list[Row]:
+    """What stands whole in a log."""
+    return list(filter(None, map(_fact, path.read_bytes().split(b"\n"))))
+
+
+def _line(text: bytes) -> bytes:
+    return b"\n%08x %s" % (zlib.crc32(text), text)
 
 
 def _fact(line: bytes) -> Row | None:
