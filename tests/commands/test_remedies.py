@@ -19,9 +19,9 @@ from zofed.base.errors import UserError
 from zofed.commands import cli
 from zofed.core import journal
 from zofed.data import encoding
-from zofed.runs.round_log import RoundLog
 from zofed.models import spec
 from zofed.runs import checkpoints
+from zofed.runs.round_log import RoundLog
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Table
 from zofed.training import central, finalize
