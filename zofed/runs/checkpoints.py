@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from zofed.base.errors import DiskError
-from zofed.base.files import make_private, private_folder, sync_file, sync_folder
+from zofed.base.files import make_private, private_folder, sync_file, sync_folder, take_mode
 from zofed.core.digests import tensors_digest
 
 
@@ -25,6 +25,7 @@ def write(folder: Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping
         private_folder(folder)
         make_private(temporary)
         save_file(held, temporary, {"facts": written, "digest": digest, "seal": _seal(digest, written)})
+        take_mode(temporary, folder / f"{name}.safetensors")
         sync_file(temporary)
         temporary.rename(folder / f"{name}.safetensors")
         sync_folder(folder)
