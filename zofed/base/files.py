@@ -5,7 +5,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from zofed.base.errors import UserError
@@ -79,7 +79,13 @@ def take_mode(path: Path, earlier: Path) -> None:
             os.chown(path, -1, was.st_gid)
         except OSError:
             mode &= ~stat.S_IRWXG
-    path.chmod(mode)
+    _set_mode(path, mode)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with suppress(PermissionError):  # of a file of our own: the disk, such as a USB stick's, knows no modes
+            path.chmod(mode)
 
 
 def sync_folder(folder: Path) -> None:
@@ -121,7 +127,7 @@ def whole_folder(path: Path, private_as: Path | None = None) -> Iterator[None]:
         yield
         for found in path.rglob("*"):
             if private_as:
-                found.chmod(PRIVATE_FOLDER if found.is_dir() else PRIVATE)
+                _set_mode(found, PRIVATE_FOLDER if found.is_dir() else PRIVATE)
                 take_mode(found, private_as / found.relative_to(path))
             if found.is_file():
                 sync_file(found)

@@ -80,10 +80,9 @@ class Contents:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What a journal holds, damaged or not. contents: up to where it is whole.
+    """What a journal holds up to where it is whole; what is wrong behind that (empty: nothing), with the byte.
 
-    damage: what is wrong behind them, with the byte; empty: nothing. is_torn: it is a torn end, which opening cuts off.
-    behind: rounds of the whole entries behind the damage, in the order of the file: what they follow is not known.
+    is_torn: it is a torn end, which opening cuts off. behind: rounds of the whole entries behind the damage, in order.
     """
 
     contents: Contents
@@ -225,8 +224,7 @@ def parse_entries(raw: bytes, chain: bytes, offset: int = 0) -> Iterator[Entry]:
 def read(path: Path) -> Contents:
     """All entries of the journal at `path`; a torn tail is counted, never repaired here.
 
-    Raises JournalError for a missing file, another format, a damaged header, an edited entry, or damage with whole
-    entries behind it.
+    Raises JournalError as `survey`, and for an edited entry or damage with whole entries behind it.
     """
     raw, contents, edited = _parsed(path)
     remedy = "restore it from a copy"
@@ -243,14 +241,13 @@ def read(path: Path) -> Contents:
 
 
 def survey(path: Path) -> Survey:
-    """What can be kept of the journal at `path`, and what is wrong behind it; the file stays as it is.
+    """What can be kept of the journal at `path`, and what is wrong behind it.
 
-    Raises JournalError where no record can be: for a missing file, another format and a damaged header.
+    Raises JournalError for a missing file, another format and a damaged header: then nothing can be.
     """
     raw, contents, damage = _parsed(path)
-    found = [*_whole_entries(raw, contents.end + 1)] if contents.torn else []
     rounds: list[int] = []
-    for offset in found:
+    for offset in (found := [*_whole_entries(raw, contents.end + 1)] if contents.torn else []):
         length = _CRC.unpack_from(raw, offset)[0]
         with suppress(ValueError):
             rounds.append(records.decode(raw[offset + _ENTRY.size : offset + _ENTRY.size + length]).round)

@@ -51,10 +51,11 @@ class TensorBoard:
     module = "torch.utils.tensorboard"
 
     def __init__(self, library: Any, folder: Path, settings: Settings, identity: dict[str, str]) -> None:
-        self._library, self._folder, self._writer = library, str(private_folder(folder / "tensorboard")), None
+        self._library, self._folder, self._writer = library, folder / "tensorboard", None
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self._writer = self._writer or self._library.SummaryWriter(self._folder, purge_step=step)
+        if self._writer is None:
+            self._writer = self._library.SummaryWriter(str(private_folder(self._folder)), purge_step=step)
         for name, value in figures.items():
             self._writer.add_scalar(name, value, step)
         if SHOWN["eval_loss"] in figures:
@@ -71,7 +72,6 @@ class Wandb:
     module = "wandb"
 
     def __init__(self, library: Any, folder: Path, settings: Settings, identity: dict[str, str]) -> None:
-        private_folder(folder / "wandb")
         self._run = library.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             id=identity["name"],
