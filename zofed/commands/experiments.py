@@ -18,6 +18,7 @@ from zofed.base.texts import duration
 from zofed.commands.console import AsJson, brief, console, figure, print_json, print_table
 from zofed.commands.groups import CommandGroup
 from zofed.commands.options import SettingsCommand, with_settings
+from zofed.experiments import sweep_engine
 
 if TYPE_CHECKING:
     from zofed.experiments.sweep import Sweep
@@ -30,6 +31,19 @@ plot_app = typer.Typer(
 
 Out = Annotated[Path | None, typer.Option(help="PNG file to write; empty: beside what is drawn")]
 Folder = Annotated[Path, typer.Argument(help="folder of a sweep, or one that holds folders of runs")]
+Engine = Annotated[
+    sweep_engine.Name,
+    typer.Option(help="what carries the runs out: fork, on this machine, or ray, on the cluster at RAY_ADDRESS"),
+]
+Parallel = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="runs at a time, each in a process of its own [1; with ray as many as fit]", show_default=False
+    ),
+]
+GpusPerRun = Annotated[
+    float, typer.Option(min=0, max=1, help="share of a GPU for each run: as many at a time as the GPUs hold")
+]
 RunPath = Annotated[Path, typer.Argument(help="folder of a run")]
 
 
@@ -44,12 +58,9 @@ def register(app: typer.Typer) -> None:
 def sweep(
     file: Annotated[str, typer.Argument(help="TOML file of a sweep, or the name of a shipped experiment")],
     scale: Annotated[str, typer.Option(help="which of the file's scales, as laptop or paper; empty: its first")] = "",
-    parallel: Annotated[
-        int | None, typer.Option(min=1, help="runs at a time, each in a process of its own [1]", show_default=False)
-    ] = None,
-    gpus_per_run: Annotated[
-        float, typer.Option(min=0, max=1, help="share of a GPU for each run: as many at a time as the GPUs hold")
-    ] = 0.0,
+    parallel: Parallel = None,
+    gpus_per_run: GpusPerRun = 0.0,
+    engine: Engine = "fork",
     with_controls: Annotated[
         bool,
         typer.Option(
@@ -75,36 +86,40 @@ def sweep(
     if idle := wanted.without_effect(key for key in wanted.base if key not in options):
         warnings.warn(f"{path}: {'; '.join(idle)}", stacklevel=2)
     folder_path = config.absolute(out or f"runs/{path.stem}{'-' + scale if scale else ''}", "out")
-    from zofed.experiments import sweep_cost, sweep_process  # torch and transformers take seconds to load
-
-    at_a_time = sweep_process.at_a_time(parallel, gpus_per_run)
     if dry_run:
-        for line in sweep_cost.estimate(wanted, at_a_time):
-            console.print(line, markup=False)
+        from zofed.experiments import sweep_cost  # torch and transformers take seconds to load
+
+        with sweep_engine.opened(engine, parallel, gpus_per_run) as chosen:
+            for line in sweep_cost.estimate(wanted, chosen.places(wanted.first())):
+                console.print(line, markup=False)
         return
-    carry_out(wanted, folder_path, at_a_time)
+    carry_out(wanted, folder_path, engine, parallel, gpus_per_run)
 
 
-def carry_out(wanted: "Sweep", path: Path, at_a_time: int) -> "Runner":
+def carry_out(
+    wanted: "Sweep", path: Path, engine: sweep_engine.Name, parallel: int | None, gpus_per_run: float
+) -> "Runner":
     """Begin a sweep in the folder, or go on with it; raises `typer.Exit` at its end where a run failed."""
     from zofed.experiments import sweep_cost, sweep_file
     from zofed.experiments.sweep_folder import SweepFolder
     from zofed.experiments.sweep_runner import Runner
 
     folder = SweepFolder(path)
-    with folder.opened():
+    with sweep_engine.opened(engine, parallel, gpus_per_run) as chosen, folder.opened():
         wanted = folder.begin(wanted)
         count = f"{wanted.count({})} runs{' or more' if wanted.walks else ''}"
+        at_a_time = chosen.places(wanted.first())
         console.print(f"sweep: {folder.path}: {count}, {at_a_time} at a time", markup=False)
-        if warning := sweep_cost.too_much(wanted, at_a_time):
+        if engine == "fork" and (warning := sweep_cost.too_much(wanted, at_a_time)):
             console.print(f"zofed: warning: {warning}", markup=False)
         try:
             with Watching() as watching:
-                runner = Runner(wanted, folder, at_a_time, watching)
+                runner = Runner(wanted, folder, chosen, watching)
                 board = runner.run()
         except KeyboardInterrupt:
-            again = shell.command("zofed", "sweep", folder.path / sweep_file.COPY, "--out", folder.path)
-            raise Interrupted(f"continue with: {again}") from None
+            again = ["zofed", "sweep", folder.path / sweep_file.COPY, "--out", folder.path]
+            again += [] if engine == "fork" else ["--engine", engine]
+            raise Interrupted(f"continue with: {shell.command(*again)}") from None
     _tell_outcome(runner, board)
     if board.failed or runner.untuned:
         raise typer.Exit(1)

@@ -26,12 +26,9 @@ def tune(
     over: Annotated[str, typer.Option(help="setting to tune, one that is a number")] = "learning-rate",
     factor: Annotated[float, typer.Option(help="ratio of one value to the next")] = 3.0,
     most: Annotated[int, typer.Option(help="values to try at most")] = 7,
-    parallel: Annotated[
-        int | None, typer.Option(min=1, help="runs at a time, each in a process of its own [1]", show_default=False)
-    ] = None,
-    gpus_per_run: Annotated[
-        float, typer.Option(min=0, max=1, help="share of a GPU for each run: as many at a time as the GPUs hold")
-    ] = 0.0,
+    parallel: experiments.Parallel = None,
+    gpus_per_run: experiments.GpusPerRun = 0.0,
+    engine: experiments.Engine = "fork",
     *,
     options: dict[str, str],
 ) -> None:
@@ -54,11 +51,10 @@ def tune(
     wanted = sweep_file.of({"seeds": [settings.seed], "base": base, "tune": {over: walk}})
     if idle := wanted.without_effect([over]):
         raise UserError(f"--over {over}: {idle[0]}")
-    from zofed.experiments import sweep_process  # torch and transformers take seconds to load
     from zofed.runs.run_folder import with_out
 
     path = Path(with_out(settings, "tune").out)
-    runner = experiments.carry_out(wanted, path, sweep_process.at_a_time(parallel, gpus_per_run))
+    runner = experiments.carry_out(wanted, path, engine, parallel, gpus_per_run)
     _tell(runner, over)
     given = [word for key, value in options.items() if key not in (over, "out") for word in (f"--{key}", value)]
     chosen = [f"--{over}", f"{_chosen(runner)[over]:g}"]

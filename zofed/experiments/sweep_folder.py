@@ -24,6 +24,7 @@ from zofed.runs.run_folder import RunFolder, timestamp, versions
 from zofed.runs.tables import read_table
 from zofed.training.paths import NAMES, absolute_path, with_absolute_paths
 
+LOCK = ".lock"  # the file that a sweep at work in its folder holds
 COSTS = ("forward_passes", "backward_passes", "forward_equivalents", "tokens", "seconds", "bytes")
 SUMMARY = (
     "run", "arm", "tunes", "seed", "status", "eval_loss_start", "eval_loss_end", "eval_loss_best", "accuracy", "frozen",
@@ -46,7 +47,7 @@ class SweepFolder:
         try:
             for folder in (self.path, self.path / "runs", self.path / "logs"):
                 private_folder(folder)
-            lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, PRIVATE)
+            lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, PRIVATE)
         except OSError as error:
             raise UserError(
                 f"out = {str(self.path)!r} cannot be written: {error.strerror}; choose another --out"

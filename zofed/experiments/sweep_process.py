@@ -14,53 +14,50 @@ import threading
 import time
 import traceback
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from zofed.base.errors import UserError
-from zofed.base.files import open_private
+from zofed.base.files import hold, open_private
 from zofed.config import Settings
 from zofed.experiments.sweep import Run
+from zofed.experiments.sweep_engine import Job
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Row
 
 CENTRAL = ("zofed.training.central", "zofed.runs.pictures", "zofed.experiments.sweep_process")
 FEDERATED = ("zofed.federated.server", "zofed.federated.client", "zofed.federated.local_grid")
 PATIENCE = 20.0  # seconds a run that is told to end gets for the end of its step
+EARLIER = 180.0  # seconds a run waits for an earlier process of its own, as on a node that lost its Ray cluster
 
 
 @dataclass
-class Process:
-    """A run under way. began: monotonic seconds. first_step: seconds from there to the end of its first step."""
+class Process(Job):
+    """A run under way in a process. pipe: on which it says how it goes; its end is the end of the process."""
 
-    run: Run
     process: BaseProcess
     pipe: Connection
-    slot: int
-    began: float = field(default_factory=time.monotonic)
-    first_step: float | None = None
-    steps: int | None = None  # of the run, once it knows
-    error: str | None = None
-    ended: bool = False
 
-    def hear(self) -> None:
-        """Take in what the process has to say; `ended` when that was its last word, `error` where it failed."""
+    def hear(self) -> dict[str, Any]:
+        """Take in what the process has to say, and return it; `ended` when that was its last word."""
+        told: dict[str, Any] = {}
         try:
             told = json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
             self.process.join()
+            self.pipe.close()
             self.ended = True
             code = self.process.exitcode or 0
             if code and self.error is None:
                 how = f"was killed by signal {-code}" if code < 0 else f"ended with status {code}"
-                self.error = f"its process {how} (out of memory, perhaps)"
-            return
-        self.first_step = told.get("first_step", self.first_step)
-        self.steps = told.get("steps", self.steps)
-        self.error = told.get("error", self.error)
+                told = {"error": f"its process {how} (out of memory, perhaps)"}
+        self.take(told)
+        return told
 
     def stop(self) -> None:
         """Have it end as by Ctrl-C, or at once where it takes too long."""
@@ -70,11 +67,47 @@ class Process:
         self.process.join()
 
 
-def prepare(runs: list[Run]) -> Any:
-    """What starts processes for such runs; the libraries begin to load with the first of them."""
+class Forks:
+    """The engine of one machine: so many runs at a time, each in a process of its own."""
+
+    def __init__(self, at_a_time: int) -> None:
+        self._places = at_a_time
+        self._context: Any = None
+        self._running: list[Process] = []
+
+    def places(self, runs: Sequence[Run]) -> int:
+        """As many as it was told."""
+        return self._places
+
+    def prepare(self, folder: Path, runs: Sequence[Run]) -> None:
+        """Settle which libraries are loaded once."""
+        self._context = prepare(runs)
+
+    def start(self, run: Run, out: Path, log: Path, slot: int) -> Job:
+        """Begin a run in a new process."""
+        self._running.append(start(self._context, run, out, log, slot))
+        return self._running[-1]
+
+    def hear(self, seconds: float) -> None:
+        """Take in what the processes say, if one does within so many seconds."""
+        for pipe in connection.wait([process.pipe for process in self._running], seconds):
+            next(process for process in self._running if process.pipe is pipe).hear()
+        self._running = [process for process in self._running if not process.ended]
+
+    def stop(self) -> None:
+        """Have all end as by Ctrl-C."""
+        for process in self._running:
+            process.process.terminate()  # all at once, so that each can end its step
+        for process in self._running:
+            process.stop()
+        self._running.clear()
+
+
+def prepare(runs: Sequence[Run], *further: str) -> Any:
+    """What starts processes for such runs; the libraries, and further modules, begin to load with the first of them."""
     context = multiprocessing.get_context("forkserver")
     federated = any(run.settings.clients for run in runs)
-    context.set_forkserver_preload([*CENTRAL, *(FEDERATED if federated else ())])
+    context.set_forkserver_preload([*CENTRAL, *(FEDERATED if federated else ()), *further])
     return context
 
 
@@ -88,7 +121,7 @@ def start(context: Any, run: Run, out: Path, log: Path, slot: int) -> Process:
     process = context.Process(target=work, args=(theirs, written, str(log), time.monotonic(), slot))
     process.start()
     theirs.close()
-    return Process(run, process, ours, slot)
+    return Process(run, slot, process, ours)
 
 
 def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> None:
@@ -96,9 +129,9 @@ def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and is for the sweep to answer
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
-    with open(log, "ab", buffering=0, opener=open_private) as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    log_file = open_private(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.dup2(log_file, 1)
+    os.dup2(log_file, 2)
     warnings.showwarning = lambda message, *_: print(f"zofed: warning: {message}", file=sys.stderr, flush=True)
     settings, error = Settings.model_validate_json(written), ""
 
@@ -109,6 +142,7 @@ def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> N
             began = 0.0
 
     try:
+        hold_log(log_file, log)
         choose_gpu(settings, slot)
         carry_out(settings, show, lambda steps: _tell(pipe, {"steps": steps}))
     except UserError as failure:
@@ -121,6 +155,20 @@ def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> N
     if error:
         print(f"zofed: {error}", file=sys.stderr, flush=True)
         _tell(pipe, {"error": error})
+
+
+def hold_log(log_file: int, log: str) -> None:
+    """Hold the open log for as long as this process lives, so that no other carries the same run out meanwhile.
+
+    Raises UserError where an earlier one does not end.
+    """
+    busy = f"another process carries this run out and holds {log}: wait for its end, or stop it"
+    deadline = time.monotonic() + EARLIER
+    while time.monotonic() < deadline:
+        with contextlib.suppress(UserError):
+            return hold(log_file, busy)
+        time.sleep(0.2)
+    hold(log_file, busy)
 
 
 def carry_out(settings: Settings, show: Any, expect: Any = lambda _: None) -> None:

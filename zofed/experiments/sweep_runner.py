@@ -6,12 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing import connection
 
-from zofed.experiments import sweep_process
 from zofed.experiments.sweep import Run, Sweep
+from zofed.experiments.sweep_engine import Engine, Job
 from zofed.experiments.sweep_folder import SweepFolder
-from zofed.experiments.sweep_process import Process
 from zofed.preflight.forecast import steps_within
 
 TICK = 0.5  # seconds between two looks at the running
@@ -77,7 +75,7 @@ class Runner:
 
     sweep: Sweep
     folder: SweepFolder
-    parallel: int
+    engine: Engine
     tell: Callable[[Board], None]
     runs: dict[str, Run] = field(default_factory=dict, init=False)  # all that are known to be due, by name
     losses: dict[str, float] = field(default_factory=dict, init=False)
@@ -88,27 +86,20 @@ class Runner:
         """All runs, each to its end. Raises UserError before the first where a folder holds another run."""
         self._skipped = 0
         self._waiting: deque[Run] = deque()
-        self._running: list[Process] = []
+        self._running: list[Job] = []
+        self._places = 1
         self._enter(self.sweep.first())
-        context = sweep_process.prepare(list(self.runs.values()))
         try:
+            if self._waiting:
+                self.engine.prepare(self.folder.path, list(self.runs.values()))
             while self._waiting or self._running:
-                free = sorted(set(range(self.parallel)) - {process.slot for process in self._running})
-                while self._waiting and free:
-                    run = self._waiting.popleft()
-                    out, log = self.folder.run_path(run), self.folder.log(run)
-                    self._running.append(sweep_process.start(context, run, out, log, free.pop(0)))
+                self._start_waiting()
                 self.tell(self.board())
-                for pipe in connection.wait([process.pipe for process in self._running], TICK):
-                    process = next(process for process in self._running if process.pipe is pipe)
-                    process.hear()
-                    if process.ended:
-                        self._end(process)
+                self.engine.hear(TICK)
+                for job in [job for job in self._running if job.ended]:
+                    self._end(job)
         finally:
-            for process in self._running:
-                process.process.terminate()  # all at once, so that each can end its step
-            for process in self._running:
-                process.stop()
+            self.engine.stop()
             self._running.clear()
             self._write()
         self.tell(self.board())
@@ -116,10 +107,10 @@ class Runner:
 
     def board(self) -> Board:
         running = []
-        for process in self._running:
-            steps = process.steps or steps_within(process.run.settings)
-            seconds = time.monotonic() - process.began
-            running.append(Running(process.run.name, self.folder.steps_done(process.run), steps, seconds))
+        for job in self._running:
+            steps = job.steps or steps_within(job.run.settings)
+            seconds = time.monotonic() - job.began
+            running.append(Running(job.run.name, self.folder.steps_done(job.run), steps, seconds))
         failed = {run.name for run in self.ended if run.error}
         diverged = sorted(name for name, loss in self.losses.items() if loss == math.inf and name not in failed)
         return Board(
@@ -148,23 +139,34 @@ class Runner:
             self._enter(self.sweep.later(self.losses))
             self._write()
 
-    def _end(self, process: Process) -> None:
-        run = process.run
-        self._running.remove(process)
-        process.pipe.close()
-        if process.first_step is not None:
-            self.first_steps.append(process.first_step)
+    def _start_waiting(self) -> None:
+        """Start runs that wait, as many as there are places."""
+        self._places = self.engine.places(list(self.runs.values()))
+        free = sorted(set(range(self._places)) - {job.slot for job in self._running})
+        free = free[: max(0, self._places - len(self._running))]  # a place may be gone whose number is not the last
+        while self._waiting and free:
+            run = self._waiting.popleft()
+            self._running.append(self.engine.start(run, self.folder.run_path(run), self.folder.log(run), free.pop(0)))
+
+    def _end(self, job: Job) -> None:
+        run = job.run
+        self._running.remove(job)
+        if job.lost and self.folder.loss(run) is None:
+            self._waiting.appendleft(run)
+            return
+        if job.first_step is not None:
+            self.first_steps.append(job.first_step)
         loss = self.folder.loss(run)
-        error = "" if loss is not None else process.error or "it ended without a summary"
+        error = "" if loss is not None else job.error or "it ended without a summary"
         loss = math.inf if loss is None else loss
-        self.ended.append(Ended(run.name, loss, time.monotonic() - process.began, error))
+        self.ended.append(Ended(run.name, loss, time.monotonic() - job.began, error))
         self.losses[run.name] = loss
         self._enter(self.sweep.later(self.losses))
         self._write()
 
     def _write(self) -> None:
         self.folder.write_failures({run.name: run.error for run in self.ended if run.error})
-        self.folder.write_summary(self.runs, {process.run.name for process in self._running})
+        self.folder.write_summary(self.runs, {job.run.name for job in self._running})
 
     def _left(self, running: list[Running]) -> float | None:
         """Seconds to the end, from the mean of the runs so far; a running one counts by its share of steps."""
@@ -177,7 +179,7 @@ class Runner:
         mean = statistics.fmean(known)
         whole = self.sweep.count(self.losses) - self._skipped - len(self.ended) - len(running)
         rest = sum(max(0.0, mean * (1 - share)) for _, share in shares)
-        return (whole * mean + rest) / min(self.parallel, max(1, whole + len(running)))
+        return (whole * mean + rest) / min(max(1, self._places), max(1, whole + len(running)))
 
     @property
     def untuned(self) -> list[str]:
