@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import time
 import warnings
 from collections import Counter
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 
 import ray
 from ray import exceptions
+from ray._private import worker as ray_worker
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from zofed.base import environment
@@ -121,13 +123,15 @@ class Cluster:
 
     def _hear(self, task: Task) -> None:
         try:
-            told = ray.get(next(task.words))
+            told: dict[str, Any] = ray.get(next(task.words))  # pyright: ignore[reportAssignmentType]
         except StopIteration:
             task.ended = True
         except LOST:
             self._losses[task.run.name] += 1
             task.ended = True
             task.lost = self._losses[task.run.name] <= LOSSES
+            if task.lost:
+                warnings.warn(f"{task.run.name} lost its node or its worker: it goes on from its folder", stacklevel=2)
             task.error = f"its node or its worker was lost {LOSSES + 1} times (out of memory, perhaps)"
         except exceptions.OutOfMemoryError:
             task.ended, task.error = True, "Ray ended it for lack of memory on its node: take a smaller --parallel"
@@ -175,21 +179,33 @@ def connected(parallel: int | None, share: float) -> Iterator[Cluster]:
         )
     stops = signal.getsignal(signal.SIGTERM)
     try:
+        _knock(address)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # of Ray's, about GPUs, of tasks that ask for none
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError, OSError, exceptions.RayError) as error:
-        where = "on this machine" if address == "auto" else f"at RAY_ADDRESS = {address!r}"
+    except (RuntimeError, ValueError, OSError, exceptions.RayError) as error:
+        where = "on this machine" if address == "auto" else f"at RAY_ADDRESS = {address!r} ({_brief(error)})"
         raise UserError(
-            f"--engine ray: no Ray cluster answers {where} ({_brief(error)}): start one with `{START}`, then on each "
-            f"further machine `{JOIN}`"
+            f"--engine ray: no Ray cluster answers {where}: start one with `{START}`, then on each further machine "
+            f"`{JOIN}`"
         ) from error
     finally:
         signal.signal(signal.SIGTERM, stops)  # Ray's own would end this process as an error
+    ray_worker.print_to_stdstream = _say_nothing  # a lost node's whole log: the sweep has a sentence for it
     try:
         yield Cluster(parallel, share)
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at HOST:PORT, for which Ray takes two minutes; ValueError for no number."""
+    host, _, port = address.rpartition(":")
+    if host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+def _say_nothing(*_: Any, **__: Any) -> None: ...
 
 
 def nodes() -> list[dict[str, Any]]:
