@@ -67,7 +67,7 @@ TOO_MUCH = {
 }
 INSTALLS = "--install-completion"
 # Commands of others that blocks show, and their options in the text. Each must be shown somewhere.
-OF_OTHERS = {"pip", "source", "scp", "lm_eval"}
+OF_OTHERS = {"pip", "source", "scp", "lm_eval", "ray"}
 OPTIONS_OF_OTHERS = {"--no-deps", "--extra-index-url"}
 # Words with hyphens in backticks that neither zofed's code nor a program of these knows. Each must be shown somewhere.
 WORDS_OF_OTHERS = {"all-linear", "ssh-keygen", "sint64", "systemd-analyze"}
