@@ -96,7 +96,7 @@ GROUPS = {
             "One HTML page and a summary.md: what won, by how much, how surely; pictures, controls, costs, "
             "environment.",
         ),
-        "journal": ("journal", "Read, check and replay the journal of a run."),
+        "journal": ("journal", "Read, check, replay and repair the journal of a run."),
     },
     "Data": {
         "data": ("data", "Find, fetch, merge and describe data sets."),
