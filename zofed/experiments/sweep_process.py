@@ -81,7 +81,7 @@ class Forks:
 
     def prepare(self, folder: Path, runs: Sequence[Run]) -> None:
         """Settle which libraries are loaded once."""
-        self._context = prepare(runs)
+        self._context = prepare(libraries(runs))
 
     def start(self, run: Run, out: Path, log: Path, slot: int) -> Job:
         """Begin a run in a new process."""
@@ -103,11 +103,15 @@ class Forks:
         self._running.clear()
 
 
-def prepare(runs: Sequence[Run], *further: str) -> Any:
-    """What starts processes for such runs; the libraries, and further modules, begin to load with the first of them."""
+def libraries(runs: Sequence[Run]) -> list[str]:
+    """Modules that such runs import, and that load once."""
+    return [*CENTRAL, *(FEDERATED if any(run.settings.clients for run in runs) else ())]
+
+
+def prepare(modules: Sequence[str]) -> Any:
+    """What starts processes that have these modules loaded, which begin to load with the first of them."""
     context = multiprocessing.get_context("forkserver")
-    federated = any(run.settings.clients for run in runs)
-    context.set_forkserver_preload([*CENTRAL, *(FEDERATED if federated else ()), *further])
+    context.set_forkserver_preload(list(modules))
     return context
 
 

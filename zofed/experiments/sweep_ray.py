@@ -63,6 +63,7 @@ class Cluster:
     parallel: int | None
     share: float
     _folder: Path = field(default=Path(), init=False)
+    _libraries: list[str] = field(default_factory=list, init=False)
     _running: list[Task] = field(default_factory=list, init=False)
     _losses: Counter[str] = field(default_factory=Counter, init=False)
     _had_room: float = field(default=-math.inf, init=False)  # when a node could last take a run, monotonic seconds
@@ -80,7 +81,7 @@ class Cluster:
 
     def prepare(self, folder: Path, runs: Sequence[Run]) -> None:
         """See that all nodes that can take such runs have this zofed and see this folder."""
-        self._folder = folder
+        self._folder, self._libraries = folder, sweep_process.libraries(runs)
         able = [node for node in nodes() if _fit(node["Resources"], *self._most(runs))]
         look = ray.remote(num_cpus=0, max_retries=0)(what_is_wrong)
         answers = {}
@@ -97,7 +98,7 @@ class Cluster:
         # Not by .options: a worker ends with its task, and frees its GPU, only where the decorator is told of one.
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, num_returns="streaming", max_retries=0)(carry_out)
         written = run.settings.model_copy(update={"out": str(out)}).model_dump_json(by_alias=True)
-        words = task.options(name=run.name).remote(run.name, run.arm, written, str(log), self._looked_for())
+        words = task.options(name=run.name).remote(written, str(log), self._libraries, self._looked_for())
         self._running.append(Task(run, slot, words))
         return self._running[-1]
 
@@ -213,14 +214,16 @@ def nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def carry_out(name: str, arm: str, written: str, log: str, looked_for: tuple[str, str]) -> Iterator[dict[str, Any]]:
+def carry_out(
+    written: str, log: str, libraries: Sequence[str], looked_for: tuple[str, str]
+) -> Iterator[dict[str, Any]]:
     """What a task does: the run in a process forked from its worker's own fork server; yields what that says."""
     if wrong := what_is_wrong(*looked_for):
         yield {"error": f"on {os.uname().nodename}: {wrong}"}
         return
     settings = Settings.model_validate_json(written)
-    run = Run(name, arm, settings, False)
-    context = sweep_process.prepare([run], "__main__")  # Ray's worker, which each process would import anew
+    run = Run(Path(log).stem, "", settings, False)
+    context = sweep_process.prepare([*libraries, "__main__"])  # Ray's worker, which each process would import anew
     process = sweep_process.start(context, run, Path(settings.out), Path(log), 0)
     try:
         while not process.ended:
