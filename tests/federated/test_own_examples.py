@@ -126,8 +126,8 @@ def test_flwr_run_of_the_digits_equals_the_same_apps_in_one_process(digits: None
     changes: dict[str, Any] = {"zofed.rounds": 2, "zofed.clients": 2, "zofed.eval-interval": 2}
     local = configured("flower_digits") | changes | {"zofed.out": str(tmp_path / "local")}
     simulate(server_app.app, client_app.app, 2, local)
-    project = EXAMPLES / "flower_digits"
-    status = flower_run.flower_run(project, changes | {"zofed.out": str(tmp_path / "ray")}, nodes=2, cpus_per_node=1)
+    own, project = changes | {"zofed.out": str(tmp_path / "ray")}, EXAMPLES / "flower_digits"
+    status = flower_run.flower_run(own, nodes=2, cpus_per_node=1, project=project)
     assert status == flower_commands.COMPLETED
     ray, here = (RunFolder(tmp_path / name).summary() for name in ("ray", "local"))
     assert ray["digest"] == here["digest"] == ray["replay_digest"]
