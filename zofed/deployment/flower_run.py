@@ -52,8 +52,8 @@ def quickstart(out: Path, name: str, settings: Mapping[str, Setting]) -> int:
 def flower_run(run_config: dict[str, Setting], nodes: int, cpus_per_node: int, project: Path | None = None) -> str:
     """Run a Flower app to its end and return Flower's own verdict, such as `finished:completed`.
 
-    project: the app's folder; None: zofed's own app. Flower's log is streamed to stdout. `flwr run` exits with 0 even when
-    the app failed, so the SuperLink is asked.
+    project: the app's folder; None: zofed's own app. Flower's log is streamed to stdout. `flwr run` exits with 0 even
+    when the app failed, so the SuperLink is asked.
     """
     with processes.stop_on_signals(), flower_commands.flower_home() as home, superlink(home) as environment:
         settings = home / "run-config.toml"
