@@ -60,7 +60,7 @@ def test_a_walk_goes_on_until_the_best_lies_between_worse(
     losses = carried_out(sweep, loss)
     assert rates(losses) == tried
     assert rates(losses, seed=1) == ([] if best is None else [best])
-    assert sweep.count(losses) == len(tried) + 1 and sweep.walks
+    assert sweep.count(losses) == len(tried) + 1 and sweep.size == "4 runs or more"
     assert sweep.chosen(sweep.arms[0], losses) == (None if best is None else {"learning-rate": best})
 
 

@@ -118,16 +118,18 @@ def test_an_app_in_one_file_runs(
 
 
 @pytest.mark.slow
-def test_flwr_run_of_the_digits_equals_the_same_apps_in_one_process(digits: None, tmp_path: Path) -> None:
+def test_flwr_run_of_the_digits_equals_the_same_apps_in_one_process(
+    digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from zofed_digits import client_app, server_app  # type: ignore[import-not-found]
 
-    from zofed.deployment import flower_commands, flower_run
+    from zofed.deployment import app_folder, flower_commands, flower_run
 
     changes: dict[str, Any] = {"zofed.rounds": 2, "zofed.clients": 2, "zofed.eval-interval": 2}
     local = configured("flower_digits") | changes | {"zofed.out": str(tmp_path / "local")}
     simulate(server_app.app, client_app.app, 2, local)
-    own, project = changes | {"zofed.out": str(tmp_path / "ray")}, EXAMPLES / "flower_digits"
-    status = flower_run.flower_run(own, nodes=2, cpus_per_node=1, project=project)
+    monkeypatch.setattr(app_folder, "ready", lambda home: EXAMPLES / "flower_digits")
+    status = flower_run.flower_run(changes | {"zofed.out": str(tmp_path / "ray")}, nodes=2, cpus_per_node=1)
     assert status == flower_commands.COMPLETED
     ray, here = (RunFolder(tmp_path / name).summary() for name in ("ray", "local"))
     assert ray["digest"] == here["digest"] == ray["replay_digest"]

@@ -107,9 +107,8 @@ def carry_out(
     folder = SweepFolder(path)
     with sweep_engine.opened(engine, parallel, gpus_per_run) as chosen, folder.opened():
         wanted = folder.begin(wanted)
-        count = f"{wanted.count({})} runs{' or more' if wanted.walks else ''}"
         at_a_time = chosen.places(wanted.first())
-        console.print(f"sweep: {folder.path}: {count}, {at_a_time} at a time", markup=False)
+        console.print(f"sweep: {folder.path}: {wanted.size}, {at_a_time} at a time", markup=False)
         if engine == "fork" and (warning := sweep_cost.too_much(wanted, at_a_time)):
             console.print(f"zofed: warning: {warning}", markup=False)
         try:

@@ -14,6 +14,7 @@ from zofed.commands import experiments
 from zofed.commands.console import console, figure
 from zofed.commands.options import SettingsCommand, with_settings
 from zofed.config import SETTINGS, Settings
+from zofed.experiments import sweep_walk
 
 
 def register(app: typer.Typer) -> None:
@@ -24,8 +25,8 @@ def register(app: typer.Typer) -> None:
 def tune(
     file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
     over: Annotated[str, typer.Option(help="setting to tune, one that is a number")] = "learning-rate",
-    factor: Annotated[float, typer.Option(help="ratio of one value to the next")] = 3.0,
-    most: Annotated[int, typer.Option(help="values to try at most")] = 7,
+    factor: Annotated[float, typer.Option(help="ratio of one value to the next")] = sweep_walk.FACTOR,
+    most: Annotated[int, typer.Option(help="values to try at most")] = sweep_walk.MOST,
     parallel: experiments.Parallel = None,
     gpus_per_run: experiments.GpusPerRun = 0.0,
     engine: experiments.Engine = "fork",

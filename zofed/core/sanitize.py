@@ -15,6 +15,7 @@ from zofed.core.records import CLIENTS
 LONGEST_NAME = 100  # characters of a label or a source
 LARGEST_TABLE = 2**20  # characters of a table of counts
 LARGEST_COUNT = 2**40  # examples, documents
+LARGEST_LOSS = 1e6  # a mean cross-entropy beyond this is a fault, not a measurement
 LARGEST_MEASURE = 2.0**1000  # of either sign: beyond, a mean over clients may be no number
 NO_REASON = "no reason given"
 MOST_MEASURES = 64  # numbers by name that a client may say of its own evaluation

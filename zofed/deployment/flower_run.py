@@ -1,4 +1,4 @@
-"""Runs a Flower app through `flwr run` on a SuperLink of its own, tells the true outcome, leaves no process."""
+"""Runs zofed's Flower app through `flwr run` on a SuperLink of its own, tells the true outcome, leaves no process."""
 
 import json
 import os
@@ -49,17 +49,16 @@ def quickstart(out: Path, name: str, settings: Mapping[str, Setting]) -> int:
     return 0
 
 
-def flower_run(run_config: dict[str, Setting], nodes: int, cpus_per_node: int, project: Path | None = None) -> str:
-    """Run a Flower app to its end and return Flower's own verdict, such as `finished:completed`.
+def flower_run(run_config: dict[str, Setting], nodes: int, cpus_per_node: int) -> str:
+    """Run zofed's Flower app to its end and return Flower's own verdict, such as `finished:completed`.
 
-    project: the app's folder; None: zofed's own app. Flower's log is streamed to stdout. `flwr run` exits with 0 even
-    when the app failed, so the SuperLink is asked.
+    Flower's log is streamed to stdout. `flwr run` exits with 0 even when the app failed, so the SuperLink is asked.
     """
     with processes.stop_on_signals(), flower_commands.flower_home() as home, superlink(home) as environment:
         settings = home / "run-config.toml"
         settings.write_text(tomli_w.dumps(run_config), encoding="utf-8")
         command = [
-            str(flower_commands.tool("flwr")), "run", str(project or app_folder.ready(home)), CONNECTION, "--stream",
+            str(flower_commands.tool("flwr")), "run", str(app_folder.ready(home)), CONNECTION, "--stream",
             "--run-config", str(settings),
             "--federation-config", federation_config(nodes, cpus_per_node, usable_cpus()),
         ]  # fmt: skip

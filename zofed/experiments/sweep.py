@@ -136,9 +136,9 @@ class Sweep:
         return sum(len(self.tried(arm, losses)) + (len(self.seeds) - 1) for arm in self.arms)
 
     @property
-    def walks(self) -> bool:
-        """Whether some arm's tuning may try more values than it begins with."""
-        return any(arm.walk for arm in self.arms)
+    def size(self) -> str:
+        """How many runs there are, in words; more where an arm's tuning may try further values than it begins with."""
+        return f"{self.count({})} runs{' or more' if any(arm.walk for arm in self.arms) else ''}"
 
 
 def pairs(values: Values) -> list[str]:

@@ -63,8 +63,7 @@ def estimate(sweep: Sweep, parallel: int) -> Iterator[str]:
         memory.append(found.memory)
         disk += found.disk
         traffic += found.traffic
-    told = f"{sweep.count({})} runs{' or more' if sweep.walks else ''}, {parallel} at a time"
-    told += f": about {duration(total / parallel)}"
+    told = f"{sweep.size}, {parallel} at a time: about {duration(total / parallel)}"
     told += f" and {unknown} runs of unknown length" if unknown else ""
     told += f"; {sum(sorted(memory)[-parallel:]) / 2**20:,.0f} MiB of memory, {disk / 2**20:,.0f} MiB on disk"
     yield told + (f", {traffic:,} bytes between clients and server" if traffic else "")

@@ -28,7 +28,7 @@ Reason = Literal[
     "behind", "desync", "not_finite", "wrong_length", "out_of_range", "implausible", "wrong_tensors", "too_large",
 ]  # fmt: skip
 
-LARGEST_LOSS = 1e6  # a mean cross-entropy beyond this is a fault, not a measurement
+LARGEST_LOSS = sanitize.LARGEST_LOSS
 LARGEST_NORM = 2.0**50  # of an update or a gradient: beyond, its squares and sums would leave float32
 NAME_BYTES = 4
 NO_LOSS = 0.0  # what a client reports that withholds its losses

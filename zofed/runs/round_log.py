@@ -7,6 +7,7 @@ here, and made durable, before the journal takes its records: whatever becomes o
 import json
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 from zofed.base.errors import DiskError
@@ -41,8 +42,7 @@ class RoundLog:
 
     def write(self, *facts: Row) -> None:
         """Keep facts, each with its `round`; durable when this returns. Raises DiskError where the disk takes none."""
-        lines = (json.dumps(fact, separators=(",", ":")).encode() for fact in facts)
-        raw = b"".join(map(_line, lines)) + b"\n"
+        raw = _lines(facts)
         try:
             if os.write(self._file, raw) != len(raw):
                 raise DiskError("cannot write the log of rounds: the disk is full; free some space")
@@ -58,8 +58,7 @@ def keep(folder: Path, last: int) -> None:
     """Let go of all that was found out in rounds behind `last`. Raises OSError where the disk does not take it."""
     path = folder / NAME
     if path.exists() and any(fact["round"] > last for fact in _facts(path)):
-        kept = (json.dumps(fact, separators=(",", ":")).encode() for fact in _facts(path) if fact["round"] <= last)
-        write_private(path, b"".join(map(_line, kept)) + b"\n")
+        write_private(path, _lines(fact for fact in _facts(path) if fact["round"] <= last))
 
 
 def begins_exchange(folder: Path, round_: int) -> bool:
@@ -77,8 +76,9 @@ def _facts(path: Path) -> list[Row]:
     return list(filter(None, map(_fact, path.read_bytes().split(b"\n"))))
 
 
-def _line(text: bytes) -> bytes:
-    return b"\n%08x %s" % (zlib.crc32(text), text)
+def _lines(facts: Iterable[Row]) -> bytes:
+    texts = (json.dumps(fact, separators=(",", ":")).encode() for fact in facts)
+    return b"".join(b"\n%08x %s" % (zlib.crc32(text), text) for text in texts) + b"\n"
 
 
 def _fact(line: bytes) -> Row | None:

@@ -20,6 +20,7 @@ from zofed.core.digests import named_parameters, raw_bytes
 from zofed.core.metrics import Coverage, Score, Scores
 from zofed.core.perturbed import each_tensor
 from zofed.core.replica import Replica
+from zofed.core.sanitize import LARGEST_LOSS, MOST_MEASURES
 from zofed.data import encoding
 from zofed.models import scopes
 from zofed.runs.run_folder import RunFolder
@@ -28,9 +29,8 @@ from zofed.training.own_data import OwnData, OwnLoss, OwnShard
 from zofed.training.problem import Place, Problem
 from zofed.training.shards import Batch, Data
 
-LARGEST_LOSS = 1e6  # beyond which a server takes a reply for a fault: protocol.LARGEST_LOSS
 TOGETHER = 64  # examples of one pass of an evaluation
-LONGEST_NAME, MOST_METRICS = 64, 64
+LONGEST_NAME = 64
 
 Metrics = Callable[[nn.Module, Sequence[Any]], Mapping[str, float]]  # of (module, batches)
 DataOf = Callable[[Any], Any]  # of what a node tells of itself
@@ -104,8 +104,8 @@ class OwnModule:
 
     def _measured(self, given: Any) -> dict[str, float]:
         """What `metrics` gave; a number that is not finite is left out."""
-        if not isinstance(given, Mapping) or len(given) > MOST_METRICS:
-            raise UserError(f"metrics gives {own_data.kind_of(given)}: give a dict of at most {MOST_METRICS} numbers")
+        if not isinstance(given, Mapping) or len(given) > MOST_MEASURES:
+            raise UserError(f"metrics gives {own_data.kind_of(given)}: give a dict of at most {MOST_MEASURES} numbers")
         for name, value in given.items():
             is_number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
             if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not is_number:
