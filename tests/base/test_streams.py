@@ -11,6 +11,7 @@ import pytest
 
 from zofed.base import streams
 from zofed.commands import cli
+from zofed.commands.console import console
 
 Run = Callable[..., int]
 
@@ -28,7 +29,9 @@ def run(monkeypatch: pytest.MonkeyPatch, zofed_command: object) -> Iterator[Run]
                 cli.main()
         return ended.value.code or 0  # type: ignore[return-value]
 
-    return command
+    yield command
+    console.begin_capture()  # what no stream took would be printed by the next command of this process
+    console.end_capture()
 
 
 def encoded(encoding: str) -> io.TextIOWrapper:

@@ -50,3 +50,32 @@ def test_a_runs_records_and_scores_are_told_to_programs(tmp_path: Path, zofed_co
 def test_what_is_no_number_becomes_null(capsys: pytest.CaptureFixture[str]) -> None:
     console.print_json([{"loss": float("nan"), "best": [float("inf"), 1.5]}, "nan"])
     assert json.loads(capsys.readouterr().out) == [{"loss": None, "best": [None, 1.5]}, "nan"]
+
+
+def test_figures_of_data_and_models_are_those_of_the_tables(zofed_command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"text": f"row {at}", "label": at % 2}) + "\n" for at in range(10)))
+    stats = json.loads(zofed_command("data", "stats", path, "--json")[1])
+    assert stats["documents"] == 10 and stats["characters"] == 50 and stats["labels"] == {"0": 5, "1": 5}
+    assert stats["percentiles"]["characters"]["100"] == 5.0
+    small = ("--batch-size", 2, "--block-size", 8, "--queries", 2)
+    found = json.loads(zofed_command("diagnose", *small, "--batches", 2, "--json")[1])
+    assert found["best_epsilon"] in [row["epsilon"] for row in found["errors"]]
+    assert json.loads(zofed_command("memory", *small, "--json")[1])["weights"] == 4 * found["parameters"]
+
+
+def test_an_uneven_mixture_has_status_1_as_json_too(zofed_command: Command, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"text": f"row {at}", "source": "a" if at < 60 else "b"} for at in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, _ = zofed_command("data", "distribution", path, "--json")
+    found = json.loads(out)
+    assert status == 1 and not found["even"] and sum(found["counts"]["a"]) == 60
+
+
+def test_keys_are_told_with_their_days(zofed_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    zofed_command("keys", "init", "localhost")
+    found = json.loads(zofed_command("keys", "show", "--json")[1])
+    assert [row["certificate"] for row in found["certificates"]] == ["ca.crt", "server.crt"]
+    assert all(row["days left"] > 300 for row in found["certificates"]) and found["enrolled"] == {}

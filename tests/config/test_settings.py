@@ -12,8 +12,9 @@ import tomli_w
 
 from zofed import config
 from zofed.base.errors import UserError
-from zofed.config import CENTRAL, FEDERATED, SETTINGS
+from zofed.config import CENTRAL, FEDERATED, SETTINGS, suited
 from zofed.experiments import sweep_file
+from zofed.models import sources
 from zofed.training import central
 
 Zofed = Callable[..., tuple[int, str, str]]
@@ -31,6 +32,7 @@ IDLE: list[tuple[str, dict[str, Any], str, str]] = [
     (CENTRAL, {"rounds": 5}, "rounds", "zofed simulate"),
     (CENTRAL, {"clients": 2}, "clients", "zofed simulate"),
     (CENTRAL, {"participation": 0.5}, "participation", "a federation"),
+    (FEDERATED, {"participation": 0.5, "only-client": 1}, "participation", "only-client = -1"),
     (CENTRAL, {"aggregation": "median"}, "aggregation", "a federation"),
     (CENTRAL, {"mode": "fo", "local-steps": 3}, "local-steps", "mode = zo or instruct or calibrate"),
     (FEDERATED, {"steps": 5}, "steps", "zofed train"),
@@ -227,3 +229,36 @@ def test_a_sweep_tells_what_acts_in_none_of_its_runs(tmp_path: Path) -> None:
 def test_shipped_experiments_set_nothing_without_effect(name: str) -> None:
     sweep = sweep_file.read(sweep_file.find(name))
     assert sweep.without_effect(sweep.base) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "optimizer", "scale", "rate"),
+    [
+        ({}, "sgd", "equal", 0.01),
+        ({"model": "folder"}, "sgd", "equal", 0.003),
+        ({"optimizer": "adamw"}, "adamw", "rms", 0.1),
+        ({"mode": "calibrate", "optimizer": "adamw"}, "adamw", "equal", 0.1),
+        ({"normalize-slopes": False, "model": "folder"}, "sgd", "equal", 3e-4),
+        ({"mode": "fo"}, "adamw", "equal", 3e-3),
+        ({"mode": "fo", "model": "folder"}, "adamw", "equal", 3e-4),
+        ({"mode": "fo", "model": "folder", "adapter": "lora"}, "adamw", "equal", 3e-3),
+        ({"mode": "fo", "local-steps": 4}, "sgd", "equal", 0.1),  # FedAvg: of clients and server alike
+        ({"mode": "fo", "local-steps": 4, "local-optimizer": "adamw"}, "sgd", "equal", 3e-3),
+        ({"mode": "subspace", "model": "folder"}, "adamw", "rms", 0.01),
+        ({"mode": "subspace", "model": "folder", "adapter": "lora"}, "adamw", "rms", 0.1),
+    ],
+)
+def test_what_nobody_gives_is_chosen_by_the_mode(
+    given: dict[str, Any], optimizer: str, scale: str, rate: float
+) -> None:
+    chosen = config.resolve(given)
+    assert (chosen.optimizer, chosen.direction_scale, chosen.learning_rate) == (optimizer, scale, rate)
+    own = {"optimizer": "mudamw", "direction-scale": "equal", "learning-rate": 0.5}
+    settings = config.resolve(given | own)
+    assert {key: settings.model_dump(by_alias=True)[key] for key in own} == own
+    # A run's own file holds what was chosen, and another version's choice cannot change it.
+    assert config.resolve(chosen.model_dump(by_alias=True)) == chosen
+
+
+def test_the_models_that_begin_untrained_are_those_made_by_size() -> None:
+    assert tuple(sources.SIZES) == suited.FRESH

@@ -88,15 +88,36 @@ def broken_guides() -> dict[str, bytes]:
         "factors of two ranks": parts | {"left:w": parts["left:w"][:, :1].contiguous()},
         "a factor too long": parts | {"right:w": torch.zeros(2, 6, dtype=torch.int16)},
         "a factor of one dimension": parts | {"left:w": torch.zeros(12, dtype=torch.int16)},
+        "factors of more than the matrix has": parts
+        | {"left:w": torch.zeros(6, 5, dtype=torch.int16), "right:w": torch.zeros(5, 5, dtype=torch.int16)},
         "another shape": parts | {"whole:b": torch.zeros(2, 2, dtype=torch.int16)},
     }
-    return {name: save(tensors) for name, tensors in changed.items()} | {"garbage": bytes(99), "nothing": b""}
+    header = b'{"float:w":{"dtype":"F32","shape":[0,1099511627776,1099511627776],"data_offsets":[0,0]}}'
+    beyond = len(header).to_bytes(8, "little") + header
+    found = {name: save(tensors) for name, tensors in changed.items()}
+    return found | {"a shape beyond 64 bits": beyond, "garbage": bytes(99), "nothing": b""}
 
 
 @pytest.mark.parametrize("way", broken_guides())
 def test_a_broken_guide_is_refused(way: str) -> None:
-    with pytest.raises(ValueError, match=r"tensor|exponent|is not"):
+    with pytest.raises(ValueError, match=r"tensor|exponent|is not|factors"):
         gradient_codec.decoded(broken_guides()[way], {"w": (6, 5), "b": (4,)})
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4])
+def test_no_update_is_longer_than_the_largest(rank: int) -> None:
+    """Of names that are escaped where they are written down, and of the highest rank that is."""
+    shapes = {"w": (6, 5), "\x01" * 50: (5, 7), "b": (4,), "s": ()}
+    update = tensors_of(shapes)
+    assert len(gradient_codec.whole(update)) <= gradient_codec.largest(shapes)
+    assert len(raw := gradient_codec.compressed(update, rank)) <= gradient_codec.largest(shapes)
+    assert set(gradient_codec.decoded(raw, shapes)) == set(shapes)
+
+
+def test_a_long_description_of_tensors_is_not_read() -> None:
+    raw = save({f"float:{n}": torch.zeros(0) for n in range(99)})
+    with pytest.raises(ValueError, match=r"bytes describe the tensors, where 1\d\d\d do"):
+        gradient_codec.decoded(raw, {"w": (6, 5)})
 
 
 @pytest.mark.slow

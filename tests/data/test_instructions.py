@@ -122,6 +122,17 @@ def test_what_holds_the_text_of_a_special_token_or_runs_on_is_told() -> None:
         instruction_examples(runs_on, prepared(), 160)
 
 
+def test_prompts_that_are_all_the_same_are_told() -> None:
+    """As where the template names a column that is empty in every row."""
+    rows = [(Turn("user", "### Instruction:\n\n"), Turn("assistant", f"Answer {number}.")) for number in range(20)]
+    with pytest.warns(UserWarning, match="20 of 20 conversations have one and the same prompt"):
+        instruction_examples(documents(*rows), prepared(), 160)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        instruction_examples(documents(*rows[:19]), prepared(), 160)
+        instruction_examples(documents(*rows, PAIR), prepared(), 160)
+
+
 def test_bad_input_is_refused_in_a_line() -> None:
     tokenizer = prepared()
     for bad, size, told in (

@@ -31,7 +31,7 @@ def asked(partition: str, alpha: float = 0.5, seed: int = 0) -> Settings:
 
 
 def dealt(found: Sequence[Document], clients: int, how: Settings) -> list[list[Document]]:
-    return [partitions.deal(found, client, clients, how) for client in range(clients)]
+    return partitions.deal(found, clients, how)
 
 
 def labelled(count: int, labels: int = 4) -> list[Document]:
@@ -74,8 +74,6 @@ def test_every_document_has_one_client_and_every_client_a_document(
     shares = dealt(found, clients, asked(kind, alpha, seed))
     assert all(shares)
     assert Counter(document for share in shares for document in share) == Counter(found)
-    partitions._owners_by_dirichlet.cache_clear()
-    partitions._owners_by_source.cache_clear()
     assert shares == dealt(found, clients, asked(kind, alpha, seed))
 
 
@@ -88,7 +86,7 @@ def test_iid_is_dealt_as_ever(clients: int) -> None:
 @pytest.mark.parametrize("kind", ["dirichlet", "source"])
 def test_a_skewed_share_keeps_the_order_of_one_client_alone(kind: str) -> None:
     found = [Document(f"text {number}", "ab"[number % 2], number % 4) for number in range(60)]
-    order = partitions.deal(found, 0, 1, asked(kind, seed=5))
+    (order,) = dealt(found, 1, asked(kind, seed=5))
     assert order == shard(found, 0, 1, 5) != found
     for share in dealt(found, 3, asked(kind, seed=5)):
         assert share == sorted(share, key=order.index)
@@ -118,7 +116,7 @@ def test_shares_of_a_label_follow_the_dirichlet_distribution() -> None:
     """Mean 1/K and variance (K-1)/(K^2 (K alpha + 1)) of one client's share of one label, over seeds."""
     found, alpha, clients = labelled(400, 2), 0.5, 4
     shares = [
-        Counter(d.label for d in partitions.deal(found, 0, clients, asked("dirichlet", alpha, seed)))[0] / 200
+        Counter(d.label for d in dealt(found, clients, asked("dirichlet", alpha, seed))[0])[0] / 200
         for seed in range(150)
     ]
     expected = (clients - 1) / (clients**2 * (clients * alpha + 1))
@@ -139,7 +137,7 @@ def test_the_partition_is_the_same_on_every_machine() -> None:
         "from zofed import config; from zofed.data import partitions; from zofed.data.documents import Document;"
         "found = [Document(f'text {n}', 'test', n % 4) for n in range(24)];"
         "how = config.resolve({'partition': 'dirichlet', 'seed': 8});"
-        "print([[found.index(d) for d in partitions.deal(found, c, 3, how)] for c in range(3)])"
+        "print([[found.index(d) for d in share] for share in partitions.deal(found, 3, how)])"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(told.stdout) == GOLDEN
@@ -189,8 +187,6 @@ def test_what_cannot_be_dealt_is_told_in_one_line() -> None:
         assert "10 clients are more clients than documents (9)" in complaint(
             lambda k=kind, f=found: dealt(f, 10, asked(k))
         )
-        for client in (-1, 3):
-            assert "use 0 to 2" in complaint(lambda k=kind, f=found, c=client: partitions.deal(f, c, 3, asked(k)))
     assert "'prose'" in complaint(lambda: dealt(plain, 2, asked("source"))) and dealt(plain, 1, asked("source"))
     assert "data merge" in complaint(lambda: dealt(plain, 2, asked("dirichlet")))
     assert "dirichlet-alpha = 0.0" in complaint(lambda: asked("dirichlet", 0.0))
@@ -238,7 +234,7 @@ def test_the_command_writes_who_holds_what(tmp_path: Path, zofed_command: Callab
     with (where / "partition.csv").open() as file:
         rows = list(csv.DictReader(file))
     for client, row in enumerate(rows):
-        share = partitions.deal(train, client, 3, asked("dirichlet", 0.1, 4))
+        share = dealt(train, 3, asked("dirichlet", 0.1, 4))[client]
         assert int(row["documents"]) == len(share) and f"{len(share):,}" in out
         assert int(row["characters"]) == sum(len(document.text) for document in share)
         assert int(row["label 0"]) == sum(document.label == 0 for document in share)
@@ -267,6 +263,8 @@ def rows_of(examples: encoding.Examples) -> Counter[tuple[int, ...]]:
 def test_a_task_deals_by_its_setting_and_a_client_splits_off_its_own_held_out_part() -> None:
     values = {"task": "classification", "dataset": "sample-sst2", "partition": "dirichlet", "block-size": 32}
     task = Task.load(config.resolve(values))
+    for client in (-1, 3):
+        assert "use 0 to 2" in complaint(lambda c=client: task.client_documents(c, 3))
     found = [task.client_documents(client, 3) for client in range(3)]
     assert found == dealt(task.train, 3, task.settings) != dealt(task.train, 3, asked("iid"))
     for client, share in enumerate(found):

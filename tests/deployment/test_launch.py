@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 
 import zofed
+from tests.clusters import NODE, ray_cluster
+from zofed import config
 from zofed.base.errors import UserError
 from zofed.deployment import flower_commands, flower_run, processes
+from zofed.runs.run_folder import RunFolder
 
 ROOT = Path(zofed.__file__).parent.parent
 
@@ -75,6 +78,36 @@ def test_ray_gets_the_cpus_that_the_nodes_can_use(nodes: int, per_node: int, cpu
         f"client-resources-num-cpus={per_node}",
         f"init-args-num-cpus={ray}",
     ]
+
+
+def test_a_ray_cluster_that_is_there_keeps_its_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert flower_run.federation_config(4, 1, 2) == "num-supernodes=4 client-resources-num-cpus=1"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_clients_of_a_simulation_lie_on_all_nodes_of_a_ray_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray._private.state import actors
+
+    from zofed.federated import simulation
+
+    short = {"rounds": 2, "clients": 2, "queries": 2, "batch-size": 2, "block-size": 16, "eval-examples": 8}
+    with ray_cluster(monkeypatch) as cluster:
+        cluster.add_node(**NODE)
+        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+        status = flower_run.flower_run({**short, "device": "cpu", "out": str(tmp_path / "two")}, 2, 1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        places = [own["Address"]["NodeID"] for own in actors().values() if own["ActorClassName"] == "ClientAppActor"]
+        ray.shutdown()
+    assert status == flower_commands.COMPLETED
+    assert len(places) == len(set(places)) == 2, "one client on either node"
+    simulation.simulate(config.resolve({**short, "device": "cpu", "out": str(tmp_path / "one")}), 0)
+    two, one = (RunFolder(tmp_path / name).summary()["digest"] for name in ("two", "one"))
+    assert two == one
 
 
 def test_run_config_survives_flowers_own_parser(tmp_path: Path) -> None:

@@ -33,6 +33,20 @@ def test_a_run_from_python_is_the_run_of_the_command(
     assert zofed.train(resume=run.path, quiet=True).summary == run.summary
 
 
+@pytest.mark.parametrize(
+    ("module", "quiet", "bar"), [("ipykernel", False, True), ("ipykernel", True, False), ("x", False, False)]
+)
+def test_a_notebook_sees_a_bar_and_a_line_at_each_evaluation(
+    module: str, quiet: bool, bar: bool, tmp_path: Path, corpus: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, module, sys)
+    zofed.train(**SMALL, steps=3, dataset=corpus, out=tmp_path / "run", quiet=quiet)
+    told, drawn = capfd.readouterr()
+    assert ("step 2/3  loss " in told) is not quiet
+    assert ("/3 [" in drawn) is bar, drawn
+
+
 def test_a_federation_from_python_goes_on_too(tmp_path: Path, corpus: Path) -> None:
     run = zofed.simulate(**SMALL, rounds=2, dataset=corpus, out=tmp_path / "run")
     assert run.summary["status"] == "completed" and len(run.summary["client_digests"]) == 2

@@ -5,11 +5,8 @@ import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,12 +14,11 @@ from typing import Any
 
 import pytest
 
+from tests.clusters import NODE, ZOFED, ray_cluster, runs
 from zofed.base.errors import UserError
-from zofed.experiments import sweep_file, sweep_process, sweep_ray
-from zofed.experiments.sweep import Run
+from zofed.experiments import sweep_process, sweep_ray
 from zofed.experiments.sweep_folder import LOCK, SweepFolder
 
-ZOFED = [sys.executable, "-c", "import sys; sys.argv[0] = 'zofed'; from zofed.commands.cli import main; main()"]
 Command = Callable[..., tuple[int, str, str]]
 
 SMALL = """
@@ -39,10 +35,6 @@ device = "cpu"
 [grid]
 mode = ["zo", "fo"]
 """
-
-
-def runs(**base: Any) -> list[Run]:
-    return sweep_file.of({"base": {"steps": 3} | base}).first()
 
 
 def nodes(*resources: dict[str, float]) -> Callable[[], list[dict[str, Any]]]:
@@ -136,22 +128,8 @@ def test_a_run_waits_for_an_earlier_process_of_its_own(tmp_path: Path, monkeypat
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A cluster of one CPU, whose place in the file system no other test's Ray looks at."""
-    from ray.cluster_utils import Cluster
-
-    place = tempfile.mkdtemp(prefix="zr-", dir="/tmp")  # short: sockets lie in it
-    monkeypatch.setenv("RAY_TMPDIR", place)
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("RAY_enable_metrics_collection", "0")
-    found = Cluster(initialize_head=True, head_node_args=NODE)
-    try:
+    with ray_cluster(monkeypatch) as found:
         yield found
-    finally:
-        found.shutdown()
-        shutil.rmtree(place, ignore_errors=True)
-
-
-NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
 
 
 def begin(out: Path, file: Path, address: str) -> "subprocess.Popen[str]":
@@ -183,16 +161,16 @@ def test_runs_of_a_node_that_dies_go_on_elsewhere_to_the_same_weights(
 ) -> None:
     node = cluster.add_node(**NODE)
     file, out = tmp_path / "sweep.toml", tmp_path / "ray"
-    file.write_text(SMALL)
+    file.write_text(SMALL.replace("steps = 60", "steps = 200"))  # a node that is slow to begin finds the other at work
     process = begin(out, file, cluster.address)
-    wait(process, lambda: sum(2 < len(done) < 40 for done in steps(out).values()) == 2)  # one on either node
+    wait(process, lambda: sum(2 < len(done) < 150 for done in steps(out).values()) == 2)  # one on either node
     cluster.remove_node(node, allow_graceful=False)
     told, errors = process.communicate(timeout=300)
     assert process.returncode == 0 and "4 runs complete, 0 of them before; 0 failed" in told, told + errors
     lost = [line.split()[2] for line in errors.splitlines() if "lost its node" in line]
     assert len(lost) == 1 and len(errors.splitlines()) == 1, errors
     for name, found in steps(out).items():
-        assert found == list(range(61)), name
+        assert found == list(range(201)), name
         starts = (out / "logs" / f"{name}.log").read_text().count("data: ")
         assert starts == 1 + (name in lost), f"{name} was begun {starts} times"
     assert zofed_command("sweep", file, "--out", tmp_path / "fork")[0] == 0

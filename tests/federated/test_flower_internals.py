@@ -42,6 +42,7 @@ def test_flowers_private_interfaces_are_those_zofed_was_written_against() -> Non
     assert "time.sleep(0.5)" in source, "the SuperNode's pause while it waits for an answer is another"
     assert {"task_id", "run_id", "node_id"} <= set(dir(type(flower_messages.TaskIdentity)))
     assert parameters(flower_messages.get_all_nested_objects) == ["obj"]
+    assert parameters(flower_messages.no_object_id_recompute) == []
     for decorator in (ClientApp.train, ClientApp.evaluate, ClientApp.query):
         assert parameters(decorator)[:2] == ["self", "action"]
     assert parameters(ServerApp.__call__) == ["self", "grid", "context"]
@@ -94,6 +95,25 @@ def test_a_message_waits_a_twentieth_of_the_pause_before_it(gap: float) -> None:
     while clock.now < gap:
         patience.sleep(3)
     assert clock.now - gap <= max(Patience.LOOK_S, gap / 20) + 1e-9
+
+
+@pytest.mark.parametrize(("quickest", "look", "least", "most"), [
+    (0.004, 0.015, 0.05, 0.05),  # as quick as a machine that has other work, too
+    (0.2, 0.25, 0.05, 0.1),  # a slow link: as ever
+    (0.008, 0.1, 1.0, 1.5),  # the SuperLink is busy with others
+    (0.008, 2.0, 3.0, 3.0),
+])  # fmt: skip
+def test_looks_that_take_longer_than_the_quickest_follow_each_other_less_often(
+    quickest: float, look: float, least: float, most: float
+) -> None:
+    clock = Clock()
+    patience = Patience(lambda: clock.now, clock.sleep)
+    for took in (quickest, quickest, look):
+        patience.sleep(0.5)  # a message was there, so that no pause is long by itself
+        patience.sleep(3)
+        clock.now += took
+        patience.sleep(3)
+    assert least <= clock.slept[-1] <= most
 
 
 class Fake:

@@ -23,6 +23,7 @@ from zofed.federated import client, server
 from zofed.federated.local_grid import LocalGrid
 from zofed.federated.rounds import Rounds
 from zofed.federated.server import Server
+from zofed.runs import repair
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import read_table
 from zofed.training.trainer import Trainer
@@ -187,6 +188,27 @@ def test_a_finished_run_started_again_changes_nothing(quick: Quick, start: Start
     assert again["digest"] == first["digest"]
     assert again["client_digests"] == first["client_digests"]
     assert RunFolder(Path(started[1].out)).journal.read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", [3, 5])
+def test_half_of_what_an_exchange_gave_is_asked_for_again(
+    quick: Quick, start: Start, kept: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk may keep the first of two records that were written at once: the rounds after it stay where they were."""
+    digest, entries, _ = whole_run(quick, start, "several")
+    grid, settings = start(quick(save_interval=2, **WAYS["several"]))
+    run((grid, settings))
+    folder = RunFolder(Path(settings.out))
+    log, logged = folder.path / "rounds.log", (folder.path / "rounds.log").read_bytes()
+    repair.cut(folder, kept - 1)
+    log.write_bytes(logged)
+    with open(folder.journal, "ab") as file:
+        file.write(entries[kept - 1])
+    client.forget()
+    summary = run(start(quick(save_interval=2, **WAYS["several"])))
+    assert f"rounds {kept} to {kept} were not whole on disk: asking for them again" in capsys.readouterr().out
+    assert records_of(folder.path) == entries
+    assert summary["client_digests"] == {"0": digest, "1": digest}
 
 
 # --- a process that is killed ---

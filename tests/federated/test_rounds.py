@@ -114,7 +114,7 @@ def test_the_server_makes_the_guide_from_public_data(quick: Quick, start: Start,
     for index in range(2):
         grid.context(index).node_config["mode"] = "zo"
     assert_one_model(run((grid, settings)), [0, 1])
-    assert {plan.task for plan in grid.plans} <= {"slopes", "guided", "none"}, "no client is asked to backpropagate"
+    assert {plan.task for plan in grid.plans} <= {"slopes", "guided", "none", "end"}, "none is asked to backpropagate"
 
 
 @pytest.mark.parametrize("mode", ["fo", "instruct", "calibrate"])
@@ -241,6 +241,26 @@ def test_only_the_sampled_clients_are_asked_and_all_end_alike(quick: Quick, star
     expected = [tuple(members_of(settings, 4).sampled(round_)) for round_ in range(1, 6)]
     assert [record.clients for record in seeded_of(tmp_path / "run")] == expected
     assert len(set(expected)) > 1
+
+
+def test_one_client_alone_is_asked_where_that_is_wanted(quick: Quick, start: Start, tmp_path: Path) -> None:
+    grid, settings = start(quick(only_client=2, rounds=3), 4)
+    assert_one_model(run((grid, settings)), range(4))
+    assert [record.clients for record in seeded_of(tmp_path / "run")] == [(2,)] * 3
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"only_client": 4}, "only-client = 4: the clients here are 0, 1, 2, 3; name one"),
+        ({"only_client": 1, "quorum": 2}, "quorum = 2: only-client asks one client a round; leave one out"),
+    ],
+)
+def test_a_client_alone_must_be_there_and_be_enough(
+    quick: Quick, start: Start, wrong: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(UserError, match=told):
+        run(start(quick(**wrong), 4))
 
 
 def fail(*_: Any) -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -261,7 +262,10 @@ def test_rounds_of_one_exchange_stay_together(tmp_path: Path, quick: Quick) -> N
         repair.cut(RunFolder(out), 3)
     spoil(out, 4)
     assert repair.last_to_go_on_from(RunFolder(out), journal.survey(RunFolder(out).journal)) == 2
-    assert round_log.begins_exchange(out, 3) and not round_log.begins_exchange(out, 4)
+    assert [round_log.exchange_of(out, round_) for round_ in range(1, 8)] == [1, 1, 3, 3, 5, 5, 7]
+    with closing(round_log.RoundLog(out)) as log:
+        log.write({"round": 3, "now": {}})  # asked once more, for one round
+    assert [round_log.exchange_of(out, round_) for round_ in (3, 4, 6)] == [3, 4, 6]
 
 
 @pytest.mark.slow

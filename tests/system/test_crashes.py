@@ -1,6 +1,6 @@
 """What a power cut or a full disk leaves of a run's folder: it goes on to the same weights and the same tables.
 
-`python tests/system/test_crashes.py N` prints how N images of each run end with the zofed that is on the path.
+`PYTHONPATH=. python tests/system/test_crashes.py N` prints how N images of each run end.
 """
 
 import json
@@ -16,15 +16,10 @@ from typing import Any
 
 import pytest
 
+from benchmarks.crash import TABLES, gone_on, tables, written_corpus
 from zofed import config
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.data import documents
-from zofed.federated import client, server
-from zofed.federated.local_grid import LocalGrid
-from zofed.runs.run_folder import RunFolder
-from zofed.runs.tables import read_table
-from zofed.training import central
 from zofed.training.trainer import Trainer
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -32,7 +27,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "fo": {"mode": "fo", "optimizer": "adamw", "learning-rate": 1e-3},
     "federated": {"clients": 2, "client-held-out-fraction": 0.2, "steps-per-message": 2},
 }
-TABLES = ("metrics.csv", "evaluations.csv", "rounds.csv", "clients.csv", "client_evaluations.csv", "partition.csv")
 MOMENTS = (0, 3, 6)  # rounds behind whose checkpoint, or line, the folder is caught; then at the end
 
 
@@ -42,27 +36,6 @@ def settings_of(way: str, corpus: Path) -> Settings:
         "eval-interval": 3, "eval-examples": 4, "save-interval": 2, "device": "cpu",
     }  # fmt: skip
     return config.resolve(small | WAYS[way])
-
-
-def carried_out(way: str, settings: Settings, out: Path) -> dict[str, Any]:
-    """The run, new or from what stands in its folder."""
-    if way == "federated":
-        client.forget()
-        settings = settings.model_copy(update={"out": str(out)})
-        return server.run(LocalGrid(client.app, 2, settings.model_dump(by_alias=True)), settings, "")
-    if RunFolder(out).journal.exists():
-        return central.resume(out, lambda _: None)
-    return central.train(settings, out, lambda _: None)
-
-
-def tables(out: Path) -> dict[str, list[dict[str, str]]]:
-    """All lines but for what clocks say, and for bytes: a client that begins anew is sent what it lacks."""
-    apart = ("timestamp", "seconds", "bytes", "payload")
-    return {
-        name: [{key: row[key] for key in row if not key.startswith(apart)} for row in read_table(out / name)]
-        for name in TABLES
-        if (out / name).exists()
-    }
 
 
 class Undisturbed:
@@ -81,7 +54,7 @@ class Undisturbed:
 
         Trainer._account = catching  # type: ignore[method-assign]
         try:
-            self.digest = carried_out(way, self.settings, place / "whole")["digest"]
+            self.digest = gone_on(way, self.settings, place / "whole")["digest"]
         finally:
             Trainer._account = account  # type: ignore[method-assign]
         self.tables = tables(place / "whole")
@@ -101,7 +74,7 @@ class Undisturbed:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                digest = carried_out(self.way, self.settings, out)["digest"]
+                digest = gone_on(self.way, self.settings, out)["digest"]
         except UserError as error:
             return f"refused: {what}: {error}"
         except Exception as error:
@@ -157,12 +130,6 @@ def spoilt(path: Path, chance: random.Random) -> str:
     return f"{path.name} {how} at byte {at} of {len(raw)}"
 
 
-def written_corpus(path: Path) -> Path:
-    chosen = documents.load_documents("sample-dclm")[:40]
-    path.write_text("".join(json.dumps({"text": document.text}) + "\n" for document in chosen), encoding="utf-8")
-    return path
-
-
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Undisturbed]]:
     found: dict[str, Undisturbed] = {}
@@ -196,7 +163,7 @@ def test_a_finished_federation_gives_its_tables_back_to_the_byte(
     before = {table: (out / table).read_bytes() for table in TABLES if not table.startswith("metrics")}
     (out / name).write_bytes((out / name).read_bytes()[:150])
     summary = json.loads((out / "summary.json").read_text())
-    again = carried_out("federated", run.settings, out)
+    again = gone_on("federated", run.settings, out)
     assert {table: (out / table).read_bytes() for table in before} == before
     kept = ("digest", "replies", "bytes_up_per_client_round", "payload_down_per_client_round", "tokens", "bytes")
     assert {key: again[key] for key in kept} == {key: summary[key] for key in kept}

@@ -4,12 +4,15 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from federations import Meddling, run
 
+from zofed import config
 from zofed.deployment import flower_commands, processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -35,20 +38,20 @@ class Machines:
         assert "Traceback" not in done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    def start(self, name: str, *command: object) -> None:
+    def start(self, name: str, *command: object, by: tuple[str, ...] = (ZOFED,)) -> None:
         with (self.folder / f"{name}.log").open("wb") as log:
             self.processes[name] = subprocess.Popen(
-                [ZOFED, *map(str, command)], env=self.environment, cwd=self.folder, stdout=log, stderr=log,
+                [*by, *map(str, command)], env=self.environment, cwd=self.folder, stdout=log, stderr=log,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
     def superlink(self) -> None:
         self.start("superlink", "superlink", "--port", self.port, "--name", "lab")
 
-    def node(self, index: int, *more: object, key: str = "") -> None:
+    def node(self, index: int, *more: object, key: str = "", by: tuple[str, ...] = (ZOFED,)) -> None:
         words = ["--ca", "keys/ca.crt", "--key", key or f"keys/nodes/node{index}.key", "--device", "cpu", *more]
         place = ["--partition-id", index, "--num-partitions", 2]
-        self.start(f"node{index}", "supernode", "--superlink", f"localhost:{self.port}", *place, *words)
+        self.start(f"node{index}", "supernode", "--superlink", f"localhost:{self.port}", *place, *words, by=by)
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
@@ -169,3 +172,57 @@ def test_a_node_that_may_not_connect_says_why_and_waits(machines: Machines, tmp_
     assert "cuda:7" in told
     told = machines.run("superlink", "--port", machines.port, well=False)
     assert "in use; choose another port" in told
+
+
+# `zofed supernode` whose worker says five megabytes and a terminal's commands where it has slopes to tell.
+LYING_NODE = """
+import sys
+from zofed.commands import cli
+from zofed.deployment import supernode
+true = supernode.worker_command
+supernode.worker_command = lambda *words: [sys.executable, "worker.py", *true(*words)[1:]]
+cli.main()
+"""
+LYING_WORKER = """
+from dataclasses import replace
+from zofed.commands import cli
+from zofed.federated import messages
+from zofed.federated.protocol import Answer
+pack = messages.pack
+lie = lambda told: replace(told, problem="\\x1b[2Jround 9/9" * 400_000) if isinstance(told, Answer) else told
+messages.pack = lambda told: pack(lie(told))
+cli.main()
+"""
+
+
+def test_a_policy_and_a_lying_client_are_told_by_name_over_tls(
+    machines: Machines, tmp_path: Path, corpus: Path
+) -> None:
+    (tmp_path / "policy.toml").write_text('objectives = ["loss"]\nsmallest-batch = 2\nsnapshots = false\n')
+    (tmp_path / "node.py").write_text(LYING_NODE)
+    (tmp_path / "worker.py").write_text(LYING_WORKER)
+    machines.run("keys", "init", "localhost", "--node", "node0", "--node", "node1")
+    machines.superlink()
+    machines.node(0, "--policy", "policy.toml")
+    machines.node(1, by=(sys.executable, "node.py"))
+    machines.until(lambda: all("is ready" in machines.log(f"node{i}") for i in range(2)), "the workers are ready")
+
+    settings = [*QUICK, "--dataset", corpus, "--rounds", 3, "--save-interval", 0, "--device", "cpu", "--out"]
+    beyond = "objective = 'accuracy', but this node's policy has objectives = [\"loss\"]: take loss, or have the node"
+    told = machines.run("run", "lab", "--objective", "accuracy", *settings, "beyond", well=False)
+    assert f"client 0: {beyond}" in told and f"refused: {beyond}" in machines.log("node0")
+
+    told = machines.run("run", "lab", "--quorum", 1, *settings, "within")
+    assert "client 1: malformed reply: 5,200," in told and "and what is asked for has 65,576 at most" in told
+    assert "\x1b[2J" not in told
+    within = json.loads((tmp_path / "within" / "summary.json").read_text())
+    assert within["replies"] == {"0": {"used": 3}, "1": {"malformed": 3}}
+    assert within["client_digests"] == dict.fromkeys("01", within["digest"])
+    without = config.resolve(
+        {"clients": 2, "quorum": 1, "dataset": str(corpus), "out": str(tmp_path / "without")}
+        | {"queries": 4, "block-size": 16, "batch-size": 2, "eval-examples": 8, "rounds": 3, "save-interval": 0}
+        | {"device": "cpu"}
+    )
+    alone = Meddling(without, 2)
+    alone.before = lambda index, plan: 1 / (1 - index) if plan.task == "slopes" else None
+    assert run((alone, without))["digest"] == within["digest"]

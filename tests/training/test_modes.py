@@ -6,6 +6,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -291,7 +292,7 @@ def test_a_subspace_decays_by_its_rate_and_interval_once_a_record(quick: Quick) 
 
 def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
     """The weights go down the estimate, hence the coefficients are written with the sign turned."""
-    steps, _, replica = steps_of(quick(**SUBSPACE))
+    steps, _, replica = steps_of(quick(**SUBSPACE, learning_rate=0.01, direction_scale="equal"))
     record = steps.in_subspace(1).record
     assert isinstance(record, Seeded)
     seeds = directions.direction_seeds(0, 1, 0, 9)[:3]
@@ -299,6 +300,31 @@ def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
     found = subspace.trained(batches, replica.parameters, "core", seeds, 9, Optimizer("adamw"), 0.01)
     moved = [-math.ldexp(c * record.rate / record.divisor, record.exponent) for c in record.coefficients]
     assert moved == pytest.approx(found.coefficients, abs=2**-17 * max(map(abs, found.coefficients)))
+
+
+def test_with_server_momentum_a_subspace_moves_by_the_running_mean_of_its_rounds(quick: Quick) -> None:
+    def moves(momentum: float, records: list[Seeded]) -> list[torch.Tensor]:
+        """How far each record moves the weights."""
+        _, _, replica = steps_of(quick(**SUBSPACE, server_momentum=momentum))
+        found = []
+        for record in records:
+            start = torch.cat([tensor.detach().flatten() for tensor in replica.parameters.values()])
+            replica.apply(journal.link(replica.head, record))
+            found.append(torch.cat([tensor.detach().flatten() for tensor in replica.parameters.values()]) - start)
+        return found
+
+    steps, _, replica = steps_of(quick(**SUBSPACE, server_momentum=0.8))
+    made = []
+    for round_ in (1, 2, 3):
+        record = steps.in_subspace(round_).record
+        assert isinstance(record, Seeded)
+        made.append(record)
+        replica.apply(journal.link(replica.head, record))
+    plain = moves(0.0, [replace(record, divisor=record.rate) for record in made])
+    mean = torch.zeros_like(plain[0])
+    for one, smoothed in zip(plain, moves(0.8, made), strict=True):
+        mean = 0.8 * mean + 0.2 * one
+        torch.testing.assert_close(smoothed, mean, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.5])

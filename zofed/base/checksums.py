@@ -1,6 +1,7 @@
 """CRC-32 of many parts of one byte string, from those of its beginnings: in linear time however the parts overlap."""
 
 import zlib
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +30,24 @@ def crc32_of_parts(raw: bytes, starts: NDArray[np.int64], stops: NDArray[np.int6
 
 def _followed_by(crcs: Words, lengths: NDArray[np.int64]) -> Words:
     """The CRCs times x^(8 length)."""
-    power, found = _X8, crcs
+    found = crcs
     for bit in range(int(lengths.max(initial=0)).bit_length()):
-        # Multiplication is linear: a product is the sum of those of its four bytes.
-        low, second, third, high = (
-            _times(np.arange(256, dtype=np.uint32) << np.uint32(shift), power) for shift in (0, 8, 16, 24)
-        )
+        low, second, third, high = _times_power(bit)
         times = low[found & 255] ^ second[found >> 8 & 255] ^ third[found >> 16 & 255] ^ high[found >> 24]
         found = np.where(lengths >> bit & 1 == 1, times, found)
-        power = int(_times(np.array([power], np.uint32), power)[0])
     return found
+
+
+@cache
+def _power(bit: int) -> int:
+    """x^(8 * 2^bit)."""
+    return int(_times(np.array([_power(bit - 1)], np.uint32), _power(bit - 1))[0]) if bit else _X8
+
+
+@cache
+def _times_power(bit: int) -> tuple[Words, ...]:
+    """The product of each byte, in each of the four places of a CRC, with x^(8 * 2^bit): it is linear in the bytes."""
+    return tuple(_times(np.arange(256, dtype=np.uint32) << np.uint32(shift), _power(bit)) for shift in (0, 8, 16, 24))
 
 
 def _times(some: Words, factor: int) -> Words:

@@ -24,7 +24,7 @@ def shipped(name: str) -> Path:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write beside the target, sync, then rename: no reader and no crash meets half a file.
+    """Write beside the target, sync, then rename: no reader and no crash meets half a file; durable when this returns.
 
     A file that was there keeps its mode and its group.
     """
@@ -45,6 +45,7 @@ def _write_whole(path: Path, raw: bytes, mode: int) -> None:
         take_mode(temporary, path)
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def open_private(path: str, flags: int) -> int:
@@ -59,8 +60,14 @@ def make_private(path: Path) -> None:
 
 
 def private_folder(path: Path) -> Path:
-    """The folder, made its owner's alone where there is none; one that is there stays as it is. Returns it."""
+    """The folder, made its owner's alone where there is none; one that is there stays as it is. Returns it.
+
+    Durable with every folder on the way that was not there: what is synced in a folder that is gone is gone, too.
+    """
+    made = [one for one in (path, *path.parents) if not one.exists()]
     path.mkdir(mode=PRIVATE_FOLDER, parents=True, exist_ok=True)
+    for one in reversed(made):
+        sync_folder(one.parent)
     return path
 
 
@@ -131,6 +138,8 @@ def whole_folder(path: Path, private_as: Path | None = None) -> Iterator[None]:
                 take_mode(found, private_as / found.relative_to(path))
             if found.is_file():
                 sync_file(found)
+            elif found.is_dir():
+                sync_folder(found)
         if private_as:
             take_mode(path, private_as)
         sync_folder(path)

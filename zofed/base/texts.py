@@ -19,6 +19,11 @@ def one_line(text: str, longest: int = LONGEST) -> str:
     return line if len(line) <= longest and len(text) <= 2 * longest else line[: longest - 1] + "…"
 
 
+def is_count(text: str) -> bool:
+    """Whether a text is a whole number from 0 on that 64 bits hold: what Python need not refuse to read."""
+    return text.isdecimal() and len(text) <= 18
+
+
 def said_by(error: BaseException) -> str:
     """An error's own words as one printable line without a full stop, to stand in a sentence.
 

@@ -1,5 +1,6 @@
 """The command line: `zofed --help` lists the commands."""
 
+import logging
 import os
 import sys
 import warnings
@@ -11,7 +12,7 @@ import typer
 import typer.core
 
 from zofed import __version__
-from zofed.base import interruption, proxies, streams, torchrun
+from zofed.base import environment, interruption, log, proxies, streams, torchrun
 from zofed.base.errors import Interrupted, UserError
 from zofed.commands.groups import Grouped
 
@@ -49,11 +50,15 @@ def main() -> None:
     os.environ.update(proxies.exempt(os.environ))  # before httpx or a process of Flower's reads them
     interruption.listen()
     try:
+        log.prepare()
+        if log.is_debug():
+            logging.getLogger("zofed").debug("%s in %s, by %s", sys.argv, os.getcwd(), environment.code())
         if torchrun.place().world > 1 and sys.argv[1:2] != ["train"]:
             raise UserError("torchrun starts a command once in every process: of zofed's it takes train alone")
         status = app(standalone_mode=False, prog_name="zofed")
         sys.stdout.flush()
     except UserError as error:
+        log.trace()
         message, status = str(error), 2
     except click.NoSuchOption as error:
         from zofed.commands import mistakes
@@ -67,6 +72,7 @@ def main() -> None:
             sys.exit(streams.READER_GONE)
         from zofed.commands import mistakes
 
+        log.trace()
         message, status = mistakes.refused_by_system(error), 2
     except SystemExit:
         if not streams.reader_has_gone():  # click's answer to that

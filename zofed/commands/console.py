@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.table import Table
 
-from zofed.base import shell
+from zofed.base import log, shell
 from zofed.runs.progress import Progress
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import Row
@@ -69,7 +69,7 @@ class Reporter:
         self.live: rich.progress.Progress | None = None
 
     def __enter__(self) -> "Reporter":
-        if console.is_terminal:
+        if console.is_terminal and log.shows_progress():
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -96,7 +96,7 @@ class Reporter:
         if self.live:
             self.live.update(self.bar, completed=row["step"], description=losses, pace=pace)
         elif row.get("eval_loss") is not None:
-            print(self.told.line(row), flush=True)
+            log.tell(self.told.line(row))
 
 
 def tell_end(folder: RunFolder, summary: dict[str, Any], *command: str) -> None:

@@ -150,6 +150,7 @@ def merge(
 def stats(
     name: Name,
     tokenizer: Annotated[str, typer.Option(help="shipped, gpt2 or a folder: what counts the tokens")] = "shipped",
+    as_json: AsJson = False,
 ) -> None:
     """Documents, characters, tokens, percentiles of the lengths, duplicates, sources and labels."""
     from zofed.data import documents, mixing
@@ -160,12 +161,27 @@ def stats(
         found = mixing.stats(loaded, chosen, progress)
     import numpy as np
 
+    lengths_in = {"characters": found.characters, "tokens": found.tokens}
+    if as_json:
+        at = [*mixing.PERCENTILES, 100]
+        print_json({
+            "documents": len(loaded),
+            **{unit: int(lengths.sum()) for unit, lengths in lengths_in.items()},
+            "exact_duplicates": found.duplicates,
+            "percentiles": {
+                unit: dict(zip(map(str, at), np.percentile(lengths, at).tolist(), strict=True))
+                for unit, lengths in lengths_in.items()
+            },
+            "sources": dict(found.sources.most_common()),
+            "labels": {"none" if label is None else str(label): count for label, count in found.labels.items()},
+        })  # fmt: skip
+        return
     console.print(f"documents         {len(loaded):,}")
     console.print(f"characters        {found.characters.sum():,}")
     console.print(f"tokens            {found.tokens.sum():,} ({tokenizer})")
     console.print(f"exact duplicates  {found.duplicates:,} ({found.duplicates / len(loaded):.2%})")
     table = Table("length in", *(f"{p} %" for p in mixing.PERCENTILES), "max", box=None, pad_edge=False)
-    for unit, lengths in (("characters", found.characters), ("tokens", found.tokens)):
+    for unit, lengths in lengths_in.items():
         table.add_row(
             unit, *(f"{value:,.0f}" for value in np.percentile(lengths, mixing.PERCENTILES)), f"{lengths.max():,}"
         )
@@ -182,11 +198,21 @@ def stats(
 def distribution(
     name: Name,
     chunks: Annotated[int, typer.Option(min=0, help="consecutive parts to compare; 0: 10, or what the data allow")] = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Test whether the sources are evenly mixed over the length of a data set; status 1 where they are not."""
     from zofed.data import documents, mixing
 
     found = mixing.distribution(documents.load_documents(name), chunks)
+    if as_json:
+        print_json({
+            "counts": {source: row.tolist() for source, row in zip(found.sources, found.counts, strict=True)},
+            "chi_square": float(found.chi_square), "freedom": int(found.freedom), "p_value": float(found.p_value),
+            "even": bool(found.even),
+        })  # fmt: skip
+        if not found.even:
+            raise typer.Exit(1)
+        return
     table = Table("source", "all", *(str(number) for number in range(1, found.counts.shape[1] + 1)), box=None)
     # The largest, in the order of their names.
     shown = sorted(sorted(range(len(found.sources)), key=lambda at: -found.counts[at].sum())[:SOURCES_SHOWN])
@@ -229,7 +255,7 @@ def show_partition(
         }
     )
     found, _ = documents.split_held_out(documents.load_documents(name), settings.held_out_fraction, settings.seed)
-    shares = {client: partitions.deal(found, client, clients, settings) for client in range(clients)}
+    shares = dict(enumerate(partitions.deal(found, clients, settings)))
     counts = {client: partitions.counts(share, partition) for client, share in shares.items()}
     characters = {client: sum(len(document.text) for document in share) for client, share in shares.items()}
     columns, rows = partitions.table(partitions.largest(counts, pictures.GROUPS_SHOWN), characters)

@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("superlink")(superlink)
     app.command("supernode")(supernode)
+    app.command("policy")(show_policy)
     app.command("worker")(worker)
     app.command("run", cls=FederatedCommand)(with_settings(run))
 
@@ -64,6 +65,9 @@ def supernode(
     dataset: Annotated[str, typer.Option(help="this node's own data; empty: its share of the run's")] = "",
     mode: Annotated[str, typer.Option(help="fo: can backpropagate; zo: forward passes only")] = "fo",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; empty: as the run says")] = "",
+    policy: Annotated[
+        str, typer.Option(help="file of what runs may have this node do (zofed policy); empty: the default")
+    ] = "",
     port: Annotated[int, typer.Option(min=0, max=65535, help="of its own API on this machine; 0: a free one")] = 0,
     insecure: Insecure = False,
 ) -> None:
@@ -79,7 +83,7 @@ def supernode(
     elif ca is None or key is None:
         raise UserError("give --ca and --key, as zofed keys made them (or --insecure for a trial on one machine)")
     check_device(device)
-    node_config = supernode.node_config(partition_id, num_partitions, dataset, mode)
+    node_config = supernode.node_config(partition_id, num_partitions, dataset, mode, policy)
     root_certificates = config.absolute(ca, "ca") if ca else None
     own_key = config.absolute(key, "key") if key else None
     address = Address.of(superlink)
@@ -89,6 +93,16 @@ def supernode(
     except KeyboardInterrupt:
         status = 130
     raise typer.Exit(status)
+
+
+def show_policy(
+    file: Annotated[Path | None, typer.Argument(help="TOML file; what it does not say is as in the default")] = None,
+) -> None:
+    """What runs may have a node do, by a policy's file or by default: a file to start from, for supernode --policy."""
+    from zofed.federated import policy
+
+    found = policy.read(config.absolute(file, "policy")) if file else policy.DEFAULT
+    print(policy.to_toml(found), end="")
 
 
 def worker(

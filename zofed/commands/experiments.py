@@ -3,7 +3,7 @@
 import math
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Group
@@ -12,13 +12,13 @@ from rich.table import Table
 from rich.text import Text
 
 from zofed import config
-from zofed.base import shell
+from zofed.base import log, shell
 from zofed.base.errors import Interrupted, UserError
 from zofed.base.texts import duration
 from zofed.commands.console import AsJson, brief, console, figure, print_json, print_table
 from zofed.commands.groups import CommandGroup
 from zofed.commands.options import SettingsCommand, with_settings
-from zofed.experiments import sweep_engine
+from zofed.experiments import slurm_options, sweep_engine
 
 if TYPE_CHECKING:
     from zofed.experiments.sweep import Sweep
@@ -33,16 +33,22 @@ Out = Annotated[Path | None, typer.Option(help="PNG file to write; empty: beside
 Folder = Annotated[Path, typer.Argument(help="folder of a sweep, or one that holds folders of runs")]
 Engine = Annotated[
     sweep_engine.Name,
-    typer.Option(help="what carries the runs out: fork, on this machine, or ray, on the cluster at RAY_ADDRESS"),
+    typer.Option(help="what carries the runs out: fork: this machine; ray: the cluster at RAY_ADDRESS; slurm: sbatch"),
 ]
 Parallel = Annotated[
     int | None,
     typer.Option(
-        min=1, help="runs at a time, each in a process of its own [1; with ray as many as fit]", show_default=False
+        min=1,
+        help="runs at a time, each in a process of its own [1; ray: what fits; slurm: all]",
+        show_default=False,
     ),
 ]
 GpusPerRun = Annotated[
     float, typer.Option(min=0, max=1, help="share of a GPU for each run: as many at a time as the GPUs hold")
+]
+Slurm = Annotated[
+    list[str] | None,
+    typer.Option(help="KEY=VALUE, or KEY: an option of sbatch, as partition=gpu; may be repeated (--engine slurm)"),
 ]
 RunPath = Annotated[Path, typer.Argument(help="folder of a run")]
 
@@ -61,6 +67,7 @@ def sweep(
     parallel: Parallel = None,
     gpus_per_run: GpusPerRun = 0.0,
     engine: Engine = "fork",
+    slurm: Slurm = None,
     with_controls: Annotated[
         bool,
         typer.Option(
@@ -80,7 +87,8 @@ def sweep(
 
     path = sweep_file.find(file)
     out = options.pop("out", "")
-    wanted = sweep_file.read(path, scale, options, data or [], with_controls=with_controls)
+    own = slurm_of(engine, slurm)
+    wanted = sweep_file.read(path, scale, options, data or [], with_controls=with_controls, slurm=own)
     if idle := wanted.without_effect(options):
         raise UserError("; ".join(idle))
     if idle := wanted.without_effect(key for key in wanted.base if key not in options):
@@ -89,11 +97,20 @@ def sweep(
     if dry_run:
         from zofed.experiments import sweep_cost  # torch and transformers take seconds to load
 
-        with sweep_engine.opened(engine, parallel, gpus_per_run) as chosen:
+        with sweep_engine.opened(engine, parallel, gpus_per_run, wanted.slurm) as chosen:
             for line in sweep_cost.estimate(wanted, chosen.places(wanted.first())):
+                console.print(line, markup=False)
+            for line in chosen.requests(wanted.first()):
                 console.print(line, markup=False)
         return
     carry_out(wanted, folder_path, engine, parallel, gpus_per_run)
+
+
+def slurm_of(engine: sweep_engine.Name, pairs: list[str] | None) -> dict[str, Any]:
+    """Options of sbatch from those typed. Raises UserError for what is none, and where no job is asked of Slurm."""
+    if pairs and engine != "slurm":
+        raise UserError(f"--slurm {pairs[0]}: it is for --engine slurm, and this is --engine {engine}")
+    return slurm_options.typed(pairs or [])
 
 
 def carry_out(
@@ -105,7 +122,7 @@ def carry_out(
     from zofed.experiments.sweep_runner import Runner
 
     folder = SweepFolder(path)
-    with sweep_engine.opened(engine, parallel, gpus_per_run) as chosen, folder.opened():
+    with sweep_engine.opened(engine, parallel, gpus_per_run, wanted.slurm) as chosen, folder.opened():
         wanted = folder.begin(wanted)
         at_a_time = chosen.places(wanted.first())
         console.print(f"sweep: {folder.path}: {wanted.size}, {at_a_time} at a time", markup=False)
@@ -146,7 +163,7 @@ class Watching:
     """Shows a sweep's board as it changes: a table on a terminal, else a line for each run that ends."""
 
     def __init__(self) -> None:
-        self.live = Live(console=console, transient=True) if console.is_terminal else None
+        self.live = Live(console=console, transient=True) if console.is_terminal and log.shows_progress() else None
         self.told = 0
 
     def __enter__(self) -> "Watching":
@@ -170,7 +187,7 @@ class Watching:
         for at, run in enumerate(board.ended[self.told :], board.skipped + self.told + 1):
             how = f"held-out {run.loss:.4f}" if math.isfinite(run.loss) else "diverged"
             how = f"failed: {run.error}" if run.error else f"{how}, {run.seconds:.1f} s"
-            print(f"[{at}/{board.most}] {run.name}: {how}{left}", flush=True)
+            log.tell(f"[{at}/{board.most}] {run.name}: {how}{left}")
         self.told = len(board.ended)
 
 

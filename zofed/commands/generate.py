@@ -12,6 +12,7 @@ from rich.text import Text
 
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
+from zofed.base.parsing import from_json
 from zofed.base.texts import printable
 from zofed.commands.console import console
 from zofed.runs.run_folder import check_is_one
@@ -115,8 +116,8 @@ def _of_row(line: str, place: str) -> "Request":
     from zofed.training.asking import Request
 
     try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        row: Any = from_json(line)
+    except ValueError as error:
         raise UserError(f"{place} is no JSON: write an object, or a text in quotes") from error
     if isinstance(row, str):
         return Request(text=row)

@@ -118,6 +118,11 @@ GROUPS = {
             "Run one client, until Ctrl-C: a SuperNode and the process that computes; both are started anew if they "
             "die.",
         ),
+        "policy": (
+            "deployment",
+            "What runs may have a node do, by a policy's file or by default: a file to start from, for supernode "
+            "--policy.",
+        ),
         "worker": (
             "deployment",
             "Answer a SuperNode's messages in one process that keeps the model; for flower-supernode --isolation "

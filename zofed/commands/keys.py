@@ -7,7 +7,7 @@ import typer
 from rich.table import Table
 
 from zofed.base import shell
-from zofed.commands.console import console
+from zofed.commands.console import AsJson, console, print_json
 from zofed.commands.groups import CommandGroup
 
 keys_app = typer.Typer(cls=CommandGroup, no_args_is_help=True, help=__doc__)
@@ -88,23 +88,29 @@ def renew(
 
 
 @keys_app.command()
-def show(folder: Keys = Path("keys")) -> None:
+def show(folder: Keys = Path("keys"), as_json: AsJson = False) -> None:
     """Show how long the certificates last, what they are for, and which nodes are enrolled."""
     from zofed.deployment import certificates, key_files
 
-    table = Table("certificate", "from", "until", "days left", "for", box=None, pad_edge=False)
+    rows = []
     for name in (key_files.CA, key_files.SERVER):
         found = key_files.certificate(folder / name)
-        left = certificates.days_left(found)
-        table.add_row(
-            name,
-            f"{found.not_valid_before_utc:%Y-%m-%d}",
-            f"{found.not_valid_after_utc:%Y-%m-%d}",
-            str(left) if left >= 0 else "expired",
-            ", ".join(certificates.names_of(found)) or found.subject.rfc4514_string(),
-        )
-    console.print(table)
+        rows.append({
+            "certificate": name,
+            "from": f"{found.not_valid_before_utc:%Y-%m-%d}",
+            "until": f"{found.not_valid_after_utc:%Y-%m-%d}",
+            "days left": certificates.days_left(found),
+            "for": ", ".join(certificates.names_of(found)) or found.subject.rfc4514_string(),
+        })  # fmt: skip
     nodes = key_files.enrolled(folder)
+    if as_json:
+        enrolled = {name: key_files.fingerprint(public) for name, public in nodes.items()}
+        print_json({"certificates": rows, "enrolled": enrolled})
+        return
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(("expired" if key == "days left" and row[key] < 0 else str(row[key])) for key in row))
+    console.print(table)
     listing = Table("enrolled", "fingerprint of its key", box=None, pad_edge=False)
     for name, public in nodes.items():
         listing.add_row(name, key_files.fingerprint(public))

@@ -1,5 +1,6 @@
 """Commands that look before a run: `zofed models`, `check`, `diagnose`, `memory` and `settings`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,7 @@ from rich.table import Table
 from zofed import config
 from zofed.base import shell
 from zofed.base.errors import UserError
-from zofed.commands.console import console
+from zofed.commands.console import AsJson, console, print_json
 from zofed.commands.options import CentralCommand, SettingsCommand, SettingsGroup, with_settings
 
 models_app = typer.Typer(
@@ -170,6 +171,7 @@ def check(
 def diagnose(
     file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
     batches: Annotated[int, typer.Option(min=2, help="batches that tell signal from noise")] = 8,
+    as_json: AsJson = False,
     *,
     options: dict[str, str],
 ) -> None:
@@ -177,6 +179,13 @@ def diagnose(
     from zofed.training.central import diagnosis
 
     found = diagnosis(config.asked_for(file, options), batches)
+    if as_json:
+        columns = ("epsilon", "error", "rounding")
+        errors = [dict(zip(columns, row, strict=True)) for row in found.errors]
+        print_json(
+            asdict(found) | {"errors": errors, "best_epsilon": found.best_epsilon, "random_cosine": found.random_cosine}
+        )
+        return
     console.print(f"parameters that train       {found.parameters:,}")
     console.print(f"slopes, root mean square    {found.slope:.4g}")
     console.print(f"signal to noise of a batch  {found.signal_to_noise:.3g}")
@@ -193,6 +202,7 @@ def diagnose(
 def show_memory(
     file: Annotated[Path | None, typer.Argument(help="TOML file of settings; options override it")] = None,
     budget: Annotated[int, typer.Option(min=1, help="MiB that a forward pass may take beside the weights")] = 1024,
+    as_json: AsJson = False,
     *,
     options: dict[str, str],
 ) -> None:
@@ -200,6 +210,9 @@ def show_memory(
     from zofed.training.central import memory_of_passes
 
     found = memory_of_passes(config.asked_for(file, options), budget * 2**20)
+    if as_json:
+        print_json(asdict(found))
+        return
     console.print(f"weights                 {found.weights / 2**20:10,.1f} MiB")
     console.print(f"a pass of one copy      {found.one / 2**20:10,.1f} MiB more")
     if not found.is_batched:

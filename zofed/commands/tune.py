@@ -30,6 +30,7 @@ def tune(
     parallel: experiments.Parallel = None,
     gpus_per_run: experiments.GpusPerRun = 0.0,
     engine: experiments.Engine = "fork",
+    slurm: experiments.Slurm = None,
     *,
     options: dict[str, str],
 ) -> None:
@@ -49,7 +50,8 @@ def tune(
     own = settings.model_dump(by_alias=True)
     base = {key: own[key] for key in config.changed(settings) if key not in (over, "seed", "out")}
     walk = {"around": start, "factor": factor, "most": most}
-    wanted = sweep_file.of({"seeds": [settings.seed], "base": base, "tune": {over: walk}})
+    asked = {"slurm": sbatch} if (sbatch := experiments.slurm_of(engine, slurm)) else {}
+    wanted = sweep_file.of({"seeds": [settings.seed], "base": base, "tune": {over: walk}} | asked)
     if idle := wanted.without_effect([over]):
         raise UserError(f"--over {over}: {idle[0]}")
     from zofed.runs.run_folder import with_out

@@ -16,6 +16,7 @@ from zofed.config.settings import (
     with_present_names,
     without_effect,
 )
+from zofed.config.suited import is_chosen
 from zofed.config.task_files import absolute_task, given, over, resolve
 from zofed.config.toml import absolute, documented_toml, read_own_toml, read_toml, summary, to_toml
 from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
@@ -40,6 +41,7 @@ __all__ = [
     "changed",
     "documented_toml",
     "given",
+    "is_chosen",
     "kebab",
     "over",
     "pinned",

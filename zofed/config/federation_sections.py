@@ -19,7 +19,16 @@ class Federation(Section):
         first=True,
     )
     participation: float = setting(
-        1.0, "clients asked in each round: a share up to 1, or a number above it", gt=0, acts_when=when(run=FEDERATED)
+        1.0,
+        "clients asked in each round: a share up to 1, or a number above it",
+        gt=0,
+        acts_when=when(run=FEDERATED, only_client=-1),
+    )
+    only_client: int = setting(
+        -1,
+        "ask this client alone, the first being 0: what it reaches with its own data; -1: as participation says",
+        ge=-1,
+        acts_when=when(run=FEDERATED),
     )
     quorum: int = setting(0, "replies a round needs; 0: all clients asked", ge=0, acts_when=when(run=FEDERATED))
     partition: Literal["iid", "dirichlet", "source"] = setting(
@@ -122,6 +131,13 @@ class Aggregation(Section):
         "largest number of examples that a client is weighted by",
         ge=1,
         acts_when=when(run=FEDERATED, aggregation="mean", weighting="examples"),
+    )
+    server_momentum: float = setting(
+        0.0,
+        "share of the earlier rounds' moves in each round's, against drift where clients' data differ (subspace)",
+        ge=0,
+        lt=1,
+        acts_when=when(mode="subspace"),
     )
     clip_slopes: float = setting(
         10.0,

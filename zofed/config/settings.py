@@ -5,11 +5,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import ValidationError, field_validator
+from pydantic import ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 from zofed.base import torchrun
 from zofed.base.errors import UserError
+from zofed.config import suited
 from zofed.config.federation_sections import Aggregation, Federation, Machine, Output
 from zofed.config.fields import CENTRAL, FEDERATED, Condition, Section, Unlike, kebab, traits
 from zofed.config.names import LONGEST_SHOWN, RENAMED, unknown, unknown_of_many
@@ -25,6 +26,7 @@ from zofed.config.training_sections import (
     ZerothOrder,
 )
 from zofed.core import kinds
+from zofed.core.kinds import OptimizerName
 
 TEXT_OBJECTIVES = ("exact-match", "token-f1", "rouge-l")  # of the answers that a model generates
 SINKS = ("tensorboard", "wandb", "trackio", "mlflow")
@@ -68,6 +70,24 @@ class Settings(
     @classmethod
     def _any_case(cls, value: Any) -> Any:
         return value.lower() if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _chosen(self) -> "Settings":
+        """A run knows its optimizer and its rate by name and number, so that no later version chooses others."""
+        for key, choose in suited.CHOSEN.items():  # in this order: the rate is that of the optimizer
+            if getattr(self, _attribute(key)) == SETTINGS[key].default:
+                object.__setattr__(self, _attribute(key), choose(self))
+        return self
+
+    @property
+    def step_rule(self) -> OptimizerName:
+        """The optimizer, chosen."""
+        assert self.optimizer != "auto"
+        return self.optimizer
+
+    def steps_told(self) -> str:
+        """One line for people: how steps are made."""
+        return f"steps: {self.mode} by {self.optimizer}, learning-rate {self.learning_rate:g}, {self.schedule}"
 
 
 SETTINGS: dict[str, FieldInfo] = {kebab(name): field for name, field in Settings.model_fields.items()}
@@ -221,11 +241,15 @@ def _written(value: Any) -> str:
 
 
 def changed(settings: Settings) -> list[str]:
-    """Keys of the settings that are not at their defaults."""
-    return [key for key, field in SETTINGS.items() if getattr(settings, _attribute(key)) != field.default]
+    """Keys of the settings that are not at their defaults, nor as they are chosen where nobody gives them."""
+    chosen = {key: choose(settings) for key, choose in suited.CHOSEN.items()}
+    values = {key: getattr(settings, _attribute(key)) for key in SETTINGS}
+    return [key for key, value in values.items() if value not in (SETTINGS[key].default, chosen.get(key))]
 
 
 def _explain(problem: Any) -> str:
+    if not problem["loc"]:  # of a key that is no text
+        return unknown_setting(ascii(problem["input"])[1:-1])
     key = str(problem["loc"][0])
     if problem["type"] == "extra_forbidden":
         return unknown_setting(key)

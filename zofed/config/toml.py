@@ -1,7 +1,6 @@
 """Settings in TOML files, and their paths."""
 
 import os
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import tomli_w
 from pydantic.fields import FieldInfo
 
 from zofed.base.errors import UserError
+from zofed.base.parsing import from_toml
 from zofed.config.fields import kebab
 from zofed.config.settings import SECTIONS, SETTINGS, Settings, unknown, with_present_names
 
@@ -24,10 +24,10 @@ def absolute(path: str | Path, key: str) -> Path:
 def read_toml(path: Path) -> dict[str, Any]:
     """Settings from a TOML file with flat kebab-case keys."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))  # editors may begin with a mark
+        return from_toml(path.read_text(encoding="utf-8-sig"))  # editors may begin with a mark
     except OSError as error:
         raise UserError(f"cannot read settings file {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number too long to read, nesting too deep
+    except ValueError as error:  # not TOML, not UTF-8, a number too long to read, nesting too deep
         encoding = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise UserError(f"settings file {path} is not valid TOML: {error}{encoding}") from error
 

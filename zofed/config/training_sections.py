@@ -157,9 +157,10 @@ class ZerothOrder(Section):
         pattern=f"^({kinds.KIND_PATTERN})$",
         acts_when=when({"mode": ZEROTH_ORDER}, mode="subspace", subspace_variant="diagonal"),
     )
-    direction_scale: Literal["equal", "rms"] = setting(
-        "equal",
-        "rms: each tensor's directions and steps in proportion to its weights at the start (zo)",
+    direction_scale: Literal["auto", "equal", "rms"] = setting(
+        "auto",
+        "rms: each tensor's directions and steps in proportion to its weights at the start; auto: rms in mode "
+        "subspace and in zo with adamw, otherwise equal",
         acts_when=when(mode=(*ZEROTH_ORDER, "subspace")),
     )
     finite_difference: Literal["two-point", "one-sided"] = setting(
@@ -199,10 +200,15 @@ class ZerothOrder(Section):
 class Optimizer(Section):
     """From a gradient estimate to a step."""
 
-    optimizer: OptimizerName = setting(
-        "sgd", "rule that turns a gradient estimate into a step; mudamw orthogonalises AdamW's", first=True
+    optimizer: Literal["auto", OptimizerName] = setting(
+        "auto",
+        "rule that turns a gradient estimate into a step; auto: adamw in modes fo and subspace, otherwise sgd; mudamw "
+        "orthogonalises AdamW's",
+        first=True,
     )
-    learning_rate: float = setting(0.01, "step size of the optimizer", gt=0, first=True)
+    learning_rate: float = setting(
+        0.0, "step size of the optimizer; 0: what suits mode, optimizer and model", ge=0, first=True
+    )
     momentum: float = setting(
         0.0,
         "heavy-ball momentum of sgd",

@@ -21,7 +21,9 @@ BITS = 15
 LARGEST_EXPONENT = 140
 SMALLEST_EXPONENT = -126  # that is written: float32 holds the power of two it is multiplied by
 POWER_STEPS = 3  # of the subspace iteration; the leading factors of a gradient stand out after two or three
+HEADER_OF_TENSOR = 200  # bytes that describe one beside its name, at most; a character of a name takes 6 at most
 _LENGTH = struct.Struct("<I")
+_HEADER = struct.Struct("<Q")  # length of what describes the tensors, with which their bytes begin
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -79,14 +81,28 @@ def to_grid(value: Tensor) -> int:
     return exponent
 
 
+def largest(shapes: Shapes) -> int:
+    """Bytes that `whole` or `compressed` make of an update of these shapes, at most."""
+    return _HEADER.size + _largest_header(shapes) + sum(4 * prod(shape) + 4 for shape in shapes.values())
+
+
+def _largest_header(shapes: Shapes) -> int:
+    """Bytes that describe the tensors of an update, at most: two for each, and the exponents."""
+    return 1000 + sum(2 * (HEADER_OF_TENSOR + 6 * len(name)) for name in shapes)
+
+
 def decoded(raw: bytes, shapes: Shapes) -> Update:
     """The update that `whole` or `compressed` encoded: float32 by name, on the CPU.
 
-    Raises ValueError unless the bytes hold exactly the tensors of `shapes`, of the types that are written.
+    Raises ValueError unless the bytes hold exactly the tensors of `shapes`, of the types that are written. Bytes that
+    describe more tensors than that are not read at all: a million of them would take a minute.
     """
+    described = _HEADER.unpack_from(raw)[0] if len(raw) >= _HEADER.size else 0
+    if described > (limit := _largest_header(shapes)):
+        raise ValueError(f"{described} bytes describe the tensors, where {limit} do for those of the model")
     try:
         parts = load(raw)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:  # the last of sizes beyond 2^63
         raise ValueError(f"{len(raw)} bytes are no tensors: {error}") from None
     names = [key.partition(":")[2] for key in parts if key.startswith(("float:", "whole:", "left:"))]
     if sorted(names) != sorted(shapes):
@@ -104,8 +120,10 @@ def decoded(raw: bytes, shapes: Shapes) -> Update:
             used.add(f"whole:{name}")
         else:
             keys, columns = (f"left:{name}", f"right:{name}"), prod(shape[1:])
-            rank = parts[keys[0]].shape[-1] if parts[keys[0]].dim() == 2 else 0
-            left = _typed(parts, keys[0], torch.int16, (shape[0] if shape else 1, rank))
+            rows, rank = shape[0] if shape else 1, parts[keys[0]].shape[-1] if parts[keys[0]].dim() == 2 else 0
+            if rank >= min(rows, columns):  # or a few bytes more would ask for many times their memory
+                raise ValueError(f"{rank} factors are not those of a matrix of {rows} x {columns}")
+            left = _typed(parts, keys[0], torch.int16, (rows, rank))
             right = _typed(parts, keys[1], torch.int16, (rank, columns))
             product = (left.double() @ right.double()).to(torch.float32)  # exact: 30 bits and those of the rank
             value = product.mul_(worth(keys[0])).mul_(worth(keys[1])).reshape(shape)
@@ -153,6 +171,11 @@ def split(raw: bytes) -> Iterator[bytes]:
             raise ValueError(f"an update of {length} bytes is cut after {len(raw) - at}")
         yield raw[at : at + length]
         at += length
+
+
+def count(raw: bytes, most: int) -> int:
+    """How many updates `joined` was given, as far as one more than `most`. Raises ValueError for other bytes."""
+    return sum(1 for _ in zip(split(raw), range(most + 1), strict=False))
 
 
 def norm(update: Mapping[str, Tensor]) -> float:

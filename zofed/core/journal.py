@@ -11,6 +11,7 @@ the same history. An entry counts once `fdatasync` has returned, and only then m
 """
 
 import hashlib
+import itertools
 import json
 import os
 import struct
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from zofed.base import checksums, shell
 from zofed.base.errors import DiskError, UserError
 from zofed.base.files import hold, open_private, sync_folder
+from zofed.base.parsing import from_json
 from zofed.core import records, varint
 from zofed.core.records import Record
 
@@ -112,9 +114,17 @@ def genesis_chain(genesis: Genesis) -> bytes:
 def link(chain: bytes, record: Record) -> Entry:
     """The entry that follows `chain` with this record."""
     body = records.encode(record)
+    return _entry(record, body, _after(chain, body))
+
+
+def _entry(record: Record, body: bytes, after: bytes) -> Entry:
     length = _CRC.pack(len(body))
-    after = hashlib.blake2b(chain + body, digest_size=CHAIN_BYTES).digest()
     return Entry(record, after, length + _CRC.pack(zlib.crc32(length + body + after)) + body + after)
+
+
+def _after(chain: bytes, body: bytes) -> bytes:
+    """The chain behind a record's bytes."""
+    return hashlib.blake2b(chain + body, digest_size=CHAIN_BYTES).digest()
 
 
 def _readable(chain: bytes, record: Record) -> Entry:
@@ -147,17 +157,53 @@ def bodies(entries: Iterable[Entry]) -> bytes:
     return b"".join(parts)
 
 
-def linked(raw: bytes, chain: bytes) -> list[Entry]:
-    """The entries that follow `chain`, of what `bodies` gave. Raises ValueError for other bytes."""
+def following(raw: bytes, chain: bytes, head: bytes) -> list[Entry] | None:
+    """The entries that follow `head` on the way from `chain` that `bodies` gave; None where it does not pass the head.
+
+    What lies before the head is not read, for the chain says all of it: a process that serves a thousand clients meets
+    the record of their thousand answers a thousand times. Raises ValueError for other bytes, and for rounds that fall.
+    """
+    way = _chained(raw, chain)
+    start = 0 if head == chain else next((index + 1 for index, (_, after) in enumerate(way) if after == head), None)
+    if start is None:
+        return None
     entries: list[Entry] = []
+    last = 0
+    for body, after in way[start:]:
+        record = records.decode(body)
+        if record.round <= last:
+            raise ValueError(f"a record of round {record.round} after round {last}")
+        entries.append(_entry(record, body, after))
+        last = record.round
+    return entries
+
+
+def _chained(raw: bytes, chain: bytes) -> list[tuple[bytes, bytes]]:
+    """The bytes of each record in what `bodies` gave, with the chain behind it. Raises ValueError for other lengths."""
+    found: list[tuple[bytes, bytes]] = []
+    for start, stop in _body_places(raw):
+        chain = _after(chain, raw[start:stop])
+        found.append((raw[start:stop], chain))
+    return found
+
+
+def count_bodies(raw: bytes, most: int) -> int:
+    """How many records `bodies` joined to these bytes, as far as one more than `most`; none is read.
+
+    Raises ValueError for other bytes.
+    """
+    return sum(1 for _ in itertools.islice(_body_places(raw), most + 1))
+
+
+def _body_places(raw: bytes) -> Iterator[tuple[int, int]]:
+    """Where each record's bytes begin and end."""
     at = 0
     while at < len(raw):
         (length,), at = varint.unpacked(raw, at, 1)
         if not 0 < length <= len(raw) - at:
             raise ValueError(f"a record of {length} bytes where {len(raw) - at} are left")
-        entries.append(link(entries[-1].chain if entries else chain, records.decode(raw[at : at + length])))
+        yield at, at + length
         at += length
-    return entries
 
 
 def position(entries: Sequence[Entry], genesis: bytes, head: bytes) -> int | None:
@@ -289,10 +335,10 @@ def _read_header(path: Path, raw: bytes) -> tuple[Genesis, int]:
         raise JournalError(f"journal {path} has a damaged header; restore it from a copy or start the run again")
     strange = f"journal {path} has a genesis that"
     try:
-        genesis = json.loads(raw[_START.size : end])
+        genesis = from_json(raw[_START.size : end])
         if isinstance(genesis, dict) and canonical(genesis) == raw[_START.size : end]:
             return genesis, end + 4
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise JournalError(f"{strange} is no JSON ({error}): zofed did not write it; give its own") from error
     raise JournalError(f"{strange} is not spelt as zofed spells it; give its own")
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 Kind = str  # rank1, rank2, ... (sums of so many outer products), rademacher, gaussian; core: all pairs of factors
 KIND_PATTERN = r"rank[1-9][0-9]?|rademacher|gaussian"
+NAMED_SCOPES = ("full", "reduced", "norms", "biases", "head")  # scopes by name; others are last-K or patterns
 OptimizerName = Literal["sgd", "adamw", "mudamw"]  # the keys of `optimizers.RULES`
 AggregationName = Literal["mean", "trimmed", "median"]  # the keys of `aggregation_rules.RULES`
 

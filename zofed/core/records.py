@@ -204,7 +204,7 @@ def _decode_seeded(round_: int, rest: bytes) -> Seeded:
         math.ldexp(1.0, exponent - LARGEST_WORTH) <= divisor < math.inf
     ):
         raise ValueError(f"a record with divisor {divisor} and exponent {exponent} moves nothing that is finite")
-    if local_steps < 1 or queries < 0:
+    if local_steps < 1 or queries < 0 or (not queries and local_steps > 1):
         raise ValueError(f"a record of {local_steps} local steps and {queries} queries")
     steps, at = varint.unpacked(rest, at, count)
     coefficients, at = varint.unpacked(rest, at, count * local_steps * queries)

@@ -1,6 +1,7 @@
 """A module whose weights change by applying records, and by nothing else."""
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import ldexp, prod, sqrt
 
@@ -11,7 +12,7 @@ from zofed.base.errors import UserError
 from zofed.core import directions, kinds, optimizers
 from zofed.core.digests import named_parameters, raw_bytes, tensors_digest, weights_digest, weights_digest_over
 from zofed.core.genesis import optimizer_of
-from zofed.core.journal import Entry, Genesis, genesis_chain, link, linked, position
+from zofed.core.journal import Entry, Genesis, following, genesis_chain, link
 from zofed.core.measure import Measure, Update
 from zofed.core.records import Dense, Guided, Record, Seeded, Skipped, Spread
 
@@ -31,8 +32,8 @@ class Replica:
 
     model: at the base weights the genesis names. `measure` reads the weights and leaves them; `apply` moves them.
     Frozen matrices that the genesis names as quantised may be rounded once the replica is made: no record moves them.
-    `round` is the last round applied (0: base), `head` the chain after the last entry applied. Raises UserError when
-    the model is not the genesis's base.
+    `round` is the last round applied (0: base), `head` the chain after the last entry applied, `origin` that before
+    the first, which names the genesis. Raises UserError when the model is not the genesis's base.
     """
 
     def __init__(self, model: nn.Module, genesis: Genesis) -> None:
@@ -55,7 +56,8 @@ class Replica:
         self.sizes = {name: 2.0**exponent for name, exponent in genesis["size-exponents"].items()}
         self.spread = Spread()
         self.round = 0
-        self.head = genesis_chain(genesis)
+        self.head = self.origin = genesis_chain(genesis)
+        self._positions: tuple[int, list[Tensor]] = (-1, [])  # that `probe` reads in a round
         self.measure = Measure(model, self.parameters, self.kind, self.sizes)
 
     @property
@@ -278,17 +280,30 @@ class Replica:
             return weights_digest_over(self.genesis["weights"], self.model, frozenset(quantised))
         return weights_digest(self.model)
 
+    @torch.no_grad()
     def probe(self) -> bytes:
         """8 bytes that tell two replicas apart: a hash of seeded positions of every trainable tensor.
 
         Cheap enough for every round. It sees what moves many weights; a single flipped bit only the digest sees.
         """
-        seed = directions.derive_seed("zofed-probe", self.genesis["seed"], self.round)
         hashed = hashlib.blake2b(digest_size=8, person=b"zofed-probe")
-        for name, parameter in self.parameters.items():
-            chosen = directions.positions(seed, name, parameter.numel(), PROBE_POSITIONS)
-            hashed.update(raw_bytes(parameter.detach().reshape(-1)[torch.from_numpy(chosen).to(parameter.device)]))
+        read = [torch.take(one, at).cpu() for one, at in zip(self.parameters.values(), self._probed(), strict=True)]
+        for _, alike in itertools.groupby(read, lambda elements: elements.dtype):
+            hashed.update(raw_bytes(torch.cat([*alike])))
         return hashed.digest()
+
+    def _probed(self) -> list[Tensor]:
+        """The positions that a probe reads of each tensor; drawn once a round, however many clients share a replica."""
+        if self._positions[0] != self.round:
+            seed = directions.derive_seed("zofed-probe", self.genesis["seed"], self.round)
+            self._positions = (
+                self.round,
+                [
+                    torch.from_numpy(directions.positions(seed, name, one.numel(), PROBE_POSITIONS)).to(one.device)
+                    for name, one in self.parameters.items()
+                ],
+            )
+        return self._positions[1]
 
 
 def catch_up(replica: Replica, after: bytes, raw: bytes, updates: Mapping[bytes, Update] | None = None) -> bool:
@@ -297,16 +312,15 @@ def catch_up(replica: Replica, after: bytes, raw: bytes, updates: Mapping[bytes,
     updates: what records that are no function of seeds need, by digest. Nothing is applied unless the way is whole.
     """
     try:
-        entries = linked(raw, after)
+        entries = following(raw, after, replica.head)
     except ValueError:
         return False
-    start = position(entries, after, replica.head)
     held = updates or {}
-    if start is None or any(
-        (digest := update_digest(entry.record)) is not None and digest not in held for entry in entries[start:]
+    if entries is None or any(
+        (digest := update_digest(entry.record)) is not None and digest not in held for entry in entries
     ):
         return False
-    replica.replay(entries[start:], held.get)
+    replica.replay(entries, held.get)
     return True
 
 

@@ -4,12 +4,12 @@ A node of a federation can send anything. All that it says passes here once, so 
 a text ends a line, moves a terminal's cursor or cannot be written, or whether a number is one that a record can hold.
 """
 
-import json
 from collections import Counter
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from zofed.base import texts
+from zofed.base.parsing import from_json
 from zofed.core.records import CLIENTS
 
 LONGEST_NAME = 100  # characters of a label or a source
@@ -42,8 +42,8 @@ def cleaned(content: T) -> T:
 def json_object(raw: str | bytes) -> dict[str, Any] | None:
     """The object that some JSON holds; None where it is no JSON, no object, or nested deeper than can be read."""
     try:
-        found = json.loads(raw)
-    except (ValueError, RecursionError):
+        found = from_json(raw)
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 

@@ -48,7 +48,7 @@ def restore(replica: Replica, raw: bytes) -> None:
     try:
         held = load(raw)
         round_, head = int(held.pop("round")), bytes(held.pop("head").tolist())
-    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{len(raw)} bytes are no snapshot: {error}") from None
     weights, state = _part(held, "weight/"), _part(held, "state/")
     if len(head) != CHAIN_BYTES or round_ < 0 or len(weights) + len(state) != len(held):

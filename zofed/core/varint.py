@@ -6,6 +6,7 @@
 from collections.abc import Iterable
 
 BITS = 64
+LONGEST = -(-BITS // 7)  # bytes of an integer
 
 
 def packed(values: Iterable[int]) -> bytes:

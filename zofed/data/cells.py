@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from zofed.base.texts import is_count
+
 SEPARATOR = "."
 
 
@@ -34,6 +36,6 @@ def with_paths(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
 def _inside(value: Any, part: str) -> tuple[Any, bool]:
     if isinstance(value, Mapping) and part in value:
         return value[part], True
-    if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+    if isinstance(value, list) and is_count(part) and int(part) < len(value):
         return value[int(part)], True
     return None, False

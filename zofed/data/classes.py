@@ -6,9 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from zofed.base.errors import UserError
+from zofed.base.parsing import from_json
 from zofed.data.documents import Document, Reading
 
 SHOWN = 12  # names in a line
+MOST = 2**16  # classes
+LONGEST_NAMES = 2**22  # characters of all names in a message
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +49,11 @@ class Classes:
     @classmethod
     def unpacked(cls, count: int, text: str) -> "Classes":
         """What `packed` made. Raises ValueError for anything else."""
+        if not 0 <= count <= MOST or len(text) > LONGEST_NAMES:
+            raise ValueError(f"{count} classes with names of {len(text):,} characters, more than {MOST:,} or too long")
         if not text:
             return cls.numbered(count)
-        try:
-            found = json.loads(text)
-        except RecursionError:
-            found = None
+        found = from_json(text)
         by_number, *names = found if isinstance(found, list) and found else [None]
         texts = tuple(name for name in names if isinstance(name, str))
         if not isinstance(by_number, bool) or not count == len(names) == len(set(texts)):

@@ -1,6 +1,5 @@
 """A row of a conversation as turns, whichever of the common shapes it has; what cannot be used is named or counted."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from zofed.base.errors import UserError
+from zofed.base.parsing import from_json
 from zofed.base.texts import printable
 from zofed.data.columns import Shape, checked_text
 
@@ -119,8 +119,8 @@ def _messages(place: str, cell: object, column: str) -> list[Turn]:
     """The turns of a cell: a list of objects, an object of lists, or either as JSON."""
     if isinstance(cell, str):
         try:
-            cell = json.loads(cell)
-        except (ValueError, RecursionError):
+            cell = from_json(cell)
+        except ValueError:
             raise UserError(f"{place} has {column} that are no JSON list of turns: write them as JSON") from None
     if isinstance(cell, dict) and cell and all(isinstance(part, list) for part in cell.values()):
         cell = [dict(zip(cell, parts, strict=False)) for parts in zip(*cell.values(), strict=False)]
@@ -194,8 +194,8 @@ def candidates_of(place: str, row: Mapping[str, Any], columns: Iterable[str]) ->
         cells = cells[0]
         if isinstance(cells, str):
             try:
-                cells = json.loads(cells)
-            except (ValueError, RecursionError):
+                cells = from_json(cells)
+            except ValueError:
                 cells = None
     if not isinstance(cells, list) or not all(isinstance(text, str) and text.strip() for text in cells):
         raise UserError(

@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
+from zofed.base.parsing import from_json
 from zofed.base.texts import said_by
 from zofed.data import columns, documents, hub, subsets
 from zofed.data.catalog import DatasetInfo
@@ -76,7 +77,7 @@ def _state(folder: Path, request: dict[str, Any], force: bool) -> dict[str, Any]
     if not path.is_file():
         return new
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = from_json(path.read_text(encoding="utf-8"))
         same = state["request"] == request and (folder / "rows.part").stat().st_size >= state["bytes"]
     except (ValueError, KeyError, TypeError, OSError):
         return new

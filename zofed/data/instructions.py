@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["instruction_examples", "prompt_tokens", "stop_tokens"]
 
 _OPEN_BLOCKS = 64  # that a packed example may still go to
+_FEW = 20  # conversations that may well all have the same prompt
 
 
 def instruction_examples(
@@ -62,6 +63,9 @@ def instruction_examples(
         if any(label != IGNORED_LABEL for label in row[1][1:]):
             rows.append(row)
     told["dropped"] = len(documents) - len(rows)
+    prompt = documents[0].turns[:-1]
+    if len(documents) >= _FEW and prompt and all(document.turns[:-1] == prompt for document in documents):
+        told["same"] = len(documents)
     if not rows:
         raise UserError(
             f"none of {len(documents)} conversations has a token that trains in its first {block_size}: "
@@ -143,6 +147,7 @@ def _tell(told: Counter[str], count: int, block_size: int) -> None:
         "dropped": f"{of} have no token that trains and are left out",
         "rewritten": f"{of} train on their last response alone: the chat template rewrites earlier turns",
         "merged": f"{of} have a system turn, which goes before the user's: the chat template has no place for it",
+        "same": f"{of} have one and the same prompt: look whether columns and template name what differs",
         "special": f"{of} hold the text of a special token, which is read as that token",
         "joined": f"{of} have a prompt that runs into its response without white space: end the template by some, or "
         "give a chat-template",

@@ -1,11 +1,11 @@
 """The setting label-words: a word for each class, by order or by name, or templates of what follows a row's prompt."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from zofed.base.errors import UserError
+from zofed.base.parsing import from_json
 
 KEY = "label-words"
 CANDIDATE = "candidate"  # in a template: each of the row's own candidates in turn
@@ -80,8 +80,8 @@ def _written(setting: str) -> Sequence[str] | Mapping[str, str]:
 
 def _json(setting: str) -> Sequence[str] | Mapping[str, str]:
     try:
-        found = json.loads(setting, object_pairs_hook=lambda pairs: _once(setting, pairs))
-    except (ValueError, RecursionError) as error:
+        found = from_json(setting, pairs=lambda pairs: _once(setting, pairs))
+    except ValueError as error:
         raise UserError(
             f'{KEY} = {setting!r} begins like JSON but is none ({error}): write ["yes, please", "no"], or a plain list'
         ) from error

@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +24,11 @@ OTHERS = "others"  # the groups too small to be told apart in a table or a pictu
 Counts = Mapping[str, int]  # documents of each group
 
 
-def deal(documents: Sequence[Document], client: int, clients: int, settings: Settings) -> list[Document]:
-    """The documents of client 0 <= client < clients, by settings.partition; every document has one client.
+def deal(documents: Sequence[Document], clients: int, settings: Settings) -> list[list[Document]]:
+    """The documents of each of so many clients, by settings.partition; every document has one client.
 
-    A function of documents, clients, seed, partition and dirichlet-alpha alone, whoever asks. A client's documents
+    All at once, as a process that serves a thousand clients needs them. A function of documents, clients, seed,
+    partition and dirichlet-alpha alone, whoever asks. A client's documents
     come in the order of one permutation drawn from the seed, the same for every kind.
 
     - iid: `documents.shard`, equal numbers whatever the documents are;
@@ -40,12 +40,12 @@ def deal(documents: Sequence[Document], client: int, clients: int, settings: Set
       largest source first; with more, each client holds a share of one source, and each further client goes to the
       source that has most documents per client.
 
-    One client holds everything. Raises UserError when there are more clients than documents, `client` is out of
-    range, or the documents have no two groups (dirichlet) or sources (source) to tell apart.
+    One client holds everything. Raises UserError when there are more clients than documents, or the documents have no
+    two groups (dirichlet) or sources (source) to tell apart.
     """
+    check_share(len(documents), 0, clients)
     if settings.partition == "iid" or clients == 1:
-        return shard(documents, client, clients, settings.seed)
-    check_share(len(documents), client, clients)
+        return [shard(documents, client, clients, settings.seed) for client in range(clients)]
     order = random_order(len(documents), "shard", settings.seed)
     names = [group(document, settings.partition) for document in documents]
     known = sorted(set(names))
@@ -57,7 +57,10 @@ def deal(documents: Sequence[Document], client: int, clients: int, settings: Set
         owners = _owners_by_source(groups, clients)
     else:
         owners = _owners_by_dirichlet(groups, clients, settings.dirichlet_alpha, settings.seed)
-    return [documents[position] for position in order[owners == client]]
+    shares: list[list[Document]] = [[] for _ in range(clients)]
+    for position, owner in zip(order.tolist(), owners.tolist(), strict=True):
+        shares[owner].append(documents[position])
+    return shares
 
 
 def group(document: Document, partition: str) -> str:
@@ -82,8 +85,6 @@ def _nothing_to_tell_apart(partition: str, only: str) -> str:
     )
 
 
-# A process that serves many clients of a simulation asks for the same partition once for each of them.
-@lru_cache(maxsize=8)
 def _owners_by_dirichlet(groups: tuple[int, ...], clients: int, alpha: float, seed: int) -> np.ndarray:
     """The client of each document, int64 (documents,), from the group of each in the order they are dealt in."""
     from datasets import Dataset
@@ -97,7 +98,6 @@ def _owners_by_dirichlet(groups: tuple[int, ...], clients: int, alpha: float, se
     for client in range(clients):
         owners[list(partitioner.load_partition(client)["position"])] = client
     _fill_empty(owners, clients)
-    owners.flags.writeable = False  # the cache hands the same array to every caller
     return owners
 
 
@@ -111,7 +111,6 @@ def _fill_empty(owners: np.ndarray, clients: int) -> None:
         held[client] = 1
 
 
-@lru_cache(maxsize=8)
 def _owners_by_source(sources: tuple[int, ...], clients: int) -> np.ndarray:
     """The client of each document, int64 (documents,), from the source of each in the order they are dealt in."""
     of_source = np.array(sources)
@@ -120,7 +119,6 @@ def _owners_by_source(sources: tuple[int, ...], clients: int) -> np.ndarray:
     for source, holders in enumerate(_holders(sizes, clients)):
         positions = np.flatnonzero(of_source == source)
         owners[positions] = np.resize(holders, len(positions))  # dealt in turns
-    owners.flags.writeable = False
     return owners
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zofed.base.errors import UserError
+from zofed.base.parsing import from_json
 from zofed.base.texts import said_by
 from zofed.data import columns, subsets
 from zofed.data.cells import column_of
@@ -174,8 +174,8 @@ def _json_rows(text: str, path: Path) -> Iterator[Row]:
 
 def _or_error(text: str) -> object:
     try:
-        return json.loads(text, object_pairs_hook=_distinct)
-    except (ValueError, RecursionError) as error:
+        return from_json(text, pairs=_distinct)
+    except ValueError as error:
         return error
 
 
@@ -283,7 +283,7 @@ def _parquet_rows(path: Path, wanted: Wanted) -> Rows:
 def _names_in_metadata(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
     """Names of the classes of each column, as the library datasets writes them into a parquet file."""
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        features = from_json((metadata or {})[b"huggingface"])["info"]["features"]
         return {
             column: tuple(map(str, feature["names"]))
             for column, feature in features.items()

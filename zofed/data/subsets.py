@@ -10,6 +10,7 @@ from typing import Any
 
 from zofed.base.errors import UserError
 from zofed.base.files import hold, write_whole
+from zofed.base.parsing import from_json
 from zofed.data.catalog import data_root
 
 FORMAT = "zofed subset 1"
@@ -30,7 +31,7 @@ def info(folder: Path) -> dict[str, Any]:
     """What info.json says. Raises UserError where it is not one of zofed's."""
     path = folder / "info.json"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = from_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
         value = None
     if not isinstance(value, dict) or value.get("format") != FORMAT or not isinstance(value.get("file"), str):
@@ -42,7 +43,7 @@ def rows_file(folder: Path) -> Path:
     """The file of rows. Raises UserError where it is missing or not what was written."""
     described = info(folder)
     path = folder / described["file"]
-    if not path.is_file() or _sha256(path) != described.get("sha256"):
+    if not os.path.isfile(path) or _sha256(path) != described.get("sha256"):
         raise UserError(f"{str(path)!r} is missing or not what was written: make it anew with --force")
     return path
 

@@ -4,7 +4,6 @@ import os
 import re
 import socket
 import sys
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import tomli_w
 from zofed.base import proxies, shell
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
+from zofed.base.parsing import from_toml
 from zofed.deployment import app_folder, flower_commands, processes
 from zofed.deployment.flower_commands import Setting
 
@@ -30,10 +30,11 @@ def read(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+        found = from_toml(path.read_text(encoding="utf-8-sig"))
+        links = found.get("superlink", {}).items()
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {path}: {error}; mend it by hand") from error
-    return {name: entry for name, entry in found.get("superlink", {}).items() if isinstance(entry, dict)}
+    return {name: entry for name, entry in links if isinstance(entry, dict)}
 
 
 def save(name: str, entry: Mapping[str, Any]) -> None:

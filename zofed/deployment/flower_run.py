@@ -1,6 +1,5 @@
 """Runs zofed's Flower app through `flwr run` on a SuperLink of its own, tells the true outcome, leaves no process."""
 
-import json
 import os
 import socket
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import tomli_w
 
 from zofed.base.errors import UserError
+from zofed.base.parsing import from_json
 from zofed.deployment import app_folder, flower_commands, processes
 from zofed.deployment.flower_commands import COMPLETED, Setting
 from zofed.runs.run_folder import RunFolder
@@ -97,16 +97,21 @@ def connection_toml(port: int) -> str:
 
 
 def federation_config(nodes: int, cpus_per_node: int, cpus: int) -> str:
-    """Size of the simulation; Ray gets no more CPUs than the nodes can use, since it starts one worker for each."""
-    ray_cpus = max(cpus_per_node, min(cpus, nodes * cpus_per_node))
-    return f"num-supernodes={nodes} client-resources-num-cpus={cpus_per_node} init-args-num-cpus={ray_cpus}"
+    """Size of the simulation; Ray gets no more CPUs than the nodes can use, since it starts one worker for each.
+
+    A cluster at RAY_ADDRESS has CPUs of its own.
+    """
+    size = f"num-supernodes={nodes} client-resources-num-cpus={cpus_per_node}"
+    if os.environ.get("RAY_ADDRESS"):
+        return size
+    return f"{size} init-args-num-cpus={max(cpus_per_node, min(cpus, nodes * cpus_per_node))}"
 
 
 def check_summary(out: Path) -> None:
     """Refuse a result whose own summary does not say that it completed."""
     summary = out / "summary.json"
     try:
-        status = json.loads(summary.read_text(encoding="utf-8")).get("status")
+        status = from_json(summary.read_text(encoding="utf-8")).get("status")
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"Flower says completed, but {summary} cannot be read ({error}): run it again") from error
     if status != "completed":

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -63,7 +63,7 @@ def check_node(key: Path, ca: Path, now: datetime | None = None) -> str:
         raise UserError(
             f"{str(key)!r} has a passphrase, which nobody is there to type: {make_one}, or remove it with ssh-keygen -p"
         ) from None
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, *key_files.UNKNOWN):
         raise UserError(f"{str(key)!r} is no private key in OpenSSH's format: {make_one}") from None
     if not isinstance(private, ec.EllipticCurvePrivateKey):
         raise UserError(f"{str(key)!r} is no ECDSA key, the only kind Flower takes: {make_one}")

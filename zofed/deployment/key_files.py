@@ -26,6 +26,8 @@ from zofed.deployment.certificates import PrivateKey
 LARGEST_FILE = 64 * 1024  # bytes of a key or a certificate; a larger file is neither
 LONGEST_NAME = 64
 
+UNKNOWN = (UnsupportedAlgorithm, NotImplementedError)  # of curves and points that the library knows no way to read
+
 CA_KEY, CA, SERVER_KEY, SERVER = "ca.key", "ca.crt", "server.key", "server.crt"
 ENROLLED, NODES = "enrolled", "nodes"
 
@@ -55,7 +57,7 @@ def certificate(path: Path, remedy: str = "") -> x509.Certificate:
         raw.decode("ascii")  # as Flower does
         found = x509.load_pem_x509_certificate(raw)
         _ = found.public_key(), found.extensions
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
+    except (ValueError, *UNKNOWN, x509.DuplicateExtension, x509.InvalidVersion, x509.UnsupportedGeneralNameType):
         raise UserError(f"{str(path)!r} is no certificate in PEM format, or damaged: {remedy}") from None
     return found
 
@@ -69,7 +71,7 @@ def private_pem(path: Path) -> PrivateKey:
         raw = content(path)
         raw.decode("ascii")  # a mark before the first line, as some editors put it, is more than OpenSSL takes
         key = serialization.load_pem_private_key(raw, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
+    except (ValueError, TypeError, *UNKNOWN):
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey):
         what = "no ECDSA or RSA key in PEM format without a passphrase, or damaged"
@@ -119,7 +121,7 @@ def _public_text(path: Path) -> str:
         raise UserError(f"{str(path)!r} is a private key: move it to its node, and put NAME.pub here in its place")
     try:
         key = serialization.load_ssh_public_key(raw.strip())
-    except (ValueError, UnsupportedAlgorithm):
+    except (ValueError, *UNKNOWN):
         key = None
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise UserError(

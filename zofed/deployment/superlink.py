@@ -12,6 +12,7 @@ import tomli_w
 
 from zofed.base.errors import UserError
 from zofed.base.files import private_folder, write_private
+from zofed.base.parsing import from_json
 from zofed.deployment import connections, flower_commands, key_checks, key_files
 from zofed.deployment.supervisor import Child, supervise
 from zofed.federated import places
@@ -74,7 +75,16 @@ class Enrolment:
     def __init__(self, keys_folder: Path, state: Path, environment: Mapping[str, str]) -> None:
         self._keys, self._file, self._environment = keys_folder, state / "enrolled.json", environment
         self._next, self._last, self._told = 0.0, None, ""
-        self.nodes: dict[str, str] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.nodes: dict[str, str] = self._written()
+
+    def _written(self) -> dict[str, str]:
+        """Nodes by key, as they stood; none where the file is not there or spoilt: `_bring_in_line` tells of each."""
+        try:
+            found = from_json(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        is_whole = isinstance(found, dict) and all(isinstance(node, str) for node in found.values())
+        return found if is_whole else {}
 
     def look(self) -> None:
         """Bring the SuperLink in line with the folder; does nothing but for every few seconds."""
@@ -123,6 +133,6 @@ class Enrolment:
                 command, env=dict(self._environment), stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 errors="replace", timeout=30, check=False,
             )  # fmt: skip
-            return json.loads(done.stdout[done.stdout.find("{") :])
+            return from_json(done.stdout[done.stdout.find("{") :])
         except (subprocess.TimeoutExpired, ValueError):
             return {}

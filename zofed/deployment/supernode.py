@@ -15,12 +15,16 @@ from zofed.core import sanitize
 from zofed.deployment import flower_commands, key_checks, reachability
 from zofed.deployment.reachability import Address
 from zofed.deployment.supervisor import Child, supervise
+from zofed.federated import policy
 
 WAIT_S = 5.0  # between tries to reach a SuperLink
 
 
-def node_config(partition: int, partitions: int, dataset: str, mode: str) -> str:
-    """Flower's --node-config of a client. Raises UserError for a place that is none, or data that cannot be read."""
+def node_config(partition: int, partitions: int, dataset: str, mode: str, own_policy: str = "") -> str:
+    """Flower's --node-config of a client.
+
+    own_policy: path of its policy's file. Raises UserError for a place that is none, and files that cannot be read.
+    """
     if problem := sanitize.misplaced(partition, partitions):
         raise UserError(problem)
     words = [f"partition-id={partition}", f"num-partitions={partitions}"]
@@ -29,10 +33,18 @@ def node_config(partition: int, partitions: int, dataset: str, mode: str) -> str
         if not os.access(path, os.R_OK):
             why = "cannot be read by this user" if path.exists() else "does not exist"
             raise UserError(f"--dataset {path} {why}: client {partition} needs it; give the file of this node's data")
-        if '"' in str(path) or "\\" in str(path):
-            raise UserError(f"--dataset {path}: Flower takes no path with quotes or backslashes; rename it")
-        words.append(f'dataset="{path}"')
+        words.append(_named("dataset", path))
+    if own_policy:
+        path = Path(own_policy).expanduser().absolute()
+        policy.read(path)
+        words.append(_named(policy.KEY, path))
     return " ".join([*words, f'mode="{mode}"'])
+
+
+def _named(key: str, path: Path) -> str:
+    if '"' in str(path) or "\\" in str(path):
+        raise UserError(f"--{key} {path}: Flower takes no path with quotes or backslashes; rename it")
+    return f'{key}="{path}"'
 
 
 def supernode_command(

@@ -6,16 +6,19 @@ SuperNode's tasks one after another. It runs the zofed that is installed here, n
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import httpx
 from flwr.app import Error, Message
 
+from zofed.base import bounded
 from zofed.base.errors import UserError
 from zofed.deployment import app_folder
-from zofed.federated import client
+from zofed.federated import client, policy
 from zofed.federated.flower_internals import Assignment, Runtime, Task, pause
 from zofed.federated.local_grid import CLIENT_FAILED
+from zofed.federated.policy import Policy
 
 APP = f"{app_folder.PUBLISHER}/{app_folder.NAME}"
 SHORTEST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0
@@ -36,6 +39,8 @@ def serve(runtime: Runtime, device: str = "", *, is_over: Callable[[], bool] = l
                 print(f"the SuperNode does not answer ({error}): waiting for it", file=sys.stderr, flush=True)
             task, is_away = None, True
         if task is None:
+            if client.forget_after(time.monotonic() - last):
+                print("no run asks any more: let go of its model and data", flush=True)
             time.sleep(pause(time.monotonic() - last, SHORTEST_PAUSE_S, LONGEST_PAUSE_S))
             continue
         work(task, device)
@@ -56,6 +61,18 @@ def work(task: Task, device: str) -> None:
     print(f"{kind}: {1000 * (time.monotonic() - began):.0f} ms", flush=True)
 
 
+@contextmanager
+def _bounded(own: Policy) -> Iterator[None]:
+    """Hold a message to the time and memory of the node's policy. Raises Refused beyond, the model being let go of."""
+    try:
+        with bounded.within(own.seconds_per_message, own.memory_per_message):
+            yield
+    except bounded.Exceeded as error:
+        client.let_go()
+        line = f"{error.limit}-per-message"
+        raise policy.refusal(f"a message was given up: {error}", line, own, "ask for less at once") from None
+
+
 def reply_to(assignment: Assignment, device: str) -> Message:
     """What the client says, or an error that says in one line why it cannot."""
     message, context = assignment.message, assignment.context
@@ -67,7 +84,8 @@ def reply_to(assignment: Assignment, device: str) -> Message:
             )
         if device:
             context.node_config["device"] = device
-        return client.app(message, context)
+        with _bounded(policy.of(context)):
+            return client.app(message, context)
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else repr(error)
         print(f"{message.metadata.message_type}: {reason}", file=sys.stderr, flush=True)

@@ -129,6 +129,7 @@ def grouped(results: Sequence[Result]) -> list[Arm]:
     """
     by_arm: dict[Any, list[Result]] = {}
     differ = differing(results)
+    named_by = [key for key in differ if not all(config.is_chosen(key, result.settings) for result in results)]
     for result in results:
         key = (result.path.parent, result.arm) if result.arm else tuple(repr(result.settings.get(k)) for k in differ)
         by_arm.setdefault(key, []).append(result)
@@ -142,7 +143,8 @@ def grouped(results: Sequence[Result]) -> list[Arm]:
             chosen, reported = min(candidates, key=lambda own: (_sortable(own[0].end), not own[1]))
             reported = reported or [chosen]
         values = {name: reported[0].settings.get(name) for name in differ}
-        found.append(Arm(reported[0].arm or label(values) or reported[0].name, values, reported, tuning))
+        named = label({name: values[name] for name in named_by})
+        found.append(Arm(reported[0].arm or named or reported[0].name, values, reported, tuning))
     names = [arm.name for arm in found]
     return [replace(arm, name=_with_folder(arm)) if names.count(arm.name) > 1 else arm for arm in found]
 

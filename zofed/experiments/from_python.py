@@ -1,13 +1,15 @@
 """Runs begun, continued and read from Python: in a script, in a notebook."""
 
-from collections.abc import Callable
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from zofed import config
+from zofed.base import log
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.experiments import plot_run
@@ -71,14 +73,17 @@ def train(file: PathLike | None = None, *, resume: PathLike | None = None, quiet
 
     settings: by their names with underscores (`learning_rate=0.03`), each as an option that was typed. file: a TOML
     file of settings, which they override. resume: the folder of a run to go on with instead, by its own settings.
-    quiet: print no line at each evaluation. Raises UserError as the command does, KeyboardInterrupt for Ctrl-C.
+    quiet: print no line at each evaluation, and show no bar, which else stands in notebooks and on terminals. Raises
+    UserError as the command does, KeyboardInterrupt for Ctrl-C.
     """
     if resume is None:
         asked = run_folder.with_out(_asked(file, settings, config.CENTRAL), "")
-        central.train(asked, Path(asked.out), *_shown(quiet, asked.steps))
+        with _Shown(quiet, asked.steps) as shown:
+            central.train(asked, Path(asked.out), shown.show, shown.expect)
         return Run(asked.out)
     folder = run_folder.to_resume(Path(resume), file or settings, run_folder.CENTRAL)
-    central.resume(folder.path, *_shown(quiet, folder.settings().steps))
+    with _Shown(quiet, folder.settings().steps) as shown:
+        central.resume(folder.path, shown.show, shown.expect)
     return Run(folder.path)
 
 
@@ -105,16 +110,35 @@ def _asked(file: PathLike | None, settings: dict[str, Any], run: str) -> Setting
     return config.asked_for(Path(file) if file else None, values, run)
 
 
-def _shown(quiet: bool, steps: int) -> tuple[Callable[[Row], None], Callable[[int], None]]:
-    """What `central` tells of each row, and of the number of steps."""
-    progress = Progress("step", steps)
+class _Shown:
+    """What is seen of a run: a line at each evaluation, and below it a bar where somebody looks on."""
 
-    def show(row: Row) -> None:
-        line = progress.line(row)
-        if not quiet and row.get("eval_loss") is not None:
-            print(line, flush=True)
+    def __init__(self, quiet: bool, steps: int) -> None:
+        self.quiet, self.progress = quiet, Progress("step", steps)
+        # As a widget in a notebook that has ipywidgets, else of characters.
+        self.bar = tqdm(total=steps, unit="step", leave=False, disable=quiet or not _is_watched())
 
-    def expect(total: int) -> None:
-        progress.total = total
+    def __enter__(self) -> "_Shown":
+        return self
 
-    return show, expect
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def show(self, row: Row) -> None:
+        """Take in a row of the metrics."""
+        line = self.progress.line(row)
+        self.bar.set_postfix_str(self.progress.losses(row), refresh=False)
+        self.bar.update(int(row["step"]) - self.bar.n)
+        if not self.quiet and row.get("eval_loss") is not None:
+            self.bar.clear()
+            log.tell(line)
+
+    def expect(self, total: int) -> None:
+        """Count up to this many from now on."""
+        self.progress.total = total
+        self.bar.reset(total)
+
+
+def _is_watched() -> bool:
+    """Whether a bar can be drawn anew in place: in a notebook, whose streams are no terminal, or on a terminal."""
+    return log.shows_progress() and ("ipykernel" in sys.modules or sys.stderr.isatty())

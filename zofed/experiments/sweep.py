@@ -136,6 +136,11 @@ class Sweep:
         return sum(len(self.tried(arm, losses)) + (len(self.seeds) - 1) for arm in self.arms)
 
     @property
+    def slurm(self) -> Values:
+        """Options of sbatch for the runs' jobs on Slurm."""
+        return self.parts.get("slurm", {})
+
+    @property
     def size(self) -> str:
         """How many runs there are, in words; more where an arm's tuning may try further values than it begins with."""
         return f"{self.count({})} runs{' or more' if any(arm.walk for arm in self.arms) else ''}"

@@ -98,6 +98,12 @@ def too_much(sweep: Sweep, parallel: int) -> str:
     )
 
 
+def memory(run: Run) -> int:
+    """Bytes that a run takes of its own. Raises UserError where it cannot be, as of a model that is not there."""
+    prepare_process(1)
+    return _memory(run.settings)[0]
+
+
 def _later(sweep: Sweep) -> Iterator[tuple[Run, str]]:
     """The runs that wait for a tuning: as their arm's first values, under a name that says what is not known yet."""
     for arm in sweep.arms:

@@ -1,4 +1,4 @@
-"""What carries the runs of a sweep out, behind one interface: processes of this machine, or a Ray cluster."""
+"""What carries the runs of a sweep out, behind one interface: processes of this machine, a Ray cluster, or Slurm."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from zofed.config import Settings
 from zofed.experiments.sweep import Run
 
-Name = Literal["fork", "ray"]
+Name = Literal["fork", "ray", "slurm"]
 
 
 @dataclass
@@ -43,6 +44,10 @@ class Engine(Protocol):
         """How many of such runs it carries out at a time, now. Raises UserError where that is none and stays so."""
         ...
 
+    def requests(self, runs: Sequence[Run]) -> list[str]:
+        """What it will ask the machines for such runs, in lines for a person; nothing is asked yet."""
+        ...
+
     def prepare(self, folder: Path, runs: Sequence[Run]) -> None:
         """Make ready for such runs, of the sweep in the folder. Raises UserError where they cannot be carried out."""
         ...
@@ -60,17 +65,28 @@ class Engine(Protocol):
         ...
 
 
+def asks(settings: Settings, share: float) -> tuple[int, float]:
+    """CPUs and GPUs that a run on a cluster is given: its threads, and the devices it names, else the share of one."""
+    named = [name for name in settings.devices.split(",") if "cuda" in name]
+    return settings.threads, float(len(named) or share)
+
+
 @contextmanager
-def opened(name: Name, parallel: int | None, share: float) -> Iterator[Engine]:
+def opened(name: Name, parallel: int | None, share: float, slurm: Mapping[str, Any]) -> Iterator[Engine]:
     """An engine by name. parallel: runs at a time, None: as many as the engine finds right; share: of a GPU, for each.
 
-    Raises UserError for a share that is none or that no GPU can give, and where there is no Ray cluster.
+    slurm: options of sbatch, as `slurm_options` has them. Raises UserError for a share that is none or that no GPU can
+    give, where there is no Ray cluster, and for options that sbatch cannot be given.
     """
     if name == "ray":
         from zofed.experiments import sweep_ray
 
         with sweep_ray.connected(parallel, share) as engine:
             yield engine
+    elif name == "slurm":
+        from zofed.experiments import sweep_slurm
+
+        yield sweep_slurm.queue(parallel, share, slurm)
     else:
         from zofed.experiments import sweep_process
 

@@ -10,12 +10,14 @@
     [[leave-out]]                    # key = value or [values]: combinations that are not run
     [merge]                          # name = [data sets]: data that are merged before the runs begin
     with-controls = true             # controls of every run, and beside each run of instruct its arms without noise
+    [slurm]                          # options of sbatch, for --engine slurm
     [scale.laptop]                   # any of the above, put in its place at this scale
 
 Everything here is a plain function of the file: nothing is read but it, nothing is written.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,15 +27,16 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.base.files import shipped
 from zofed.config import SETTINGS
-from zofed.experiments import sweep_walk
+from zofed.experiments import slurm_options, sweep_walk
 from zofed.experiments.sweep import Arm, Sweep, Values, pairs, safe
 
 SHIPPED = shipped("experiments")
 COPY = "sweep.toml"  # the name under which a sweep writes itself down in its folder
-PARTS = ("about", "seeds", "base", "grid", "runs", "tune", "leave-out", "merge", "with-controls")
+PARTS = ("about", "seeds", "base", "grid", "runs", "tune", "leave-out", "merge", "slurm", "with-controls")
 OWN = {"out": "--out names the sweep's folder", "seed": "write seeds = [0, 1, 2] at the top of the file"}
 DATA_KEYS = ("dataset", "bp-dataset", "eval-dataset")
 WITHOUT_NOISE = ("guide-only", "line")  # kinds of instruct that tell what its noise adds
+MOST_RUNS = 5_000  # that one of the runs, the grid and what is tuned give together with each seed
 LONGEST_NAME = 150  # characters of a run's name, which is a folder's
 
 
@@ -63,18 +66,22 @@ def read(
     data: Sequence[str] = (),
     *,
     with_controls: bool = False,
+    slurm: Mapping[str, Any] | None = None,
 ) -> Sweep:
     """The sweep in a file at one of its scales (empty: the first).
 
     options: settings of every run that override the base. data: `NAME=PATH`, a path read in place of a data set that
-    the file names. with_controls: as the part of that name. Raises UserError, one line that names the file and what is
-    wrong in it.
+    the file names. with_controls: as the part of that name. slurm: options of sbatch that override the file's. Raises
+    UserError, one line that names the file and what is wrong in it.
     """
     parts = config.read_toml(path) | ({"with-controls": True} if with_controls else {})
     if path.name == COPY:
         parts = _with_present_names(parts)
     try:
-        return of(_with_data(_at_scale(parts, scale), data), options or {})
+        parts = _at_scale(parts, scale)
+        if slurm:
+            parts["slurm"] = parts.get("slurm", {}) | dict(slurm)
+        return of(_with_data(parts, data), options or {})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -105,6 +112,7 @@ def _at_scale(parts: Values, scale: str) -> Values:
     """The parts with those of one scale in their place: tables key by key, runs of the same name too."""
     parts = dict(parts)
     scales = parts.pop("scale", {})
+    _check_scales(scales, parts.get("runs", []))
     if scale and not scales:
         raise UserError(f"it has no scales: leave --scale {scale} out")
     if scale and scale not in scales:
@@ -122,6 +130,19 @@ def _at_scale(parts: Values, scale: str) -> Values:
             told = f"{present} is a setting: it goes into [base]" if present in SETTINGS else ""
             raise UserError(told or config.unknown(key, [*PARTS, "scale"], "part of a sweep"))
     return parts
+
+
+def _check_scales(scales: Any, runs: Any) -> None:
+    """Raise UserError unless each scale is a table, whose runs can take the place of the file's own."""
+    if not isinstance(scales, dict):
+        raise UserError(f"scale = {scales!r} is no table: write [scale.NAME], and its parts below it")
+    for name, own in scales.items():
+        if not isinstance(own, dict):
+            raise UserError(f"scale.{name} = {own!r} is no table: write [scale.{name}], and its parts below it")
+    for some in (runs, *(own.get("runs", []) for own in scales.values())):
+        _check_tables("runs", some)
+        if odd := [run["name"] for run in some if not isinstance(run.get("name", ""), str)]:
+            raise UserError(f"[[runs]] has the name {odd[0]!r}, which is no text: write it in quotes")
 
 
 def of(parts: Values, options: Mapping[str, str] | None = None) -> Sweep:
@@ -162,20 +183,24 @@ def of(parts: Values, options: Mapping[str, str] | None = None) -> Sweep:
 
 def _check_kinds(parts: Values) -> None:
     """Raise UserError for a part that is no table, or no list of tables, where it should be one."""
-    for key in ("base", "grid", "tune", "merge"):
+    for key in ("base", "grid", "tune", "merge", "slurm"):
         if not isinstance(parts.get(key, {}), dict):
             raise UserError(f"{key} = {parts[key]!r} is no table: write [{key}], and key = value below it")
     for key in ("runs", "leave-out"):
-        found = parts.get(key, [])
-        if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
-            raise UserError(f"{key} is no list of tables: write [[{key}]], and key = value below it")
+        _check_tables(key, parts.get(key, []))
     if type(parts.get("with-controls", False)) is not bool:
         raise UserError(f"with-controls = {parts['with-controls']!r}: write true or false")
     if parts.get("grid") == {}:
         raise UserError("[grid] is empty: give it key = [values], or leave it out")
+    slurm_options.check(parts.get("slurm", {}))
     for name, some in parts.get("merge", {}).items():
         if not isinstance(some, list) or len(some) < 2 or not all(isinstance(one, str) for one in some):
             raise UserError(f"[merge]: {name} = {some!r}: give a list of two data sets or more")
+
+
+def _check_tables(key: str, found: Any) -> None:
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise UserError(f"{key} is no list of tables: write [[{key}]], and key = value below it")
 
 
 def _arms(run: Values, grid: Values, tune: Values) -> Iterable[Arm]:
@@ -188,6 +213,13 @@ def _arms(run: Values, grid: Values, tune: Values) -> Iterable[Arm]:
     crossed = {key: value for key, value in run.items() if isinstance(value, list)}
     _check_lists(crossed, where)
     fixed = {key: value for key, value in run.items() if key not in crossed}
+    sizes = [
+        len(value) for some in (grid, crossed, tune | own_tune) for value in some.values() if isinstance(value, list)
+    ]
+    if (count := math.prod(sizes)) > MOST_RUNS:
+        raise UserError(
+            f"{where or 'the grid'} gives {count:,} runs with each seed, more than {MOST_RUNS:,}: vary less"
+        )
     tuned, walk = sweep_walk.line(tune | own_tune) or (tuple(_cross(tune | own_tune)), None)
     for values in _cross(grid | crossed):
         shown = values if name else fixed | values

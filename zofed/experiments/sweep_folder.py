@@ -17,6 +17,7 @@ from zofed import config
 from zofed.base import environment
 from zofed.base.errors import UserError
 from zofed.base.files import PRIVATE, hold, private_folder, write_private
+from zofed.base.parsing import from_json
 from zofed.data import mixing, subsets
 from zofed.experiments import sweep_file
 from zofed.experiments.sweep import Run, Sweep
@@ -189,7 +190,7 @@ def session() -> dict[str, Any]:
 
 def _read_json(path: Path, empty: Any) -> Any:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return empty
     return found if isinstance(found, type(empty)) else empty

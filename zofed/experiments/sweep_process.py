@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -33,6 +33,7 @@ from zofed.runs.tables import Row
 CENTRAL = ("zofed.training.central", "zofed.runs.pictures", "zofed.experiments.sweep_process")
 FEDERATED = ("zofed.federated.server", "zofed.federated.client", "zofed.federated.local_grid")
 PATIENCE = 20.0  # seconds a run that is told to end gets for the end of its step
+INTERRUPTED = "interrupted"  # the error of a run that was told to end
 EARLIER = 180.0  # seconds a run waits for an earlier process of its own, as on a node that lost its Ray cluster
 
 
@@ -78,6 +79,10 @@ class Forks:
     def places(self, runs: Sequence[Run]) -> int:
         """As many as it was told."""
         return self._places
+
+    def requests(self, runs: Sequence[Run]) -> list[str]:
+        """Nothing: the machine is at hand."""
+        return []
 
     def prepare(self, folder: Path, runs: Sequence[Run]) -> None:
         """Settle which libraries are loaded once."""
@@ -133,6 +138,15 @@ def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> N
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group, and is for the sweep to answer
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
+    try_out(written, log, began, slot, lambda told: _tell(pipe, told))
+
+
+def try_out(written: str, log: str, began: float, slot: int, tell: Callable[[dict[str, Any]], None]) -> None:
+    """The run of these settings in this process, whose output goes to the end of the file `log` from now on.
+
+    written: settings as JSON. began: monotonic seconds. tell: called with what `Job.take` takes, an `error` where the
+    run fails; nothing but the end of this process is raised.
+    """
     log_file = open_private(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     os.dup2(log_file, 1)
     os.dup2(log_file, 2)
@@ -142,23 +156,23 @@ def work(pipe: Connection, written: str, log: str, began: float, slot: int) -> N
     def show(row: Row) -> None:
         nonlocal began
         if row["step"] and began:
-            _tell(pipe, {"first_step": time.monotonic() - began})
+            tell({"first_step": time.monotonic() - began})
             began = 0.0
 
     try:
         hold_log(log_file, log)
         choose_gpu(settings, slot)
-        carry_out(settings, show, lambda steps: _tell(pipe, {"steps": steps}))
+        carry_out(settings, show, lambda steps: tell({"steps": steps}))
     except UserError as failure:
         error = " ".join(str(failure).split())
     except KeyboardInterrupt:
-        error = "interrupted"
+        error = INTERRUPTED
     except Exception as failure:  # a fault of zofed or of a library: one run's, never the sweep's
         traceback.print_exc()
         error = " ".join(f"{type(failure).__name__}: {failure} (see {log})".split())
     if error:
         print(f"zofed: {error}", file=sys.stderr, flush=True)
-        _tell(pipe, {"error": error})
+        tell({"error": error})
 
 
 def hold_log(log_file: int, log: str) -> None:

@@ -30,7 +30,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.experiments import sweep_process
 from zofed.experiments.sweep import Run
-from zofed.experiments.sweep_engine import Job
+from zofed.experiments.sweep_engine import Job, asks
 from zofed.experiments.sweep_folder import LOCK
 
 START, JOIN = "ray start --head", "ray start --address=HOST:6379"
@@ -79,6 +79,11 @@ class Cluster:
             self._no_room(cpus, gpus)
         return min(found, self.parallel or found)
 
+    def requests(self, runs: Sequence[Run]) -> list[str]:
+        """What a task asks Ray for, at most."""
+        cpus, gpus = self._most(runs)
+        return [f"each run asks Ray for {cpus} CPUs and {gpus:g} GPUs at most"]
+
     def prepare(self, folder: Path, runs: Sequence[Run]) -> None:
         """See that all nodes that can take such runs have this zofed and see this folder."""
         self._folder, self._libraries = folder, sweep_process.libraries(runs)
@@ -94,7 +99,7 @@ class Cluster:
 
     def start(self, run: Run, out: Path, log: Path, slot: int) -> Job:
         """Begin a run in a new task."""
-        cpus, gpus = self._asks(run)
+        cpus, gpus = asks(run.settings, self.share)
         # Not by .options: a worker ends with its task, and frees its GPU, only where the decorator is told of one.
         task = ray.remote(num_cpus=cpus, num_gpus=gpus, num_returns="streaming", max_retries=0)(carry_out)
         written = run.settings.model_copy(update={"out": str(out)}).model_dump_json(by_alias=True)
@@ -143,14 +148,9 @@ class Cluster:
                 told["first_step"] = time.monotonic() - task.began
             task.take(told)
 
-    def _asks(self, run: Run) -> tuple[int, float]:
-        """CPUs and GPUs that a run is given."""
-        named = [name for name in run.settings.devices.split(",") if "cuda" in name]
-        return run.settings.threads, float(len(named) or self.share)
-
     def _most(self, runs: Sequence[Run]) -> tuple[int, float]:
         """The most CPUs and the most GPUs that one of the runs asks for."""
-        cpus, gpus = zip(*(self._asks(run) for run in runs), strict=True)
+        cpus, gpus = zip(*(asks(run.settings, self.share) for run in runs), strict=True)
         return max(cpus), max(gpus)
 
     def _looked_for(self) -> tuple[str, str]:

@@ -5,6 +5,7 @@ better, seven values at most. Loss against a rate has one valley for all that wa
 worse one is worth a run.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from zofed.config import SETTINGS
 from zofed.experiments.sweep import Values, Walk
 
 FACTOR, MOST = 3.0, 7
+LARGEST = 1e300  # that a search can begin at
 FEWEST = 3  # values that have a middle
 
 
@@ -27,7 +29,7 @@ def check(key: str, wanted: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {key} has {name!r}: write {key} = {form}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"{where}: {key}: {name} = {value!r} is no number: write {key} = {form}")
-    if "around" not in wanted or not 0 < wanted["around"] < float("inf"):
+    if "around" not in wanted or not 0 < wanted["around"] < LARGEST:
         raise UserError(f"{where}: {key} has no value above 0 to begin at: write {key} = {form}")
     if not 1 < wanted.get("factor", FACTOR) <= 1000:
         raise UserError(f"{where}: {key}: factor = {wanted['factor']!r}: give a number above 1, as 3")
@@ -47,11 +49,13 @@ def line(tune: Values) -> tuple[tuple[Values, ...], Walk] | None:
 
 def _values(key: str, wanted: Mapping[str, Any], where: str) -> tuple[list[int | float], int]:
     """All values that a walk can reach within the setting's limits, in order, and the place of the first."""
-    whole, factor = SETTINGS[key].annotation is int, wanted.get("factor", FACTOR)
+    whole, factor = SETTINGS[key].annotation is int, float(wanted.get("factor", FACTOR))
     reach = wanted.get("most", MOST) - 2  # from the first three on, all to one side
     found: list[int | float] = []
     for power in range(-reach, reach + 1):
-        value = wanted["around"] * factor**power
+        value = float(wanted["around"]) * factor**power
+        if not math.isfinite(value):
+            continue
         value = round(value) if whole else float(wanted["around"] if power == 0 else f"{value:.3g}")
         if value not in found and _is_allowed(key, value):
             found.append(value)

@@ -4,12 +4,14 @@ No state but a cache: one replica of the model per process, moved by replay to w
 serves every virtual client of a simulation, a long-lived worker and a process started for one message alike.
 """
 
+import gc
 import json
-import re
+import math
 import sys
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,98 +22,24 @@ from zofed import config
 from zofed.base import environment
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import gradient_codec, sanitize, snapshots
+from zofed.core import gradient_codec, sanitize
 from zofed.core.aggregation import Measured
-from zofed.core.digests import tensors_digest
-from zofed.core.journal import differences, genesis_chain
-from zofed.core.measure import Update
-from zofed.core.replica import catch_up
+from zofed.core.journal import differences
 from zofed.data.classes import Classes
-from zofed.federated import messages, protocol
+from zofed.federated import admission, ledger, messages, policy, protocol, reads
+from zofed.federated.client_session import ClientSession, place
+from zofed.federated.policy import Policy, Refused
 from zofed.federated.protocol import NO_LOSS, Answer, Contribution, Plan
 from zofed.federated.wire import Evaluation, Final, Greeting, Introduction, Malformed
-from zofed.training import measurements, shards
+from zofed.training import measurements
 from zofed.training.paths import with_absolute_paths
-from zofed.training.problem import Place, Problem, TaskProblem
+from zofed.training.problem import TaskProblem
 from zofed.training.process import prepare_process
-from zofed.training.replicas import tell_placement
 from zofed.training.shards import Data
 from zofed.training.task import Task
 
-UPDATES_KEPT = 2  # guides and updates that entries soon to come will name
-
-
-class ClientSession:
-    """This process's one copy of the model, and the data of the clients it has served."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.settings = problem, problem.settings
-        self.replica = problem.replica()
-        tell_placement(self.replica, self.settings)
-        self.genesis = genesis_chain(self.replica.genesis)
-        self._parts: dict[Place, tuple[Data, Data | None]] = {}
-        self._updates: dict[bytes, Update] = {}
-        self.is_unsound = False  # at the head of the last plan, but with other weights
-
-    def parts(self, context: Context) -> tuple[Data, Data | None]:
-        """What the node trains and, with `client-held-out-fraction`, evaluates on."""
-        share = place(context)
-        if share not in self._parts:
-            self._parts[share] = self.problem.parts(share, context)
-        return self._parts[share]
-
-    def examples(self, context: Context) -> int:
-        """How many examples the node trains on."""
-        return len(shards.of(self.settings, self.parts(context)[0]))
-
-    def counts(self, context: Context) -> dict[str, int]:
-        """What the node holds, by label or source."""
-        return self.problem.counts(place(context), context)
-
-    def catch_up(self, plan: Plan) -> bool:
-        """Move to the plan's head and weights; from the base, anew, when the plan brings the whole history.
-
-        False when this process cannot get there: the answer then tells the server, which sends everything.
-        """
-        try:
-            brought = [gradient_codec.decoded(raw, self.replica.shapes) for raw in gradient_codec.split(plan.updates)]
-        except ValueError as error:
-            return self._unreachable(plan, error)
-        for update in brought:
-            self.keep(update, len(brought))
-        if not plan.rebuild and not plan.snapshot and self._follow(plan):
-            return True
-        if plan.rebuild:
-            self.replica = self.problem.replica()
-        if plan.snapshot:
-            try:
-                snapshots.restore(self.replica, plan.snapshot)
-            except ValueError as error:
-                return self._unreachable(plan, error)
-        elif plan.after != self.genesis:
-            return False
-        elif not plan.rebuild:
-            self.replica = self.problem.replica()
-        return self._follow(plan)
-
-    def _unreachable(self, plan: Plan, error: ValueError) -> bool:
-        """Tell of updates or a snapshot that cannot be used; the answer will be that the replica is behind."""
-        self.is_unsound = False
-        print(f"round {plan.round} cannot be reached: {error}", file=sys.stderr, flush=True)
-        return False
-
-    def keep(self, update: Update, count: int = UPDATES_KEPT) -> None:
-        """Have an update or a guide at hand for the entry that names it. count: that are kept together, at least."""
-        digest = bytes.fromhex(tensors_digest(update))
-        self._updates.pop(digest, None)  # the newest stand last
-        self._updates[digest] = update
-        while len(self._updates) > max(UPDATES_KEPT, count):
-            del self._updates[next(iter(self._updates))]
-
-    def _follow(self, plan: Plan) -> bool:
-        arrived = catch_up(self.replica, plan.after, plan.entries, self._updates)
-        self.is_unsound = arrived and self.replica.probe() != plan.probe
-        return arrived and not self.is_unsound
+AFTER_END_S = 1.0  # until a worker lets go of a run that is over
+WITHHELD = "this node cannot do what the run asks; its own log says why (details = false in its policy)"
 
 
 @lru_cache(maxsize=1)
@@ -125,6 +53,35 @@ def _session(written: str, own: str, named: Classes) -> ClientSession:
 def forget() -> None:
     """Let go of the replica and the data of every run."""
     _session.cache_clear()
+    _allowed.cache_clear()
+    _rest.seconds = math.inf
+
+
+@dataclass
+class Rest:
+    """seconds: without a message, until what `session` keeps is of no more use; infinity where it keeps nothing."""
+
+    seconds: float = math.inf
+
+
+_rest = Rest()
+
+
+def forget_after(idle: float) -> bool:
+    """Let go of all, after `idle` seconds without a message, if it is time to; whether it was."""
+    if idle <= _rest.seconds:
+        return False
+    let_go()
+    return True
+
+
+def let_go() -> None:
+    """`forget`, and give the memory back to the machine and its GPU."""
+    forget()
+    gc.collect()
+    environment.give_back_freed_memory()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def session(context: Context, asked: Plan | Greeting | None = None) -> ClientSession:
@@ -136,38 +93,34 @@ def session(context: Context, asked: Plan | Greeting | None = None) -> ClientSes
         named = Classes.unpacked(asked.classes, asked.names) if asked else Classes.numbered(0)
     except ValueError as error:
         raise UserError(f"the server's message is damaged ({error}): give all machines the same zofed") from error
-    settings = of_node(config.resolve(config.given(context.run_config)), context)
-    own = str(context.node_config.get("dataset", ""))
-    return _session(settings.model_dump_json(by_alias=True), own, named)
+    device, own = (str(context.node_config.get(key) or "") for key in ("device", "dataset"))
+    own_policy: Any = policy.of(context)  # frozen, hence hashable, which is not seen from its class
+    written = _allowed(json.dumps(dict(context.run_config)), device, own, own_policy)
+    return _session(written, own, named)
 
 
-def of_node(settings: Settings, context: Context) -> Settings:
+@lru_cache(maxsize=1)  # as `_session`: whatever has data and model read again is held against the policy again
+def _allowed(given: str, device: str, own: str, own_policy: Policy) -> str:
+    """`of_node` of settings as JSON that the node's policy allows, as JSON again: once, not in each of the messages
+    to a thousand clients. Raises Refused, or UserError.
+    """
+    values = json.loads(given)
+    admission.check_given(values, own_policy)
+    settings = of_node(config.resolve(config.given(values)), device)
+    admission.check_settings(settings, own_policy, own)
+    return settings.model_dump_json(by_alias=True)
+
+
+def of_node(settings: Settings, device: str) -> Settings:
     """A run's settings as a node takes them: on its own device, if it names one.
 
     Raises UserError for what a federation cannot run with.
     """
     protocol.check_settings(settings)
-    if device := context.node_config.get("device"):
+    if device:
         own_device = {"device": device, "placement": "none"}  # the node's word counts before the run's
         settings = config.resolve(settings.model_dump(by_alias=True) | own_device)
     return settings
-
-
-def place(context: Context) -> tuple[int, int]:
-    """Index of this client and how many there are, from the node's configuration.
-
-    Raises UserError where one is missing or no whole number, or where the two are no place.
-    """
-    found = []
-    for key in ("partition-id", "num-partitions"):
-        value = context.node_config.get(key)
-        if value is None:
-            raise UserError(f"this node has no {key!r}: start it with --node-config 'partition-id=0 num-partitions=2'")
-        found.append(int(value) if isinstance(value, str) and re.fullmatch(r"[0-9]{1,10}", value) else value)
-    client, clients = found
-    if problem := sanitize.misplaced(client, clients):
-        raise UserError(problem)
-    return client, clients
 
 
 def capability(here: ClientSession, context: Context) -> str:
@@ -202,15 +155,28 @@ class Answers:
                 raise UserError("the server's greeting holds no genesis: give all machines the same zofed")
             if different := differences(theirs, here.replica.genesis):
                 raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
-            examples, counts = here.examples(context), json.dumps(here.counts(context))
-            mode = capability(here, context)
+            examples, mode = here.examples(context), capability(here, context)
+            own_policy = policy.of(context)
+            admission.check_held(examples, own_policy)
+            counts = json.dumps(here.counts(context)) if own_policy.details else ""
+            if len(counts) > sanitize.LARGEST_TABLE:  # than the server reads
+                counts = ""
             return Introduction(client, clients, examples, mode, here.replica.head, counts, "", environment.code())
         except UserError as error:
-            return Introduction(client, 0, 0, "", b"", "", str(error), environment.code())
+            return Introduction(client, 0, 0, "", b"", "", self._told(error, context), environment.code())
+
+    def _told(self, error: Exception, context: Context) -> str:
+        """What the server hears of an error; the node's own log has it whole where that is less, or a refusal."""
+        reason = str(error) if isinstance(error, UserError) else repr(error)
+        if withheld := not isinstance(error, Refused) and not _tells_details(context):
+            print(reason, file=sys.stderr, flush=True)
+        elif isinstance(error, Refused):
+            print(f"refused: {reason}", file=sys.stderr, flush=True)
+        return WITHHELD if withheld else reason
 
     def measure(self, plan: Plan, context: Context) -> Answer:
         """Catch up and answer with integers: slopes, or the coefficients of a subspace."""
-        here = self._open(context, plan)
+        here = self._admitted(plan, "train.zo", context)
         settings = here.settings
         by_backprop = capability(here, context) == "fo"
 
@@ -234,8 +200,10 @@ class Answers:
 
     def backpropagate(self, plan: Plan, context: Context) -> Contribution:
         """Catch up and answer with a gradient for a guide, or with the update of local training."""
-        here = self._open(context, plan)
+        here = self._admitted(plan, "train.guide" if plan.task == "gradient" else "train.fo", context)
         settings = here.settings
+        if capability(here, context) == "zo":
+            raise Refused("the server asks for a gradient, and this client runs forward passes only (mode = zo)")
 
         def work(client: int, data: Data) -> tuple[bytes, float]:
             if plan.task == "gradient":
@@ -250,7 +218,7 @@ class Answers:
 
     def evaluate(self, plan: Plan, context: Context) -> Evaluation:
         """Catch up and score the client's own held-out part, of which the same sample is read each time."""
-        here, (client, _) = self._open(context, plan), place(context)
+        here, (client, _) = self._admitted(plan, "evaluate.zofed", context), place(context)
         held_out = here.parts(context)[1]
         if held_out is None or not here.catch_up(plan):
             return Evaluation(client, here.replica.head, NO_LOSS, 0)
@@ -260,9 +228,15 @@ class Answers:
 
     def final(self, plan: Plan, context: Context) -> Final:
         """Catch up and name the weights this client has."""
-        here = self._open(context, plan)
+        here = self._admitted(plan, "query.digest", context)
         arrived = here.catch_up(plan)
         return Final(place(context)[0], here.replica.digest() if arrived or here.is_unsound else "", here.replica.head)
+
+    def _admitted(self, plan: Plan, kind: str, context: Context) -> ClientSession:
+        """This process's replica and data, for a plan that the run's settings and the node's policy allow."""
+        here = self._open(context, plan)
+        admission.check_plan(plan, kind, here.settings, policy.of(context))
+        return here
 
     def on_status(self, message: Message, context: Context) -> Message:
         """Answer `query.status`."""
@@ -288,12 +262,16 @@ class Answers:
 
     def on_digest(self, message: Message, context: Context) -> Message:
         """Answer `query.digest`."""
-        return _reply(message, self.final(messages.unpack(Plan, message.content), context))
+        plan = messages.unpack(Plan, message.content)
+        reply = _reply(message, self.final(plan, context))
+        if plan.task == "end":
+            _rest.seconds = AFTER_END_S
+        return reply
 
     @property
     def handlers(self) -> dict[str, Callable[[Message, Context], Message]]:
         """What answers a message, by its type."""
-        return {
+        of_kinds = {
             "query.status": self.on_status,
             "query.digest": self.on_digest,
             "train.zo": self.on_measure,
@@ -301,6 +279,20 @@ class Answers:
             "train.guide": self.on_backpropagate,
             "evaluate.zofed": self.on_evaluate,
         }
+        return {kind: partial(self._answered, answer) for kind, answer in of_kinds.items()}
+
+    def _answered(self, answer: Callable[[Message, Context], Message], message: Message, context: Context) -> Message:
+        """A message's answer, within what the node's policy allows a run to do and the server to hear."""
+        own_policy = policy.of(context)
+        _rest.seconds = own_policy.idle_seconds
+        admission.check_message(messages.payload(message.content) / 1e6, own_policy)
+        _runs.check(context.run_id, own_policy)
+        try:
+            return answer(message, context)
+        except Exception as error:
+            if isinstance(error, Refused) or own_policy.details:
+                raise
+            raise UserError(self._told(error, context)) from None
 
     def added_to(self, app: ClientApp, *kinds: str) -> ClientApp:
         """The app, which from now on answers these types of messages, all by default; all else of it stays."""
@@ -318,6 +310,7 @@ def _report(plan: Plan, here: ClientSession, context: Context, work: Callable[[i
     found, problem = None, ""
     arrived = here.catch_up(plan)
     if arrived:
+        _spend(plan, here, context, data)
         torch.set_num_threads(here.settings.threads)
         try:
             found = work(client, data)
@@ -325,21 +318,41 @@ def _report(plan: Plan, here: ClientSession, context: Context, work: Callable[[i
             problem = "not_finite"
     return {
         "found": found,
-        "genesis": protocol.name_of(here.replica.genesis),
+        "genesis": protocol.name_of(here.replica),
         "round": plan.round,
         "attempt": plan.attempt,
         "client": client,
         "head": b"" if arrived or here.is_unsound else here.replica.head,
-        "probe": here.replica.probe(),
+        "probe": here.probe or here.replica.probe(),
         "problem": problem,
         "examples": here.examples(context),
         "milliseconds": round(1000 * (time.monotonic() - began)),
     }
 
 
+def _spend(plan: Plan, here: ClientSession, context: Context, data: Data) -> None:
+    """Count the slopes that a plan asks of the data, where the node's policy limits them. Raises Refused beyond it."""
+    own_policy, (client, _) = policy.of(context), place(context)
+    admission.check_held(here.examples(context), own_policy)
+    if plan.round != here.replica.round + 1:
+        raise Refused(f"a plan of round {plan.round} whose records lead to round {here.replica.round}: there is none")
+    if own_policy.slopes_per_example or own_policy.slopes_in_all:
+        asked, slopes = reads.of(plan, here.settings, here.replica, data, client)
+        held = ledger.of(own_policy.ledger, client)
+        held.spend(here.name_of_data(context), here.examples(context), asked, slopes, own_policy)
+
+
+def _tells_details(context: Context) -> bool:
+    try:
+        return policy.of(context).details
+    except UserError:  # of the policy's own file
+        return False
+
+
 def _reply(message: Message, content: Answer | Contribution | Introduction | Evaluation | Final) -> Message:
     return Message(content=messages.pack(content), reply_to=message)
 
 
+_runs = ledger.Runs()
 answers = Answers(session)  # of a client whose model and data the run's settings name
 app = answers.added_to(ClientApp())

@@ -14,9 +14,9 @@ from flwr.serverapp import Grid
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import aggregation, gradient_codec, sanitize, snapshots
+from zofed.core import aggregation, gradient_codec, sanitize, snapshots, varint
 from zofed.core.digests import tensors_digest
-from zofed.core.journal import Entry, Journal, genesis_chain, position
+from zofed.core.journal import Entry, Journal, position
 from zofed.core.measure import Update
 from zofed.core.replica import Replica, update_digest
 from zofed.federated import messages, protocol
@@ -27,7 +27,6 @@ from zofed.federated.wire import Evaluation, Final, Malformed
 from zofed.training.trainer import diverged
 
 ATTEMPTS = 3  # times a round is asked before it is given up
-UPDATES_KEPT = 4  # encoded updates at hand for clients that missed a round or two
 
 Checked = TypeVar("Checked", Final, Evaluation)
 Judge = Callable[[Message, Plan], tuple[Any, Any, str]]  # -> what to use, the answer, "used" or why not
@@ -52,7 +51,7 @@ class Exchanges:
     ) -> None:
         self.grid, self.members, self.replica, self.journal = grid, members, replica, journal
         self.settings, self.folder, self.traffic, self.seconds_moving = settings, folder, traffic, seconds_moving
-        self.genesis = genesis_chain(replica.genesis)
+        self.genesis = replica.origin
         self.updates: dict[bytes, bytes] = {}  # encoded, by digest
         self._probe = (b"", b"")  # head, probe there
         self._held = 0  # entries up to that head
@@ -61,7 +60,7 @@ class Exchanges:
         """Keep an encoded update for the clients that will need it; returns its digest."""
         digest = bytes.fromhex(tensors_digest(update))
         self.updates[digest] = raw
-        while len(self.updates) > UPDATES_KEPT:
+        while len(self.updates) > protocol.UPDATES_SENT:
             del self.updates[next(iter(self.updates))]
         return digest
 
@@ -71,8 +70,8 @@ class Exchanges:
         """Usable answers of integers, by client; empty where a round is to be skipped."""
 
         def judge(reply: Message, plan: Plan) -> tuple[Any, Answer, str]:
-            answer = messages.unpack(Answer, reply.content)
-            count = protocol.integers_asked(self.settings, plan)
+            count = protocol.integers_asked(self.settings, plan.task, plan.steps)
+            answer = messages.unpack(Answer, reply.content, varint.LONGEST * count)
             return answer, answer, protocol.check(answer, plan, count, self.settings.epsilon) or "used"
 
         return self._collected(round_, task, "train.zo", clients, judge, steps, guide)
@@ -82,8 +81,10 @@ class Exchanges:
     ) -> dict[int, tuple[Update, Contribution]]:
         """Usable updates or gradients, by client; empty where a round is to be skipped."""
 
+        largest = gradient_codec.largest(self.replica.shapes)
+
         def judge(reply: Message, plan: Plan) -> tuple[Any, Contribution, str]:
-            answer = messages.unpack(Contribution, reply.content)
+            answer = messages.unpack(Contribution, reply.content, largest)
             limit = self.settings.max_update_norm
             update, reason = protocol.check_update(answer, plan, self.replica, limit)
             return (update, answer), answer, reason or "used"
@@ -159,11 +160,12 @@ class Exchanges:
         waiting_for = list(clients)
         for _ in range(2):  # a second time for those whose replica was older than known, or not sound
             plans = {client: self.plan(client, attempt, task, steps, guide) for client in waiting_for}
-            contents, replies = self.send(plans, message_type)
+            replies = self.send(plans, message_type)
             waiting_for = []
             for client, plan in plans.items():
-                found, answer, result = self._judged(replies.get(self._node(client)), plan, judge)
-                self.traffic.result(plan, contents[client], replies.get(self._node(client)), answer, result)
+                node = self._node(client)
+                found, answer, result = self._judged(replies.get(node), plan, judge)
+                self.traffic.result(plan, node, answer, result)
                 if result == "used":
                     good[client] = found
                 if self._follows(plan, answer, result):
@@ -213,22 +215,22 @@ class Exchanges:
             self._probe = (self.replica.head, self.replica.probe())
             self._held = position(self.journal.entries, self.genesis, self.replica.head) or 0
         # The journal may be ahead of the weights: a round's lines are being written while later ones stand in it.
-        entries = self.journal.entries[: self._held]
         held = 0 if member.rebuild else member.held
-        is_ahead = held > len(entries)  # only weights lead back, since no record can be undone
-        held = min(held, len(entries))
-        after = entries[held - 1].chain if held else self.genesis
+        is_ahead = held > self._held  # only weights lead back, since no record can be undone
+        held = min(held, self._held)
+        after = self.journal.entries[held - 1].chain if held else self.genesis
+        missing = self.journal.entries[held : self._held]
         plan = protocol.plan_for(
-            self.replica, after, entries[held:], client=client, attempt=attempt, task=task, steps=steps,
+            self.replica, after, missing, client=client, attempt=attempt, task=task, steps=steps,
             guide=guide,
             probe=self._probe[1],
         )  # fmt: skip
         plan = replace(plan, classes=self.members.classes, names=self.members.names)
-        digests = (update_digest(entry.record) for entry in entries[held:])
+        digests = (update_digest(entry.record) for entry in missing)
         needed = [digest for digest in digests if digest is not None and digest not in member.updates]
         updates = [self.updates[digest] for digest in needed if digest in self.updates]
         rest = {"rebuild": int(member.rebuild), "updates": gradient_codec.joined(updates)}
-        if is_ahead or len(updates) < len(needed) or self._snapshot_is_cheaper(entries[held:], len(rest["updates"])):
+        if is_ahead or len(updates) < len(needed) or self._snapshot_is_cheaper(missing, len(rest["updates"])):
             rest = {"after": self.replica.head, "entries": b"", "rebuild": int(member.rebuild)}
             rest["snapshot"] = snapshots.taken(self.replica)
         return replace(plan, **rest)
@@ -243,27 +245,26 @@ class Exchanges:
         tail = (sum(len(entry.raw) for entry in missing) + updates) * seconds_per_byte + replaying
         return snapshots.size(self.replica) * seconds_per_byte < tail
 
-    def send(self, plans: Mapping[int, Plan], message_type: str) -> tuple[dict[int, Any], dict[int, Message]]:
-        """Packed plans by client and replies by node."""
+    def send(self, plans: Mapping[int, Plan], message_type: str) -> dict[int, Message]:
+        """Replies to the plans of clients, by node."""
         began = time.monotonic()
-        contents = {client: messages.pack(plan) for client, plan in plans.items()}
-        by_node = {self._node(client): content for client, content in contents.items()}
-        replies, duplicates = exchange(self.grid, by_node, message_type, self.settings.round_timeout)
+        contents = {self._node(client): messages.pack(plan) for client, plan in plans.items()}
+        replies, duplicates = exchange(self.grid, contents, message_type, self.settings.round_timeout)
         if duplicates:
             self.traffic.now.results["duplicate"] += duplicates
         extra = sum(len(plan.updates) + len(plan.guide) + len(plan.snapshot) for plan in plans.values())
         in_round = message_type.startswith("train")
-        self.traffic.sent(by_node, replies, time.monotonic() - began, extra, in_round)
-        return contents, replies
+        self.traffic.sent(contents, replies, time.monotonic() - began, extra, in_round)
+        return replies
 
-    def digests(self, clients: Collection[int]) -> dict[int, str]:
-        """SHA-256 of clients' weights now, by client; empty for one that does not answer."""
+    def digests(self, clients: Collection[int], task: protocol.Task = "none") -> dict[int, str]:
+        """SHA-256 of clients' weights now, by client; empty for one that does not answer. task: `end` ends the run."""
         digests = dict.fromkeys(sorted(clients), "")
         for _ in range(2):  # a replica older than known is sent everything the second time
             left = [client for client, digest in digests.items() if not digest]
             if not left:
                 break
-            _, replies = self.send({client: self.plan(client) for client in left}, "query.digest")
+            replies = self.send({client: self.plan(client, task=task) for client in left}, "query.digest")
             for client in left:
                 member, told = self.members.found[client], _told(Final, client, replies.get(self._node(client)))
                 if told is None:
@@ -288,7 +289,7 @@ class Exchanges:
 
     def _evaluated(self, round_: int) -> list[dict[str, Any]]:
         """A row for each client that scored itself."""
-        _, replies = self.send({client: self.plan(client) for client in self.members.there()}, "evaluate.zofed")
+        replies = self.send({client: self.plan(client) for client in self.members.there()}, "evaluate.zofed")
         rows = []
         for client, member in self.members.found.items():
             found = _told(Evaluation, client, replies.get(member.node))
@@ -298,7 +299,12 @@ class Exchanges:
                 what = f"a loss of {found.loss:g} on {sanitize.brief(found.examples)} examples"
                 print(f"client {client}: {what} cannot be: left out of the scores", file=sys.stderr, flush=True)
                 continue
-            own = {"metrics": json.dumps(measures)} if (measures := found.measures()) else {}
+            measures = found.measures()
+            if found.metrics and not measures:
+                most = sanitize.MOST_MEASURES
+                what = f"its metrics are no table of 1 to {most} names with finite numbers: left out of the scores"
+                print(f"client {client}: {what}", file=sys.stderr, flush=True)
+            own = {"metrics": json.dumps(measures)} if measures else {}
             rows.append({"round": round_, "client": client, "loss": found.loss, "examples": found.examples} | own)
         return rows
 

@@ -4,6 +4,7 @@ Written against flwr 1.41, which requirements.txt pins. `tests/federated/test_fl
 one changed.
 """
 
+import math
 import sys
 import threading
 import time
@@ -227,23 +228,35 @@ def pause(idle: float, shortest: float, longest: float) -> float:
 class Patience:
     """How long a SuperNode sleeps where Flower's sleeps 3 s between looks for a message, 0.5 s for its answer.
 
-    A look for messages costs about a kilobyte on the link; one for the answer stays on this machine.
+    A look for messages costs about a kilobyte on the link, and a write into the SuperLink's database: where looks take
+    longer than the quickest did, so many SuperNodes look that each waits for the others, and all leave more room. A
+    look for the answer stays on this machine.
     """
 
     LOOK_S, ANSWER_S = 0.05, 0.02
+    SWIFT_S = 0.02  # for a look: quicker ones tell no more of the SuperLink than of this machine
 
     def __init__(
         self, clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep
     ) -> None:
-        self._clock, self._sleep, self._last = clock, sleep, clock()
+        self._clock, self._real_sleep, self._last = clock, sleep, clock()
+        self._woke: float | None = None  # to look
+        self._quickest = math.inf
 
     def sleep(self, seconds: float) -> None:
         """Sleep for `seconds` at most."""
+        now = self._clock()
         if seconds < 1:  # it has a message in hand and waits for the answer
-            self._last = self._clock()
-            self._sleep(min(seconds, self.ANSWER_S))
-        else:
-            self._sleep(pause(self._clock() - self._last, self.LOOK_S, seconds))
+            self._last, self._woke = now, None
+            self._real_sleep(min(seconds, self.ANSWER_S))
+            return
+        wait = pause(now - self._last, self.LOOK_S, seconds)
+        if self._woke is not None:
+            took = max(self.SWIFT_S, now - self._woke)
+            self._quickest = min(self._quickest, took)
+            wait = max(wait, min(seconds, self.LOOK_S * (took / self._quickest) ** 2))
+        self._real_sleep(wait)
+        self._woke = self._clock()
 
 
 def hasten(module: ModuleType) -> None:

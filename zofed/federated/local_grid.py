@@ -1,5 +1,6 @@
 """The same ServerApp and ClientApps in one process: no Ray, no SuperLink, a millisecond a round."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,6 +35,7 @@ class LocalGrid(Grid):
             for index in range(nodes)
         }
         self._replies: dict[str, Message] = {}
+        self._numbers = itertools.count(1)  # of messages
         flower_messages.speak_as(SERVER_NODE, RUN_ID)
 
     def set_run(self, run: Any) -> None:
@@ -54,7 +56,7 @@ class LocalGrid(Grid):
         return [self._deliver(message) for message in messages]
 
     def _deliver(self, message: Message) -> str:
-        flower_messages.give_id(message)
+        flower_messages.give_id(message, next(self._numbers))
         node = message.metadata.dst_node_id
         flower_messages.speak_as(node, RUN_ID)
         try:

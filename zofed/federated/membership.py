@@ -14,7 +14,7 @@ from zofed.base import environment
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import sanitize
-from zofed.core.journal import Journal, canonical, genesis_chain, position
+from zofed.core.journal import Journal, canonical, position
 from zofed.core.records import CLIENTS
 from zofed.core.replica import Replica
 from zofed.data.classes import Classes
@@ -132,8 +132,13 @@ class Members:
             raise UserError(
                 f"quorum = {settings.quorum}: only {len(self.found)} clients are here; set quorum to that or less"
             )
+        if settings.only_client >= 0 and settings.only_client not in self.found:
+            here = ", ".join(map(str, self.found))
+            raise UserError(f"only-client = {settings.only_client}: the clients here are {here}; name one")
         asked = self.asked_each_round(len(self.found))
         if settings.quorum > asked:
+            if settings.only_client >= 0:
+                raise UserError(f"quorum = {settings.quorum}: only-client asks one client a round; leave one out")
             raise UserError(
                 f"quorum = {settings.quorum}: participation = {settings.participation:g} asks {asked} clients a round; "
                 "raise participation or lower quorum"
@@ -161,7 +166,7 @@ class Members:
 
     def _refuse(self, client: int, reason: str) -> None:
         self.refused[self.found.pop(client).node] = Refusal(reason)
-        self.places.nodes.pop(client, None)
+        self.places.free(client)
 
     @property
     def partitions(self) -> int:
@@ -182,7 +187,8 @@ class Members:
 
     def sampled(self, round_: int, among: Collection[int] | None = None) -> list[int]:
         """The clients that a round asks: drawn from (seed, round) among those that are neither away nor paused."""
-        there = sorted(self.found if among is None else among)
+        only = self.settings.only_client
+        there = sorted(client for client in (self.found if among is None else among) if only in (-1, client))
         if not self.strict:
             there = [c for c in there if self.found[c].paused_until < round_ and self.found[c].node in self._present]
         if not there:
@@ -258,7 +264,7 @@ class Members:
             else:
                 self._tell_other_code(told)
                 self.found[told.client] = Member(node, told, self._position(told.head))
-                self.places.nodes[told.client] = node
+                self.places.give(told.client, node)
 
     def _introduced(self, node: int, reply: Message | None) -> tuple[Introduction | None, str]:
         """What a node says of itself, and why it cannot take part; empty where it can."""
@@ -275,23 +281,23 @@ class Members:
         if problem := told.faults():
             return told, f"node {node} is not taken in: {problem}"
         if (version := told.code.partition(" ")[0]) != __version__:
-            where = f"client {told.client} runs zofed {version}, the server {__version__}"
+            where = f"client {told.client} runs zofed {version or 'of no version'}, the server {__version__}"
             return told, f"{where}: give all machines the same"
         return told, ""
 
     def _tell_other_code(self, told: Introduction) -> None:
-        theirs, ours = told.code.split(" ")[1:2], environment.code().split(" ")[1:2]
+        theirs, ours = (" ".join(code.split(" ")[1:2]) for code in (told.code, environment.code()))
         if theirs != ours:
             print(
                 f"client {told.client} runs other code than the server under the same version {__version__} "
-                f"({''.join(theirs)}, here {''.join(ours)}): bring all machines to one commit if in doubt",
+                f"({theirs or 'of no name'}, here {ours}): bring all machines to one commit if in doubt",
                 file=sys.stderr,
                 flush=True,
             )
 
     def _position(self, head: bytes) -> int:
         entries = self.journal.entries if self.journal else []
-        return position(entries, genesis_chain(self.replica.genesis), head) or 0
+        return position(entries, self.replica.origin, head) or 0
 
 
 def _wait_for_nodes(grid: Grid, wanted: int, seconds: float) -> list[int]:

@@ -1,5 +1,6 @@
 """Contents to Flower messages and back: the only file that knows how they lie in one."""
 
+import itertools
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -20,19 +21,26 @@ def pack(content: Any) -> RecordDict:
     return RecordDict({KEY: ConfigRecord({KEY: wire.encoded(content)})})
 
 
-def unpack(kind: type[T], content: RecordDict) -> T:
-    """The content `pack` was given, its texts fit to be printed. Raises Malformed for anything else."""
+def unpack(kind: type[T], content: RecordDict, asked: int = 0) -> T:
+    """The content `pack` was given, its texts fit to be printed. Raises Malformed for anything else.
+
+    asked: bytes that the integers or tensors which a client was asked for take at most. A client's word that is longer
+    than these and `wire.LARGEST` is not read: as Python's integers and texts it would take many times its memory.
+    """
     if list(content) != [KEY] or not isinstance(content[KEY], ConfigRecord):
         raise Malformed(f"expected one record {KEY!r}, got {_names(content)}")
     record = dict(content[KEY].items())  # type: ignore[union-attr]
     raw = record.get(KEY)
     if list(record) != [KEY] or type(raw) is not bytes:
         raise Malformed(f"expected one field {KEY!r} of bytes, got {_names(record)}")
+    limit = wire.LARGEST.get(kind, len(raw)) + asked
+    if len(raw) > limit:
+        raise Malformed(f"{len(raw):,} bytes, and what is asked for has {limit:,} at most")
     return sanitize.cleaned(wire.decoded(kind, raw))
 
 
 def _names(found: Iterable[str]) -> str:
-    return texts.one_line(repr(list(found)[:3]), sanitize.LONGEST_NAME)
+    return texts.one_line(repr([str(name)[: sanitize.LONGEST_NAME] for name in itertools.islice(found, 3)]), 100)
 
 
 def size(content: RecordDict) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 
 from zofed import config
 from zofed.base.errors import UserError
+from zofed.core import sanitize
 from zofed.core.metrics import MEASURES
 from zofed.federated import server
 from zofed.federated.client import Answers, ClientSession
@@ -153,7 +154,8 @@ def _histories(folder: Path) -> tuple[dict[int, MetricRecord], ...]:
 
 def _measures(row: Mapping[str, str]) -> dict[str, Any]:
     """What a line of scores says: the measures that it has, and one's own."""
-    return {name: row[name] for name in MEASURES if row.get(name)} | json.loads(row.get("metrics") or "{}")
+    own = sanitize.json_object(row.get("metrics") or "{}") or {}
+    return {name: row[name] for name in MEASURES if row.get(name)} | own
 
 
 def _mean(rows: list[Row]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from zofed.base.files import write_private
+from zofed.base.texts import is_count
 from zofed.core import sanitize
 
 FILE = "members.json"  # in the run's folder
@@ -28,6 +29,10 @@ class Places:
     nodes: dict[int, int] = field(default_factory=dict)
     are_lasting: bool = True
     path: Path | None = None
+    _indices: dict[int, int] = field(init=False, compare=False, repr=False)  # by node
+
+    def __post_init__(self) -> None:
+        self._indices = {node: index for index, node in self.nodes.items()}
 
     @classmethod
     def read(cls, folder: Path, *, are_lasting: bool = True) -> Self:
@@ -37,7 +42,7 @@ class Places:
         clients, nodes = found.get("num-partitions"), found.get("nodes")
         if type(clients) is not int or not isinstance(nodes, dict):
             return cls(are_lasting=are_lasting, path=path)
-        places = {int(index): node for index, node in nodes.items() if index.isdecimal() and type(node) is int}
+        places = {int(index): node for index, node in nodes.items() if is_count(index) and type(node) is int}
         return cls(clients, places, are_lasting, path)
 
     def settle(self, said: Collection[int], wanted: int) -> bool:
@@ -63,7 +68,17 @@ class Places:
         lost = 0 < len(self.nodes) <= len(set(present)) and not set(self.nodes.values()) & set(present)
         if lost:
             self.nodes.clear()
+            self._indices.clear()
         return lost
+
+    def give(self, client: int, node: int) -> None:
+        """An index is this node's from now on."""
+        self.free(client)
+        self.nodes[client], self._indices[node] = node, client
+
+    def free(self, client: int) -> None:
+        """An index is nobody's from now on."""
+        self._indices.pop(self.nodes.pop(client, -1), None)
 
     def refusal(self, node: int, client: int, clients: int, present: Collection[int]) -> str:
         """Why a node cannot be this client among so many, with the remedy; empty where it can."""
@@ -72,7 +87,7 @@ class Places:
                 f"client {client} says num-partitions = {clients}, others {self.clients}: give all nodes the same, "
                 f"this one --num-partitions {self.clients}"
             )
-        own = next((index for index, other in self.nodes.items() if other == node), client)
+        own = self._indices.get(node, client)
         if own != client:
             return (
                 f"node {node} is client {own} of this run and now says partition-id = {client}: start it again with "

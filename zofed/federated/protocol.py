@@ -13,13 +13,14 @@ from typing import Literal
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import gradient_codec, journal, records, sanitize
-from zofed.core.journal import Entry, Genesis
+from zofed.core.journal import Entry
 from zofed.core.measure import Update
 from zofed.core.replica import Replica
 
 # What a plan asks for: slopes along seeded directions; slopes along directions that the plan's guide shapes; trained
-# coefficients of the round's subspace; a gradient for a guide; an update after local training; nothing but to be there.
-Task = Literal["slopes", "guided", "coefficients", "gradient", "update", "none"]
+# coefficients of the round's subspace; a gradient for a guide; an update after local training; nothing but to be there;
+# the same once the run is over.
+Task = Literal["slopes", "guided", "coefficients", "gradient", "update", "none", "end"]
 
 # Why a reply was not used. `late`, `error`, `malformed` and `duplicate` are told by the server's loop, `implausible`
 # once all are there, the others by `check` or `check_update`.
@@ -31,6 +32,7 @@ Reason = Literal[
 LARGEST_LOSS = sanitize.LARGEST_LOSS
 LARGEST_NORM = 2.0**50  # of an update or a gradient: beyond, its squares and sums would leave float32
 NAME_BYTES = 4
+UPDATES_SENT = 4  # encoded updates that a plan brings at most, for clients that missed a round or two
 NO_LOSS = 0.0  # what a client reports that withholds its losses
 
 
@@ -119,7 +121,7 @@ def plan_for(
     probe: the replica's, where it is known already.
     """
     return Plan(
-        genesis=name_of(replica.genesis),
+        genesis=name_of(replica),
         round=replica.round + 1,
         attempt=attempt,
         task=task,
@@ -132,22 +134,24 @@ def plan_for(
     )
 
 
-def name_of(genesis: Genesis) -> bytes:
-    """What messages call a run."""
-    return journal.genesis_chain(genesis)[:NAME_BYTES]
+def name_of(replica: Replica) -> bytes:
+    """What messages call the run of a replica."""
+    return replica.origin[:NAME_BYTES]
 
 
 def asked_each_round(settings: Settings, count: int) -> int:
     """How many of `count` clients a round asks."""
+    if settings.only_client >= 0:
+        return 1
     wanted = settings.participation
     return min(count, round(wanted) if wanted > 1 else max(1, round(wanted * count)))
 
 
-def integers_asked(settings: Settings, plan: Plan) -> int:
-    """How many integers the answer to a plan holds."""
-    if plan.task == "coefficients":
+def integers_asked(settings: Settings, task: str, steps: int) -> int:
+    """How many integers the answer to a plan of this task (a `Task`) and of so many rounds holds."""
+    if task == "coefficients":
         return settings.subspace_size
-    return settings.queries * (settings.local_steps * plan.steps if plan.task == "slopes" else 1)
+    return settings.queries * (settings.local_steps * steps if task == "slopes" else 1)
 
 
 def check(answer: Answer, plan: Plan, count: int, epsilon: float) -> Reason | None:

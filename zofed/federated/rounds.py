@@ -78,12 +78,12 @@ class Rounds:
 
     def note(self, steps: Sequence[Step]) -> None:
         """Log what an exchange found out, before the journal takes its records."""
-        facts = []
-        for index, step in enumerate(steps):
+        facts, first = [], steps[0].record.round
+        for step in steps:
+            round_ = step.record.round
+            exchange = self.traffic.facts() if round_ == first else Traffic.NOTHING | {"of": first}
             found = {name: getattr(step, name) for name in LOGGED}
-            exchange = self.traffic.facts() if index == 0 else Traffic.NOTHING
-            slope_size = self.slope_size
-            facts.append({"round": step.record.round, "step": found, "slope_size": slope_size} | exchange)
+            facts.append({"round": round_, "step": found, "slope_size": self.slope_size} | exchange)
         self.traffic.log.write(*facts)
 
     def _zeroth_order(self, round_: int) -> list[Step]:

@@ -11,6 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from zofed import __version__, config
+from zofed.base import log
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core.journal import Journal
@@ -23,7 +24,7 @@ from zofed.federated.membership import Members
 from zofed.federated.places import WITHOUT_KEYS, Places
 from zofed.federated.rounds import Rounds
 from zofed.federated.traffic import Traffic
-from zofed.runs import sinks
+from zofed.runs import repair, round_log, sinks
 from zofed.runs.progress import Progress
 from zofed.runs.run_folder import DEPLOYED, SIMULATED, RunFolder
 from zofed.runs.tables import Row
@@ -35,7 +36,8 @@ from zofed.training.process import prepare_process
 from zofed.training.task import Task
 from zofed.training.trainer import Trainer
 
-GROUPS_KEPT = 1000  # columns of the table of who holds what
+HOLDINGS = "partition.csv"  # the table of who holds what
+GROUPS_KEPT = 1000  # its columns
 
 app = ServerApp()
 
@@ -137,7 +139,8 @@ def carry_out(grid: Grid, problem: Problem, out: Path, way: str) -> dict[str, An
         members.places.keep_in(folder.path)
         last = journal.last_round
         what = f"goes on after round {last}" if earlier else held_out
-        print(f"run folder: {out}\n{problem.told()}\n{len(members.found)} clients, {what}", flush=True)
+        here = f"{len(members.found)} clients, {what}"
+        log.tell("\n".join([f"run folder: {out}", problem.told(), settings.steps_told(), here]))
         _tell_holdings(members, folder)
         with Traffic(folder, last, losses_withheld=settings.losses_withheld) as traffic:
             return Server(grid, members, problem, replica, journal, folder, traffic).run()
@@ -156,14 +159,25 @@ def _reopened(out: Path, way: str, problem: Problem, replica: Replica) -> Journa
     except UserError:
         journal.close()
         raise
-    return journal
+    if (first := round_log.exchange_of(out, done + 1)) > done:
+        return journal
+    # A crash kept some of the records that an exchange gave, which no client was told: from there on clients would be
+    # asked for other rounds at once than in the run that nothing disturbed.
+    journal.close()
+    aside = repair.cut(folder, first - 1)
+    log.tell(f"rounds {first} to {done} were not whole on disk: asking for them again; what stood there is in {aside}")
+    return Journal.open(folder.journal)
 
 
 def _tell_holdings(members: Members, folder: RunFolder) -> None:
     """Table and picture of who holds what, as the clients say."""
     told = {client: member.told for client, member in sorted(members.found.items())}
-    counts = {client: own.held_counts() or {"examples": own.examples} for client, own in told.items()}
-    folder.write_text("partition.csv", partitions.to_csv(partitions.largest(counts, GROUPS_KEPT)))
+    held = {client: own.held_counts() for client, own in told.items()}
+    for client in (client for client, own in told.items() if own.counts not in ("", "{}") and not held[client]):
+        what = "what it says it holds is no table of names with whole numbers, or a longer one than is read"
+        print(f"client {client}: {what}: {HOLDINGS} has its number of examples alone", file=sys.stderr, flush=True)
+    counts = {client: held[client] or {"examples": own.examples} for client, own in told.items()}
+    folder.write_text(HOLDINGS, partitions.to_csv(partitions.largest(counts, GROUPS_KEPT)))
     draw("partition", counts, folder.path / "partition.png")
 
 
@@ -203,11 +217,11 @@ class Server:
         self.problem.keep_baselines(self.replica.model, self.folder)
         with sinks.opened(self.settings, self.folder.path, self._show) as self.trainer.show:
             totals = self.trainer.run(self.settings.rounds, self.rounds.measure)
-        digests = self.exchanges.digests(self.members.there())
+        digests = self.exchanges.digests(self.members.there(), "end")
         wrong = self._wrong(digests)
         if wrong:
             self._rebuild(wrong)
-            digests |= self.exchanges.digests(wrong)
+            digests |= self.exchanges.digests(wrong, "end")
             wrong = self._wrong(digests)
         own = self.replica.digest()
         for client in wrong:
@@ -248,7 +262,7 @@ class Server:
         if held_out and self.settings.client_held_out_fraction and not self.settings.losses_withheld:
             held_out += self.exchanges.evaluations(round_)
         if round_ == 0:
-            print(f"round 0{held_out}", flush=True)
+            log.tell(f"round 0{held_out}")
             return
         self.traffic.tell(row, slope_size)
         interval = self.settings.weight_check_interval
@@ -261,9 +275,8 @@ class Server:
         lost = "".join(
             f"  {count} {what}" for what, count in (("rejected", now.rejected), ("late", now.results["late"])) if count
         )
-        print(
+        log.tell(
             f"round {round_}/{self.settings.rounds}  {loss}{held_out}{slopes}  {used} of {now.asked} replies{lost}  "
-            f"up {now.up // asked} B  down {now.down // asked} B a client  {row['seconds']:.1f} s  {pace}",
-            flush=True,
+            f"up {now.up // asked} B  down {now.down // asked} B a client  {row['seconds']:.1f} s  {pace}"
         )
         self.traffic.begin()  # rounds that the same exchange asked for have cost nothing more

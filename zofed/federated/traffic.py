@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
+from zofed.base.texts import is_count
 from zofed.federated import messages
 from zofed.federated.protocol import Plan, Reply
 from zofed.runs.round_log import RoundLog
@@ -27,6 +28,9 @@ EVALUATIONS = ("round", "client", "loss", "examples", "metrics")
 SIZES = ("bytes_up", "bytes_down", "payload_up", "payload_down")  # of a reply
 # What FlowerTune's board allows a run, in its MB of 2^20 bytes: the arrays of all training messages, both ways.
 FLOWERTUNE_BUDGET = 200_000
+
+Size = tuple[int, int]  # bytes of a message's content, and of zofed's own among them
+NO_BYTES: Size = (0, 0)
 
 
 @dataclass
@@ -63,6 +67,7 @@ class Traffic:
         self.now = Round()
         self._unsettled: list[Row] = []
         self._replies: list[Row] = []  # of the present exchange, settled
+        self._sizes: tuple[dict[int, Size], dict[int, Size]] = ({}, {})  # of the last messages, down and up, by node
         self.up = self.down = self.payload_up = self.payload_down = self.plans = self.beside = 0
         self.reasons: dict[int, Counter[str]] = {}  # by client
         self.latest = self._cut(folder, last_round)
@@ -78,7 +83,7 @@ class Traffic:
         rounds = told[: max(0, latest)]
 
         def stands(_: int, row: Mapping[str, str]) -> bool:
-            return all(row.get(key, "").isdecimal() for key in ("round", "client", *SIZES))
+            return all(is_count(row.get(key, "")) for key in ("round", "client", *SIZES))
 
         replies = [row for row in sure_rows(self._path / "clients.csv", CLIENTS, stands) if int(row["round"]) <= latest]
         kept = {round_: fact["replies"] for round_, fact in self.log.exchanges.items() if round_ <= latest}
@@ -86,7 +91,7 @@ class Traffic:
         replies += [row for _, rows in sorted(kept.items()) for row in rows]
         replies.sort(key=lambda row: int(row["round"]))
         scores = sure_rows(
-            self._path / "client_evaluations.csv", EVALUATIONS, lambda _, row: row.get("round", "").isdecimal()
+            self._path / "client_evaluations.csv", EVALUATIONS, lambda _, row: is_count(row.get("round", ""))
         )
         scores = [row for row in scores if int(row["round"]) not in self.log.scores]
         scores += [row for rows in self.log.scores.values() for row in rows]
@@ -132,28 +137,28 @@ class Traffic:
         self, contents: Mapping[int, Any], replies: Mapping[int, Message], seconds: float, updates: int, in_round: bool
     ) -> None:
         """Count an exchange: contents and replies by node. in_round: not one that greets, checks or evaluates."""
-        answered = [reply.content for reply in replies.values() if reply.has_content()]
-        up, down = sum(map(messages.size, answered)), sum(map(messages.size, contents.values()))
+        sent = {node: _size(content) for node, content in contents.items()}
+        came = {node: _size(reply.content) for node, reply in replies.items() if reply.has_content()}
+        self._sizes = sent, came
+        (down, payload_down), (up, payload_up) = map(_total, self._sizes)
         if not in_round:
             self.beside += up + down
             return
-        payload_up = sum(map(messages.payload, answered))
-        payload_down = sum(map(messages.payload, contents.values()))
         for name, count in (("up", up), ("down", down), ("payload_up", payload_up), ("payload_down", payload_down)):
             setattr(self.now, name, getattr(self.now, name) + count)
             setattr(self, name, getattr(self, name) + count)
         self.now.updates += updates
         self.now.waiting += seconds
 
-    def result(self, plan: Plan, content: Any, reply: Message | None, answer: Reply | None, result: str) -> None:
-        """Note how one reply fared, until `settle` writes it down."""
+    def result(self, plan: Plan, node: int, answer: Reply | None, result: str) -> None:
+        """Note how a node's reply to the plan that was sent last fared, until `settle` writes it down."""
         self.now.results[result] += 1
         self.reasons.setdefault(plan.client, Counter())[result] += 1
         # What a client says it took is believed up to what the server waited for it.
         seconds = min(max(answer.milliseconds, 0) / 1000, self.now.waiting) if answer is not None else None
         if seconds is not None:
             self.now.compute = max(self.now.compute, seconds)
-        came = reply.content if reply is not None and reply.has_content() else None
+        down, up = (sizes.get(node, NO_BYTES) for sizes in self._sizes)
         self._unsettled.append(
             {
                 "round": plan.round,
@@ -163,10 +168,10 @@ class Traffic:
                 "result": result,
                 "loss": answer.loss if answer and not self._losses_withheld else None,
                 "examples": answer.examples if answer else None,
-                "bytes_up": messages.size(came) if came else 0,
-                "bytes_down": messages.size(content),
-                "payload_up": messages.payload(came) if came else 0,
-                "payload_down": messages.payload(content),
+                "bytes_up": up[0],
+                "bytes_down": down[0],
+                "payload_up": up[1],
+                "payload_down": down[1],
                 "seconds_compute": seconds,
             }
         )
@@ -244,3 +249,11 @@ class Traffic:
         for table in (self.rounds, self.clients, self._evaluations):
             if table is not None:
                 table.close()
+
+
+def _size(content: RecordDict) -> Size:
+    return messages.size(content), messages.payload(content)
+
+
+def _total(sizes: Mapping[int, Size]) -> Size:
+    return sum(whole for whole, _ in sizes.values()), sum(own for _, own in sizes.values())

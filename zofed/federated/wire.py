@@ -103,6 +103,14 @@ class Evaluation:
 
 
 KINDS: tuple[type[Any], ...] = (Plan, Answer, Contribution, Greeting, Introduction, Final, Evaluation)
+LARGEST_TEXTS = 2**16  # bytes of all that an answer says beside its integers, its tensors and its table
+LARGEST: dict[type[Any], int] = {  # bytes of what a client says, where no integers or tensors were asked for
+    Answer: LARGEST_TEXTS,
+    Contribution: LARGEST_TEXTS,
+    Introduction: LARGEST_TEXTS + sanitize.LARGEST_TABLE,
+    Final: LARGEST_TEXTS,
+    Evaluation: LARGEST_TEXTS + sanitize.LARGEST_TABLE,
+}
 _FLOAT = struct.Struct("<f")
 _LARGEST_FLOAT = 3.4e38
 
@@ -133,7 +141,8 @@ def decoded(kind: type[T], raw: bytes) -> T:
         try:
             value, at = _READERS.get(hint, _read_ints)(raw, at)
         except (ValueError, struct.error) as error:
-            raise Malformed(f"field {name} of {kind.__name__} is cut or no {hint}: {error}") from None
+            what = f"field {name} of {kind.__name__} is cut or no {hint.__name__}"
+            raise Malformed(f"{what}: {error}") from None
         values.append(value)
     if at != len(raw):
         raise Malformed(f"{len(raw) - at} bytes follow the last field of {kind.__name__}")

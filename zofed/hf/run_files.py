@@ -21,6 +21,7 @@ from torch import nn
 
 from zofed.base.errors import UserError
 from zofed.base.files import sync_folder, write_private, write_whole
+from zofed.base.parsing import from_json
 from zofed.core.digests import named_parameters
 from zofed.core.journal import Genesis, Journal, genesis_chain, read
 from zofed.hf.settings import ZerothOrderConfig
@@ -51,7 +52,7 @@ class Place:
     def read(cls, checkpoint: Path) -> "Place":
         """That of a checkpoint's folder. Raises UserError where it has none."""
         try:
-            return cls(**json.loads((checkpoint / PLACE).read_text(encoding="utf-8")))
+            return cls(**from_json((checkpoint / PLACE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(
                 f"{checkpoint / PLACE} is not there or spoilt, so this is no checkpoint of a zeroth-order run: load "

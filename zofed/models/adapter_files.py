@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
+from zofed.base.parsing import from_json
 from zofed.base.texts import said_by
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # names that peft gives them
@@ -118,8 +119,9 @@ def folder_of(path: Path) -> Folder | None:
         return None
     where = f"adapter folder {str(path)!r}"
     try:
-        written = json.loads(file.read_text(encoding="utf-8"))
-        base, kind = written["base_model_name_or_path"], written["peft_type"]
+        written = from_json(file.read_text(encoding="utf-8"))
+        base, kind = written["base_model_name_or_path"], str(written["peft_type"])
+        trained_whole = tuple(map(str, written.get("modules_to_save") or ()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{where}: its {CONFIG} cannot be read ({said_by(error)}): copy the folder again") from error
     if kind not in KEPT:
@@ -142,7 +144,7 @@ def folder_of(path: Path) -> Folder | None:
     checks = {key: is_right for key, is_right in _RIGHT.items() if key in KEPT[kind]}
     if wrong := next((key for key, is_right in checks.items() if not is_right(config.get(key))), None):
         raise UserError(f"{where}: its {CONFIG} has {wrong} = {config.get(wrong)!r}: give the {CONFIG} that peft wrote")
-    return Folder(path, base, written.get("revision") or "", config, tuple(written.get("modules_to_save") or ()))
+    return Folder(path, base, str(written.get("revision") or ""), config, trained_whole)
 
 
 def write(

@@ -5,7 +5,6 @@ tensor random values that a file does not hold under the expected name.
 """
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from transformers import (
 )
 
 from zofed.base.errors import UserError
+from zofed.base.parsing import from_json
 from zofed.base.texts import said_by
 from zofed.models import initial
 from zofed.models.classifier import HEAD_FILE
@@ -106,7 +106,7 @@ class Saved:
             meant = f"the model of this run, {str(inner)!r}" if is_run else "a folder written by save_pretrained"
             raise UserError(f"{self.where} has no config.json: give {meant}")
         try:
-            written = json.loads(file.read_text(encoding="utf-8"))
+            written = from_json(file.read_text(encoding="utf-8"))
         except ValueError as error:  # no JSON, no UTF-8
             raise UserError(
                 f"{self.where}: its config.json is no JSON ({said_by(error)}): {self.config_again}"
@@ -180,7 +180,7 @@ class Saved:
         elif index.is_file():
             try:
                 files = [
-                    self.folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+                    self.folder / name for name in sorted(set(from_json(index.read_bytes())["weight_map"].values()))
                 ]
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{self.where}: its {INDEX} cannot be read ({said_by(error)}): {self.again}") from error

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zofed.base import patterns
 from zofed.base.errors import UserError
+from zofed.base.texts import one_line
 from zofed.core.devices import input_device
 from zofed.core.digests import named_parameters
+from zofed.core.kinds import NAMED_SCOPES
 from zofed.core.perturbation_mode import Watch
 from zofed.models import adapters, quantised
 from zofed.models.classifier import PooledClassifier
@@ -23,6 +26,13 @@ LENGTHS = (
 )  # tokens of a pass that shows the order of use; few, or as many as models take that shorten their input
 # How parts of a block are named, within it, that mix positions; a block may have one instead of an attention.
 MIXING = re.compile(r"att|^(mamba|temporal_block|conv|mixer)\.")
+
+
+def kind(scope: str) -> str:
+    """What sort of scope it is: one of its names, last-K, or pattern for a regular expression."""
+    if scope in NAMED_SCOPES:
+        return scope
+    return "last-K" if re.fullmatch(r"last-\d+", scope) else "pattern"
 
 
 def true_count(model: nn.Module) -> int:
@@ -281,7 +291,11 @@ def _matching(names: Mapping[str, Tensor], pattern: str) -> list[str]:
     if not pattern:
         return []  # a pattern that is found everywhere; whoever means that says full
     try:
-        return [name for name in names if re.search(pattern, name)]
+        return patterns.searched(pattern, list(names))
+    except patterns.TooMuch as error:
+        raise UserError(
+            f"scope = {one_line(pattern, 100)!r} {error}: write it with fewer repetitions (*, +, ?, {{}}) and groups"
+        ) from error
     except re.error as error:
         raise UserError(
             f"scope = {pattern!r} is neither a known scope nor a regular expression ({error}): "

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from zofed.base.errors import UserError
 from zofed.base.files import write_whole
+from zofed.base.parsing import from_json
 from zofed.base.texts import printable
 from zofed.config import Settings
 from zofed.core.digests import named_parameters
@@ -233,7 +234,7 @@ class ModelSpec:
         if folder is None:
             return ()
         try:
-            written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            written = from_json((folder / "config.json").read_text(encoding="utf-8"))
             names = written.get("id2label") or {}
             names = tuple(printable(str(names[key])) for key in sorted(names, key=int))
             architectures = written.get("architectures") or ()
@@ -370,7 +371,7 @@ def save(
     assert isinstance(encoder, PreTrainedModel)
     encoder.save_pretrained(folder)
     if class_names:  # written into the file alone: the model in memory stays the one that the genesis describes
-        written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        written = from_json((folder / "config.json").read_text(encoding="utf-8"))
         written["id2label"] = {str(number): name for number, name in enumerate(class_names)}
         written["label2id"] = {name: number for number, name in enumerate(class_names)}
         write_whole(folder / "config.json", json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

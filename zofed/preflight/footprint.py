@@ -63,11 +63,12 @@ def footprints(
                 where plain steps come between the guided ones
     calibrate   W + 2 S + the larger step of the two: an optimizer for either kind of step
     subspace    W + max(backpropagation to the subspace's coefficients, M): no gradient of weights, no state for them
+                but the rounds' momentum
     """
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise UserError(f"unknown mode {unknown[0]!r}: known are {', '.join(MODES)}")
     optimizer = Optimizer(
-        settings.optimizer, settings.momentum, settings.weight_decay, settings.cautious, frozenset(orthogonal)
+        settings.step_rule, settings.momentum, settings.weight_decay, settings.cautious, frozenset(orthogonal)
     )
     with FakeTensorMode(allow_non_fake_inputs=True):  # directions are drawn as real integers
         _without_storage(outline)
@@ -79,6 +80,7 @@ def footprints(
         evaluation = peak_bytes(_evaluation(outline, settings))
         whole, gradient = sum(map(bytes_of, everything.values())), sum(map(bytes_of, parameters.values()))
         state = sum(bytes_of(kept) for name in trainable for kept in optimizer.moments(name, parameters[name]).values())
+        rounds = sum(4 * parameter.numel() for parameter in parameters.values()) if settings.server_momentum else 0
         move = _move(optimizer, parameters)
 
         @cache  # watched when first wanted: backpropagation through the largest models takes a second of its own
@@ -96,7 +98,12 @@ def footprints(
         passes = Passes(gradient, forward, backward, subspace)
         found = {name: MODES[name](settings) for name in modes}
         return {
-            name: Footprint(whole, state * mode.optimizer_states, mode.step_bytes(passes), evaluation)
+            name: Footprint(
+                whole,
+                rounds if mode.trains_coefficients else state * mode.optimizer_states,
+                mode.step_bytes(passes),
+                evaluation,
+            )
             for name, mode in found.items()
         }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from zofed.base.errors import DiskError
 from zofed.base.files import make_private, private_folder, sync_file, sync_folder, take_mode
+from zofed.base.parsing import from_json
 from zofed.core.digests import tensors_digest
 
 
@@ -44,12 +45,12 @@ def read(path: Path, wanted: str = "") -> tuple[dict[str, Tensor], dict[str, Any
     try:
         with safe_open(path, "pt") as file:
             about = file.metadata()
-        facts, digest = json.loads(about["facts"]), about["digest"]
+        facts, digest = from_json(about["facts"]), about["digest"]
         if not isinstance(facts, dict) or about.get("seal", sealed := _seal(digest, about["facts"])) != sealed:
             return None
         tensors = load_file(path)
         return (tensors, facts) if tensors_digest(tensors) == (wanted or digest) else None
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -57,8 +58,8 @@ def facts(path: Path) -> dict[str, Any]:
     """The facts of a file, unchecked, without its tensors; empty where they cannot be read."""
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads(file.metadata()["facts"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+            found = from_json(file.metadata()["facts"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -7,6 +7,7 @@ First the folder aside is made, whole on disk. With `repair.json` the repair is 
 run as it was, and what stops behind it is carried to its end whenever the run's folder is next opened.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +19,8 @@ from pathlib import Path
 from zofed.base import shell
 from zofed.base.errors import DiskError, UserError
 from zofed.base.files import hold, private_folder, sync_folder, whole_folder, write_private
+from zofed.base.parsing import from_json
+from zofed.base.texts import is_count
 from zofed.core.journal import Contents, Entry, Survey, survey
 from zofed.core.replica import update_digest
 from zofed.runs import checkpoints, round_log, samples, tables
@@ -56,7 +59,7 @@ def refusal(folder: RunFolder, entries: Sequence[Entry], to: int) -> str:
     """
     if folder.way == CENTRAL:
         return ""
-    if to and not round_log.begins_exchange(folder.path, to + 1):
+    if to and round_log.exchange_of(folder.path, to + 1) <= to:
         return f"round {to + 1} came of the same answers as round {to}"
     kept = [entry for entry in entries if entry.record.round <= to]
     lacking = [entry.record.round for entry in kept if _lacks_update(folder, entry)]
@@ -79,7 +82,7 @@ def _head(path: Path) -> str:
 def lost(folder: RunFolder, found: Survey, to: int) -> Lost:
     """What cutting behind round `to` puts aside."""
     rows = tables.read_table(folder.path / "metrics.csv")
-    told = [int(row["step"]) for row in rows if row.get("step", "").isdecimal()]
+    told = [int(row["step"]) for row in rows if is_count(row.get("step", ""))]
     last = max(to, found.contents.last_round, *found.behind, *told)
     seconds = [float(row["seconds"]) for row in rows[to:] if row.get("seconds")] if len(told) == len(rows) else []
     return Lost((to + 1, last), seconds[-1] - seconds[0] if seconds else 0.0, tuple(_behind(folder, found, to)))
@@ -88,7 +91,7 @@ def lost(folder: RunFolder, found: Survey, to: int) -> Lost:
 def _behind(folder: RunFolder, found: Survey, to: int) -> Iterator[str]:
     """Names of what is of later rounds alone: states, the gradients that no record left needs, the results."""
     for path in folder.checkpoints():
-        if not path.stem[5:].isdecimal() or int(path.stem[5:]) > to:
+        if not is_count(path.stem[5:]) or int(path.stem[5:]) > to:
             yield f"checkpoints/{path.name}"
     best = folder.path / "checkpoints" / f"{BEST}.safetensors"
     if best.exists() and checkpoints.facts(best).get("round") not in range(to + 1):
@@ -133,8 +136,9 @@ def check(folder: RunFolder, found: Survey, to: int) -> None:
         raise UserError(f"--to {to}: the journal is whole up to round {last}; give 0 to {last}")
     if why := refusal(folder, found.contents.entries, to):
         rounds = [0, *(entry.record.round for entry in found.contents.entries)]
-        others = [round_ for round_ in rounds if not refusal(folder, found.contents.entries, round_)]
-        near = sorted(others, key=lambda round_: abs(round_ - to))[:2]
+        nearest = sorted(rounds, key=lambda round_: abs(round_ - to))  # each refusal reads what was logged anew
+        others = (round_ for round_ in nearest if not refusal(folder, found.contents.entries, round_))
+        near = list(itertools.islice(others, 2))
         remedy = f"give {' or '.join(map(str, sorted(near)))}" if near else "restore the run from a copy"
         raise UserError(f"--to {to}: the run could not go on from there: {why}; {remedy}")
     if to == last and not found.damage:
@@ -197,8 +201,8 @@ def _carry_out(folder: RunFolder) -> None:
     """
     pending = folder.path / PENDING
     try:
-        to = int(json.loads(pending.read_text(encoding="utf-8"))["to"])
-    except (ValueError, KeyError, TypeError) as error:
+        to = int(from_json(pending.read_text(encoding="utf-8"))["to"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{pending}, which tells of a repair, is spoilt: remove it, and repair the run anew") from error
     folder.write_summary({"status": "interrupted"})
     found = survey(folder.journal)

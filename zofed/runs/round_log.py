@@ -12,6 +12,7 @@ from pathlib import Path
 
 from zofed.base.errors import DiskError
 from zofed.base.files import PRIVATE, sync_folder, write_private
+from zofed.base.parsing import from_json
 from zofed.runs.tables import Row
 
 NAME = "rounds.log"  # beside the tables
@@ -61,14 +62,17 @@ def keep(folder: Path, last: int) -> None:
         write_private(path, _lines(fact for fact in _facts(path) if fact["round"] <= last))
 
 
-def begins_exchange(folder: Path, round_: int) -> bool:
-    """Whether clients were asked for this round itself: not where an earlier round's exchange gave its record, too.
-
-    A round that nothing is known of counts as one.
+def exchange_of(folder: Path, round_: int) -> int:
+    """The round that clients were asked for when this one's record was found: an earlier one where they were asked for
+    several at once. A round that nothing is known of is its own.
     """
-    path = folder / NAME
-    found = [fact for fact in (_facts(path) if path.exists() else []) if fact["round"] == round_ and "now" in fact]
-    return not found or bool(found[-1]["now"].get("asked"))
+    path, found = folder / NAME, round_
+    for fact in _facts(path) if path.exists() else []:
+        if "now" in fact and fact["round"] == round_:
+            found = fact.get("of", round_)
+        elif "now" in fact and fact["round"] < round_ and "of" not in fact:
+            found = round_  # asked from an earlier round on once more, which may have given fewer
+    return found
 
 
 def _facts(path: Path) -> list[Row]:
@@ -84,7 +88,7 @@ def _lines(facts: Iterable[Row]) -> bytes:
 def _fact(line: bytes) -> Row | None:
     try:
         crc, text = int(line[:8], 16), line[9:]
-        fact = json.loads(text) if zlib.crc32(text) == crc else None
+        fact = from_json(text) if zlib.crc32(text) == crc else None
         return fact if isinstance(fact, dict) and isinstance(fact["round"], int) else None
-    except (ValueError, KeyError, RecursionError):
+    except (ValueError, KeyError):
         return None

@@ -18,6 +18,7 @@ from zofed import __version__, config
 from zofed.base import arithmetic, shell
 from zofed.base.errors import UserError
 from zofed.base.files import private_folder, sync_file, sync_folder, write_private
+from zofed.base.parsing import from_json
 from zofed.config import Settings
 from zofed.data import hub
 
@@ -243,8 +244,8 @@ class RunFolder:
     def _read_json(self, name: str) -> dict[str, Any]:
         """The object in a file; empty where there is none or it is spoilt."""
         try:
-            found = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):
+            found = from_json((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from zofed import config
 from zofed.base.errors import UserError
+from zofed.base.texts import one_line
 from zofed.config import SETTINGS
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import read_table
@@ -93,6 +94,8 @@ NUMBERS = (
     "peak_memory_bytes",
     "training_memory_bytes",
 )  # of a summary
+LONGEST_SHOWN = 60  # characters of a value
+LARGEST = 2**1023  # integer that is read as a number of floating point
 
 
 def read(path: Path) -> Result:
@@ -106,11 +109,19 @@ def read(path: Path) -> Result:
         raise UserError(f"{run.path} has no line of metrics yet: let it run, or leave it out")
     columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0] if name}
     summary = run.summary()
-    for key in NUMBERS:
-        if not isinstance(value := summary.get(key), int | float | None):
+    found = Result(run.path, settings, summary, columns)
+    for key in (*NUMBERS, found.metric):
+        if (value := summary.get(key)) is not None and not _is_number(value):
             spoilt = f"{run.path / 'summary.json'} is spoilt"
-            raise UserError(f"{spoilt}, {key} = {value!r} is no number: bring it back from a copy")
-    return Result(run.path, settings, summary, columns)
+            raise UserError(
+                f"{spoilt}, {key} = {one_line(repr(value), LONGEST_SHOWN)} is no number: bring it back from a copy"
+            )
+    return found
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value of JSON is a number, and no integer beyond what a float holds."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < LARGEST)
 
 
 def _number(text: str | None) -> float:

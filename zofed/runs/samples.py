@@ -8,6 +8,7 @@ from typing import Any
 
 from zofed.base.errors import DiskError
 from zofed.base.files import open_private, sync_folder, write_private
+from zofed.base.parsing import from_json
 from zofed.core.metrics import Answered
 
 SAMPLES = "samples.jsonl"
@@ -41,8 +42,8 @@ def read(folder: Path) -> list[dict[str, Any]]:
     found = []
     for line in raw.split(b"\n")[:-1]:  # what no line break ends was cut
         try:
-            sample = json.loads(line)
-        except (ValueError, RecursionError):
+            sample = from_json(line)
+        except ValueError:
             break
         if not isinstance(sample, dict) or type(sample.get("step")) is not int:
             break

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from zofed.base.errors import UserError
 from zofed.base.files import private_folder, write_private
+from zofed.base.parsing import from_json
 from zofed.config import Settings, sinks_of
 from zofed.runs.tables import Row
 
@@ -181,8 +182,8 @@ def opened(settings: Settings, folder: Path, show: Show) -> Iterator[Show]:
 def _identity(folder: Path) -> dict[str, str]:
     """What the run is called elsewhere: its folder's name and something that no other run of that name has."""
     try:
-        return dict(json.loads((folder / IDENTITY).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
+        return dict(from_json((folder / IDENTITY).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {"name": f"{folder.name}-{uuid.uuid4().hex[:8]}"}
 
 

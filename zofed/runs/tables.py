@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from zofed.base.errors import DiskError
 from zofed.base.files import open_private, sync_folder, write_private
+from zofed.base.texts import is_count
 
 TEXTS = (
     "timestamp",
@@ -21,6 +22,8 @@ TEXTS = (
     "result",
     "metrics",
 )  # columns of words; others hold numbers
+
+WHOLE = ("step", "round", "client")  # columns of whole numbers
 
 Row = dict[str, Any]
 
@@ -81,8 +84,11 @@ def _cell(value: Any) -> Any:
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file that stand whole, from the first on; none where there is no such file."""
-    return _sure(path)[1]
+    """Rows of a CSV file that stand whole, from the first on; none where there is no such file.
+
+    Every cell of a column of numbers is empty or holds one, a whole one of the columns WHOLE.
+    """
+    return list(itertools.takewhile(_is_whole, _sure(path)[1]))
 
 
 def sure_rows(path: Path, columns: Sequence[str], stands: Callable[[int, Mapping[str, str]], bool]) -> list[Row]:
@@ -118,7 +124,7 @@ def cut(path: Path, column: str, last: int) -> None:
     Raises DiskError where the disk does not take it.
     """
     header, rows = _sure(path)
-    kept = [row for row in rows if row.get(column, "").isdecimal() and int(row[column]) <= last]
+    kept = [row for row in rows if is_count(row.get(column, "")) and int(row[column]) <= last]
     if len(kept) < len(rows):
         keep_rows(path, header, kept)
 
@@ -152,6 +158,8 @@ def _sure(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 def _is_whole(row: Mapping[str, str]) -> bool:
     """Whether every cell of a column of numbers is empty or holds one."""
     try:
-        return all(isinstance(float(cell or 0), float) for column, cell in row.items() if column not in TEXTS)
+        return all(isinstance(float(cell or 0), float) for column, cell in row.items() if column not in TEXTS) and all(
+            is_count(row[column]) for column in WHOLE if row.get(column)
+        )
     except ValueError:
         return False

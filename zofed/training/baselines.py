@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zofed.base import log
 from zofed.base.errors import UserError
+from zofed.base.parsing import from_json
 from zofed.core import metrics
 from zofed.data import encoding, prompts
 from zofed.models import limits
@@ -47,8 +49,8 @@ def of(task: Task, folder: RunFolder) -> dict[str, float]:
 
 def _kept(folder: RunFolder) -> dict[str, float] | None:
     """What an earlier process measured; None: nothing, or the file is spoilt."""
-    with suppress(OSError, ValueError, RecursionError):
-        found: Any = json.loads((folder.path / KEPT).read_text(encoding="utf-8"))
+    with suppress(OSError, ValueError):
+        found: Any = from_json((folder.path / KEPT).read_text(encoding="utf-8"))
         if isinstance(found, dict) and all(type(value) is float for value in found.values()):
             return found
     return None
@@ -56,7 +58,7 @@ def _kept(folder: RunFolder) -> dict[str, float] | None:
 
 def measured(task: Task, model: nn.Module) -> dict[str, float]:
     """The baselines of the base weights that evaluations do not give, of a task whose prompts have classes."""
-    print("baselines: the untrained model, with a threshold and with solved examples before each prompt", flush=True)
+    log.tell("baselines: the untrained model, with a threshold and with solved examples before each prompt")
     found: dict[str, float] = {}
     if not any(document.candidates for document in task.held_out):  # else a class is but a place in a row's list
         found["threshold_accuracy"] = _with_threshold(task, model)

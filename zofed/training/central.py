@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zofed import config
+from zofed.base import log
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import kinds, pass_memory
@@ -82,7 +83,7 @@ def _run(
     task: Task, replica: Replica, examples: Examples, journal: Journal, folder: RunFolder, show: Show, expect: Expect
 ) -> dict[str, Any]:
     settings, problem = task.settings, TaskProblem(task)
-    print(problem.told(), flush=True)
+    log.tell(f"{problem.told()}\n{settings.steps_told()}")
     total = steps_of(settings, len(examples["labels"]))
     expect(total)
     backprop_examples = task.backprop_examples if mode_of(settings).helps_zeroth_order else None

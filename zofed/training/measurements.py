@@ -225,7 +225,7 @@ def coefficients(
         replica.kind,
         seeds[: kinds.seeds_needed(replica.kind, size)],
         size,
-        Optimizer(settings.optimizer, settings.momentum, 0.0, settings.cautious, matrices),
+        Optimizer(settings.step_rule, settings.momentum, 0.0, settings.cautious, matrices),
         subspace_rate(settings, round_, total) / count,
         replica.sizes,
     )
@@ -247,13 +247,18 @@ def subspace_rate(settings: Settings, round_: int, total: int) -> float:
 def batches(settings: Settings, replica: Replica, examples: Data, client: int, count: int, size: int) -> Sequence[Loss]:
     """Losses of `count` batches of the round after the replica's; backpropagation beside zeroth order has its own."""
     shard = shards.of(settings, examples)
-    purpose = "backprop batch" if settings.mode in WITH_BACKPROP else "batch"
+    purpose = backprop_purpose(settings)
     chosen = {"seed": settings.seed, "client": client, "step": replica.round + 1, "purpose": purpose}
 
     def loss(batch: Batch) -> Tensor:
         return shard.loss(replica.model, shard.prepared(replica.model, batch))
 
     return [lambda batch=batch: loss(batch) for batch in shard.batches(count, size, **chosen)]  # type: ignore[misc]
+
+
+def backprop_purpose(settings: Settings) -> str:
+    """What the batches of backpropagation are drawn for."""
+    return "backprop batch" if settings.mode in WITH_BACKPROP else "batch"
 
 
 def backprop_batch_size(settings: Settings) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import transformers
 
+from zofed.base import log
 from zofed.base.environment import keep_freed_memory
 from zofed.base.errors import UserError
 from zofed.config import Settings
@@ -14,7 +15,7 @@ def prepare_process(threads: int) -> None:
     """Set what belongs to the process and not to a model: CPU threads, memory, the library's chatter."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    transformers.logging.set_verbosity_error()
+    (transformers.logging.set_verbosity_debug if log.is_debug() else transformers.logging.set_verbosity_error)()
     transformers.logging.disable_progress_bar()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zofed.base import arithmetic
+from zofed.base import arithmetic, log
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import trunk
@@ -64,8 +64,9 @@ def made(
         orthogonal = matrices if name == "mudamw" else frozenset[str]()
         return Optimizer(name, settings.momentum, settings.weight_decay, settings.cautious, orthogonal)
 
-    # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are.
-    outer = Optimizer("sgd", weight_decay=settings.weight_decay)
+    # A subspace's coefficients are trained by the optimizer; the weights then move by them as they are, or by a running
+    # mean of such moves.
+    outer = Optimizer("sgd", settings.server_momentum, settings.weight_decay)
     parameters = named_parameters(model)
     mode = mode_of(settings)
     has_directions = mode.measures_slopes or mode.trains_coefficients
@@ -76,9 +77,9 @@ def made(
         names,
         seed=settings.seed,
         kind=mode.direction_kind,
-        optimizer=outer if mode.trains_coefficients else rule(settings.optimizer),
+        optimizer=outer if mode.trains_coefficients else rule(settings.step_rule),
         size_exponents=size_exponents({name: parameters[name] for name in names}) if in_proportion else None,
-        backprop_optimizer=(rule(settings.bp_optimizer or settings.optimizer) if mode.helps_zeroth_order else None),
+        backprop_optimizer=(rule(settings.bp_optimizer or settings.step_rule) if mode.helps_zeroth_order else None),
         quantised=rounded,
     )
     return Replica(model, genesis)
@@ -118,7 +119,7 @@ def place(model: nn.Module, settings: Settings, names: Collection[str] = ()) -> 
 def tell_placement(replica: Replica, settings: Settings) -> None:
     """Print where the layers of a model lie, if they were to be spread."""
     if settings.placement == "auto":
-        print(placement.described(replica.model), flush=True)
+        log.tell(placement.described(replica.model))
 
 
 def _states_name(replica: Replica, settings: Settings) -> str:

@@ -55,12 +55,15 @@ def subspace_record(
 ) -> Seeded:
     """The record of coefficients that clients trained in the round's subspace, which they share.
 
-    The weights move by the merged coefficients themselves: by rate / divisor times them, where both are equal. rate:
-    of all inner steps together, by which the weight decay goes; at 0, where a cosine may end, the coefficients are 0.
-    usual: size of the run's coefficients so far.
+    The weights move by the merged coefficients themselves: by rate / divisor times them, where both are equal. With
+    server_momentum m the rounds' moves, each over its rate, are summed with weights m^age, and 1 - m of the sum is a
+    round's move: their running mean (Hsu, Qi and Brown, arXiv:1909.06335, whose sum has no factor 1 - m). rate: of all
+    inner steps together, by which the weight decay goes; at 0, where a cosine may end, the coefficients are 0. usual:
+    size of the run's coefficients so far.
     """
+    divisor = (rate or 1.0) / (1.0 - settings.server_momentum)
     merged = merged_slopes(settings, found, shared=True, usual=usual)
-    return Seeded(round_, rate, (0,), settings.subspace_size, merged.coefficients, merged.exponent, rate or 1.0)
+    return Seeded(round_, rate, (0,), settings.subspace_size, merged.coefficients, merged.exponent, divisor)
 
 
 def merged_slopes(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from zofed.base import text_scores
+from zofed.base import log, text_scores
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import metrics
@@ -20,7 +20,7 @@ from zofed.core.digests import tensors_digest, weights_digest
 from zofed.core.replica import Replica
 from zofed.data import classes, encoding, partitions, prompts
 from zofed.data.classes import Classes
-from zofed.data.documents import Reading
+from zofed.data.documents import Reading, check_share
 from zofed.data.encoding import Document, Examples
 from zofed.models import adapters, classifier, initial, limits, spec
 from zofed.models.spec import ModelSpec
@@ -240,7 +240,15 @@ class Task:
 
     def client_documents(self, client: int, clients: int) -> list[Document]:
         """The training documents of one client out of `clients`, by the setting partition."""
-        return partitions.deal(self.train, client, clients, self.settings)
+        check_share(len(self.train), client, clients)
+        if clients not in self._dealt:
+            self._dealt[clients] = partitions.deal(self.train, clients, self.settings)
+        return self._dealt[clients][client]
+
+    @cached_property
+    def _dealt(self) -> dict[int, list[list[Document]]]:
+        """By number of clients: dealt once, however many of them a process serves."""
+        return {}
 
     def shard(self, client: int, clients: int) -> Examples:
         """The examples of one client out of `clients`; disjoint from every other client's."""
@@ -371,9 +379,9 @@ class Task:
         """`replica`, of whoever begins a run: says what its saved model lacks, what adapts it, where its layers lie."""
         replica = self.replica()
         if adapter := adapters.described(replica.model):
-            print(adapter, flush=True)
+            log.tell(adapter)
         if names := initial.drawn(replica.model):
-            print(initial.described(names), flush=True)
+            log.tell(initial.described(names))
         tell_placement(replica, self.settings)
         return replica
 
