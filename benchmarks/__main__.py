@@ -12,8 +12,10 @@ from benchmarks import (
     architectures,
     blas,
     common,
+    crash,
     digits,
     first_order,
+    fuzz,
     gpu,
     memory,
     model_types,
@@ -84,7 +86,26 @@ def main() -> None:
     one.add_argument("--bases", nargs="*", default=list(quantised.BASES), choices=quantised.BASES)
     one = kinds.add_parser("quantised-of", help="one row of the memory of `quantised`, in this process")
     one.add_argument("row", nargs=3, metavar=("MODEL", "BASE", "TRAINS"))
+    one = kinds.add_parser("fuzz", help=fuzz.__doc__)
+    one.add_argument("--inputs", type=int, default=20_000, help="of each reader")
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--only", nargs="*", default=[], metavar="PART", help="parts of readers' names")
+    one.add_argument("--guided", type=int, default=0, metavar="SECONDS", help="a reader: by atheris, not at random")
+    one = kinds.add_parser("crash", help=crash.__doc__)
+    one.add_argument(
+        "--images", type=int, default=134, help="of each kind of run and model of a disk: 15 times as many"
+    )
+    one.add_argument("--only", nargs="*", default=list(crash.KINDS), choices=crash.KINDS, metavar="RUN")
     given = parser.parse_args()
+    if given.what in ("fuzz", "crash"):
+        torch.set_num_threads(1)
+        print(common.machine(), flush=True)
+        is_well = (
+            fuzz.report(given.inputs, given.seed, given.only, given.guided)
+            if given.what == "fuzz"
+            else crash.report(given.images, given.only)
+        )
+        sys.exit(0 if is_well else 1)
     if given.what == "model-types":
         model_types.report(given.out, given.only)
         return

@@ -71,14 +71,15 @@ class Lab:
                 start_new_session=True,
             )  # fmt: skip
 
-    def superlink(self) -> None:
+    def superlink(self, seconds: float = STARTED_S) -> None:
+        """Start it. seconds: at most, until all keys are enrolled."""
         command = ["superlink", "--keys", str(self.keys), "--port", str(self.port), "--host", self.host]
         command += ["--state", str(self.folder / "superlink"), "--name", "lab"]
         self.start("superlink", [str(flower_commands.tool("zofed")), *command])
         wait_until(self._answers, "the SuperLink answers")
         count = len(key_files.enrolled(self.keys))
         log = self.folder / "superlink.log"  # a stock SuperNode whose key is not admitted yet gives up
-        wait_until(lambda: log.read_text().count("may connect") >= count, "all keys are enrolled")
+        wait_until(lambda: log.read_text().count("may connect") >= count, "all keys are enrolled", seconds)
 
     def _answers(self) -> bool:
         with contextlib.suppress(OSError), socket.create_connection((self.host, self.port), 1):
