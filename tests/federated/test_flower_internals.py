@@ -1,7 +1,9 @@
 """Flower's private interfaces that `federated/flower_internals` uses: whoever raises flwr's version looks here."""
 
 import inspect
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import fields
 from importlib.metadata import version
 from types import ModuleType
@@ -11,6 +13,7 @@ import pytest
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import Result
+from flwr.supercore import sql_mixin
 from flwr.superlink.grid import http_grid
 
 from zofed.federated import flower_internals, flower_messages
@@ -60,6 +63,22 @@ def test_a_module_asks_again_sooner_for_objects_that_are_on_their_way() -> None:
     defaults = inspect.signature(flower_internals.pull_objects).parameters
     assert given["initial_backoff"] < defaults["initial_backoff"].default / 10
     assert given["backoff_cap"] < defaults["backoff_cap"].default
+
+
+def test_a_superlink_waits_longer_for_its_database_than_flowers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sql_mixin, "SQLITE_PRAGMAS", sql_mixin.SQLITE_PRAGMAS)
+    waits = list[int]()
+
+    def superlink() -> None:
+        with closing(sqlite3.connect(":memory:")) as database:
+            sql_mixin._set_sqlite_pragmas(database, None)
+            waits.extend(database.execute("PRAGMA busy_timeout").fetchone())
+
+    monkeypatch.setattr("flwr.superlink.cli.flower_superlink", superlink)
+    superlink()
+    flower_internals.run_superlink()
+    flowers, ours = waits
+    assert ours == 60_000 >= 10 * flowers > 0
 
 
 class Clock:

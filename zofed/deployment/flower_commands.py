@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,6 +32,11 @@ def tool(name: str) -> Path:
     if not path.exists():
         raise UserError(f"{path} is missing: install zofed into this environment, by pip or by make install in a clone")
     return path
+
+
+def adjusted(command: Sequence[str]) -> list[str]:
+    """A `flower-supernode` or `flower-superlink` with the same arguments, as `federated/flower_internals` runs it."""
+    return [sys.executable, "-m", "zofed.federated.flower_internals", Path(command[0]).name, *command[1:]]
 
 
 def quiet_environment() -> dict[str, str]:

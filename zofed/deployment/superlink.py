@@ -61,7 +61,8 @@ def run_superlink(keys_folder: Path | None, host: str, port: int, state: Path, n
         environment[places.WITHOUT_KEYS] = "1"  # for the ServerApps that run below it
     flower_commands.show(command)
     enrolment = Enrolment(keys_folder, state, environment) if keys_folder is not None else None
-    child = Child("superlink", command, environment, umask=0o077)  # its database, and what Flower keeps beside it
+    adjusted = flower_commands.adjusted(command)
+    child = Child("superlink", adjusted, environment, umask=0o077)  # its database, and what Flower keeps beside it
     return supervise([child], enrolment.look if enrolment else lambda: None)
 
 

@@ -95,12 +95,11 @@ def run_supernode(
         command = supernode_command(address, root_certificates, key, config, port, secret)
         flower_commands.show(command)
         flower_commands.show(worker := worker_command(port, device, secret))
-        module = [sys.executable, "-m", "zofed.federated.flower_internals"]  # the same command, which looks more often
-        environment = flower_commands.quiet_environment()
+        adjusted, environment = flower_commands.adjusted(command), flower_commands.quiet_environment()
         # A worker that dies has lost its message: the SuperNode goes with it, which tells the SuperLink at once.
         return supervise(
             [
-                Child("supernode", [*module, *command[1:]], environment, before_restart=lambda: tell(leave())),
+                Child("supernode", adjusted, environment, before_restart=lambda: tell(leave())),
                 Child("worker", worker, environment, takes_along=["supernode"]),
             ]
         )

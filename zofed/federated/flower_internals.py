@@ -1,4 +1,4 @@
-"""What deployment takes from Flower's private interfaces: a SuperNode's tasks, its connection, its sleeps.
+"""What deployment takes from Flower's private interfaces: a SuperNode's tasks, connection, sleeps; a SuperLink's waits.
 
 Written against flwr 1.41, which requirements.txt pins. `tests/federated/test_flower_internals.py` names what a newer
 one changed.
@@ -22,6 +22,7 @@ from flwr.app import Context, Message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, SubStatus
 from flwr.proto.fleet_pb2 import ActivateNodeRequest, DeactivateNodeRequest
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, SendTaskHeartbeatRequest
+from flwr.supercore import sql_mixin
 from flwr.supercore.constant import TaskType
 from flwr.supercore.heartbeat import HeartbeatSender
 from flwr.supercore.inflatable.inflatable_utils import pull_objects
@@ -42,6 +43,7 @@ T = TypeVar("T")
 
 OBJECTS_LIMIT_S = 7200.0  # for a message's content to arrive at the SuperNode over a thin link
 RETRY_S = 0.01
+LOCKED_S = 60  # that a SuperLink waits for its database
 GIVEN_UP_S = 1.0  # between two looks whether a message that does not arrive was given up
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 
@@ -272,6 +274,19 @@ def run_supernode() -> None:
     flower_supernode()
 
 
+def run_superlink() -> None:
+    """`flower-superlink` with its own arguments (sys.argv), which waits longer for its database.
+
+    Every message, and every look for one, writes to it. Flower gives SQLite 5 seconds, then answers with status 500, at
+    which a SuperNode ends; 64 nodes that answer at once exceed that.
+    """
+    from flwr.superlink.cli import flower_superlink  # not for SuperNodes: it loads what servers need
+
+    wanted = {"busy_timeout": str(1000 * LOCKED_S)}
+    sql_mixin.SQLITE_PRAGMAS = tuple((name, wanted.get(name, value)) for name, value in sql_mixin.SQLITE_PRAGMAS)  # type: ignore[misc]
+    flower_superlink()
+
+
 if __name__ == "__main__":
-    sys.argv[0] = "flower-supernode"
-    run_supernode()
+    command = sys.argv[0] = sys.argv.pop(1)
+    {"flower-supernode": run_supernode, "flower-superlink": run_superlink}[command]()
