@@ -17,7 +17,7 @@ from zofed.data import encoding
 from zofed.models import spec
 from zofed.preflight import check, footprint, model_info
 from zofed.runs import memory as process_memory
-from zofed.training import modes
+from zofed.training import measurements, modes
 from zofed.training.replicas import replica_of
 from zofed.training.steps import step_function
 
@@ -68,6 +68,31 @@ def test_predicted_memory_is_that_of_a_real_step(mode: str, other: dict[str, Any
     settings = config.resolve({"mode": mode, "batch-size": 8, "block-size": 128, "device": "cpu"} | other)
     predicted = model_info.info(settings, (mode,)).memory[mode].peak
     assert predicted == pytest.approx(watched(settings), rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("local_optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_predicted_memory_of_a_clients_own_steps_is_that_of_real_ones(dtype: str, local_optimizer: str) -> None:
+    given = {
+        "mode": "fo",
+        "clients": 2,
+        "local-steps": 3,
+        "local-optimizer": local_optimizer,
+        "local-learning-rate": 0.01,
+    }
+    settings = config.resolve(given | {"dtype": dtype, "batch-size": 8, "block-size": 128, "device": "cpu"})
+    model = spec.create_model(settings, encoding.load_tokenizer("shipped"))
+    ids = torch.randint(0, 512, (24, settings.block_size), generator=torch.Generator().manual_seed(1))
+    replica = replica_of(settings, model)
+
+    def steps() -> None:
+        measurements.update(settings, replica, {"input_ids": ids, "labels": ids}, 0)
+
+    steps()
+    watched = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters()) + peak_bytes(steps)
+    predicted = model_info.info(settings, ("fo",)).memory["fo"]
+    assert predicted.weights + predicted.step == pytest.approx(watched, rel=0.1)
 
 
 @pytest.mark.slow

@@ -58,7 +58,8 @@ def footprints(
     backpropagation hold besides, B with its gradient, M what moving the weights holds:
 
     zo          W + S + max(F, M); directions that are written into the weights need a copy of what trains as well
-    fo          W + S + max(B, G + M)
+    fo          W + S + max(B, G + M); a client's own steps: with the weights they began at, the state of the client's
+                optimizer, and what it sends in the place of G, if that is more
     instruct    as fo, or as zo with a saved copy of what trains and a gradient as guide, whichever takes more, with 2 S
                 where plain steps come between the guided ones
     calibrate   W + 2 S + the larger step of the two: an optimizer for either kind of step
@@ -79,8 +80,8 @@ def footprints(
         loss = _loss(outline, settings, settings.batch_size, settings.forward_dtype)
         evaluation = peak_bytes(_evaluation(outline, settings))
         whole, gradient = sum(map(bytes_of, everything.values())), sum(map(bytes_of, parameters.values()))
-        state = sum(bytes_of(kept) for name in trainable for kept in optimizer.moments(name, parameters[name]).values())
-        rounds = sum(4 * parameter.numel() for parameter in parameters.values()) if settings.server_momentum else 0
+        state, own_state = (_state(some, parameters) for some in (optimizer, Optimizer(settings.local_optimizer)))
+        in_float32 = sum(4 * parameter.numel() for parameter in parameters.values())
         move = _move(optimizer, parameters)
 
         @cache  # watched when first wanted: backpropagation through the largest models takes a second of its own
@@ -92,10 +93,14 @@ def footprints(
             own = _loss(outline, settings, backprop_batch_size(settings), "weights")
             return max(peak_bytes(_backward(own, parameters)), gradient + move)
 
+        def own_steps() -> int:
+            return gradient + own_state + max(backward(), in_float32)
+
         def subspace() -> int:
             return max(peak_bytes(_subspace(loss, parameters, settings)), move)
 
-        passes = Passes(gradient, forward, backward, subspace)
+        rounds = in_float32 if settings.server_momentum else 0
+        passes = Passes(gradient, forward, backward, own_steps, subspace)
         found = {name: MODES[name](settings) for name in modes}
         return {
             name: Footprint(
@@ -106,6 +111,11 @@ def footprints(
             )
             for name, mode in found.items()
         }
+
+
+def _state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> int:
+    """S: what an optimizer keeps of all that trains."""
+    return sum(bytes_of(kept) for name, one in parameters.items() for kept in optimizer.moments(name, one).values())
 
 
 def _forward(loss: perturbed.Loss, parameters: Mapping[str, Tensor], settings: Settings) -> int:

@@ -22,12 +22,13 @@ Request = Literal["slopes", "coefficients", "gradient", "guided", "update"]
 class Passes:
     """Bytes that the passes of one model hold, each found when it is first wanted.
 
-    gradient: of all that trains, in its own type.
+    gradient: of all that trains, in its own type. own_steps: several of a client, by backpropagation.
     """
 
     gradient: int
     forward: Callable[[], int]
     backward: Callable[[], int]
+    own_steps: Callable[[], int]
     subspace: Callable[[], int]
 
 
@@ -133,8 +134,9 @@ class FirstOrder(Mode):
         return float(self.settings.local_steps if self.settings.clients else 1)
 
     def step_bytes(self, passes: Passes) -> int:
-        """Those of backpropagation."""
-        return passes.backward()
+        """Those of backpropagation, or of a client's own steps by it."""
+        takes_own = self.settings.clients and self.settings.local_steps > 1
+        return passes.own_steps() if takes_own else passes.backward()
 
 
 class Instruct(Mode):
