@@ -237,7 +237,10 @@ def test_shipped_experiments_set_nothing_without_effect(name: str) -> None:
         ({}, "sgd", "equal", 0.01),
         ({"model": "folder"}, "sgd", "equal", 0.003),
         ({"optimizer": "adamw"}, "adamw", "rms", 0.1),
-        ({"mode": "calibrate", "optimizer": "adamw"}, "adamw", "equal", 0.1),
+        ({"mode": "calibrate", "optimizer": "adamw"}, "adamw", "equal", 3e-3),
+        ({"mode": "instruct", "optimizer": "mudamw"}, "mudamw", "equal", 0.01),
+        ({"optimizer": "mudamw", "model": "folder"}, "mudamw", "equal", 1e-3),
+        ({"mode": "fo", "local-steps": 4, "optimizer": "adamw"}, "adamw", "equal", 3e-3),  # FedAdam
         ({"normalize-slopes": False, "model": "folder"}, "sgd", "equal", 3e-4),
         ({"mode": "fo"}, "adamw", "equal", 3e-3),
         ({"mode": "fo", "model": "folder"}, "adamw", "equal", 3e-4),
@@ -258,6 +261,13 @@ def test_what_nobody_gives_is_chosen_by_the_mode(
     assert {key: settings.model_dump(by_alias=True)[key] for key in own} == own
     # A run's own file holds what was chosen, and another version's choice cannot change it.
     assert config.resolve(chosen.model_dump(by_alias=True)) == chosen
+
+
+def test_in_another_mode_what_nobody_gave_is_chosen_anew() -> None:
+    slopes, other = config.resolve({"batch-size": 2}), config.resolve({"batch-size": 2, "mode": "subspace"})
+    assert config.in_mode(slopes, "subspace") == other and config.in_mode(other, "zo") == slopes
+    given = config.in_mode(config.resolve({"learning-rate": 0.5, "optimizer": "mudamw"}), "fo")
+    assert (given.optimizer, given.learning_rate) == ("mudamw", 0.5)
 
 
 def test_the_models_that_begin_untrained_are_those_made_by_size() -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -15,13 +16,14 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import save
 
 from zofed import config
+from zofed.base.errors import UserError
 from zofed.core import gradient_codec, journal, records, snapshots, varint
-from zofed.core.records import Guided, Seeded, Skipped
-from zofed.deployment import warm_worker
-from zofed.federated import client, messages, protocol
+from zofed.core.records import Dense, Guided, Seeded, Skipped
+from zofed.deployment import supernode, warm_worker
+from zofed.federated import client, ledger, messages, policy, protocol
 from zofed.federated.flower_internals import Assignment
 from zofed.federated.protocol import Answer, Plan
-from zofed.federated.wire import Greeting, Introduction
+from zofed.federated.wire import Evaluation, Greeting, Introduction
 
 SECONDS, MEGABYTES = 5.0, 200  # of a processor, which a busy machine does not stretch
 STRICT = """
@@ -156,6 +158,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a model elsewhere": ({"model": "/etc"}, FOLDERS),
     "a tokenizer elsewhere": ({"tokenizer": "/etc"}, FOLDERS),
     "a chat template elsewhere": ({"chat-template": "/etc/passwd"}, FOLDERS),
+    "a chat template of an odd name": ({"chat-template": "/etc/{none}.jinja"}, FOLDERS),
     "a task file elsewhere": ({"task": "{out}/policy.toml"}, FOLDERS),
     "a task file that never ends": ({"task": "{data}/pipe.toml"}, FOLDERS),
     "a task of a long name": ({"task": "x" * 100_000}, FOLDERS),
@@ -177,6 +180,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "one example of backpropagation": ({"mode": "instruct", "bp-batch-size": 1}, "bp-batch-size = 1, but"),
     "a batch of a million": ({"batch-size": 2**20}, "a message reads 16,777,216 tokens"),
     "a block beyond memory": ({"block-size": 2**61}, "tokens, but this node's policy has tokens-per-message = 4096"),
+    "evaluations of one example": ({"client-held-out-fraction": 0.1, "eval-examples": 1}, "eval-examples = 1, but"),
     "a million accumulated": ({"mode": "instruct", "gradient-accumulation": 2**20}, "tokens-per-message = 4096"),
     "a thousand threads": ({"threads": 1024}, "threads = 1024, but this node's policy has threads = 4"),
     "the disk": ({"hidden-states-gigabytes": 1e6}, "policy has cache-gigabytes = 8.0: lower it"),
@@ -257,6 +261,9 @@ GREETINGS: dict[str, tuple[Any, str]] = {
     "noise": (raw(b"\x03" + b"\xff" * 99), "reads the server's messages otherwise"),
     "nothing": (RecordDict(), "reads the server's messages otherwise"),
 }
+NO_GRADIENTS = "the server sends gradients in a run of mode = zo: such a run has none"
+# Plans of a run that has gradients, in a round without one.
+WITH_GRADIENTS = ("five updates", "an update that is cut", "an update that is none", "local steps 2^60 x 0 queries")
 Made = Callable[[Node], Plan | RecordDict]
 PLANS: dict[str, tuple[str, Made, str]] = {
     "10^9 rounds at once": ("train.zo", lambda n: n.plan(steps=10**9), "a plan of 1000000000 rounds at once"),
@@ -278,7 +285,7 @@ PLANS: dict[str, tuple[str, Made, str]] = {
     "10^6 skipped records": ("train.zo", lambda n: n.plan(entries=MILLION), "more than 0 records before round 1: a"),
     "more records than rounds": (
         "train.zo", lambda n: n.plan(entries=joined(*(Skipped(r) for r in range(1, 900)))), "a round has one at most"),
-    "local steps 2^60 x 0 queries": (
+    "local steps 2^60 x 0 queries": (  # in a run that has such records
         "train.zo", lambda n: n.plan(round=2, entries=bodies(of_no_queries(2**60))), ""),
     "a record without an end": ("train.zo", lambda n: n.plan(entries=b"\xff" * 99), "are damaged"),
     "a record of 2^62 bytes": ("train.zo", lambda n: n.plan(entries=varint.packed((2**62,)) + b"x"), "are damaged"),
@@ -290,9 +297,15 @@ PLANS: dict[str, tuple[str, Made, str]] = {
     "a step to nowhere": (
         "train.zo", lambda n: n.plan(round=2, entries=joined(Seeded(1, 1e308, (0,), 2, (2**17, -(2**17)), 100, 2.0))),
         ""),
-    "five updates": ("train.zo", lambda n: n.plan(updates=UPDATE), "a plan brings 4 at most"),
-    "an update that is cut": ("train.zo", lambda n: n.plan(updates=b"\xff\xff\xff\xff"), ""),
-    "an update that is none": ("train.zo", lambda n: n.plan(updates=gradient_codec.joined([b"x" * 99])), ""),
+    "five updates": ("train.zo", lambda n: n.plan(round=2, updates=UPDATE), "a plan brings 4 at most"),
+    "an update that is cut": ("train.zo", lambda n: n.plan(round=2, updates=b"\xff\xff\xff\xff"), ""),
+    "an update that is none": ("train.zo", lambda n: n.plan(round=2, updates=gradient_codec.joined([b"x" * 99])), ""),
+    "an update where there are none": ("train.zo", lambda n: n.plan(updates=UPDATE), NO_GRADIENTS),
+    "a guide where there is none": ("train.zo", lambda n: n.plan(guide=b"x"), NO_GRADIENTS),
+    "a record of an update": (
+        "train.zo", lambda n: n.plan(round=2, entries=joined(Dense(1, 1.0, bytes(32)))), NO_GRADIENTS),
+    "a record of a guide among others": (
+        "train.zo", lambda n: n.plan(round=3, entries=joined(Skipped(1)) + bodies(of_no_queries(1))), NO_GRADIENTS),
     "a snapshot": ("train.zo", lambda n: n.plan(snapshot=b"x"), "policy has snapshots = false"),
     "2^40 classes in a plan": ("train.zo", lambda n: n.plan(classes=2**40), "damaged (1099511627776 classes"),
     "names in a plan": ("train.zo", lambda n: n.plan(classes=2, names="[true]"), "does not name 2 classes"),
@@ -323,7 +336,9 @@ def test_greetings_that_none_sends_are_refused(node: Node, name: str) -> None:
 def test_plans_beyond_settings_and_policy_are_refused(node: Node, name: str) -> None:
     kind, make, said = PLANS[name]
     sent = make(node)
-    problem, content = node.tell(sent, kind)
+    problem, content = node.tell(
+        sent, kind, **({"mode": "instruct", "bp-interval": 5} if name in WITH_GRADIENTS else {})
+    )
     if name in BOUNDED:
         assert isinstance(sent, Plan)
         answer = messages.unpack(Answer, content)
@@ -372,6 +387,50 @@ def test_slopes_of_an_example_and_in_all_run_out_and_a_restart_brings_none_back(
         client.ledger.of.cache_clear()
 
 
+def test_workers_that_share_a_ledger_count_together(tmp_path: Path) -> None:
+    kept = tmp_path / "ledger.json"
+    own = policy.DEFAULT.model_copy(update={"slopes_per_example": 9})
+    first, second = ledger.Ledger.read(kept), ledger.Ledger.read(kept)
+    first.spend("some", 3, [(np.array([0, 2]), 4)], 4, own)
+    second.spend("some", 3, [(np.array([2]), 4)], 4, own)
+    with pytest.raises(policy.Refused, match="one example would have been read for 12 slopes"):
+        first.spend("some", 3, [(np.array([2]), 4)], 4, own)
+    first.spend("some", 5, [(np.array([4]), 4)], 4, own)  # of an app whose data have grown
+    found = ledger.Ledger.read(kept)
+    assert found.in_all == 12 and found.examples["some"].tolist() == [4, 0, 8, 0, 4]
+
+
+def test_a_ledger_that_cannot_be_kept_is_told_before_a_run_and_in_it(node: Node) -> None:
+    lost = node.folder / "no-such-folder" / "ledger.json"
+    node.rule(slopes_in_all=8, ledger=f'"{lost}"')
+    with pytest.raises(UserError, match=f"ledger {lost} cannot be written .*: have the policy name a file"):
+        supernode.node_config(0, 1, "", "zo", str(node.policy))
+    problem, _ = node.tell(node.plan(), "train.zo")
+    assert f"ledger {lost} cannot be written" in problem
+
+
+def evaluations(node: Node, plan: Plan, **changes: Any) -> list[Evaluation | str]:
+    """What a node answers servers that ask for its held-out part's scores, until it refuses; four at most."""
+    found: list[Evaluation | str] = []
+    while len(found) < 4 and not (found and isinstance(found[-1], str)):
+        problem, content = node.tell(plan, "evaluate.zofed", **{"client-held-out-fraction": 0.1} | changes)
+        found.append(problem or messages.unpack(Evaluation, content))
+    return found
+
+
+def test_losses_are_withheld_bounded_and_counted_as_slopes_are(node: Node) -> None:
+    plan = node.plan(task="none")
+    told = evaluations(node, plan)
+    assert all(isinstance(one, Evaluation) and one.loss > 0 and one.examples >= 2 for one in told) and len(told) == 4
+    withheld = evaluations(node, plan, **{"losses-withheld": True})
+    assert all(isinstance(one, Evaluation) and one.examples == 0 for one in withheld)
+    node.rule(slopes_per_example=3)
+    assert [isinstance(one, Evaluation) for one in evaluations(node, plan)] == [True, True, True, False]
+    node.rule(smallest_batch=20)
+    (refused,) = evaluations(node, plan, **{"batch-size": 20, "eval-examples": 20})
+    assert "examples to evaluate on, but this node's policy has smallest-batch = 20" in str(refused)
+
+
 def test_a_run_that_lasts_too_long_is_refused(node: Node) -> None:
     node.rule(minutes_per_run="0.000001")
     node.run += 1
@@ -385,9 +444,11 @@ def test_a_message_that_takes_too_long_or_too_much_is_given_up(node: Node, monke
         (lambda: bytearray(10**9), "memory-per-message", 200.0),
         (lambda: torch.zeros(10**9), "memory-per-message", 200.0),
     ):
-        node.rule(**{line: str(limit)})
-        monkeypatch.setattr(client.ClientSession, "catch_up", lambda *_, work=work: work())
-        assert f"{line} = {limit}" in node.tell(node.plan(), "train.zo")[0]
+        for details in ("true", "false"):
+            node.rule(**{line: str(limit), "details": details})
+            monkeypatch.setattr(client.ClientSession, "catch_up", lambda *_, work=work: work())
+            assert f"{line} = {limit}" in node.tell(node.plan(), "train.zo")[0]
+            assert client._session.cache_info().currsize == 0
     monkeypatch.undo()
     node.rule()
     assert node.tell(node.plan(), "train.zo")[0] == ""

@@ -1,4 +1,4 @@
-"""Slurm's commands as a sweep uses them, on this machine: sbatch, srun, sacct, scancel, by the name it is called by.
+"""Slurm's commands as a sweep uses them, on this machine, by the name they are called by.
 
 In STAND_IN_SLURM lie ID.sh, the script of a job; ID.state; ID.step, the process that its srun became.
 """
@@ -16,7 +16,7 @@ PLACE = Path(os.environ.get("STAND_IN_SLURM", "."))
 def install(folder: Path) -> Path:
     """Make the commands in a folder, for the head of PATH; returns it."""
     folder.mkdir()
-    for name in ("sbatch", "srun", "sacct", "scancel"):
+    for name in ("sbatch", "srun", "sacct", "scancel", "scontrol"):
         (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} -S {Path(__file__).resolve()} {name} "$@"\n')
         (folder / name).chmod(0o755)
     return folder
@@ -38,7 +38,11 @@ def sbatch(script: str) -> None:
 
 def carry_out(job: str) -> None:
     own = os.environ | {"SLURM_JOB_ID": job}
+    again = PLACE / f"{job}.again"
     ended = subprocess.run(["bash", PLACE / f"{job}.sh"], env=own).returncode
+    while again.exists():
+        again.rename(PLACE / f"{job}.requeued")
+        ended = subprocess.run(["bash", PLACE / f"{job}.sh"], env=own).returncode
     if (PLACE / f"{job}.state").read_text() == "RUNNING":
         (PLACE / f"{job}.state").write_text("FAILED" if ended else "COMPLETED")
 
@@ -66,6 +70,12 @@ def scancel(job: str) -> None:
     if (PLACE / f"{job}.state").read_text() == "RUNNING":
         (PLACE / f"{job}.state").write_text("CANCELLED by 1000")
         os.kill(int((PLACE / f"{job}.step").read_text()), signal.SIGTERM)
+
+
+def scontrol(what: str, job: str) -> None:
+    if what != "requeue" or "#SBATCH --requeue" not in (PLACE / f"{job}.sh").read_text():
+        sys.exit(f"scontrol: {what} of a job that is not to be: Requested operation is presently disabled")
+    (PLACE / f"{job}.again").touch()
 
 
 if __name__ == "__main__":

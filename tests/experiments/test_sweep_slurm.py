@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +20,12 @@ from tests.experiments import stand_in_slurm
 from zofed import experiments
 from zofed.base.errors import UserError
 from zofed.base.files import ROOT
-from zofed.experiments import slurm_options, sweep_engine, sweep_file, sweep_slurm
+from zofed.experiments import slurm_options, sweep_engine, sweep_file, sweep_process, sweep_slurm
+from zofed.experiments.sweep import Run
+from zofed.experiments.sweep_engine import Job
+from zofed.experiments.sweep_folder import SweepFolder
 from zofed.experiments.sweep_process import INTERRUPTED
+from zofed.experiments.sweep_runner import Runner
 from zofed.experiments.sweep_slurm import Queued, Slurm
 from zofed.training import central
 
@@ -75,12 +79,15 @@ def test_a_run_asks_for_what_it_needs_unless_the_sweep_says_otherwise() -> None:
     settings, gib = runs(threads=3)[0].settings, 2**30
     found = slurm_options.options(settings, 1, 2 * gib, wanted)
     assert slurm_options.shown(found) == (
-        "--cpus-per-task=3 --exclusive --gpus-per-node=1 --mem=7G --partition=gpu --time=120"
+        "--cpus-per-task=3 --exclusive --gpus-per-node=1 --mem=7G --partition=gpu --requeue --time=120"
     )
-    assert slurm_options.options(settings, 0, 2 * gib, {}) == {"cpus-per-task": 3, "mem": "4G", "time": 60}
+    assert slurm_options.options(settings, 0, 2 * gib, {}) == {
+        "cpus-per-task": 3, "mem": "4G", "requeue": True, "time": 60,
+    }  # fmt: skip
+    assert slurm_options.options(settings, 0, 2 * gib, {"gres": "shard:1"})["mem"] == "7G", "CUDA's libraries count"
     own = {"mem-per-cpu": "2G", "gres": "gpu:a100:1", "cpus-per-task": 8, "setup": ["module load cuda"]}
     found = slurm_options.options(settings, 1, 0, own)
-    assert slurm_options.shown(found) == "--cpus-per-task=8 --gres=gpu:a100:1 --mem-per-cpu=2G --time=60"
+    assert slurm_options.shown(found) == ("--cpus-per-task=8 --gres=gpu:a100:1 --mem-per-cpu=2G --requeue --time=60")
     two = runs(devices="cuda:0,cuda:1", mode="zo")[0].settings
     assert slurm_options.options(two, 0, 0, {})["gpus-per-node"] == 2
 
@@ -91,7 +98,7 @@ def test_a_dry_run_shows_what_sbatch_will_be_asked_for(tmp_path: Path, zofed_com
     command = ("sweep", file, "--engine", "slurm", "--slurm", "account=lab", "--slurm", "partition=gpu", "--dry-run")
     status, told, _ = zofed_command(*command)
     assert status == 0
-    assert "sbatch for 2 runs: --account=lab --cpus-per-task=1 --mem=2G --partition=gpu --time=30\n" in told
+    assert "sbatch for 2 runs: --account=lab --cpus-per-task=1 --mem=2G --partition=gpu --requeue --time=30\n" in told
     assert zofed_command("sweep", file, "--slurm", "account=lab")[2] == (
         "zofed: --slurm account=lab: it is for --engine slurm, and this is --engine fork\n"
     )
@@ -120,6 +127,43 @@ def test_a_job_that_sbatch_refuses_is_told(tmp_path: Path, slurm: Path) -> None:
     engine.prepare(tmp_path, runs())
     with pytest.raises(UserError, match=r"takes no job .*\(sbatch: error: .* Invalid partition .*\): mend --slurm"):
         engine.start(runs()[0], tmp_path / "run", tmp_path / "log", 0)
+
+
+class OneAtATime:
+    """An engine that is asked for two runs at a time and takes one, which it carries out in this process."""
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Job, Path]] = []
+
+    def places(self, runs: Sequence[Run]) -> int:
+        return 2
+
+    def prepare(self, folder: Path, runs: Sequence[Run]) -> None:
+        """Nothing to make ready."""
+
+    def start(self, run: Run, out: Path, log: Path, slot: int) -> Job:
+        if self.jobs:
+            raise UserError("sbatch takes no job for it (too many)")
+        self.jobs.append((Job(run, slot), out))
+        return self.jobs[-1][0]
+
+    def hear(self, seconds: float) -> None:
+        job, out = self.jobs.pop()
+        sweep_process.carry_out(job.run.settings.model_copy(update={"out": str(out)}), lambda _: None, lambda _: None)
+        job.ended = True
+
+    def stop(self) -> None:
+        self.jobs.clear()
+
+
+def test_a_run_that_the_queue_does_not_take_waits_for_one_that_ends(tmp_path: Path, one_thread: None) -> None:
+    file = tmp_path / "sweep.toml"
+    file.write_text(SMALL.replace("steps = 200", "steps = 2"))
+    found = SweepFolder(tmp_path / "out")
+    told = "too many.; the others go on, and it is tried again when one ends"
+    with found.opened(), pytest.warns(UserWarning, match=told):
+        board = Runner(sweep_file.read(file), found, OneAtATime(), lambda board: None).run()
+    assert board.complete == 2 and not board.failed
 
 
 @pytest.mark.parametrize(
@@ -173,7 +217,6 @@ def test_a_run_that_is_told_to_end_leaves_no_result(monkeypatch: pytest.MonkeyPa
             sweep_slurm.CarryOut()("", "")
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert hasattr(sweep_slurm.CarryOut(), "checkpoint"), "submitit queues again what can go on, at the end of its time"
 
 
 @pytest.fixture
@@ -192,6 +235,29 @@ def steps(out: Path, run: str) -> int:
         return len((out / "runs" / run / "metrics.csv").read_text().splitlines())
     except OSError:
         return 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_whose_time_is_over_queues_itself_again_and_goes_on(
+    tmp_path: Path, slurm: Path, zofed_command: Command
+) -> None:
+    file, out = tmp_path / "sweep.toml", tmp_path / "slurm"
+    file.write_text(SMALL.replace("[0, 1]", "[0]").replace("200", "100"))
+    command = [*ZOFED, "sweep", str(file), "--out", str(out), "--engine", "slurm"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 300
+        while steps(out, "seed=0") < 10:
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+            time.sleep(0.05)
+        os.kill(int((slurm / "1.step").read_text()), signal.SIGUSR2)
+        told, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "1 runs complete, " in told, told
+    assert (slurm / "1.requeued").exists() and not (slurm / "2.sh").exists()
+    (run,) = sweep_file.read(file).first()
+    here = central.train(run.settings, tmp_path / "here", lambda row: None)
+    there = json.loads((out / "runs" / run.name / "summary.json").read_text())
+    assert {key: here[key] for key in SAME} == {key: there[key] for key in SAME}
 
 
 @pytest.mark.slow

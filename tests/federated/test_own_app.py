@@ -233,6 +233,23 @@ def test_a_client_that_lies_is_not_used(tmp_path: Path) -> None:
     assert fared["1"] in ("implausible", "out_of_range") and fared["0"] == fared["2"] == "used"
 
 
+def test_a_nodes_policy_holds_for_an_app_of_ones_own(tmp_path: Path) -> None:
+    own = tmp_path / "policy.toml"
+    own.write_text("smallest-batch = 9\n")
+    app = Client(Net, loss, own_points).add_to(ClientApp())
+
+    def with_policy(message: Message, context: Context) -> Message:
+        context.node_config["policy"] = str(own)
+        return app(message, context)
+
+    grid = Nodes(in_app({}, tmp_path / "run"), others={0: with_policy, 1: with_policy})
+    with pytest.raises(UserError, match="batch-size = 8, but this node's policy has smallest-batch = 9"):
+        start({}, tmp_path / "run", grid=grid)
+    own.write_text("smallest-batch = 8\nintegers-per-message = 4\nslopes-in-all = 100\n")
+    grid = Nodes(in_app({}, tmp_path / "again"), others={0: with_policy, 1: with_policy})
+    assert_one_model(start({}, tmp_path / "again", grid=grid).summary, [0, 1])
+
+
 class Wider(Net):
     def __init__(self) -> None:
         super().__init__()

@@ -5,10 +5,15 @@ from pathlib import Path
 
 import pytest
 
+from zofed import config
+from zofed.base.files import ROOT
+from zofed.federated import admission, policy
+
 Zofed = Callable[..., tuple[int, str, str]]
 
 WRONG = [
     ('queries = "many"', "unknown line of a policy 'queries'"),
+    ('folders = [""]', "'' is no absolute path: begin it with /"),
     ('folders = ["data"]', "'data' is no absolute path: begin it with /"),
     ("smallest-batch = 0", "smallest-batch = 0: should be greater than or equal to 1"),
     ('snapshots = "perhaps"', "snapshots = 'perhaps'"),
@@ -17,6 +22,19 @@ WRONG = [
     ('modes = ["forward"]', "forward"),
     ("folders = [", "policy file"),
 ]
+
+
+def test_the_strict_one_that_ships_is_a_policy() -> None:
+    found = policy.read(ROOT / "deploy" / "policy.toml")
+    assert found.modes == ("zo",) and not found.snapshots and not found.details and found.ledger == "slopes.json"
+
+
+def test_an_encoder_that_is_frozen_trains_its_head_whatever_the_scope() -> None:
+    own = policy.DEFAULT.model_copy(update={"scopes": ("full",)})
+    whole = config.resolve({"task": "classification"})
+    admission.check_settings(whole, own)
+    with pytest.raises(policy.Refused, match="scope = 'head', but this node's policy has scopes"):
+        admission.check_settings(whole.model_copy(update={"freeze_encoder": True}), own)
 
 
 @pytest.mark.parametrize(("line", "told"), WRONG)

@@ -206,7 +206,7 @@ def test_half_of_what_an_exchange_gave_is_asked_for_again(
         file.write(entries[kept - 1])
     client.forget()
     summary = run(start(quick(save_interval=2, **WAYS["several"])))
-    assert f"the exchange from round {kept} on was not whole: asking for it again" in capsys.readouterr().out
+    assert f"the exchange from round {kept} on was not whole: asking for it again" in capsys.readouterr().err
     assert records_of(folder.path) == entries
     assert summary["client_digests"] == {"0": digest, "1": digest}
 

@@ -111,6 +111,11 @@ def test_other_modes_are_made_of_the_same_parts() -> None:
         zofed.get_model_info("tiny", modes=("both",))
 
 
+def test_each_mode_is_predicted_with_the_optimizer_that_it_chooses() -> None:
+    found = zofed.get_model_info("tiny", batch_size=1, block_size=4, modes=("zo", "fo")).memory
+    assert (found["zo"].state, found["fo"].state) == (0, 2 * 4 * 141_056), "sgd and adamw"
+
+
 @pytest.mark.slow
 def test_the_subspace_writes_no_gradient_of_the_weights() -> None:
     found = zofed.get_model_info("200M", batch_size=1, block_size=4, modes=("fo", "subspace")).memory

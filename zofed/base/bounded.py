@@ -54,10 +54,8 @@ def within(seconds: float, megabytes: float) -> Iterator[None]:
         yield
     except _Late:
         raise Exceeded(f"it took more than {seconds:g} seconds", "seconds") from None
-    except MemoryError:
-        raise _no_memory(megabytes) from None
-    except RuntimeError as error:
-        if megabytes and _NO_MEMORY.search(str(error)):
+    except (MemoryError, RuntimeError) as error:
+        if is_of_memory(error) and (megabytes or isinstance(error, MemoryError)):
             raise _no_memory(megabytes) from None
         raise
     finally:
@@ -66,6 +64,11 @@ def within(seconds: float, megabytes: float) -> Iterator[None]:
             faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, handler)
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def is_of_memory(error: Exception) -> bool:
+    """Whether it says that memory could not be had, in Python's way or in that of a library."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
 
 
 def _raise_late(number: int, frame: FrameType | None) -> NoReturn:

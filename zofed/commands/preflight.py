@@ -97,7 +97,8 @@ def list_models(
             table.add_row(name, *(f"{size / 2**20:,.0f}" for size in (weights, *peaks)))
         else:
             console.print(f"memory cannot be predicted for {name}: {found.unpredictable}", markup=False, soft_wrap=True)
-    how = f"{settings.batch_size}x{settings.block_size} tokens, {settings.optimizer}, scope {settings.scope}"
+    optimizer = settings.optimizer if "optimizer" in options else "each by its own optimizer"
+    how = f"{settings.batch_size}x{settings.block_size} tokens, {optimizer}, scope {settings.scope}"
     console.print(f"\npredicted peak of a step in MiB, by mode ({how})")
     console.print(table)
 

@@ -74,10 +74,7 @@ class Settings(
     @model_validator(mode="after")
     def _chosen(self) -> "Settings":
         """A run knows its optimizer and its rate by name and number, so that no later version chooses others."""
-        for key, choose in suited.CHOSEN.items():  # in this order: the rate is that of the optimizer
-            if getattr(self, _attribute(key)) == SETTINGS[key].default:
-                object.__setattr__(self, _attribute(key), choose(self))
-        return self
+        return _choose(self)
 
     @property
     def step_rule(self) -> OptimizerName:
@@ -88,6 +85,14 @@ class Settings(
     def steps_told(self) -> str:
         """One line for people: how steps are made."""
         return f"steps: {self.mode} by {self.optimizer}, learning-rate {self.learning_rate:g}, {self.schedule}"
+
+
+def _choose(settings: Settings) -> Settings:
+    """The settings themselves, in which what is left to choose is chosen."""
+    for key, choose in suited.CHOSEN.items():  # in this order: the rate is that of the optimizer
+        if getattr(settings, _attribute(key)) == SETTINGS[key].default:
+            object.__setattr__(settings, _attribute(key), choose(settings))
+    return settings
 
 
 SETTINGS: dict[str, FieldInfo] = {kebab(name): field for name, field in Settings.model_fields.items()}
@@ -245,6 +250,13 @@ def changed(settings: Settings) -> list[str]:
     chosen = {key: choose(settings) for key, choose in suited.CHOSEN.items()}
     values = {key: getattr(settings, _attribute(key)) for key in SETTINGS}
     return [key for key, value in values.items() if value not in (SETTINGS[key].default, chosen.get(key))]
+
+
+def in_mode(settings: Settings, mode: str) -> Settings:
+    """The same in another mode, for which what nobody gave is chosen anew."""
+    given = changed(settings)
+    anew = {_attribute(key): SETTINGS[key].default for key in suited.CHOSEN if key not in given}
+    return settings if mode == settings.mode else _choose(settings.model_copy(update=anew | {"mode": mode}))
 
 
 def _explain(problem: Any) -> str:

@@ -53,10 +53,13 @@ def _kind_of_step(settings: Any) -> str:
     if settings.mode == "subspace":
         return "subspace"
     if settings.mode == "fo":
-        return f"backprop by {settings.local_optimizer if settings.local_steps > 1 else settings.optimizer}"
+        averages = settings.local_steps > 1 and settings.optimizer == "sgd"
+        return f"backprop by {settings.local_optimizer if averages else settings.optimizer}"
     if settings.optimizer == "sgd":
         return "slopes by sgd" if settings.normalize_slopes else "slopes as they are"
-    return "slopes by adamw"
+    if settings.optimizer == "adamw" and settings.direction_scale == "rms":
+        return "slopes by adamw"
+    return f"backprop by {settings.optimizer}"  # steps of the same size, whatever the estimate is of
 
 
 # Settings that are chosen where nobody gives them, in the order in which one decides the next.

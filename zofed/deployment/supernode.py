@@ -15,7 +15,7 @@ from zofed.core import sanitize
 from zofed.deployment import flower_commands, key_checks, reachability
 from zofed.deployment.reachability import Address
 from zofed.deployment.supervisor import Child, supervise
-from zofed.federated import policy
+from zofed.federated import ledger, policy
 
 WAIT_S = 5.0  # between tries to reach a SuperLink
 
@@ -36,7 +36,7 @@ def node_config(partition: int, partitions: int, dataset: str, mode: str, own_po
         words.append(_named("dataset", path))
     if own_policy:
         path = Path(own_policy).expanduser().absolute()
-        policy.read(path)
+        ledger.check(policy.read(path).ledger)
         words.append(_named(policy.KEY, path))
     return " ".join([*words, f'mode="{mode}"'])
 

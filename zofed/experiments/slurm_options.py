@@ -35,7 +35,9 @@ def check(wanted: Mapping[str, Any]) -> None:
         elif not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", key):
             raise UserError(f"[slurm]: {key!r} is no option of sbatch: write its long name without dashes, {FORM}")
         elif key in OWN:
-            raise UserError(f"[slurm]: {key} is not for a sweep to say: zofed sets it for each run")
+            raise UserError(
+                f"[slurm]: {key} is not for a sweep to say: zofed decides it, as a run is one job of one task"
+            )
         elif value is not True and (isinstance(value, bool) or not isinstance(value, int | str) or value == ""):
             raise UserError(f"[slurm]: {key} = {value!r}: give a text or a whole number, {FORM}, or true for a flag")
     if "time" in wanted:
@@ -80,8 +82,9 @@ def options(settings: Settings, share: float, memory: int, wanted: Mapping[str, 
     sweep says, which goes before what the run would ask for.
     """
     cpus, gpus = asks(settings, share)
-    gigabytes = math.ceil(LIBRARIES[gpus > 0] + SLACK * memory / GIB)
-    found: dict[str, Any] = {"cpus-per-task": cpus}
+    has_gpu = gpus > 0 or any(key in wanted for key in GPUS)
+    gigabytes = math.ceil(LIBRARIES[has_gpu] + SLACK * memory / GIB)
+    found: dict[str, Any] = {"cpus-per-task": cpus, "requeue": True}  # without, Slurm's default may forbid to go on
     if gpus and not any(key in wanted for key in GPUS):
         found["gpus-per-node"] = int(gpus)
     if not any(key in wanted for key in MEMORY):

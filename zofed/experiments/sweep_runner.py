@@ -3,10 +3,12 @@
 import math
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from zofed.base.errors import UserError
 from zofed.experiments.sweep import Run, Sweep
 from zofed.experiments.sweep_engine import Engine, Job
 from zofed.experiments.sweep_folder import SweepFolder
@@ -87,6 +89,7 @@ class Runner:
         self._skipped = 0
         self._waiting: deque[Run] = deque()
         self._running: list[Job] = []
+        self._is_refused = False  # by the engine, which takes no more as long as those that run go on
         self._places = 1
         self._enter(self.sweep.first())
         try:
@@ -144,13 +147,23 @@ class Runner:
         self._places = self.engine.places(list(self.runs.values()))
         free = sorted(set(range(self._places)) - {job.slot for job in self._running})
         free = free[: max(0, self._places - len(self._running))]  # a place may be gone whose number is not the last
-        while self._waiting and free:
+        while self._waiting and free and not self._is_refused:
             run = self._waiting.popleft()
-            self._running.append(self.engine.start(run, self.folder.run_path(run), self.folder.log(run), free.pop(0)))
+            try:
+                job = self.engine.start(run, self.folder.run_path(run), self.folder.log(run), free.pop(0))
+            except UserError as error:
+                if not self._running:
+                    raise
+                warnings.warn(f"{error}; the others go on, and it is tried again when one ends", stacklevel=2)
+                self._waiting.appendleft(run)
+                self._is_refused = True
+            else:
+                self._running.append(job)
 
     def _end(self, job: Job) -> None:
         run = job.run
         self._running.remove(job)
+        self._is_refused = False
         if job.lost and self.folder.loss(run) is None:
             self._waiting.appendleft(run)
             return

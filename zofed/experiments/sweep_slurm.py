@@ -30,7 +30,7 @@ try:
 except ImportError:
     raise UserError("--engine slurm needs submitit: pip install 'zofed[slurm]'") from None
 
-COMMANDS = ("sbatch", "srun", "sacct", "scancel")
+COMMANDS = ("sbatch", "srun", "sacct", "scancel", "scontrol")
 GOES = 100  # times that a job may run out of time and be queued again
 LOSSES = 10  # times that a run may lose its node, or be preempted, before it counts as failed
 LOOK = 2.0  # seconds between two looks at the jobs

@@ -12,8 +12,9 @@ from zofed.base.texts import one_line
 from zofed.config import Settings
 from zofed.config.task_files import is_file, names
 from zofed.core import gradient_codec, sanitize
-from zofed.core.journal import count_bodies
-from zofed.data import hub, subsets
+from zofed.core.journal import body_kinds
+from zofed.core.records import Dense, Guided
+from zofed.data import chat_templates, hub, subsets
 from zofed.federated import policy as policies
 from zofed.federated import protocol
 from zofed.federated.policy import Policy, Refused, refusal
@@ -27,6 +28,7 @@ LONGEST_TEXT = 2**17  # characters of a setting: a chat template has a few thous
 MOST_SETTINGS = 500
 OF_PASSES = ("slopes", "guided", "coefficients")  # tasks of the message train.zo
 MESSAGES = {"train.zo": OF_PASSES, "train.fo": ("update",), "train.guide": ("gradient",)}
+OF_GRADIENTS = {Dense.kind, Guided.kind}  # records that move the weights by what is sent beside them
 AT_REST = ("none", "end")  # tasks that ask for no passes over what the node trains on
 
 
@@ -42,14 +44,15 @@ def check_given(values: Mapping[str, Any], policy: Policy) -> None:
         _check_path("task", task, policy)
 
 
-def check_settings(settings: Settings, policy: Policy, own: str = "") -> None:
-    """The settings of a run, before data and model are touched. own: the node's own data, which it reads instead."""
+def check_settings(settings: Settings, policy: Policy) -> None:
+    """What the settings of a run ask for, before data and model are touched."""
     _check_choice("mode", settings.mode, "modes", policy)
     _check_choice("objective", settings.objective, "objectives", policy)
     _check_choice("adapter", settings.adapter, "adapters", policy)
-    kind = scopes.kind(settings.scope)
-    if settings.scope not in policy.scopes and kind not in policy.scopes:
-        what = f"scope = {_shown(settings.scope)}{' is a pattern' if kind == 'pattern' else ''}"
+    scope = "head" if settings.freeze_encoder else settings.scope
+    kind = scopes.kind(scope)
+    if scope not in policy.scopes and kind not in policy.scopes:
+        what = f"scope = {_shown(scope)}{' is a pattern' if kind == 'pattern' else ''}"
         raise refusal(what, "scopes", policy, "take a scope that it lists")
     smallest, key = min(_batches(settings))
     if smallest < policy.smallest_batch:
@@ -64,6 +67,10 @@ def check_settings(settings: Settings, policy: Policy, own: str = "") -> None:
         raise refusal(f"threads = {settings.threads}", "threads", policy, "lower threads")
     if (kept := settings.hidden_states_gigabytes) > policy.cache_gigabytes:
         raise refusal(f"hidden-states-gigabytes = {kept:g}", "cache-gigabytes", policy, "lower it")
+
+
+def check_names(settings: Settings, policy: Policy, own: str = "") -> None:
+    """The data, models and other files that a run names. own: the node's own data, which it reads instead."""
     for key in NAMES:
         if not (own and key.endswith("dataset")):
             _check_name(key, getattr(settings, key), policy)
@@ -78,12 +85,14 @@ def integers(settings: Settings) -> int:
 
 
 def _batches(settings: Settings) -> list[tuple[int, str]]:
-    """Examples that a slope or a gradient is the mean over, by the setting that says so."""
+    """Examples that a slope, a gradient or an evaluation is the mean over, by the setting that says so."""
     found = [(settings.batch_size, "batch-size")]
     if settings.query_batches == "per-query" and settings.query_batch_size:
         found.append((settings.query_batch_size, "query-batch-size"))
     if mode_of(settings).helps_zeroth_order and settings.bp_batch_size:
         found.append((settings.bp_batch_size, "bp-batch-size"))
+    if settings.client_held_out_fraction and not settings.losses_withheld:
+        found.append((settings.eval_examples, "eval-examples"))
     return found
 
 
@@ -108,7 +117,7 @@ def _check_choice(key: str, value: str, line: str, policy: Policy) -> None:
 
 def _check_name(key: str, value: str, policy: Policy) -> None:
     """What a setting names: something that zofed knows, or a file or folder that a run may name."""
-    if value in ("", *NAMES[key]) or (key == "chat_template" and "{" in value):
+    if value in ("", *NAMES[key]) or (key == "chat_template" and chat_templates.is_text(value)):
         return
     if key.endswith("dataset") and subsets.find(value):
         return
@@ -142,13 +151,16 @@ def check_plan(plan: Plan, kind: str, settings: Settings, policy: Policy) -> Non
         raise refusal("the server sends a snapshot", "snapshots", policy, "have the node there from the first round on")
     most = min(policy.records_per_message, plan.round - 1)
     try:
-        records = count_bodies(plan.entries, most)
+        kinds = body_kinds(plan.entries, most)
     except ValueError as error:
         raise Refused(f"the records of a plan are damaged ({error}): give all machines the same zofed") from error
     try:
         updates = gradient_codec.count(plan.updates, protocol.UPDATES_SENT)
     except ValueError:
         updates = 0  # whoever catches up by them says so, and is sent them again
+    if not mode_of(settings).has_gradients and (plan.updates or plan.guide or not OF_GRADIENTS.isdisjoint(kinds)):
+        raise Refused(f"the server sends gradients in a run of mode = {settings.mode}: such a run has none")
+    records = len(kinds)
     what = f"the server sends more than {most:,} records before round {plan.round}"
     if records > most == policy.records_per_message:
         raise refusal(what, "records-per-message", policy, "have the node there from the first round on")
@@ -181,10 +193,10 @@ def check_message(megabytes: float, policy: Policy) -> None:
         raise refusal(what, "megabytes-per-message", policy, "train a smaller scope or model")
 
 
-def check_held(examples: int, policy: Policy) -> None:
+def check_held(examples: int, policy: Policy, what_for: str = "to train on") -> None:
     """How many examples the node holds: a batch of fewer repeats them."""
     if examples < policy.smallest_batch:
-        what = f"this node holds {examples} examples"
+        what = f"this node holds {examples} examples {what_for}"
         raise refusal(what, "smallest-batch", policy, "leave the node out")
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from zofed import config
-from zofed.base import environment
+from zofed.base import bounded, environment
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import gradient_codec, sanitize
@@ -107,7 +108,8 @@ def _allowed(given: str, device: str, own: str, own_policy: Policy) -> str:
     values = json.loads(given)
     admission.check_given(values, own_policy)
     settings = of_node(config.resolve(config.given(values)), device)
-    admission.check_settings(settings, own_policy, own)
+    admission.check_settings(settings, own_policy)
+    admission.check_names(settings, own_policy, own)
     return settings.model_dump_json(by_alias=True)
 
 
@@ -220,9 +222,14 @@ class Answers:
         """Catch up and score the client's own held-out part, of which the same sample is read each time."""
         here, (client, _) = self._admitted(plan, "evaluate.zofed", context), place(context)
         held_out = here.parts(context)[1]
-        if held_out is None or not here.catch_up(plan):
+        if held_out is None or here.settings.losses_withheld or not here.catch_up(plan):
             return Evaluation(client, here.replica.head, NO_LOSS, 0)
         score, examples = here.problem.evaluate_part(here.replica.model, held_out)
+        own_policy = policy.of(context)
+        admission.check_held(examples, own_policy, "to evaluate on")
+        if _counts_slopes(own_policy):  # two losses at weights that a server chose are a slope
+            name, read = f"{here.name_of_data(context)}, held out", np.arange(examples)
+            ledger.of(own_policy.ledger, client).spend(name, examples, [(read, 1)], 1, own_policy)
         own = json.dumps(dict(score.own)) if score.own else ""
         return Evaluation(client, here.replica.head, score.loss, examples, own)
 
@@ -292,6 +299,8 @@ class Answers:
         except Exception as error:
             if isinstance(error, Refused) or own_policy.details:
                 raise
+            if bounded.is_of_memory(error):  # which is the worker's to bound
+                raise MemoryError from None
             raise UserError(self._told(error, context)) from None
 
     def added_to(self, app: ClientApp, *kinds: str) -> ClientApp:
@@ -336,10 +345,14 @@ def _spend(plan: Plan, here: ClientSession, context: Context, data: Data) -> Non
     admission.check_held(here.examples(context), own_policy)
     if plan.round != here.replica.round + 1:
         raise Refused(f"a plan of round {plan.round} whose records lead to round {here.replica.round}: there is none")
-    if own_policy.slopes_per_example or own_policy.slopes_in_all:
+    if _counts_slopes(own_policy):
         asked, slopes = reads.of(plan, here.settings, here.replica, data, client)
         held = ledger.of(own_policy.ledger, client)
         held.spend(here.name_of_data(context), here.examples(context), asked, slopes, own_policy)
+
+
+def _counts_slopes(own_policy: Policy) -> bool:
+    return bool(own_policy.slopes_per_example or own_policy.slopes_in_all)
 
 
 def _tells_details(context: Context) -> bool:

@@ -1,8 +1,10 @@
 """What a node has given away so far, slopes by example and in all, and since when each run goes on."""
 
+import fcntl
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -46,11 +48,34 @@ class Ledger:
             ) from error
 
     def spend(self, data: str, held: int, reads: Reads, slopes: int, policy: Policy) -> None:
-        """Count what a message asks, before it is measured. Raises Refused, and counts nothing, beyond the policy.
+        """Count what a message asks, before it is answered. Raises Refused, and counts nothing, beyond the policy.
 
-        data: names what was read. held: examples of it. slopes: asked in all.
+        data: names what was read. held: examples of it. slopes: asked in all. Several processes may share a file.
         """
-        counts = self.examples.get(data, np.zeros(held, np.int64)).copy()
+        with self._fresh():
+            self._spend(data, held, reads, slopes, policy)
+
+    @contextmanager
+    def _fresh(self) -> Iterator[None]:
+        """With what others wrote since, whom it keeps out meanwhile. Raises UserError where the file cannot be kept."""
+        if self.path is None:
+            yield
+            return
+        try:
+            with open(self.path.with_name(f"{self.path.name}.lock"), "ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                there = Ledger.read(self.path)
+                self.examples, self.in_all = there.examples, there.in_all
+                yield
+        except OSError as error:
+            raise UserError(
+                f"ledger {self.path.absolute()} cannot be written ({error.strerror}): have the policy name a file that "
+                "this node's user may write"
+            ) from error
+
+    def _spend(self, data: str, held: int, reads: Reads, slopes: int, policy: Policy) -> None:
+        before = self.examples.get(data, np.zeros(0, np.int64))
+        counts = np.pad(before, (0, max(0, held - len(before))))
         for positions, each in reads:
             np.add.at(counts, positions, each)
         if policy.slopes_in_all and self.in_all + slopes > policy.slopes_in_all:
@@ -71,6 +96,14 @@ class Ledger:
 def of(path: str, client: int) -> Ledger:
     """The ledger of a node in this process. path: of its file; empty: none is kept. client: of whose data."""
     return Ledger.read(Path(path) if path else None)
+
+
+def check(path: str) -> None:
+    """Raise UserError for a ledger's file that cannot be read or written, before any message comes."""
+    if path:
+        ledger = Ledger.read(Path(path))
+        with ledger._fresh():
+            pass
 
 
 class Runs:

@@ -17,7 +17,7 @@ from zofed import config
 from zofed.base.errors import UserError
 from zofed.core import sanitize
 from zofed.core.metrics import MEASURES
-from zofed.federated import server
+from zofed.federated import admission, policy, server
 from zofed.federated.client import Answers, ClientSession
 from zofed.federated.local_grid import RUN_ID, SERVER_NODE, LocalGrid
 from zofed.runs.run_folder import IN_APP
@@ -59,13 +59,17 @@ class Client:
 
     def _opened(self, context: Context, _: object) -> ClientSession:
         """This process's replica and data for a run: made at its first message, kept until another run comes."""
-        asked = context.run_id, json.dumps(context.run_config, sort_keys=True), context.node_config.get("device")
+        own_policy = policy.of(context)
+        given = json.dumps(context.run_config, sort_keys=True)
+        asked = context.run_id, given, context.node_config.get("device"), own_policy
         if self._session is None or self._session[0] != asked:
             self._session = None  # before its successor takes the same memory again
             values = own_settings.among(context.run_config)
             if device := context.node_config.get("device"):  # the node's word counts before the run's
                 values["device"] = device
+            admission.check_given(values, own_policy)
             problem = OwnProblem(values, self._own, data=self._data)
+            admission.check_settings(problem.settings, own_policy)
             prepare_process(problem.settings.threads)
             self._session = asked, ClientSession(problem)
         return self._session[1]

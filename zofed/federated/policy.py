@@ -51,17 +51,24 @@ class Policy(Section):
         "scopes that train: by name, last-K for any K, pattern for any expression, or one itself, word for word",
     )
     adapters: tuple[str, ...] = setting(_choices("adapter"), "adapters that train")
-    snapshots: bool = setting(True, "whether the server may send weights, not records alone")
+    snapshots: bool = setting(True, "whether the server may send weights, not records alone; of gradients modes tells")
     details: bool = setting(
         True, "whether the server is told labels, sources and how many of each, and errors word for word"
     )
-    smallest_batch: int = setting(1, "different examples that each slope and gradient is of, at least", ge=1)
+    smallest_batch: int = setting(
+        1,
+        "examples that each slope, gradient and loss is the mean over, at least; where epochs meet some count twice",
+        ge=1,
+    )
     integers_per_message: int = setting(65_536, "slopes or coefficients that an answer may hold", ge=1)
     slopes_per_example: int = setting(
         0, "slopes measured of any one example, a gradient counting one a number; 0: any", ge=0
     )
     slopes_in_all: int = setting(0, "slopes in all; 0: any", ge=0)
-    ledger: str = setting("", "file that keeps the counts of slopes; empty: they begin anew with the worker")
+    ledger: str = setting(
+        "",
+        "file that keeps the counts of slopes, from the worker's folder; empty: they begin anew with it",
+    )
     tokens_per_message: int = setting(2**26, "tokens of the batches that a message asks for", ge=1)
     records_per_message: int = setting(100_000, "records that a message may bring", ge=0)
     megabytes_per_message: float = setting(8192.0, "size of a message", gt=0)
@@ -128,7 +135,7 @@ def _check_words(policy: Policy, path: Path) -> None:
         known = getattr(DEFAULT, key)
         if wrong := [word for word in getattr(policy, key) if word not in known]:
             raise UserError(f"policy file {path}: {config.unknown(wrong[0], list(known), f'one of the {key}')}")
-    if wrong := [folder for folder in (*policy.folders, policy.ledger) if folder and not os.path.isabs(folder)]:
+    if wrong := [folder for folder in policy.folders if not os.path.isabs(folder)]:
         raise UserError(f"policy file {path}: {wrong[0]!r} is no absolute path: begin it with /")
 
 

@@ -165,7 +165,8 @@ def _reopened(out: Path, way: str, problem: Problem, replica: Replica) -> Journa
     # asked for other rounds at once than in the run that nothing disturbed.
     journal.close()
     aside = repair.cut(folder, first - 1)
-    log.tell(f"the exchange from round {first} on was not whole: asking for it again; what stood there is in {aside}")
+    told = f"the exchange from round {first} on was not whole: asking for it again; what stood there is in {aside}"
+    print(told, file=sys.stderr, flush=True)
     return Journal.open(folder.journal)
 
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from zofed.base.errors import UserError
-from zofed.config import Settings
+from zofed.config import Settings, in_mode
 from zofed.core import directions, kinds, metrics, perturbed
 from zofed.core.digests import named_parameters
 from zofed.core.optimizers import Optimizer
@@ -68,9 +68,6 @@ def footprints(
     """
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise UserError(f"unknown mode {unknown[0]!r}: known are {', '.join(MODES)}")
-    optimizer = Optimizer(
-        settings.step_rule, settings.momentum, settings.weight_decay, settings.cautious, frozenset(orthogonal)
-    )
     with FakeTensorMode(allow_non_fake_inputs=True):  # directions are drawn as real integers
         _without_storage(outline)
         everything = named_parameters(outline)
@@ -80,37 +77,34 @@ def footprints(
         loss = _loss(outline, settings, settings.batch_size, settings.forward_dtype)
         evaluation = peak_bytes(_evaluation(outline, settings))
         whole, gradient = sum(map(bytes_of, everything.values())), sum(map(bytes_of, parameters.values()))
-        state, own_state = (_state(some, parameters) for some in (optimizer, Optimizer(settings.local_optimizer)))
         in_float32 = sum(4 * parameter.numel() for parameter in parameters.values())
-        move = _move(optimizer, parameters)
 
         @cache  # watched when first wanted: backpropagation through the largest models takes a second of its own
         def forward() -> int:
-            return max(_forward(loss, parameters, settings), move)
+            return _forward(loss, parameters, settings)
 
         @cache
         def backward() -> int:
             own = _loss(outline, settings, backprop_batch_size(settings), "weights")
-            return max(peak_bytes(_backward(own, parameters)), gradient + move)
+            return peak_bytes(_backward(own, parameters))
 
-        def own_steps() -> int:
-            return gradient + own_state + max(backward(), in_float32)
-
-        def subspace() -> int:
-            return max(peak_bytes(_subspace(loss, parameters, settings)), move)
-
-        rounds = in_float32 if settings.server_momentum else 0
-        passes = Passes(gradient, forward, backward, own_steps, subspace)
-        found = {name: MODES[name](settings) for name in modes}
-        return {
-            name: Footprint(
-                whole,
-                rounds if mode.trains_coefficients else state * mode.optimizer_states,
-                mode.step_bytes(passes),
-                evaluation,
+        def of_mode(name: str) -> Footprint:
+            mode = MODES[name](own := in_mode(settings, name))
+            optimizer = Optimizer(own.step_rule, own.momentum, own.weight_decay, own.cautious, frozenset(orthogonal))
+            state, move = _state(optimizer, parameters), _move(optimizer, parameters)
+            own_state = _state(Optimizer(own.local_optimizer), parameters)
+            passes = Passes(
+                gradient,
+                forward=lambda: max(forward(), move),
+                backward=lambda: max(backward(), gradient + move),
+                own_steps=lambda: gradient + own_state + max(backward(), gradient + move, in_float32),
+                subspace=lambda: max(peak_bytes(_subspace(loss, parameters, settings)), move),
             )
-            for name, mode in found.items()
-        }
+            rounds = in_float32 if own.server_momentum else 0
+            kept = rounds if mode.trains_coefficients else state * mode.optimizer_states
+            return Footprint(whole, kept, mode.step_bytes(passes), evaluation)
+
+        return {name: of_mode(name) for name in modes}
 
 
 def _state(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> int:
