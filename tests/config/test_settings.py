@@ -266,8 +266,9 @@ def test_what_nobody_gives_is_chosen_by_the_mode(
 def test_in_another_mode_what_nobody_gave_is_chosen_anew() -> None:
     slopes, other = config.resolve({"batch-size": 2}), config.resolve({"batch-size": 2, "mode": "subspace"})
     assert config.in_mode(slopes, "subspace") == other and config.in_mode(other, "zo") == slopes
-    given = config.in_mode(config.resolve({"learning-rate": 0.5, "optimizer": "mudamw"}), "fo")
-    assert (given.optimizer, given.learning_rate) == ("mudamw", 0.5)
+    for given in ({"learning-rate": 0.5, "optimizer": "mudamw"}, {"optimizer": "sgd", "learning-rate": 0.01}):
+        there = config.in_mode(config.resolve(given), "fo").model_dump(by_alias=True)
+        assert {key: there[key] for key in given} == given, "also where it is what would have been chosen"
 
 
 def test_the_models_that_begin_untrained_are_those_made_by_size() -> None:

@@ -21,6 +21,7 @@ from zofed.core import gradient_codec, journal, records, snapshots, varint
 from zofed.core.records import Dense, Guided, Seeded, Skipped
 from zofed.deployment import supernode, warm_worker
 from zofed.federated import client, ledger, messages, policy, protocol
+from zofed.federated.admission import TEMPLATES
 from zofed.federated.flower_internals import Assignment
 from zofed.federated.protocol import Answer, Plan
 from zofed.federated.wire import Evaluation, Greeting, Introduction
@@ -217,6 +218,34 @@ def test_settings_beyond_the_policy_are_refused(node: Node, name: str, capfd: py
     assert len(problem) < 3000
     if "this node's policy has" in said:
         assert f"refused: {problem}" in capfd.readouterr().err, "the node's own log names it too"
+
+
+ASKS = "{% if 'clinic' in text %}{{ text }}{% endif %}"
+
+
+@pytest.mark.parametrize("key", ["template", "calibration-prompt", "label-words", "chat-template"])
+def test_templates_that_could_ask_what_is_in_a_row_are_refused(node: Node, key: str) -> None:
+    own = {"task": "prompt", "template": "{{ text }} It was", "label-words": " a, b"} | {key: ASKS}
+    problem, _ = node.tell(Greeting(b"{}", 0), "query.status", **own)
+    assert "policy has templates" not in problem
+    node.rule(templates="false")
+    problem, _ = node.tell(Greeting(b"{}", 0), "query.status", **own)
+    assert "but this node's policy has templates = false: take those of a task of zofed tasks" in problem
+    shipped = config.resolve({"task": "sst2", "dataset": str(node.data)}).model_dump(by_alias=True)
+    problem, _ = node.tell(Greeting(b"{}", 0), "query.status", **{name: shipped[name] for name in TEMPLATES})
+    assert "policy has templates" not in problem
+
+
+def test_a_model_that_is_there_is_told_as_one_that_is_not(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    (node.folder / "some" / "model").mkdir(parents=True)
+    monkeypatch.chdir(node.folder)
+    for allowed in ("true", "false"):
+        node.rule(hub_models=allowed)
+        told = {
+            node.tell(Greeting(b"{}", 0), "query.status", model=name)[0].replace(name, "")
+            for name in ("some/model", "some/other")
+        }
+        assert len(told) == 1 and not told & {""}
 
 
 def test_a_refusal_tells_nothing_of_what_lies_on_the_node(node: Node) -> None:

@@ -27,6 +27,7 @@ from zofed.federated.protocol import Answer
 from zofed.federated.wire import Evaluation
 from zofed.flower import Client, Result, Strategy, simulate
 from zofed.models import spec
+from zofed.runs import repair
 from zofed.runs.run_folder import RunFolder
 from zofed.runs.tables import read_table
 from zofed.training import own_settings
@@ -233,21 +234,41 @@ def test_a_client_that_lies_is_not_used(tmp_path: Path) -> None:
     assert fared["1"] in ("implausible", "out_of_range") and fared["0"] == fared["2"] == "used"
 
 
+def with_policy(path: Path) -> Callable[[Message, Context], Message]:
+    """An app on nodes that have a policy in that file."""
+    app = Client(Net, loss, own_points).add_to(ClientApp())
+
+    def answer(message: Message, context: Context) -> Message:
+        context.node_config["policy"] = str(path)
+        return app(message, context)
+
+    return answer
+
+
 def test_a_nodes_policy_holds_for_an_app_of_ones_own(tmp_path: Path) -> None:
     own = tmp_path / "policy.toml"
     own.write_text("smallest-batch = 9\n")
-    app = Client(Net, loss, own_points).add_to(ClientApp())
-
-    def with_policy(message: Message, context: Context) -> Message:
-        context.node_config["policy"] = str(own)
-        return app(message, context)
-
-    grid = Nodes(in_app({}, tmp_path / "run"), others={0: with_policy, 1: with_policy})
+    answer = with_policy(own)
+    grid = Nodes(in_app({}, tmp_path / "run"), others={0: answer, 1: answer})
     with pytest.raises(UserError, match="batch-size = 8, but this node's policy has smallest-batch = 9"):
         start({}, tmp_path / "run", grid=grid)
-    own.write_text("smallest-batch = 8\nintegers-per-message = 4\nslopes-in-all = 100\n")
-    grid = Nodes(in_app({}, tmp_path / "again"), others={0: with_policy, 1: with_policy})
+    strict = f'folders = ["{tmp_path}"]\nsmallest-batch = 8\nintegers-per-message = 4\nslopes-in-all = 100\n'
+    own.write_text(f"{strict}templates = false\nsnapshots = false\n")
+    grid = Nodes(in_app({}, tmp_path / "again"), others={0: answer, 1: answer})
     assert_one_model(start({}, tmp_path / "again", grid=grid).summary, [0, 1])
+
+
+def test_nodes_that_take_no_snapshots_are_sent_records_where_snapshots_were_quicker(tmp_path: Path) -> None:
+    own, out = tmp_path / "policy.toml", tmp_path / "run"
+    own.write_text("snapshots = false\n")
+    answer, values = with_policy(own), {**WAYS["zo local"], "rounds": 6, "link-megabits": 1e-6}
+    first = start(values, out, grid=Nodes(in_app(values, out), others={0: answer, 1: answer})).summary
+    assert_one_model(first, [0, 1])
+    # A server that lost rounds finds clients ahead of it, whom only weights or the whole history lead back.
+    repair.cut(RunFolder(out), 2)
+    again = start(values, out, grid=Nodes(in_app(values, out), others={0: answer, 1: answer})).summary
+    assert_one_model(again, [0, 1])
+    assert again["digest"] == first["digest"]
 
 
 class Wider(Net):

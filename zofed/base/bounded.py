@@ -16,6 +16,7 @@ from zofed.base.errors import UserError
 
 GRACE_S = 2.0  # to come to an end in: what does not, within one call of a library, ends with its process
 _NO_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc", re.IGNORECASE)  # as torch and others say it
+_OF_GPU = re.compile(r"\b(CUDA|HIP|MPS|XPU)\b")
 
 
 class Exceeded(UserError):  # noqa: N818, a state of a limit
@@ -67,8 +68,11 @@ def within(seconds: float, megabytes: float) -> Iterator[None]:
 
 
 def is_of_memory(error: Exception) -> bool:
-    """Whether it says that memory could not be had, in Python's way or in that of a library."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error))))
+    """Whether it says that this machine's memory could not be had, in Python's way or in that of a library."""
+    if isinstance(error, MemoryError):
+        return True
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return bool(_NO_MEMORY.search(said)) and not _OF_GPU.search(said)
 
 
 def _raise_late(number: int, frame: FrameType | None) -> NoReturn:

@@ -254,8 +254,8 @@ def changed(settings: Settings) -> list[str]:
 
 def in_mode(settings: Settings, mode: str) -> Settings:
     """The same in another mode, for which what nobody gave is chosen anew."""
-    given = changed(settings)
-    anew = {_attribute(key): SETTINGS[key].default for key in suited.CHOSEN if key not in given}
+    names = map(_attribute, suited.CHOSEN)
+    anew = {name: SETTINGS[kebab(name)].default for name in names if name not in settings.model_fields_set}
     return settings if mode == settings.mode else _choose(settings.model_copy(update=anew | {"mode": mode}))
 
 

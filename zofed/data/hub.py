@@ -54,14 +54,19 @@ def snapshot(name: str, revision: str = "") -> Path:
             name, revision=revision or None, local_files_only=True, allow_patterns=[*WANTED], ignore_patterns=[*BELOW]
         )
     except (OSError, ValueError) as error:  # not there, half there, or no valid id
-        at = f" at revision {revision!r}" if revision else ""
-        held = _commits(name)
-        other = f", or set revision to a commit that is: {', '.join(held[:3])}" if held else ""
-        raise UserError(
-            f"model {name!r}{at} is no folder and not whole in the hub's cache: run zofed models download {name}"
-            f"{f' --revision {revision}' if revision else ''}{other}"
-        ) from error
+        raise missing(name, revision) from error
     return Path(found)
+
+
+def missing(name: str, revision: str = "") -> UserError:
+    """The error of a model that is not in the local cache."""
+    at = f" at revision {revision!r}" if revision else ""
+    held = _commits(name)
+    other = f", or set revision to a commit that is: {', '.join(held[:3])}" if held else ""
+    return UserError(
+        f"model {name!r}{at} is no folder and not whole in the hub's cache: run zofed models download {name}"
+        f"{f' --revision {revision}' if revision else ''}{other}"
+    )
 
 
 def download(name: str, revision: str = "") -> Path:

@@ -5,12 +5,13 @@ Pure functions that return where all is well and raise `Refused`, or UserError f
 
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from zofed.base.errors import UserError
 from zofed.base.texts import one_line
 from zofed.config import Settings
-from zofed.config.task_files import is_file, names
+from zofed.config.task_files import is_file, load, names
 from zofed.core import gradient_codec, sanitize
 from zofed.core.journal import body_kinds
 from zofed.core.records import Dense, Guided
@@ -26,6 +27,7 @@ from zofed.training.paths import NAMES
 
 LONGEST_TEXT = 2**17  # characters of a setting: a chat template has a few thousand
 MOST_SETTINGS = 500
+TEMPLATES = ("template", "label-words", "calibration-prompt", "chat-template")  # of Jinja: they may ask for rows
 OF_PASSES = ("slopes", "guided", "coefficients")  # tasks of the message train.zo
 MESSAGES = {"train.zo": OF_PASSES, "train.fo": ("update",), "train.guide": ("gradient",)}
 OF_GRADIENTS = {Dense.kind, Guided.kind}  # records that move the weights by what is sent beside them
@@ -40,8 +42,19 @@ def check_given(values: Mapping[str, Any], policy: Policy) -> None:
         if max(len(key), len(value) if isinstance(value, str) else 0) > LONGEST_TEXT:
             raise UserError(f"a setting of the run, {one_line(key, 40)}, is longer than {LONGEST_TEXT:,} characters")
     task = values.get("task", "")
-    if is_file(task) and task not in names():
+    if task and is_file(task) and task not in names():
         _check_path("task", task, policy)
+    for key in TEMPLATES:
+        text = values.get(key, "")
+        if not policy.templates and "{" in str(text) and text not in _known_templates():
+            raise refusal(f"{key} = {_shown(str(text))}", "templates", policy, "take those of a task of zofed tasks")
+
+
+@lru_cache(maxsize=1)
+def _known_templates() -> frozenset[str]:
+    """The templates of the tasks that ship."""
+    tasks = [load(name).settings for name in names()]
+    return frozenset(task[key] for task in tasks for key in TEMPLATES if key in task)
 
 
 def check_settings(settings: Settings, policy: Policy) -> None:
@@ -73,7 +86,7 @@ def check_names(settings: Settings, policy: Policy, own: str = "") -> None:
     """The data, models and other files that a run names. own: the node's own data, which it reads instead."""
     for key in NAMES:
         if not (own and key.endswith("dataset")):
-            _check_name(key, getattr(settings, key), policy)
+            _check_name(key, getattr(settings, key), settings.revision, policy)
 
 
 def integers(settings: Settings) -> int:
@@ -115,16 +128,21 @@ def _check_choice(key: str, value: str, line: str, policy: Policy) -> None:
         )
 
 
-def _check_name(key: str, value: str, policy: Policy) -> None:
+def _check_name(key: str, value: str, revision: str, policy: Policy) -> None:
     """What a setting names: something that zofed knows, or a file or folder that a run may name."""
     if value in ("", *NAMES[key]) or (key == "chat_template" and chat_templates.is_text(value)):
         return
     if key.endswith("dataset") and subsets.find(value):
         return
-    if key == "model" and hub.is_id(value) and not os.path.exists(value):
-        if not policy.hub_models:
-            raise refusal(f"{key} = {_shown(value)} is of the hub", "hub-models", policy, "name a folder of the node")
-        return
+    if key == "model" and hub.is_id(value):
+        is_path = os.path.exists(value)
+        if not (is_path and policies.is_within(value, policy)):
+            if not policy.hub_models:
+                what = f"{key} = {_shown(value)} is of the hub"
+                raise refusal(what, "hub-models", policy, "name a folder of the node")
+            if is_path:  # which must not be told
+                raise hub.missing(value, revision)
+            return
     _check_path(key.replace("_", "-"), value, policy)
 
 

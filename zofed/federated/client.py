@@ -163,7 +163,8 @@ class Answers:
             counts = json.dumps(here.counts(context)) if own_policy.details else ""
             if len(counts) > sanitize.LARGEST_TABLE:  # than the server reads
                 counts = ""
-            return Introduction(client, clients, examples, mode, here.replica.head, counts, "", environment.code())
+            code, takes = environment.code(), int(own_policy.snapshots)
+            return Introduction(client, clients, examples, mode, here.replica.head, counts, "", code, takes)
         except UserError as error:
             return Introduction(client, 0, 0, "", b"", "", self._told(error, context), environment.code())
 

@@ -217,7 +217,8 @@ class Exchanges:
         # The journal may be ahead of the weights: a round's lines are being written while later ones stand in it.
         held = 0 if member.rebuild else member.held
         is_ahead = held > self._held  # only weights lead back, since no record can be undone
-        held = min(held, self._held)
+        rebuild = member.rebuild or (is_ahead and not member.told.snapshots)
+        held = 0 if rebuild else min(held, self._held)
         after = self.journal.entries[held - 1].chain if held else self.genesis
         missing = self.journal.entries[held : self._held]
         plan = protocol.plan_for(
@@ -229,8 +230,9 @@ class Exchanges:
         digests = (update_digest(entry.record) for entry in missing)
         needed = [digest for digest in digests if digest is not None and digest not in member.updates]
         updates = [self.updates[digest] for digest in needed if digest in self.updates]
-        rest = {"rebuild": int(member.rebuild), "updates": gradient_codec.joined(updates)}
-        if is_ahead or len(updates) < len(needed) or self._snapshot_is_cheaper(missing, len(rest["updates"])):
+        rest = {"rebuild": int(rebuild), "updates": gradient_codec.joined(updates)}
+        is_better = is_ahead or self._snapshot_is_cheaper(missing, len(rest["updates"]))
+        if len(updates) < len(needed) or (is_better and member.told.snapshots):
             rest = {"after": self.replica.head, "entries": b"", "rebuild": int(member.rebuild)}
             rest["snapshot"] = snapshots.taken(self.replica)
         return replace(plan, **rest)

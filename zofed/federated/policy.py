@@ -51,6 +51,9 @@ class Policy(Section):
         "scopes that train: by name, last-K for any K, pattern for any expression, or one itself, word for word",
     )
     adapters: tuple[str, ...] = setting(_choices("adapter"), "adapters that train")
+    templates: bool = setting(
+        True, "whether a run may bring templates that no task of zofed has; they can ask what is in a row"
+    )
     snapshots: bool = setting(True, "whether the server may send weights, not records alone; of gradients modes tells")
     details: bool = setting(
         True, "whether the server is told labels, sources and how many of each, and errors word for word"

@@ -42,7 +42,7 @@ class Introduction:
 
     mode: `fo` where it can backpropagate, else `zo`. head: chain where its weights stand. counts: documents by label or
     source, as JSON. problem: one line why it cannot take part, empty when it can. code: where its zofed lies and which
-    version it is.
+    version it is. snapshots: 0 where it takes records alone.
     """
 
     client: int
@@ -53,6 +53,7 @@ class Introduction:
     counts: str
     problem: str
     code: str
+    snapshots: int = 1
 
     def held_counts(self) -> dict[str, int]:
         """The counts; none where what the node says is no table of names and numbers."""

@@ -84,20 +84,20 @@ def footprints(
             return _forward(loss, parameters, settings)
 
         @cache
-        def backward() -> int:
-            own = _loss(outline, settings, backprop_batch_size(settings), "weights")
+        def backward(examples: int) -> int:
+            own = _loss(outline, settings, examples, "weights")
             return peak_bytes(_backward(own, parameters))
 
         def of_mode(name: str) -> Footprint:
             mode = MODES[name](own := in_mode(settings, name))
             optimizer = Optimizer(own.step_rule, own.momentum, own.weight_decay, own.cautious, frozenset(orthogonal))
             state, move = _state(optimizer, parameters), _move(optimizer, parameters)
-            own_state = _state(Optimizer(own.local_optimizer), parameters)
+            own_state, examples = _state(Optimizer(own.local_optimizer), parameters), backprop_batch_size(own)
             passes = Passes(
                 gradient,
                 forward=lambda: max(forward(), move),
-                backward=lambda: max(backward(), gradient + move),
-                own_steps=lambda: gradient + own_state + max(backward(), gradient + move, in_float32),
+                backward=lambda: max(backward(examples), gradient + move),
+                own_steps=lambda: gradient + own_state + max(backward(examples), gradient + move, in_float32),
                 subspace=lambda: max(peak_bytes(_subspace(loss, parameters, settings)), move),
             )
             rounds = in_float32 if own.server_momentum else 0
