@@ -261,7 +261,7 @@ def test_a_nodes_policy_holds_for_an_app_of_ones_own(tmp_path: Path) -> None:
 def test_nodes_that_take_no_snapshots_are_sent_records_where_snapshots_were_quicker(tmp_path: Path) -> None:
     own, out = tmp_path / "policy.toml", tmp_path / "run"
     own.write_text("snapshots = false\n")
-    answer, values = with_policy(own), {**WAYS["zo local"], "rounds": 6, "link-megabits": 1e-6}
+    answer, values = with_policy(own), {**WAYS["zo local"], "rounds": 6, "link-megabits": 1e5}
     first = start(values, out, grid=Nodes(in_app(values, out), others={0: answer, 1: answer})).summary
     assert_one_model(first, [0, 1])
     # A server that lost rounds finds clients ahead of it, whom only weights or the whole history lead back.
