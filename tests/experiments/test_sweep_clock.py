@@ -5,45 +5,17 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from zofed.experiments import sweep_file, sweep_process
-from zofed.experiments.sweep import Run
-from zofed.experiments.sweep_engine import Job
+from tests.clusters import Here
+from zofed.experiments import sweep_file
 from zofed.experiments.sweep_folder import SweepFolder
 from zofed.experiments.sweep_runner import Board, Runner
 
 DAYS = 400
 LONGEST_S = 3600.0  # nothing here takes as long
-
-
-class Here:
-    """An engine that carries one run at a time out in this process, whose clock is the test's."""
-
-    def __init__(self) -> None:
-        self._jobs: list[tuple[Job, Path]] = []
-
-    def places(self, runs: Sequence[Run]) -> int:
-        return 1
-
-    def prepare(self, folder: Path, runs: Sequence[Run]) -> None:
-        """Nothing to make ready."""
-
-    def start(self, run: Run, out: Path, log: Path, slot: int) -> Job:
-        self._jobs.append((Job(run, slot), out))
-        return self._jobs[-1][0]
-
-    def hear(self, seconds: float) -> None:
-        job, out = self._jobs.pop()
-        settings = job.run.settings.model_copy(update={"out": str(out)})
-        sweep_process.carry_out(settings, lambda row: None, lambda steps: job.take({"steps": steps}))
-        job.ended = True
-
-    def stop(self) -> None:
-        self._jobs.clear()
 
 
 def went(folder: Path, corpus: Path) -> tuple[list[Board], list[str]]:

@@ -14,24 +14,17 @@ from typing import Any
 
 import pytest
 
-from tests.clusters import NODE, ZOFED, ray_cluster, runs
+from tests.clusters import NODE, SWEEP, ZOFED, ray_cluster, runs
 from zofed.base.errors import UserError
 from zofed.experiments import sweep_process, sweep_ray
 from zofed.experiments.sweep_folder import LOCK, SweepFolder
 
 Command = Callable[..., tuple[int, str, str]]
 
-SMALL = """
-seeds = [0, 1]
-[base]
-block-size = 16
-batch-size = 2
-queries = 3
+SMALL = f"""{SWEEP}
 steps = 60
-eval-examples = 8
 eval-interval = 10
 save-interval = 10
-device = "cpu"
 [grid]
 mode = ["zo", "fo"]
 """

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from tests.clusters import ZOFED, runs
+from tests.clusters import SWEEP, ZOFED, Here, runs
 from tests.experiments import stand_in_slurm
 from zofed import experiments
 from zofed.base.errors import UserError
 from zofed.base.files import ROOT
-from zofed.experiments import slurm_options, sweep_engine, sweep_file, sweep_process, sweep_slurm
+from zofed.experiments import slurm_options, sweep_engine, sweep_file, sweep_slurm
 from zofed.experiments.sweep import Run
 from zofed.experiments.sweep_engine import Job
 from zofed.experiments.sweep_folder import SweepFolder
@@ -32,17 +32,10 @@ from zofed.training import central
 Command = Callable[..., tuple[int, str, str]]
 SAME = ("digest", "journal_head", "eval_loss_end")
 
-SMALL = """
-seeds = [0, 1]
-[base]
-block-size = 16
-batch-size = 2
-queries = 3
+SMALL = f"""{SWEEP}
 steps = 200
-eval-examples = 8
 eval-interval = 100
 save-interval = 100
-device = "cpu"
 [slurm]
 partition = "cpu"
 time = "0:30:00"
@@ -129,31 +122,16 @@ def test_a_job_that_sbatch_refuses_is_told(tmp_path: Path, slurm: Path) -> None:
         engine.start(runs()[0], tmp_path / "run", tmp_path / "log", 0)
 
 
-class OneAtATime:
-    """An engine that is asked for two runs at a time and takes one, which it carries out in this process."""
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Job, Path]] = []
+class OneAtATime(Here):
+    """An engine that is asked for two runs at a time and takes one."""
 
     def places(self, runs: Sequence[Run]) -> int:
         return 2
 
-    def prepare(self, folder: Path, runs: Sequence[Run]) -> None:
-        """Nothing to make ready."""
-
     def start(self, run: Run, out: Path, log: Path, slot: int) -> Job:
-        if self.jobs:
+        if self._jobs:
             raise UserError("sbatch takes no job for it (too many)")
-        self.jobs.append((Job(run, slot), out))
-        return self.jobs[-1][0]
-
-    def hear(self, seconds: float) -> None:
-        job, out = self.jobs.pop()
-        sweep_process.carry_out(job.run.settings.model_copy(update={"out": str(out)}), lambda _: None, lambda _: None)
-        job.ended = True
-
-    def stop(self) -> None:
-        self.jobs.clear()
+        return super().start(run, out, log, slot)
 
 
 def test_a_run_that_the_queue_does_not_take_waits_for_one_that_ends(tmp_path: Path, one_thread: None) -> None:

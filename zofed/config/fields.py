@@ -13,6 +13,11 @@ def kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
+def limit_told(problem: Any) -> str:
+    """What a value should have been, of one of pydantic's errors."""
+    return problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
+
+
 @dataclass(frozen=True, slots=True)
 class Unlike:
     """A condition: any value but these."""

@@ -12,7 +12,7 @@ from zofed.base import torchrun
 from zofed.base.errors import UserError
 from zofed.config import suited
 from zofed.config.federation_sections import Aggregation, Federation, Machine, Output
-from zofed.config.fields import CENTRAL, FEDERATED, Condition, Section, Unlike, kebab, traits
+from zofed.config.fields import CENTRAL, FEDERATED, Condition, Section, Unlike, kebab, limit_told, traits
 from zofed.config.names import LONGEST_SHOWN, RENAMED, unknown, unknown_of_many
 from zofed.config.task_section import Task
 from zofed.config.training_sections import (
@@ -266,10 +266,9 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return unknown_setting(key)
     field = SETTINGS[key]
-    limit = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
     given = repr(problem["input"])
     given = given if len(given) <= LONGEST_SHOWN else f"{given[:LONGEST_SHOWN]}... ({len(given)} characters)"
-    return f"{key} = {given}: {limit}; the default is {field.default!r} ({field.description})"
+    return f"{key} = {given}: {limit_told(problem)}; the default is {field.default!r} ({field.description})"
 
 
 def unknown_setting(key: str) -> str:

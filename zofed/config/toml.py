@@ -21,15 +21,15 @@ def absolute(path: str | Path, key: str) -> Path:
     return Path(expanded).absolute()
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """Settings from a TOML file with flat kebab-case keys."""
+def read_toml(path: Path, what: str = "settings file") -> dict[str, Any]:
+    """What a TOML file with flat kebab-case keys holds. Raises UserError that calls the file `what`."""
     try:
         return from_toml(path.read_text(encoding="utf-8-sig"))  # editors may begin with a mark
     except OSError as error:
-        raise UserError(f"cannot read settings file {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {what} {path}: {error.strerror}") from error
     except ValueError as error:  # not TOML, not UTF-8, a number too long to read, nesting too deep
         encoding = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise UserError(f"settings file {path} is not valid TOML: {error}{encoding}") from error
+        raise UserError(f"{what} {path} is not valid TOML: {error}{encoding}") from error
 
 
 def read_own_toml(path: Path) -> dict[str, Any]:

@@ -75,8 +75,8 @@ def asks(settings: Settings, share: float) -> tuple[int, float]:
 def opened(name: Name, parallel: int | None, share: float, slurm: Mapping[str, Any]) -> Iterator[Engine]:
     """An engine by name. parallel: runs at a time, None: as many as the engine finds right; share: of a GPU, for each.
 
-    slurm: options of sbatch, as `slurm_options` has them. Raises UserError for a share that is none or that no GPU can
-    give, where there is no Ray cluster, and for options that sbatch cannot be given.
+    slurm: options of sbatch, as `Sweep.slurm` has them. Raises UserError for a share that is none or that no GPU can
+    give, and where there is no Ray cluster.
     """
     if name == "ray":
         from zofed.experiments import sweep_ray

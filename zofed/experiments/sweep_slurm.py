@@ -179,13 +179,12 @@ class Slurm:
 
 
 def queue(parallel: int | None, share: float, wanted: Mapping[str, Any]) -> Slurm:
-    """The engine. Raises UserError for a share of a GPU, which Slurm has none of, and for options that are none."""
+    """The engine. wanted: options that the sweep's file was checked for. Raises UserError for a share of a GPU."""
     if share not in (0, 1):
         raise UserError(
             f"--gpus-per-run {share:g}: Slurm gives whole GPUs: 0 or 1, or what the cluster has of shares, as "
             "--slurm gres=shard:1"
         )
-    slurm_options.check(wanted)
     logging.getLogger("submitit").setLevel(logging.ERROR)  # its words on this terminal would break the board
     os.environ.setdefault("SUBMITIT_LOG_LEVEL", "WARNING")  # those of the jobs
     return Slurm(parallel, share, wanted)

@@ -26,7 +26,8 @@ class Ledger:
     """examples: how many slopes each example of some data was read for, by what names the data; in_all: slopes asked.
 
     Other settings cut the same documents into other examples. A document may be any of them, so that what was read of
-    one is at most the sum, over the data, of the most that was read of any example.
+    one is at most the sum, over the data, of the most that was read of any example. path: of the file that keeps them,
+    which is read anew each time.
     """
 
     examples: dict[str, NDArray[np.int64]] = field(default_factory=dict)
@@ -34,9 +35,9 @@ class Ledger:
     path: Path | None = None
 
     @classmethod
-    def read(cls, path: Path | None) -> "Ledger":
+    def read(cls, path: Path) -> "Ledger":
         """That in a file, empty where there is none yet. Raises UserError for a file that is no ledger."""
-        if path is None or not path.exists():
+        if not path.exists():
             return cls(path=path)
         try:
             found = sanitize.json_object(path.read_bytes()) or {}
@@ -95,14 +96,13 @@ class Ledger:
 @lru_cache(maxsize=1024)
 def of(path: str, client: int) -> Ledger:
     """The ledger of a node in this process. path: of its file; empty: none is kept. client: of whose data."""
-    return Ledger.read(Path(path) if path else None)
+    return Ledger(path=Path(path) if path else None)
 
 
 def check(path: str) -> None:
     """Raise UserError for a ledger's file that cannot be read or written, before any message comes."""
     if path:
-        ledger = Ledger.read(Path(path))
-        with ledger._fresh():
+        with Ledger(path=Path(path))._fresh():
             pass
 
 

@@ -17,9 +17,8 @@ from pydantic import ValidationError
 
 from zofed import config
 from zofed.base.errors import UserError
-from zofed.base.parsing import from_toml
 from zofed.base.texts import one_line
-from zofed.config.fields import Section, setting
+from zofed.config.fields import Section, limit_told, setting
 from zofed.config.settings import OBJECTIVES
 from zofed.core import sanitize
 from zofed.core.kinds import NAMED_SCOPES
@@ -105,12 +104,7 @@ def of(context: Context) -> Policy:
 
 def read(path: Path) -> Policy:
     """The policy in a file. Raises UserError, one line, for a file that cannot be read, and a line that is none."""
-    try:
-        values = from_toml(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"policy file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"policy file {path} is not valid TOML: {error}") from error
+    values = config.read_toml(path, "policy file")
     if wrong := [key for key in values if key not in LINES]:
         raise UserError(f"policy file {path}: {config.unknown(wrong[0], list(LINES), 'line of a policy')}")
     try:
@@ -128,8 +122,7 @@ def _read(path: str, changed: int) -> Policy:
 
 def _explain(problem: Any) -> str:
     key = str(problem["loc"][0])
-    limit = problem["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return f"{key} = {sanitize.brief(problem['input'])}: {limit}; it says {LINES[key].description}"
+    return f"{key} = {sanitize.brief(problem['input'])}: {limit_told(problem)}; it says {LINES[key].description}"
 
 
 def _check_words(policy: Policy, path: Path) -> None:
