@@ -15,7 +15,7 @@ from torch import nn
 
 from benchmarks import fuzz_files
 from zofed.base.errors import UserError
-from zofed.core import gradient_codec, journal, records, sanitize, snapshots, varint
+from zofed.core import gradient_codec, journal, records, rice, sanitize, snapshots, varint
 from zofed.core.genesis import make_genesis
 from zofed.core.journal import Journal
 from zofed.core.optimizers import Optimizer
@@ -72,21 +72,22 @@ def all_of(scratch: Path) -> dict[str, Target]:
     return {target.name: target for target in found}
 
 
+INTEGERS = (0, 1, -1), (2**63 - 1, -(2**63)), (300,)
+
+
 def _decoders() -> Iterable[Target]:
     encoded = tuple(map(records.encode, RECORDS))
     of_bytes = (ValueError,)
     yield Target("records", records.decode, encoded, of_bytes)
-    yield Target("varint", lambda raw: varint.unpacked(raw, 1, raw[0] if raw else 0), _integers(), of_bytes)
+    yield Target("varint", lambda raw: varint.unpacked(raw, 1, raw[0] if raw else 0), tuple(bytes([len(some)]) + varint.packed(some) for some in INTEGERS), of_bytes)
+    codes = tuple(bytes([len(some)]) + rice.packed(some) for some in INTEGERS)
+    yield Target("Rice codes", lambda raw: rice.unpacked(raw, 1, raw[0] if raw else 0), codes, of_bytes)
     linked = journal.bodies(_entries())
     yield Target("entries on a wire", lambda raw: journal.following(raw, bytes(16), bytes(16)), (linked,), of_bytes)
     for content in CONTENTS:
         kind = type(content)
         read = functools.partial(_message, kind)
         yield Target(f"message {kind.__name__}", read, (wire.encoded(content),), of_bytes)
-
-
-def _integers() -> tuple[bytes, ...]:
-    return tuple(bytes([len(some)]) + varint.packed(some) for some in ((0, 1, -1), (2**63 - 1, -(2**63)), (300,)))
 
 
 def _message(kind: type[Any], raw: bytes) -> object:

@@ -15,7 +15,7 @@ from exchanges import odd_contents
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from zofed import __version__
-from zofed.core import gradient_codec, records, varint
+from zofed.core import gradient_codec, records, rice, varint
 from zofed.federated import messages
 from zofed.federated.local_grid import CLIENT_FAILED
 from zofed.federated.protocol import Answer, Contribution, Plan
@@ -121,10 +121,12 @@ def with_huge_number(plan: Plan, chance: random.Random) -> RecordDict:
 
 
 def with_integers(plan: Plan, count: int) -> RecordDict:
-    """So many of one byte each; to make a tuple of them first would be the memory that the server must not take."""
+    """So many zeros, a bit each; to make a tuple of them first would be the memory that the server must not take."""
+    three = varint.packed((3,)) + rice.packed((7, 7, 7))
     whole = bytes_of(answer(plan, coefficients=(7, 7, 7)))
-    at = whole.rindex(varint.packed((3, 7, 7, 7)))
-    return raw(whole[:at] + varint.packed((count,)) + varint.packed((7,)) * count + whole[at + 4 :])
+    at = whole.rindex(three)
+    zeros = (2**count - 1 << -count % 8).to_bytes(-(-count // 8), "big")
+    return raw(whole[:at] + varint.packed((count,)) + b"\x00" + zeros + whole[at + len(three) :])
 
 
 def odd(plan: Plan, chance: random.Random) -> RecordDict:

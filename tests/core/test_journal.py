@@ -29,7 +29,7 @@ from torch import nn
 
 from zofed.base import checksums
 from zofed.base.errors import UserError
-from zofed.core import aggregation, directions, journal, records, varint
+from zofed.core import aggregation, directions, journal, records, rice, varint
 from zofed.core.digests import tensors_digest
 from zofed.core.genesis import make_genesis
 from zofed.core.journal import Journal, JournalError
@@ -125,7 +125,7 @@ def test_a_privacy_budget_of_nan_comes_back() -> None:
 
 
 @given(
-    st.binary(max_size=80) | st.tuples(st.integers(0, 4), st.binary(max_size=80)).map(lambda p: bytes([p[0]]) + p[1])
+    st.binary(max_size=80) | st.tuples(st.integers(0, 5), st.binary(max_size=80)).map(lambda p: bytes([p[0]]) + p[1])
 )
 @settings(max_examples=400, deadline=None, database=None)
 def test_arbitrary_bytes_are_a_record_or_a_value_error(body: bytes) -> None:
@@ -133,7 +133,7 @@ def test_arbitrary_bytes_are_a_record_or_a_value_error(body: bytes) -> None:
         record = records.decode(body)
     except ValueError:
         return
-    assert records.encode(record) == body
+    assert records.encode(record, body[0]) == body
 
 
 @given(ANY_RECORD, st.data())
@@ -177,7 +177,8 @@ def test_a_record_with_an_integer_longer_than_needed_is_refused(record: Record, 
     if isinstance(record, Seeded | Guided):
         own = record if isinstance(record, Seeded) else record.seeded
         at = start + seeded_at + records._SEEDED.size + (0 if math.isnan(own.privacy_spent) else records._PRIVACY.size)
-        while at < len(body):
+        rest = len(own.clients) + 4 + (len(own.coefficients) if isinstance(record, Guided) else 0)
+        for _ in range(rest):
             places.append(at)
             _, at = varint.unpacked(body, at, 1)
     at = data.draw(st.sampled_from(places))
@@ -211,10 +212,10 @@ def test_a_record_of_a_negative_round_or_client_is_refused() -> None:
             records.decode(records.encode(Seeded(1, 0.1, clients, 1, (1,) * len(clients), 0, 1.0)))
 
 
-def test_a_seeded_record_takes_three_bytes_a_slope_at_most() -> None:
-    few, many = (len(records.encode(Seeded(9, 0.1, (0,), k, (2**18 - 1,) * k, -30, 1.0))) for k in (32, 60))
-    assert many - few == 28 * 3
-    assert few == 2 + 17 + 4 + 1 + 32 * 3
+def test_a_seeded_record_takes_twenty_bits_a_slope_at_most() -> None:
+    few, many = (len(records.encode(Seeded(9, 0.1, (0,), k, (2**18 - 1,) * k, -30, 1.0))) for k in (32, 56))
+    assert many - few == 24 * 20 / 8
+    assert few == 2 + 17 + 4 + 1 + 1 + 32 * 20 / 8
 
 
 @pytest.mark.parametrize("divisor", [0.0, -0.0, -1.0, 4e-324, 2.0**-101, math.inf, -math.inf, math.nan, -math.nan])
@@ -248,7 +249,7 @@ def test_a_coefficient_that_cannot_be_summed_exactly_is_neither_written_nor_read
     good = records.encode(Seeded(1, 0.5, (0,), 2, (1, 2**24), 0, 4.0))
     assert records.encode(records.decode(good)) == good
     with pytest.raises(ValueError, match="coefficient above 16777216"):
-        records.decode(good[: -len(varint.packed((2**24,)))] + varint.packed((value,)))
+        records.decode(good[: -len(rice.packed((1, 2**24)))] + rice.packed((1, value)))
 
 
 def test_a_record_that_could_not_be_read_back_is_not_written() -> None:
@@ -513,8 +514,8 @@ def forged(path: Path, bodies: Sequence[bytes]) -> None:
 
 def body_of(rate: float, clients: tuple[int, ...] = (0,), queries: int = 1) -> bytes:
     count = len(clients) * queries
-    integers = (-20, 1, queries, len(clients), *clients, *(1,) * count)
-    return b"\x01" + varint.packed((1,)) + struct.pack("<dd?", rate, 1.0, False) + varint.packed(integers)
+    integers = varint.packed((-20, 1, queries, len(clients), *clients)) + rice.packed((1,) * count)
+    return b"\x05" + varint.packed((1,)) + struct.pack("<dd?", rate, 1.0, False) + integers
 
 
 @pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf, -0.5])
@@ -524,7 +525,7 @@ def test_a_record_whose_rate_is_no_rate_is_refused(tmp_path: Path, kind: str, ra
     body = {
         "seeded": body_of(rate),
         "dense": b"\x02" + varint.packed((1,)) + struct.pack("<d32s", rate, bytes(32)),
-        "guided": guided + body_of(rate)[2:],
+        "guided": guided + body_of(rate)[2:-2] + varint.packed((1,)),
     }[kind]
     forged(tmp_path / "j", [body])
     with pytest.raises(JournalError, match=r"was edited: .* rate .*restore it from a copy"):
@@ -752,7 +753,7 @@ def test_appending_after_a_failure_cannot_ruin_the_journal(
     assert records_of(journal.read(tmp_path / "j"))[:2] == RECORDS[:2]
 
 
-# --- the golden files: journals of format 3 stay readable ---
+# --- the golden files: journals of format 3 stay readable, those whose seeded records were of kind 1 too ---
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 GOLDEN_RECORDS: tuple[Record, ...] = (
@@ -797,30 +798,39 @@ GOLDEN_RUNS: dict[str, dict[str, Any]] = {
 }
 GOLDEN_ENDS = {  # head of the chain, digest and probe of the replayed weights
     "journal-format3.zofed": (
-        "d62993c68b4d6240ef1a92c14de25582",
+        "fc4d749b16f2fc9e511f2b4f3b374d50",
         "a930def323ba76aab3968c29be523a6c4e93432d95a39c08bef6943d1a445270",
         "900815cddb57e3dc",
     ),
     "journal-format3-mudamw.zofed": (
-        "f9caa4cc1caf751eb69944748c47f2eb",
+        "aef3203d19ea5dda0992df72bd18a84f",
         "0becd0560992547567c6b836da1b415a0f16edea411a3e72cfea68a9eda419d3",
         "835c96d73b21e083",
     ),
     "journal-format3-gaussian.zofed": (
-        "e39327e5fd0a341dd79b36853190a217",
+        "929a518033604c9bcec98979dccb6c21",
         "da90a8c2a68ef5a4d6162f6c62a01a3fe9db3c537dfc5c1b7eea916041bba56a",
         "4bf33cc52d227201",
     ),
     "journal-format3-guided.zofed": (
-        "9306111c2af36466286f8c4f238ad42e",
+        "9862edcc2881d9ee44a6ac561fc520b7",
         "5cd1002da441e80284660520e72ae058c8bd41e53af5562cab3a4b6addb785e2",
         "942ed9d9a51fedb0",
     ),
     "journal-format3-core.zofed": (
-        "069af385d061064117af36b39cfb3a29",
+        "7a4605313f52585b8bffa26a64f33a7b",
         "fc8f2c0c2f3211e532368abd50f117a4e15a46ca343fca29860a31036afff96b",
         "9c8586f414428248",
     ),
+}
+
+
+HEADS_OF_KIND_1 = {
+    "journal-format3.zofed": "d62993c68b4d6240ef1a92c14de25582",
+    "journal-format3-mudamw.zofed": "f9caa4cc1caf751eb69944748c47f2eb",
+    "journal-format3-gaussian.zofed": "e39327e5fd0a341dd79b36853190a217",
+    "journal-format3-guided.zofed": "9306111c2af36466286f8c4f238ad42e",
+    "journal-format3-core.zofed": "069af385d061064117af36b39cfb3a29",
 }
 
 
@@ -889,8 +899,9 @@ def golden_end(path: Path) -> tuple[str, str, str]:
 
 
 @pytest.mark.parametrize("name", GOLDEN_RUNS)
-def test_a_golden_journal_still_parses_to_its_records(name: str) -> None:
-    contents = journal.read(GOLDEN / name)
+@pytest.mark.parametrize("folder", ["", "kind-1"])
+def test_a_golden_journal_still_parses_to_its_records(folder: str, name: str) -> None:
+    contents = journal.read(GOLDEN / folder / name)
     assert contents.torn == 0
     assert contents.genesis["generator"] == directions.GENERATOR
     expected = golden_records(name)
@@ -901,6 +912,7 @@ def test_a_golden_journal_still_parses_to_its_records(name: str) -> None:
 @pytest.mark.parametrize("name", GOLDEN_RUNS)
 def test_a_golden_journal_still_replays_to_its_weights(name: str) -> None:
     assert golden_end(GOLDEN / name) == GOLDEN_ENDS[name]
+    assert golden_end(GOLDEN / "kind-1" / name) == (HEADS_OF_KIND_1[name], *GOLDEN_ENDS[name][1:])
 
 
 @pytest.mark.parametrize("name", GOLDEN_RUNS)
@@ -909,8 +921,23 @@ def test_the_same_run_still_writes_its_golden_journal(tmp_path: Path, name: str)
     assert (tmp_path / "j").read_bytes() == (GOLDEN / name).read_bytes()
 
 
+def test_a_journal_of_kind_1_is_gone_on_with(tmp_path: Path) -> None:
+    old = (GOLDEN / "kind-1" / "journal-format3-core.zofed").read_bytes()
+    (tmp_path / "j").write_bytes(old)
+    more = Seeded(6, 0.1, (0,), 4, (3, -2, 0, 1), -9, 0.1)
+    with Journal.open(tmp_path / "j") as opened:
+        opened.append(more)
+    assert (tmp_path / "j").read_bytes().startswith(old)
+    contents = journal.read(tmp_path / "j")
+    assert repr(records_of(contents)) == repr((*CORE_RECORDS, more))
+    origin = journal.genesis_chain(contents.genesis)
+    found = journal.following(journal.bodies(contents.entries), origin, contents.entries[1].chain)
+    assert found is not None and [entry.raw for entry in found] == [entry.raw for entry in contents.entries[2:]]
+
+
 def test_every_golden_file_is_of_this_format_and_known() -> None:
-    assert {path.name for path in GOLDEN.iterdir()} == set(GOLDEN_RUNS) == set(GOLDEN_ENDS)
+    assert {path.name for path in (GOLDEN / "kind-1").iterdir()} == set(GOLDEN_RUNS) == set(HEADS_OF_KIND_1)
+    assert {path.name for path in GOLDEN.iterdir()} - {"kind-1"} == set(GOLDEN_RUNS) == set(GOLDEN_ENDS)
     assert all(f"format{journal.FORMAT}" in name for name in GOLDEN_RUNS)
 
 

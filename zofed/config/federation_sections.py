@@ -166,7 +166,7 @@ class Aggregation(Section):
     )
     quantization_bits: int = setting(
         18,
-        "bits of the largest slope or coefficient on its way; 6: a byte each, 18: three",
+        "bits of the largest slope or coefficient on its way; all take this and 0.4 more as a mean",
         ge=3,
         le=18,
         acts_when=when(mode=Unlike(("fo",))),

@@ -59,6 +59,16 @@ class Entry:
     chain: bytes
     raw: bytes
 
+    @property
+    def body(self) -> bytes:
+        """The record's bytes."""
+        return self.raw[_ENTRY.size : -CHAIN_BYTES]
+
+    def follows(self, chain: bytes) -> bool:
+        """Whether it says what its record says, and continues the history of this chain."""
+        body = self.body
+        return self.chain == _after(chain, body) and body == records.encode(self.record, body[0])
+
 
 @dataclass(frozen=True, slots=True)
 class Contents:
@@ -135,7 +145,7 @@ def _readable(chain: bytes, record: Record) -> Entry:
     """
     try:
         entry = link(chain, record)
-        body = entry.raw[_ENTRY.size : -CHAIN_BYTES]
+        body = entry.body
         if len(body) > LARGEST_BODY:
             raise ValueError(f"it has {len(body):,} bytes, and a journal's entry at most {LARGEST_BODY:,}")
         if records.decode(body) != record:
@@ -152,8 +162,7 @@ def bodies(entries: Iterable[Entry]) -> bytes:
     """What leads from one chain to another, on a wire: each record's length and its bytes."""
     parts = []
     for entry in entries:
-        body = entry.raw[_ENTRY.size : -CHAIN_BYTES]
-        parts.append(varint.packed((len(body),)) + body)
+        parts.append(varint.packed((len(entry.body),)) + entry.body)
     return b"".join(parts)
 
 
@@ -258,7 +267,7 @@ def parse_entries(raw: bytes, chain: bytes, offset: int = 0) -> Iterator[Entry]:
     last = 0
     while (size := _entry_size(raw, offset)) is not None:
         body = raw[offset + _ENTRY.size : offset + size - CHAIN_BYTES]
-        entry = link(chain, records.decode(body))
+        entry = _entry(records.decode(body), body, _after(chain, body))
         if entry.raw != raw[offset : offset + size]:
             raise ValueError(f"the entry at byte {offset} does not continue the history before it")
         if entry.record.round <= last:

@@ -3,11 +3,11 @@
 import itertools
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from zofed.core import directions, varint
+from zofed.core import directions, rice, varint
 
 # Beyond, the square of a slope, or what a coefficient is worth in a step, would leave float64's normal numbers.
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -450, 100
@@ -29,7 +29,7 @@ class Seeded:
     for every client listed. `coefficients` holds clients x local_steps x queries integers below 2^18 in size.
     """
 
-    kind: ClassVar[int] = 1
+    kind: ClassVar[int] = 5
     round: int
     rate: float  # learning rate of this step, float64
     clients: tuple[int, ...]
@@ -125,7 +125,9 @@ class Skipped:
 
 
 Record = Seeded | Dense | Skipped | Guided
-KINDS = frozenset(kind.kind for kind in (Seeded, Dense, Skipped, Guided))
+Unpacked = Callable[[bytes, int, int], tuple[tuple[int, ...], int]]  # integers from an offset on, and that behind them
+WITH_VARINTS = 1  # the kind of a seeded record before kind 5: its coefficients are varints; read, no longer written
+KINDS = frozenset((WITH_VARINTS, *(kind.kind for kind in (Seeded, Dense, Skipped, Guided))))
 
 _SEEDED = struct.Struct("<dd?")  # rate, divisor, whether privacy is accounted for
 _PRIVACY = struct.Struct("<d")
@@ -133,27 +135,29 @@ _DENSE = struct.Struct("<d32s")
 _GUIDED = struct.Struct("<32sddd?")  # guide, threshold, kept, whole, masked
 
 
-def encode(record: Record) -> bytes:
+def encode(record: Record, kind: int | None = None) -> bytes:
     """The record's bytes: u8 kind, the round, then what its kind has; integers as `varint` has them.
 
     A seeded record: f64 rate and divisor, a byte that tells whether f64 privacy follows, then the integers exponent,
-    local steps, queries, number of clients, their indices less the one before each, and the coefficients. `decode`
-    gives the record back.
+    local steps, queries, number of clients, their indices less the one before each, and the coefficients as `rice` has
+    them, or as varints in a guided record. `decode` gives the record back. kind: the record's own, unless it is a
+    seeded one that an earlier version wrote WITH_VARINTS.
     """
-    head = bytes([record.kind]) + varint.packed((record.round,))
+    kind = record.kind if kind is None else kind
+    head = bytes([kind]) + varint.packed((record.round,))
     match record:
         case Seeded():
-            return head + _encoded_seeded(record)
+            return head + _encoded_seeded(record, varint.packed if kind == WITH_VARINTS else rice.packed)
         case Dense():
             return head + _DENSE.pack(record.rate, record.update)
         case Guided():
             fixed = _GUIDED.pack(record.guide, record.threshold, record.kept, record.whole, record.masked)
-            return head + fixed + _encoded_seeded(record.seeded)
+            return head + fixed + _encoded_seeded(record.seeded, varint.packed)
         case Skipped():
             return head
 
 
-def _encoded_seeded(record: Seeded) -> bytes:
+def _encoded_seeded(record: Seeded, packed: Callable[[Sequence[int]], bytes]) -> bytes:
     if len(record.coefficients) != len(record.clients) * record.local_steps * record.queries:
         raise ValueError(
             f"{len(record.coefficients)} coefficients for {len(record.clients)} clients x {record.local_steps} "
@@ -162,18 +166,19 @@ def _encoded_seeded(record: Seeded) -> bytes:
     _check_size(record.coefficients)
     has_privacy = not math.isnan(record.privacy_spent)
     steps = (client - before for before, client in zip((0, *record.clients), record.clients, strict=False))
-    integers = (record.exponent, record.local_steps, record.queries, len(record.clients), *steps, *record.coefficients)
+    integers = (record.exponent, record.local_steps, record.queries, len(record.clients), *steps)
     privacy = _PRIVACY.pack(record.privacy_spent) if has_privacy else b""
-    return _SEEDED.pack(record.rate, record.divisor, has_privacy) + privacy + varint.packed(integers)
+    head = _SEEDED.pack(record.rate, record.divisor, has_privacy) + privacy + varint.packed(integers)
+    return head + packed(record.coefficients)
 
 
 def decode(body: bytes) -> Record:
-    """The record whose `encode` is `body`. Raises ValueError for any other bytes."""
+    """The record whose `encode` is `body`, or was in an earlier version. Raises ValueError for any other bytes."""
     try:
         (round_,), at = varint.unpacked(body, 1, 1)
         kind, rest = body[0], body[at:]
-        if kind == Seeded.kind:
-            record = _decode_seeded(round_, rest)
+        if kind in (Seeded.kind, WITH_VARINTS):
+            record = _decode_seeded(round_, rest, rice.unpacked if kind == Seeded.kind else varint.unpacked)
         elif kind == Dense.kind:
             record = Dense(round_, *_DENSE.unpack(rest))
         elif kind == Guided.kind:
@@ -184,7 +189,7 @@ def decode(body: bytes) -> Record:
             raise ValueError(f"record kind {kind} of {len(body)} bytes is not known to this version")
     except struct.error as error:
         raise ValueError(f"record of {len(body)} bytes: {error}") from error
-    if round_ < 0 or encode(record) != body:
+    if round_ < 0 or encode(record, kind) != body:
         raise ValueError(f"record of {len(body)} bytes: not as it is written")
     if not isinstance(record, Skipped) and not 0.0 <= record.rate < math.inf:
         raise ValueError(f"a record of the rate {record.rate}, which is not finite or below 0")
@@ -193,7 +198,7 @@ def decode(body: bytes) -> Record:
     return record
 
 
-def _decode_seeded(round_: int, rest: bytes) -> Seeded:
+def _decode_seeded(round_: int, rest: bytes, unpacked: Unpacked) -> Seeded:
     rate, divisor, has_privacy = _SEEDED.unpack_from(rest)
     at, privacy = _SEEDED.size, math.nan
     if has_privacy:
@@ -207,7 +212,7 @@ def _decode_seeded(round_: int, rest: bytes) -> Seeded:
     if local_steps < 1 or queries < 0 or (not queries and local_steps > 1):
         raise ValueError(f"a record of {local_steps} local steps and {queries} queries")
     steps, at = varint.unpacked(rest, at, count)
-    coefficients, at = varint.unpacked(rest, at, count * local_steps * queries)
+    coefficients, at = unpacked(rest, at, count * local_steps * queries)
     if at != len(rest):
         raise ValueError(f"{len(rest) - at} bytes follow a record's last coefficient")
     _check_size(coefficients)
@@ -221,7 +226,7 @@ def _decode_guided(round_: int, rest: bytes) -> Guided:
     guide, threshold, kept, whole, masked = _GUIDED.unpack_from(rest)
     if not all(map(math.isfinite, (threshold, kept, whole))):
         raise ValueError(f"a guided record with the weights {kept} and {whole} moves nothing that is finite")
-    return Guided(_decode_seeded(round_, rest[_GUIDED.size :]), guide, threshold, kept, whole, masked)
+    return Guided(_decode_seeded(round_, rest[_GUIDED.size :], varint.unpacked), guide, threshold, kept, whole, masked)
 
 
 def _check_size(coefficients: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from zofed.base.errors import UserError
 from zofed.core import directions, kinds, optimizers
 from zofed.core.digests import named_parameters, raw_bytes, tensors_digest, weights_digest, weights_digest_over
 from zofed.core.genesis import optimizer_of
-from zofed.core.journal import Entry, Genesis, following, genesis_chain, link
+from zofed.core.journal import Entry, Genesis, following, genesis_chain
 from zofed.core.measure import Measure, Update
 from zofed.core.records import Dense, Guided, Record, Seeded, Skipped, Spread
 
@@ -172,7 +172,7 @@ class Replica:
         head = self.head
         for entry in entries:
             record = entry.record
-            if entry.chain != link(head, record).chain:
+            if not entry.follows(head):
                 raise UserError(
                     f"the record of round {record.round} does not follow the history these weights come from"
                 )

@@ -12,7 +12,6 @@ from zofed.runs.tables import Row, read_table
 from zofed.training.finalize import base_replica
 from zofed.training.measurements import batch_loss
 from zofed.training.process import prepare_process
-from zofed.training.rebuilding import replay
 from zofed.training.replicas import place_model
 from zofed.training.task import Task
 
@@ -47,13 +46,13 @@ def _measure(folder: RunFolder, points: int) -> list[Row]:
     place_model(replica, settings)
     task = Task.load(settings)
     examples = task.shard(0, max(1, settings.clients))
-    records = [entry.record for entry in read(folder.journal).entries]
-    if not records:
+    entries = read(folder.journal).entries
+    if not entries:
         raise UserError(f"{folder.journal} has no steps yet")
-    last = len(records) - 1  # the step after the last would be of no run
+    last = len(entries) - 1  # the step after the last would be of no run
     rows: list[Row] = []
     for at in sorted({round(last * part / max(1, points - 1)) for part in range(points)}):
-        replay(replica, records[replica.round : at], folder.whole_update)
+        replica.replay(entries[replica.round : at], folder.whole_update)
         losses = [batch_loss(settings, replica, examples, at + 1 + extra) for extra in range(BATCHES)]
         queries = min(QUERIES, settings.queries)
         found = diagnose(replica, losses, queries, settings.finite_difference, settings.perturbations_per_pass)

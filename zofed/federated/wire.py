@@ -1,10 +1,10 @@
-"""Plans and answers as bytes, as few as will do: no field is named, small numbers take one byte.
+"""Plans and answers as bytes, as few as will do: no field is named, small numbers take few bits.
 
 content   u8 kind | its fields in order
 int       as `varint` has it
 float     float32, little endian: what is measured, not what weights move by
 str       its length as an int, UTF-8; bytes likewise
-sequence  of integers: its length as an int, then the integers
+sequence  of integers: its length as an int, then the integers as `rice` has them
 """
 
 import math
@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
-from zofed.core import sanitize, varint
+from zofed.core import rice, sanitize, varint
 from zofed.core.journal import CHAIN_BYTES
 from zofed.federated.protocol import Answer, Contribution, Plan
 
@@ -122,7 +122,7 @@ def encoded(content: Any) -> bytes:
     for field in fields(content):
         value = getattr(content, field.name)
         if isinstance(value, tuple):
-            parts.append(varint.packed((len(value), *value)))
+            parts.append(varint.packed((len(value),)) + rice.packed(value))
         elif isinstance(value, float):
             parts.append(_FLOAT.pack(_single(value)))
         elif isinstance(value, int):
@@ -184,7 +184,7 @@ def _read_str(raw: bytes, at: int) -> tuple[str, int]:
 
 def _read_ints(raw: bytes, at: int) -> tuple[tuple[int, ...], int]:
     count, at = _read_int(raw, at)
-    return varint.unpacked(raw, at, count)
+    return rice.unpacked(raw, at, count)
 
 
 _READERS: dict[Any, Any] = {int: _read_int, float: _read_float, bytes: _read_bytes, str: _read_str}

@@ -194,12 +194,12 @@ def replayed(replica: Replica, folder: RunFolder) -> tuple[Replica, int]:
     """`replay_run` of a replica at the base weights of the run in a folder."""
     entries = read(folder.journal).entries
     try:
-        replay(replica, [entry.record for entry in entries], folder.whole_update)
+        replica.replay(entries, folder.whole_update)
         return replica, 0
     except NotKept:
         restore(replica, entries, folder, latest=entries[-1].record.round)  # there is an entry, or nothing was lacking
     start = replica.round
-    replay(replica, [entry.record for entry in entries if entry.record.round > start], folder.whole_update)
+    replica.replay([entry for entry in entries if entry.record.round > start], folder.whole_update)
     return replica, start
 
 
