@@ -79,15 +79,20 @@ def _decoders() -> Iterable[Target]:
     encoded = tuple(map(records.encode, RECORDS))
     of_bytes = (ValueError,)
     yield Target("records", records.decode, encoded, of_bytes)
-    yield Target("varint", lambda raw: varint.unpacked(raw, 1, raw[0] if raw else 0), tuple(bytes([len(some)]) + varint.packed(some) for some in INTEGERS), of_bytes)
-    codes = tuple(bytes([len(some)]) + rice.packed(some) for some in INTEGERS)
-    yield Target("Rice codes", lambda raw: rice.unpacked(raw, 1, raw[0] if raw else 0), codes, of_bytes)
+    for name, module in (("varint", varint), ("Rice codes", rice)):
+        read = functools.partial(_integers, module.unpacked)
+        yield Target(name, read, tuple(bytes([len(some)]) + module.packed(some) for some in INTEGERS), of_bytes)
     linked = journal.bodies(_entries())
     yield Target("entries on a wire", lambda raw: journal.following(raw, bytes(16), bytes(16)), (linked,), of_bytes)
     for content in CONTENTS:
         kind = type(content)
         read = functools.partial(_message, kind)
         yield Target(f"message {kind.__name__}", read, (wire.encoded(content),), of_bytes)
+
+
+def _integers(unpacked: records.Unpacked, raw: bytes) -> object:
+    """As many as the first byte says."""
+    return unpacked(raw, 1, raw[0] if raw else 0)
 
 
 def _message(kind: type[Any], raw: bytes) -> object:

@@ -58,7 +58,7 @@ FOUND = (
 
 # Readers of what one function reads, so that each test has several.
 GROUPS = {
-    "decoders": ("records", "varint", "Rice codes", "entries on a wire", "message", "table of a node", "names of classes"),
+    "decoders": ("records", "varint", "Rice codes", "entries", "message", "table of a node", "names of classes"),
     "journals": ("journal",),
     "tensors": ("gradient", "snapshot", "checkpoint", "facts of a", "kept states"),
     "rows": ("rows of", "setting columns", "info of a subset", "partitions"),
