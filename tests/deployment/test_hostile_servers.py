@@ -108,7 +108,7 @@ class Node:
         return replace(protocol.plan_for(fresh, here.genesis, [], client=0), **changes)
 
     def genesis(self) -> bytes:
-        return journal.canonical(client.session(self.context(), Greeting(b"", 0)).replica.genesis)
+        return journal.canonical(journal.outline(client.session(self.context(), Greeting(b"", 0)).replica.genesis))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import gradient_codec, sanitize
 from zofed.core.aggregation import Measured
-from zofed.core.journal import differences
+from zofed.core.journal import differences, outline
 from zofed.data.classes import Classes
 from zofed.federated import admission, ledger, messages, policy, protocol, reads
 from zofed.federated.client_session import ClientSession, place
@@ -155,7 +155,7 @@ class Answers:
             theirs = sanitize.json_object(greeting.genesis)
             if theirs is None:
                 raise UserError("the server's greeting holds no genesis: give all machines the same zofed")
-            if different := differences(theirs, here.replica.genesis):
+            if different := differences(theirs, outline(here.replica.genesis)):
                 raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
             examples, mode = here.examples(context), capability(here, context)
             own_policy = policy.of(context)

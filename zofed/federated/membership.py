@@ -14,7 +14,7 @@ from zofed.base import environment
 from zofed.base.errors import UserError
 from zofed.config import Settings
 from zofed.core import sanitize
-from zofed.core.journal import Journal, canonical, position
+from zofed.core.journal import Journal, canonical, outline, position
 from zofed.core.records import CLIENTS
 from zofed.core.replica import Replica
 from zofed.data.classes import Classes
@@ -97,6 +97,7 @@ class Members:
         self.places = places or Places()
         self.found: dict[int, Member] = {}
         self.refused: dict[int, Refusal] = {}  # by node id
+        self.bytes = 0  # of greetings and what answered them, as Flower serialises them
         self._looked = 0.0
         self._present: set[int] = set()
 
@@ -247,8 +248,10 @@ class Members:
 
     def _greet(self, nodes: list[int], seconds: float) -> None:
         """Ask nodes who they are, wait at most `seconds`, and put each among those found or refused."""
-        greeting = messages.pack(Greeting(canonical(self.replica.genesis), self.classes, self.names))
+        greeting = messages.pack(Greeting(canonical(outline(self.replica.genesis)), self.classes, self.names))
         replies, _ = exchange(self.grid, dict.fromkeys(nodes, greeting), "query.status", seconds)
+        self.bytes += len(nodes) * messages.size(greeting)
+        self.bytes += sum(messages.size(reply.content) for reply in replies.values() if reply.has_content())
         heard = {node: self._introduced(node, replies.get(node)) for node in nodes}
         said = {node: told.clients for node, (told, problem) in heard.items() if told is not None and not problem}
         if not self.places.settle(list(said.values()), self.settings.clients):

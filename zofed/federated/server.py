@@ -228,7 +228,7 @@ class Server:
         for client in wrong:
             what = f"with {digests[client]}, not {own}" if digests[client] else "without saying with which weights"
             print(f"client {client} ends {what}: do not trust its machine", file=sys.stderr, flush=True)
-        extra = self.traffic.summary() | {
+        extra = self.traffic.summary(self.members.bytes) | {
             "client_digests": {str(c): digest for c, digest in sorted(digests.items())},
             "wrong_digests": {str(c): digests[c] for c in wrong},
         }

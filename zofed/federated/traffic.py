@@ -222,11 +222,11 @@ class Traffic:
             }
         )
 
-    def summary(self) -> dict[str, Any]:
-        """Mean bytes of a client and round, those of checks and evaluations, each client's results: for the summary.
+    def summary(self, greetings: int) -> dict[str, Any]:
+        """Mean bytes of a client and round, those of all beside, each client's results: for the summary.
 
-        flowertune_megabytes: by the rule of FlowerTune's board, which counts arrays. Here bytes stand in their place:
-        all of zofed's own count, with the few that tell what a message asks or answers.
+        greetings: their bytes. flowertune_megabytes: by the rule of FlowerTune's board, which counts arrays. Here bytes
+        stand in their place: all of zofed's own count, with the few that tell what a message asks or answers.
         """
         plans = max(1, self.plans)
         megabytes = (self.payload_up + self.payload_down) / 2**20
@@ -235,7 +235,7 @@ class Traffic:
             "bytes_down_per_client_round": self.down / plans,
             "payload_up_per_client_round": self.payload_up / plans,
             "payload_down_per_client_round": self.payload_down / plans,
-            "bytes_beside_rounds": self.beside,
+            "bytes_beside_rounds": self.beside + greetings,
             "flowertune_megabytes": megabytes,
             "flowertune_budget_share": megabytes / FLOWERTUNE_BUDGET,
             "replies": {str(client): dict(+counts) for client, counts in sorted(self.reasons.items())},

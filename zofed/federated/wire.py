@@ -26,7 +26,7 @@ class Malformed(ValueError):  # noqa: N818, a state of a message
 
 @dataclass(frozen=True, slots=True)
 class Greeting:
-    """The server's first word to a node: the genesis (canonical JSON) that its own settings must give too.
+    """The server's first word to a node: the outline (canonical JSON) of the genesis that its settings must give too.
 
     classes, names: as in a plan.
     """

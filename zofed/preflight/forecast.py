@@ -105,7 +105,7 @@ def bytes_of_a_round(settings: Settings, replica: Replica) -> tuple[int, int]:
     from zofed.federated import messages  # Flower takes a while to load
 
     rate, steps = settings.learning_rate, settings.local_steps
-    values = (2 ** (settings.quantization_bits - 1),) * (settings.queries * steps)
+    values = (2 ** (settings.quantization_bits - 2),) * (settings.queries * steps)
     everybody = max(1, settings.clients)
     asked = protocol.asked_each_round(settings, everybody)
     clients = (0,) if settings.direction_seeds == "shared" else tuple(range(asked))
