@@ -764,6 +764,7 @@ GOLDEN_RECORDS: tuple[Record, ...] = (
     Seeded(5, 0.01, (0, 1, 2), 1, (5, -6, 7), 0, 3.0),
     Seeded(6, 0.02, (0, 9), 2, (123456, -3, 2**17, 77), -16, 2.718281828),
 )
+GOLDEN_CORE = "journal-format3-core.zofed"
 CORE_RECORDS: tuple[Record, ...] = (  # each the square of a number of seeds
     Seeded(1, 0.5, (0,), 9, (2**18 - 1, -3, 70000, -123456, 0, 1, 5, -6, 2**17), -18, 0.5),
     Skipped(2),
@@ -790,7 +791,7 @@ GOLDEN_RUNS: dict[str, dict[str, Any]] = {
         "size_exponents": SIZE_EXPONENTS,
         "backprop_optimizer": Optimizer("adamw", weight_decay=0.125),
     },
-    "journal-format3-core.zofed": {
+    GOLDEN_CORE: {
         "kind": "core",
         "optimizer": Optimizer("sgd", weight_decay=0.125),
         "size_exponents": SIZE_EXPONENTS,
@@ -861,7 +862,7 @@ def golden_guide() -> Update:
 
 def golden_records(name: str) -> tuple[Record, ...]:
     """The records of a golden journal."""
-    if name == "journal-format3-core.zofed":
+    if name == GOLDEN_CORE:
         return CORE_RECORDS
     return guided_records() if name == "journal-format3-guided.zofed" else GOLDEN_RECORDS
 
@@ -939,6 +940,18 @@ def test_every_golden_file_is_of_this_format_and_known() -> None:
     assert {path.name for path in (GOLDEN / "kind-1").iterdir()} == set(GOLDEN_RUNS) == set(HEADS_OF_KIND_1)
     assert {path.name for path in GOLDEN.iterdir()} - {"kind-1"} == set(GOLDEN_RUNS) == set(GOLDEN_ENDS)
     assert all(f"format{journal.FORMAT}" in name for name in GOLDEN_RUNS)
+
+
+def test_an_outline_tells_what_the_genesis_tells() -> None:
+    model, other = golden_model(), {"seed": 6, "generator": "another"}
+    genesis = make_genesis(model, {"name": "golden"}, ["head.weight"], seed=2**63 - 1, **GOLDEN_RUNS[GOLDEN_CORE])
+    sent = json.loads(journal.canonical(journal.outline(genesis)))
+    for changed in (genesis, genesis | other, genesis | {"model": {"name": "olden"}}, {}):
+        found = journal.differences(sent, journal.outline(changed))
+        assert found == sorted(journal.differences(genesis, changed))
+        assert set(found) == {key for key, value in genesis.items() if changed.get(key) != value}
+    long = journal.outline(genesis | {"trainable": [["layer", "float32", [1, 2]]] * 10**4})
+    assert len(journal.canonical(long)) == len(journal.canonical(sent)) < 400
 
 
 # --- nothing is written that cannot be read ---

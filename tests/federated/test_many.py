@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from federations import Quick, Start, records_of, run
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 from flwr.app.message import message as flower_message
 
 from zofed import config
@@ -25,7 +25,13 @@ def test_what_is_done_once_a_round_is_not_done_once_a_client(
     quick: Quick, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Records are read, settings resolved and messages measured as often as there are rounds, runs and messages."""
-    counts = dict.fromkeys(("records", "settings", "sizes"), 0)
+    counts = dict.fromkeys(("records", "settings"), 0)
+    sizes: list[int] = []
+    measured = messages.size
+
+    def measuring(content: RecordDict) -> int:
+        sizes.append(measured(content))
+        return sizes[-1]
 
     def counted(what: str, owner: object, name: str) -> None:
         function = getattr(owner, name)
@@ -38,17 +44,19 @@ def test_what_is_done_once_a_round_is_not_done_once_a_client(
 
     counted("records", records, "decode")
     counted("settings", config, "resolve")
-    counted("sizes", messages, "size")
+    monkeypatch.setattr(messages, "size", measuring)
     found: dict[int, dict[str, int]] = {}
     for nodes in (2, 9):
         settings = quick(rounds=3)
         counts.update(dict.fromkeys(counts, 0))
-        run(start(settings, nodes, name=f"of {nodes}"))
+        sizes.clear()
+        summary = run(start(settings, nodes, name=f"of {nodes}"))
         found[nodes] = dict(counts)
+        # Both ways, of each client, in each round and of the digests; of greetings the first is that of all.
+        assert len(sizes) == 2 * nodes * (3 + 1) + 1 + nodes
+        assert summary["bytes"] + summary["bytes_beside_rounds"] == sum(sizes) + (nodes - 1) * sizes[0]
     assert found[9]["records"] == found[2]["records"]
     assert found[9]["settings"] == found[2]["settings"]
-    assert found[9]["sizes"] * 2 == found[2]["sizes"] * 9
-    assert found[2]["sizes"] == 2 * 2 * (3 + 1)  # both ways, of each client, in each round and of the digests
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, days: int) -> None:
