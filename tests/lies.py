@@ -122,11 +122,16 @@ def with_huge_number(plan: Plan, chance: random.Random) -> RecordDict:
 
 def with_integers(plan: Plan, count: int) -> RecordDict:
     """So many zeros, a bit each; to make a tuple of them first would be the memory that the server must not take."""
+    zeros = (2**count - 1 << -count % 8).to_bytes(-(-count // 8), "big")
+    return with_codes(plan, count, b"\x00" + zeros)
+
+
+def with_codes(plan: Plan, count: int, codes: bytes) -> RecordDict:
+    """So many integers, in these codes."""
     three = varint.packed((3,)) + rice.packed((7, 7, 7))
     whole = bytes_of(answer(plan, coefficients=(7, 7, 7)))
     at = whole.rindex(three)
-    zeros = (2**count - 1 << -count % 8).to_bytes(-(-count // 8), "big")
-    return raw(whole[:at] + varint.packed((count,)) + b"\x00" + zeros + whole[at + len(three) :])
+    return raw(whole[:at] + varint.packed((count,)) + codes + whole[at + len(three) :])
 
 
 def odd(plan: Plan, chance: random.Random) -> RecordDict:
@@ -165,6 +170,7 @@ SLOPES: dict[str, tuple[str, Forge]] = {
     "another kind": ("malformed", lambda p, c: messages.pack(Final(p.client, "", b""))),
     "noise": ("malformed", lambda p, c: raw(bytes([7]) + c.randbytes(99))),
     "an integer of any size": ("malformed", with_huge_number),
+    "a coefficient beyond 64 bits": ("malformed", lambda p, c: with_codes(p, 1, b"\x3f\x20" + bytes(8))),
     "other records": ("malformed", odd),
     "an exception": ("error", lambda p, c: fail()),
 }  # fmt: skip
@@ -226,6 +232,8 @@ def of_integers() -> Iterator[tuple[str, Lie]]:
             ("malformed",), "field problem of Answer is cut or no str"),
         "millions of integers": Lie(
             lambda a: with_integers(a.plan, 8 * MEGABYTES), ("malformed",), f"reply: 20,000,033 bytes, {TOO_LONG}"),
+        "a few more integers than are read": Lie(
+            lambda a: with_integers(a.plan, 70_000), ("malformed",), "70000 integers where 65538 are read at most"),
         "megabytes of text": Lie(
             lambda a: answer(a.plan, problem="x" * MEGABYTES + "\U0001f600"), ("malformed",), TOO_LONG),
         "megabytes of history": Lie(lambda a: answer(a.plan, head=bytes(MEGABYTES)), ("malformed",), TOO_LONG),

@@ -196,6 +196,13 @@ def test_a_record_that_claims_more_coefficients_than_memory_holds_is_refused() -
                 records.decode(claims + padding)
 
 
+def test_a_record_of_a_billion_zeros_of_a_bit_each_is_refused() -> None:
+    head = bytes([Seeded.kind]) + varint.packed((1,)) + records._SEEDED.pack(0.1, 1.0, False)
+    count = records.LARGEST_RECORD + 1
+    with pytest.raises(ValueError, match="16777217 integers where a record has 16,777,216"):
+        records.decode(head + varint.packed((0, 1, count, 1, 0)) + b"\x00" + b"\xff" * (count // 8 + 1))
+
+
 @pytest.mark.parametrize("count", [-1, -(2**40)])
 def test_a_record_of_fewer_than_no_clients_is_refused(count: int) -> None:
     head = bytes([Seeded.kind]) + varint.packed((1,)) + records._SEEDED.pack(0.1, 1.0, False)

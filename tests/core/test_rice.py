@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from zofed.core import rice
 
 INTEGERS = st.integers(-(2**63), 2**63 - 1)
+BITS = st.binary(max_size=30) | st.integers(0, 239).map(lambda place: (1 << place).to_bytes(30, "big"))
 SOME = st.lists(INTEGERS | st.integers(-3, 3), max_size=20)
 
 
@@ -20,7 +21,10 @@ def test_integers_come_back_from_between_other_bytes(values: list[int], before: 
     assert rice.unpacked(raw, len(before), len(values)) == (tuple(values), len(raw) - len(behind))
 
 
-@given(st.binary(max_size=40), st.integers(-1, 60))
+@given(
+    st.binary(max_size=40) | st.tuples(st.integers(0, 64), BITS).map(lambda p: bytes([p[0]]) + p[1]),
+    st.integers(-1, 60),
+)
 @settings(max_examples=600, deadline=None, database=None)
 def test_bytes_that_are_read_are_those_that_would_be_written(raw: bytes, count: int) -> None:
     try:
@@ -53,6 +57,8 @@ def test_the_bytes_of_some() -> None:
         (bytes([0, 0b11110000]), 3, "more bits than they need"),  # filled by a one
         (bytes([1, 0b11100000]), 3, "more bits than they need"),  # k of 0 would do
         (bytes([64, 0b11100000]), 3, "more than 64 bits"),
+        (bytes([63, 0b00100000, *bytes(8)]), 1, "more than 64 bits"),  # 2 << 63
+        (bytes([62, 0b00001000, *bytes(8)]), 1, "more than 64 bits"),
         (bytes([0, 0]), 3, "cut"),
         (bytes([0, 0b11000000]), 3, "cut"),
         (bytes([0, 0b11100000]), 9, "where 2 bytes are left"),
@@ -87,5 +93,6 @@ def test_one_large_among_many_small_costs_no_more_than_k_and_three_bits() -> Non
 
 
 def test_more_than_64_bits_are_not_written() -> None:
-    with pytest.raises(OverflowError, match="64 bits"):
-        rice.packed((2**64,))
+    for values in ((2**63,), (-(2**63) - 1, 0, 0), (2**64, *(0,) * 40)):
+        with pytest.raises(OverflowError, match="64 bits"):
+            rice.packed(values)

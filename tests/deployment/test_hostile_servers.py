@@ -277,15 +277,17 @@ def of_no_queries(steps: int) -> bytes:
 
 
 MILLION = bodies(*(bytes([Skipped.kind]) + varint.packed((round_,)) for round_ in range(1, 10**5))) * 10
+OF_ONE = Seeded(1, 0.5, (0,), 1, (0,), 0, 1.0)  # whose coefficient's codes are two bytes
 UPDATE = gradient_codec.joined([b"x" * 9] * 5)
 GREETINGS: dict[str, tuple[Any, str]] = {
     "2^40 classes": (Greeting(b"{}", 2**40), "damaged (1099511627776 classes"),
     "fewer than no class": (Greeting(b"{}", -1), "damaged (-1 classes"),
     "names of other classes": (Greeting(b"{}", 3, '[true, "a"]'), "does not name 3 classes"),
     "names without end": (Greeting(b"{}", 3, "[" * 10**6), "nested deeper than is read"),
-    "no genesis": (Greeting(b"\xff\x00", 0), "holds no genesis"),
-    "a genesis without end": (Greeting(b'{"a":' * 10**5, 0), "holds no genesis"),
-    "another genesis": (Greeting(b'{"seed": 1}', 0), "than the server"),
+    "no genesis": (Greeting(b"\xff\x00", 0), "holds no outline"),
+    "a genesis without end": (Greeting(b'{"a":' * 10**5, 0), "holds no outline"),
+    "another genesis": (Greeting(b'{"seed": "00000000"}', 0), "it has another seed than the server"),
+    "a whole genesis, of an earlier zofed": (Greeting(b'{"seed": 1}', 0), "holds no outline of a genesis"),
     "ten megabytes": (Greeting(b" " * 10**7, 0), "a message of 10.0 MB, but this node's policy has megabytes-per"),
     "noise": (raw(b"\x03" + b"\xff" * 99), "reads the server's messages otherwise"),
     "nothing": (RecordDict(), "reads the server's messages otherwise"),
@@ -319,6 +321,9 @@ PLANS: dict[str, tuple[str, Made, str]] = {
     "a record without an end": ("train.zo", lambda n: n.plan(entries=b"\xff" * 99), "are damaged"),
     "a record of 2^62 bytes": ("train.zo", lambda n: n.plan(entries=varint.packed((2**62,)) + b"x"), "are damaged"),
     "a record of no kind": ("train.zo", lambda n: n.plan(round=2, entries=bodies(b"\x09\x02")), ""),
+    "a coefficient beyond 64 bits": (
+        "train.zo",
+        lambda n: n.plan(round=2, entries=bodies(records.encode(OF_ONE)[:-2] + b"\x3f\x20" + bytes(8))), ""),
     "rounds that fall": (
         "train.zo", lambda n: n.plan(round=4, entries=joined(Skipped(3), Skipped(2), Skipped(1))), ""),
     "skipped rounds that no plan tells": (
@@ -351,6 +356,7 @@ PLANS: dict[str, tuple[str, Made, str]] = {
 BOUNDED = (
     "other weights", "another history", "local steps 2^60 x 0 queries", "a record of no kind", "rounds that fall",
     "skipped rounds that no plan tells", "a step to nowhere", "an update that is none", "an update that is cut",
+    "a coefficient beyond 64 bits",
 )  # fmt: skip
 
 

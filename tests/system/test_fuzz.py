@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from benchmarks import fuzz, fuzz_targets, mutations
 from benchmarks.fuzz_targets import Target
+from zofed.core import records
+from zofed.core.records import Seeded
 
 EXAMPLES = int(os.environ.get("ZOFED_FUZZ_EXAMPLES", "0"))
 NUMBER = st.integers(0, mutations.LARGEST - 1)
@@ -28,6 +30,8 @@ POINT = b"ecdsa-sha2-nistp256 " + base64.b64encode(
 KEYS = (b"queries", b"steps", b"batch-size", b"block-size", b"rounds", b"eval-interval", b"clients")
 DEEP = b"[" * 2000
 FOUND = (
+    ("Rice codes", b"\x01\x3f\x20" + bytes(8)),
+    ("records", records.encode(Seeded(1, 0.5, (0,), 1, (0,), 0, 1.0))[:-2] + b"\x3f\x20" + bytes(8)),
     ("Flower's configuration", b"a = " + DEEP),
     ("Flower's configuration", b"superlink = 1"),
     ("info of a subset", DEEP),

@@ -17,6 +17,7 @@ SPREAD_DECAY = 0.9
 # exact in float32, and of 2^16 gaussian ones (19 bits an entry) in float64.
 COEFFICIENT_BITS = 18
 CLIENTS = 2**32  # a client's index is below this
+LARGEST_RECORD = 2**24  # coefficients: of one bit each, what is read takes 100 times the memory of its bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +213,10 @@ def _decode_seeded(round_: int, rest: bytes, unpacked: Unpacked) -> Seeded:
     if local_steps < 1 or queries < 0 or (not queries and local_steps > 1):
         raise ValueError(f"a record of {local_steps} local steps and {queries} queries")
     steps, at = varint.unpacked(rest, at, count)
-    coefficients, at = unpacked(rest, at, count * local_steps * queries)
+    total = count * local_steps * queries
+    if total > LARGEST_RECORD:
+        raise ValueError(f"{total} integers where a record has {LARGEST_RECORD:,} coefficients at most")
+    coefficients, at = unpacked(rest, at, total)
     if at != len(rest):
         raise ValueError(f"{len(rest) - at} bytes follow a record's last coefficient")
     _check_size(coefficients)

@@ -153,8 +153,8 @@ class Answers:
             client, clients = place(context)
             here = self._open(context, greeting)
             theirs = sanitize.json_object(greeting.genesis)
-            if theirs is None:
-                raise UserError("the server's greeting holds no genesis: give all machines the same zofed")
+            if theirs is None or not all(isinstance(digest, str) for digest in theirs.values()):
+                raise UserError("the server's greeting holds no outline of a genesis: give all machines the same zofed")
             if different := differences(theirs, outline(here.replica.genesis)):
                 raise UserError(f"it has another {' and '.join(different)} than the server: give both the same")
             examples, mode = here.examples(context), capability(here, context)

@@ -71,7 +71,7 @@ class Exchanges:
 
         def judge(reply: Message, plan: Plan) -> tuple[Any, Answer, str]:
             count = protocol.integers_asked(self.settings, plan.task, plan.steps)
-            answer = messages.unpack(Answer, reply.content, rice.LONGEST * count)
+            answer = messages.unpack(Answer, reply.content, rice.LONGEST * count, count)
             return answer, answer, protocol.check(answer, plan, count, self.settings.epsilon) or "used"
 
         return self._collected(round_, task, "train.zo", clients, judge, steps, guide)

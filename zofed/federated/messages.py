@@ -21,7 +21,7 @@ def pack(content: Any) -> RecordDict:
     return RecordDict({KEY: ConfigRecord({KEY: wire.encoded(content)})})
 
 
-def unpack(kind: type[T], content: RecordDict, asked: int = 0) -> T:
+def unpack(kind: type[T], content: RecordDict, asked: int = 0, integers: int = 0) -> T:
     """The content `pack` was given, its texts fit to be printed. Raises Malformed for anything else.
 
     asked: bytes that the integers or tensors which a client was asked for take at most. A client's word that is longer
@@ -36,7 +36,7 @@ def unpack(kind: type[T], content: RecordDict, asked: int = 0) -> T:
     limit = wire.LARGEST.get(kind, len(raw)) + asked
     if len(raw) > limit:
         raise Malformed(f"{len(raw):,} bytes, and what is asked for has {limit:,} at most")
-    return sanitize.cleaned(wire.decoded(kind, raw))
+    return sanitize.cleaned(wire.decoded(kind, raw, wire.LARGEST_TEXTS + integers))
 
 
 def _names(found: Iterable[str]) -> str:

@@ -133,14 +133,18 @@ def encoded(content: Any) -> bytes:
     return b"".join(parts)
 
 
-def decoded(kind: type[T], raw: bytes) -> T:
-    """The content `encoded` was given. Raises Malformed for any other bytes, whatever they are."""
+def decoded(kind: type[T], raw: bytes, integers: int = LARGEST_TEXTS) -> T:
+    """The content `encoded` was given. Raises Malformed for any other bytes, whatever they are.
+
+    integers: more than these in a sequence are not read: of a bit each they take hundreds of times their bytes.
+    """
     if not raw or raw[0] != KINDS.index(kind):
         raise Malformed(f"{len(raw)} bytes are no {kind.__name__}")
     values, at = [], 1
     for name, hint in _hints(kind):
         try:
-            value, at = _READERS.get(hint, _read_ints)(raw, at)
+            reader = _READERS.get(hint)
+            value, at = reader(raw, at) if reader else _read_ints(raw, at, integers)
         except (ValueError, struct.error) as error:
             what = f"field {name} of {kind.__name__} is cut or no {hint.__name__}"
             raise Malformed(f"{what}: {error}") from None
@@ -182,8 +186,10 @@ def _read_str(raw: bytes, at: int) -> tuple[str, int]:
     return found.decode(), at
 
 
-def _read_ints(raw: bytes, at: int) -> tuple[tuple[int, ...], int]:
+def _read_ints(raw: bytes, at: int, most: int) -> tuple[tuple[int, ...], int]:
     count, at = _read_int(raw, at)
+    if count > most:
+        raise ValueError(f"{count} integers where {most} are read at most")
     return rice.unpacked(raw, at, count)
 
 
