@@ -213,7 +213,7 @@ def test_a_policy_and_a_lying_client_are_told_by_name_over_tls(
     assert f"client 0: {beyond}" in told and f"refused: {beyond}" in machines.log("node0")
 
     told = machines.run("run", "lab", "--quorum", 1, *settings, "within")
-    assert "client 1: malformed reply: 5,200," in told and "and what is asked for has 65,576 at most" in told
+    assert "client 1: malformed reply: 5,200," in told and "and what is asked for has 65,572 at most" in told
     assert "\x1b[2J" not in told
     within = json.loads((tmp_path / "within" / "summary.json").read_text())
     assert within["replies"] == {"0": {"used": 3}, "1": {"malformed": 3}}
