@@ -171,7 +171,8 @@ def bodies(entries: Iterable[Entry]) -> bytes:
     """What leads from one chain to another, on a wire: each record's length and its bytes."""
     parts = []
     for entry in entries:
-        parts.append(varint.packed((len(entry.body),)) + entry.body)
+        body = entry.body
+        parts.append(varint.packed((len(body),)) + body)
     return b"".join(parts)
 
 

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 
 from zofed.base.errors import UserError
 from zofed.config import Settings
-from zofed.core import aggregation, gradient_codec, rice, sanitize, snapshots
+from zofed.core import aggregation, gradient_codec, sanitize, snapshots
 from zofed.core.digests import tensors_digest
 from zofed.core.journal import Entry, Journal, position
 from zofed.core.measure import Update
@@ -71,7 +71,7 @@ class Exchanges:
 
         def judge(reply: Message, plan: Plan) -> tuple[Any, Answer, str]:
             count = protocol.integers_asked(self.settings, plan.task, plan.steps)
-            answer = messages.unpack(Answer, reply.content, rice.LONGEST * count, count)
+            answer = messages.unpack(Answer, reply.content, integers=count)
             return answer, answer, protocol.check(answer, plan, count, self.settings.epsilon) or "used"
 
         return self._collected(round_, task, "train.zo", clients, judge, steps, guide)

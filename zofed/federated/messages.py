@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from flwr.app import ConfigRecord, RecordDict
 
 from zofed.base import texts
-from zofed.core import sanitize
+from zofed.core import rice, sanitize
 from zofed.federated import flower_messages, wire
 from zofed.federated.wire import Malformed
 
@@ -21,11 +21,11 @@ def pack(content: Any) -> RecordDict:
     return RecordDict({KEY: ConfigRecord({KEY: wire.encoded(content)})})
 
 
-def unpack(kind: type[T], content: RecordDict, asked: int = 0, integers: int = 0) -> T:
+def unpack(kind: type[T], content: RecordDict, tensors: int = 0, integers: int = 0) -> T:
     """The content `pack` was given, its texts fit to be printed. Raises Malformed for anything else.
 
-    asked: bytes that the integers or tensors which a client was asked for take at most. A client's word that is longer
-    than these and `wire.LARGEST` is not read: as Python's integers and texts it would take many times its memory.
+    tensors, integers: what a client was asked for: bytes at most, and how many. A client's word that is longer than
+    these and `wire.LARGEST` is not read: as Python's integers and texts it would take many times its memory.
     """
     if list(content) != [KEY] or not isinstance(content[KEY], ConfigRecord):
         raise Malformed(f"expected one record {KEY!r}, got {_names(content)}")
@@ -33,10 +33,10 @@ def unpack(kind: type[T], content: RecordDict, asked: int = 0, integers: int = 0
     raw = record.get(KEY)
     if list(record) != [KEY] or type(raw) is not bytes:
         raise Malformed(f"expected one field {KEY!r} of bytes, got {_names(record)}")
-    limit = wire.LARGEST.get(kind, len(raw)) + asked
+    limit = wire.LARGEST.get(kind, len(raw)) + tensors + rice.LONGEST * integers
     if len(raw) > limit:
         raise Malformed(f"{len(raw):,} bytes, and what is asked for has {limit:,} at most")
-    return sanitize.cleaned(wire.decoded(kind, raw, wire.LARGEST_TEXTS + integers))
+    return sanitize.cleaned(wire.decoded(kind, raw, integers))
 
 
 def _names(found: Iterable[str]) -> str:

@@ -112,6 +112,7 @@ LARGEST: dict[type[Any], int] = {  # bytes of what a client says, where no integ
     Final: LARGEST_TEXTS,
     Evaluation: LARGEST_TEXTS + sanitize.LARGEST_TABLE,
 }
+MORE_INTEGERS = 2**16  # of a sequence, beside those that were asked for: they are read and told to be too many
 _FLOAT = struct.Struct("<f")
 _LARGEST_FLOAT = 3.4e38
 
@@ -133,10 +134,11 @@ def encoded(content: Any) -> bytes:
     return b"".join(parts)
 
 
-def decoded(kind: type[T], raw: bytes, integers: int = LARGEST_TEXTS) -> T:
+def decoded(kind: type[T], raw: bytes, integers: int = 0) -> T:
     """The content `encoded` was given. Raises Malformed for any other bytes, whatever they are.
 
-    integers: more than these in a sequence are not read: of a bit each they take hundreds of times their bytes.
+    integers: how many a sequence was asked for. Of many more none is read: of a bit each they take hundreds of times
+    their bytes.
     """
     if not raw or raw[0] != KINDS.index(kind):
         raise Malformed(f"{len(raw)} bytes are no {kind.__name__}")
@@ -144,7 +146,7 @@ def decoded(kind: type[T], raw: bytes, integers: int = LARGEST_TEXTS) -> T:
     for name, hint in _hints(kind):
         try:
             reader = _READERS.get(hint)
-            value, at = reader(raw, at) if reader else _read_ints(raw, at, integers)
+            value, at = reader(raw, at) if reader else _read_ints(raw, at, integers + MORE_INTEGERS)
         except (ValueError, struct.error) as error:
             what = f"field {name} of {kind.__name__} is cut or no {hint.__name__}"
             raise Malformed(f"{what}: {error}") from None

@@ -34,10 +34,8 @@ def restore(replica: Replica, entries: Sequence[Entry], folder: RunFolder, lates
     return False
 
 
-def replay(
-    replica: Replica, records: Iterable[Record], kept: Callable[[bytes], Update | None] = lambda _: None
-) -> None:
-    """Move the replica through the records. kept: the gradient or guide of a digest, where there is one.
+def replay(replica: Replica, records: Iterable[Record], kept: Callable[[bytes], Update | None]) -> None:
+    """Move the replica through records that no journal holds. kept: gradient or guide of a digest, where there is one.
 
     Raises NotKept for a record that needs one which was not kept; the replica stands before that record.
     """
