@@ -129,6 +129,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 @pytest.fixture(autouse=True)
 def strict(node: Node) -> None:
     node.rule()
+    ledger.of.cache_clear()  # what earlier tests of this process were asked
 
 
 def test_an_honest_server_is_answered(node: Node) -> None:
