@@ -256,7 +256,8 @@ def test_what_nobody_gives_is_chosen_by_the_mode(
 ) -> None:
     chosen = config.resolve(given)
     assert (chosen.optimizer, chosen.direction_scale, chosen.learning_rate) == (optimizer, scale, rate)
-    own = {"optimizer": "mudamw", "direction-scale": "equal", "learning-rate": 0.5}
+    assert chosen.quantization_bits == (4 if chosen.mode == "subspace" else 18)
+    own = {"optimizer": "mudamw", "direction-scale": "equal", "learning-rate": 0.5, "quantization-bits": 6}
     settings = config.resolve(given | own)
     assert {key: settings.model_dump(by_alias=True)[key] for key in own} == own
     # A run's own file holds what was chosen, and another version's choice cannot change it.

@@ -40,7 +40,6 @@ WAYS: dict[str, tuple[str, dict[str, Any]]] = {
             "mode": "subspace",
             "subspace-interval": 2,
             "direction-scale": "rms",
-            "quantization-bits": 4,
             "learning-rate": 0.03,
             "rounds": 20,
             "baselines": False,  # they are those of the first run

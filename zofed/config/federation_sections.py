@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import field_validator
+
 from zofed.config.fields import CENTRAL, FEDERATED, Section, Unlike, setting, when
 from zofed.config.training_sections import WITH_BACKPROP, ZEROTH_ORDER
 from zofed.core.kinds import AggregationName
@@ -165,9 +167,10 @@ class Aggregation(Section):
         acts_when=when(run=FEDERATED, mode=WITH_BACKPROP),
     )
     quantization_bits: int = setting(
-        18,
-        "bits of the largest slope or coefficient on its way; all take this and 0.4 more as a mean",
-        ge=3,
+        0,
+        "bits of the largest slope or coefficient on its way, 3 to 18; all take this and 0.4 more as a mean; 0: 4 in mode "
+        "subspace, otherwise 18",
+        ge=0,
         le=18,
         acts_when=when(mode=Unlike(("fo",))),
     )
@@ -186,6 +189,13 @@ class Aggregation(Section):
         acts_when=when(run=FEDERATED),
         pins=False,
     )
+
+    @field_validator("quantization_bits")
+    @classmethod
+    def _enough_bits(cls, value: int) -> int:
+        if value in (1, 2):
+            raise ValueError("should be 3 to 18, or 0 for what suits the mode")
+        return value
 
 
 class Output(Section):

@@ -1,4 +1,4 @@
-"""The optimizer, the sizes of directions and the rate that suit a mode, where nobody says otherwise.
+"""The optimizer, the sizes of directions, the rate and the rounding that suit a mode, where nobody says otherwise.
 
 What they are worth beside tuned ones stands in benchmarks/RESULTS.md.
 """
@@ -36,6 +36,11 @@ def learning_rate(settings: Any) -> float:
     return fresh if settings.model in FRESH else pretrained
 
 
+def quantization_bits(settings: Any) -> int:
+    """A subspace's hundreds of coefficients lose about a percent of their mean square to 4 bits; slopes are few."""
+    return 4 if settings.mode == "subspace" else 18
+
+
 # Of a fresh model, of a pretrained one, of an adapter. A subspace's and AdamW's along slopes are parts of the weights'
 # sizes; SGD's along slopes are in units of the slopes' spread.
 _RATES = {
@@ -67,6 +72,7 @@ CHOSEN: Mapping[str, Callable[[Any], Any]] = {
     "optimizer": optimizer,
     "direction-scale": direction_scale,
     "learning-rate": learning_rate,
+    "quantization-bits": quantization_bits,
 }
 
 
