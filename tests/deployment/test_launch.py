@@ -35,6 +35,15 @@ def test_an_earlier_result_is_moved_aside_and_never_deleted(tmp_path: Path) -> N
     assert [(tmp_path / f"quickstart-{n}" / "made-by").read_text() for n in (1, 2, 3)] == ["1", "2", "3"]
 
 
+def test_the_quickstart_leaves_a_folder_of_other_files_where_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    assert flower_run.quickstart(tmp_path, "zo", {}) == 1
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    assert "holds other files than an earlier quickstart: choose another --out" in capsys.readouterr().err
+
+
 def test_moving_aside_sees_a_dangling_link(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.symlink_to(tmp_path / "nowhere")

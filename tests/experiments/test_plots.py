@@ -358,5 +358,19 @@ def test_scores_stand_against_their_cost_beside_what_the_untouched_model_scores(
     other = Arm("other", {}, [scored(tmp_path / "d", (0.6, 0.7, 0.8), 100, zero_shot=0.6)])
     plot_scores.scores([few, other], "bytes", tmp_path / "again.png", metric="accuracy")
     assert {text.get_text() for text in drawn[1][0].axes[0].texts} == {"most frequent class"}  # two models: none is the
-    with pytest.raises(UserError, match="no run has 'rouge_l' at its evaluations"):
-        plot_scores.scores([few], "bytes", tmp_path / "none.png", metric="rouge_l")
+    with pytest.raises(UserError, match="no run has the metric 'rouge_l': their evaluations have accuracy"):
+        plot_scores.scores([few], "bytes", tmp_path / "none.png", metric="rouge-l")
+    with pytest.raises(UserError, match=r"give --out a name that ends in \.png"):
+        plot_scores.scores([few], "bytes", tmp_path / "scores.pdf")
+
+
+def test_arms_without_the_score_or_the_cost_are_left_out_and_named(tmp_path: Path, drawn: Any) -> None:
+    few = Arm("few", {}, [scored(tmp_path / "a", (0.5, 0.7, 0.8), 100)])
+    free = Arm("free", {}, [scored(tmp_path / "b", (0.5, 0.6, 0.7), 0)])  # a central run sends nothing
+    bare = Arm("bare", {}, [scored(tmp_path / "c", (0.5, 0.6, 0.7), 100)])
+    (tmp_path / "c" / "evaluations.csv").unlink()
+    plot_scores.scores([bare, free, few], "bytes", tmp_path / "scores.png")
+    assert len(drawn[0][0].axes[0].get_legend_handles_labels()[1]) == 1
+    assert any(note.endswith("left out: bare, free") for note in drawn[0][1])
+    with pytest.raises(UserError, match=r"nothing to draw; .* left out: free: choose another --axis"):
+        plot_scores.scores([free], "bytes", tmp_path / "none.png")

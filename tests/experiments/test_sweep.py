@@ -410,9 +410,11 @@ def test_runs_are_those_of_train_and_simulate_and_a_failure_stops_no_other(
     assert before == {name: (out / "runs" / f"{name},seed=0" / "summary.json").stat().st_mtime_ns for name in before}
     assert [row["status"] for row in rows(out).values()] == ["completed"] * 3
     assert len(json.loads((out / "sessions.json").read_text())) == 2
-    # Other settings under the same name must not pass for what is there.
+    # Other settings under the same name must not pass for what is there, nor take the sweep's place.
+    as_it_was = {name: (out / name).read_bytes() for name in ("sweep.toml", "sessions.json")}
     status, _, errors = zofed_command(*command, "--steps", 5)
     assert status == 2 and "was made with steps = 4, and the sweep now says 5" in errors
+    assert as_it_was == {name: (out / name).read_bytes() for name in as_it_was}
 
 
 @pytest.mark.slow

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 from zofed.base.errors import UserError
+from zofed.commands import experiments
 from zofed.experiments import sweep_file
 from zofed.experiments.sweep import Sweep
 from zofed.runs.run_folder import RunFolder
@@ -117,15 +119,24 @@ def test_tune_finds_a_rate_tells_it_and_its_folder_is_a_sweeps(tmp_path: Path, z
     assert zofed_command("sweep", out / "sweep.toml", "--out", out)[1].count("complete") == 1
 
 
+@pytest.mark.slow
+def test_tune_stops_where_every_run_meets_an_error(tmp_path: Path, zofed_command: Command) -> None:
+    out = tmp_path / "tuned"
+    status, _, errors = zofed_command("tune", *FEW, "--dataset", tmp_path / "nowhere.tsv", "--out", out)
+    assert status != 0 and "nowhere.tsv" in errors
+    assert len(list((out / "logs").iterdir())) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
         (("--over", "learning-rat"), "did you mean 'learning-rate'"),
-        (("--over", "seed"), "it is no setting to tune"),
-        (("--over", "optimizer"), "no numbers to search among"),
+        (("--over", "seed"), "it is no number to tune"),
+        (("--over", "optimizer"), "it is no number to tune"),
+        (("--over", "quantization-bits", "--mode", "fo"), "no effect"),
         (("--over", "proximal"), "proximal"),
         (("--factor", "0.5"), "factor = 0.5"),
-        (("--over", "weight-decay", "--optimizer", "adamw"), "no value above 0"),
+        (("--over", "weight-decay", "--optimizer", "adamw"), "give --weight-decay a first value"),
     ],
 )
 def test_what_tune_cannot_do_is_told_before_the_first_run(
@@ -133,3 +144,32 @@ def test_what_tune_cannot_do_is_told_before_the_first_run(
 ) -> None:
     status, _, errors = zofed_command("tune", *options, "--out", tmp_path / "out")
     assert status == 2 and told in errors and not (tmp_path / "out").exists()
+
+
+def test_a_search_never_tries_0_which_stands_for_another_value() -> None:
+    sweep = searched([0], {"mode": "subspace"}, quantization_bits={"around": 6, "factor": 1.5})
+    assert [values["quantization-bits"] for values in sweep.arms[0].tuned] == [3, 4, 6, 9, 14]
+    assert all(values["gradient-rank"] for values in searched([0], gradient_rank={"around": 2}).arms[0].tuned)
+
+
+@pytest.mark.parametrize("written", ["typed", "in a file"])
+def test_tune_keeps_what_was_given_though_it_would_have_been_chosen(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zofed_command: Command
+) -> None:
+    seen: list[Any] = []
+
+    def stopped(sweep: Any, *_: Any) -> None:
+        seen.append(sweep)
+        raise UserError("seen")
+
+    monkeypatch.setattr(experiments, "carry_out", stopped)
+    given = {"mode": "fo", "optimizer": "sgd", "learning-rate": 0.1, "clients": 2, "local-steps": 2}
+    if written == "typed":
+        words = [word for key, value in given.items() for word in (f"--{key}", value)]
+    else:
+        words = [tmp_path / "own.toml"]
+        words[0].write_text(tomli_w.dumps(given))
+    zofed_command("tune", *words, "--over", "local-steps", "--factor", 2, "--out", tmp_path / "out")
+    runs = seen[0].first()
+    assert {run.settings.local_steps for run in runs} == {1, 2, 4}
+    assert {(run.settings.optimizer, run.settings.learning_rate) for run in runs} == {("sgd", 0.1)}

@@ -166,7 +166,7 @@ def check(
         faults += [line.what] if line.verdict == "fix" else []
     if faults:
         raise UserError(f"{len(faults)} to fix before this run, each told above with its remedy: {', '.join(faults)}")
-    console.print("ready: zofed train with the same settings")
+    console.print(f"ready: zofed {'simulate' if settings.clients else 'train'} with the same settings")
 
 
 def diagnose(

@@ -44,24 +44,27 @@ def tune(
     settings = config.asked_for(file, options, _way(file, options))
     if over not in SETTINGS:
         raise UserError(f"--over: {config.unknown_setting(over)}")
-    if over in ("seed", "out"):
-        raise UserError(f"--over {over}: it is no setting to tune; name another, as learning-rate")
-    start = getattr(settings, over.replace("-", "_"))
+    if over in ("seed", "out") or SETTINGS[over].annotation not in (int, float):
+        raise UserError(f"--over {over}: it is no number to tune; name another setting, as learning-rate")
+    if idle := config.without_effect(settings, [over], _way(file, options)):
+        raise UserError(f"--over {over}: {idle[0]}")
     own = settings.model_dump(by_alias=True)
-    base = {key: own[key] for key in config.changed(settings) if key not in (over, "seed", "out")}
+    if (start := own[over]) <= 0:
+        raise UserError(f"--over {over}: it is {start:g}, and a search begins above 0: give --{over} a first value")
+    # Also what was given as it would have been chosen, since at other values of `over` another would be.
+    given = {*config.changed(settings), *map(config.kebab, settings.model_fields_set)} - {over, "seed", "out"}
+    base = {key: value for key, value in own.items() if key in given}
     walk = {"around": start, "factor": factor, "most": most}
     asked = {"slurm": sbatch} if (sbatch := experiments.slurm_of(engine, slurm)) else {}
     wanted = sweep_file.of({"seeds": [settings.seed], "base": base, "tune": {over: walk}} | asked)
-    if idle := wanted.without_effect([over]):
-        raise UserError(f"--over {over}: {idle[0]}")
     from zofed.runs.run_folder import with_out
 
     path = Path(with_out(settings, "tune").out)
     runner = experiments.carry_out(wanted, path, engine, parallel, gpus_per_run)
     _tell(runner, over)
-    given = [word for key, value in options.items() if key not in (over, "out") for word in (f"--{key}", value)]
+    typed = [word for key, value in options.items() if key not in (over, "out") for word in (f"--{key}", value)]
     chosen = [f"--{over}", f"{_chosen(runner)[over]:g}"]
-    words = [*([file] if file else []), *given, *chosen]
+    words = [*([file] if file else []), *typed, *chosen]
     console.print(f"next: {shell.command('zofed', _command(settings), *words)}", markup=False)
 
 

@@ -168,8 +168,8 @@ class Aggregation(Section):
     )
     quantization_bits: int = setting(
         0,
-        "bits of the largest slope or coefficient on its way, 3 to 18; all take this and 0.4 more as a mean; 0: 4 in mode "
-        "subspace, otherwise 18",
+        "bits of the largest slope or coefficient on its way, 3 to 18; all take this and 0.4 more as a mean; "
+        "0: 4 in mode subspace, otherwise 18",
         ge=0,
         le=18,
         acts_when=when(mode=Unlike(("fo",))),

@@ -27,11 +27,13 @@ START_LIMIT_S = 60.0  # a SuperLink answers after 2 to 4 seconds; a loaded machi
 def quickstart(out: Path, name: str, settings: Mapping[str, Setting]) -> int:
     """Run a job with 4 simulated clients in the folder `name` of `out`; 0 only if it completed and wrote its summary.
 
-    What lay at `out` before is moved aside.
+    An earlier one at `out` is moved aside; a folder of anything else is left as it is, and refused.
     """
     out = Path(os.path.abspath(out.expanduser()))
     run = out / name
     try:
+        if out.is_dir() and not run.exists() and any(out.iterdir()):
+            raise UserError(f"{out} holds other files than an earlier quickstart: choose another --out")
         earlier = move_aside(out)
         if earlier is not None:
             print(f"the earlier result now lies in {earlier}", flush=True)

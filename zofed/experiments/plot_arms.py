@@ -37,7 +37,7 @@ def compare(arms: Sequence[Arm], axes: Sequence[str], path: Path, notes: Sequenc
     A line is the mean of an arm's seeds, its band reaches from the lowest to the highest. Raises UserError where no run
     has what an axis needs.
     """
-    arms, notes = _shown(arms, notes)
+    arms, notes = shown(arms, notes)
     results = [result for arm in arms for result in arm.results]
     axes = axes or [axis for axis in FAIR if axis != "bytes" or any(result.total("bytes") > 0 for result in results)]
     figure, places = plot_style.panels(2, len(axes), sharex="col", sharey="row", height=3.4)
@@ -210,7 +210,7 @@ def is_wide(totals: Sequence[float]) -> bool:
     return bool(known) and max(known) > WIDEST * min(known)
 
 
-def _shown(arms: Sequence[Arm], notes: Sequence[str]) -> tuple[list[Arm], list[str]]:
+def shown(arms: Sequence[Arm], notes: Sequence[str]) -> tuple[list[Arm], list[str]]:
     """The best arms, as many as one panel can hold, in their order; and the notes, with one on those left out."""
     if len(arms) <= plot_style.MOST:
         return list(arms), list(notes)

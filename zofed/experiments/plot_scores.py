@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from zofed.base.errors import UserError
-from zofed.core.metrics import SCORES, scores_among
+from zofed.core.metrics import MEASURES, SCORES, scores_among
 from zofed.experiments import plot_arms
-from zofed.experiments.arms import Arm, incomparable
+from zofed.experiments.arms import Arm, incomparable, some
 from zofed.runs import plot_style
 from zofed.runs.run_result import Array, Result
 from zofed.runs.tables import read_table
@@ -26,15 +26,25 @@ PER_CENT = frozenset(SCORES) - {"auc"}
 def scores(arms: Sequence[Arm], axis: str, path: Path, notes: Sequence[str] = (), metric: str = "") -> Path:
     """The metric of arms at each evaluation against `axis`, a name of plot_style.AXES; lines for untrained baselines.
 
-    A line is the mean of an arm's seeds, its band reaches from the lowest to the highest. metric: empty: the one that
-    the runs are ranked by. Raises UserError where no run was scored by it.
+    A line is the mean of an arm's seeds, its band reaches from the lowest to the highest. metric: empty: what the first
+    of the runs is ranked by that was scored by it, else the loss. Raises UserError where no run was scored by it.
     """
+    arms, notes = plot_arms.shown(arms, notes)
     results = [result for arm in arms for result in arm.results]
-    metric = metric or results[0].metric
+    scored = {name: None for result in results for name in _scored(result)}  # in order, each once
+    ranked = [result.metric for result in results if result.metric in scored]
+    metric = metric.replace("-", "_") or [*ranked, *scored, results[0].metric][0]
+    if metric not in scored:
+        known = f"their evaluations have {', '.join(scored)}" if scored else "none was evaluated yet"
+        raise UserError(f"no run has the metric {metric!r}: {known}")
     column = axis.replace("-", "_")
-    found = {arm.name: [pair for result in arm.results if (pair := _curve(result, metric, column))] for arm in arms}
-    if not any(found.values()):
-        raise UserError(f"no run has {metric!r} at its evaluations: choose another metric, or runs of another task")
+    curves = {arm.name: [pair for result in arm.results if (pair := _curve(result, metric, column))] for arm in arms}
+    found = {name: pairs for name, pairs in curves.items() if any(np.nan_to_num(at).any() for at, _ in pairs)}
+    if left := [name for name in curves if name not in found]:
+        told = f"without {metric} at evaluations, or without {axis}, left out: {some(left)}"
+        if not found:
+            raise UserError(f"nothing to draw; {told}: choose another --axis or --metric")
+        notes = [*notes, told]
     has_seeds = any(len(pairs) > 1 for pairs in found.values())
     logarithmic = plot_arms.is_wide([result.total(column) for result in results])
     figure, places = plot_style.panels(1, 1, width=8.2, height=4.6)
@@ -51,6 +61,12 @@ def scores(arms: Sequence[Arm], axis: str, path: Path, notes: Sequence[str] = ()
     if logarithmic:
         told.append(f"{axis}: the start has cost nothing, which has no place here; it stands before the first cost")
     return plot_style.save(figure, path, "", told, place)
+
+
+def _scored(result: Result) -> list[str]:
+    """The measures that a run's evaluations have, the loss among them."""
+    rows = read_table(result.path / "evaluations.csv")
+    return [name for name in MEASURES if any(row.get(name) for row in rows)]
 
 
 def _curve(result: Result, metric: str, column: str) -> tuple[Array, Array] | None:

@@ -1,6 +1,6 @@
 """What a sweep will cost before it begins: seconds from a step of each kind of run, memory, disk, bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from zofed.base.errors import UserError
@@ -27,12 +27,14 @@ FREE = ("seed", "learning_rate", "bp_learning_rate", "local_learning_rate", "min
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one run. seconds: None where no step was tried. memory, disk, traffic: bytes."""
+    """Of one run. seconds: None where no step was tried. memory, disk, traffic: bytes; traffic: None where no forecast
+    of them is made.
+    """
 
     memory: int
     disk: int
     seconds: float | None = None
-    traffic: int = 0
+    traffic: int | None = 0
 
 
 def estimate(sweep: Sweep, parallel: int) -> Iterator[str]:
@@ -43,7 +45,8 @@ def estimate(sweep: Sweep, parallel: int) -> Iterator[str]:
     prepare_process(1)
     costs: dict[Settings, Cost | str] = {}
     runs = sweep.first()
-    total, disk, traffic, unknown = 0.0, 0, 0, 0
+    total, disk, unknown = 0.0, 0, 0
+    traffic: list[int | None] = []
     memory: list[int] = []
     for run, name in [*((run, run.name) for run in runs), *_later(sweep)]:
         kind = _kind(run)
@@ -62,13 +65,21 @@ def estimate(sweep: Sweep, parallel: int) -> Iterator[str]:
         unknown += found.seconds is None
         memory.append(found.memory)
         disk += found.disk
-        traffic += found.traffic
+        traffic.append(found.traffic)
     told = f"{sweep.size}, {parallel} at a time: about {duration(total / parallel)}"
     told += f" and {unknown} runs of unknown length" if unknown else ""
     told += f"; {sum(sorted(memory)[-parallel:]) / 2**20:,.0f} MiB of memory, {disk / 2**20:,.0f} MiB on disk"
-    yield told + (f", {traffic:,} bytes between clients and server" if traffic else "")
+    yield told + _traffic_told(traffic)
     if warning := too_much(sweep, parallel):
         yield f"warning: {warning}"
+
+
+def _traffic_told(found: Sequence[int | None]) -> str:
+    known, unknown = sum(bytes_ or 0 for bytes_ in found), sum(bytes_ is None for bytes_ in found)
+    if unknown:
+        of = "these runs" if unknown == len(found) else f"the {unknown} runs that are not of mode zo"
+        return (f", {known:,} bytes between clients and server" if known else "") + f"; what {of} send is not predicted"
+    return f", {known:,} bytes between clients and server" if known else ""
 
 
 def too_much(sweep: Sweep, parallel: int) -> str:
@@ -160,6 +171,6 @@ def _cost(settings: Settings) -> Cost | str:
         return replace(found, seconds=took.total)
     # Clients take their steps one after the other in one process; the server alone evaluates.
     asked = protocol.asked_each_round(settings, settings.clients)
-    traffic = sum(bytes_of_a_round(settings, replica)) * asked * settings.rounds if settings.mode == "zo" else 0
+    traffic = sum(bytes_of_a_round(settings, replica)) * asked * settings.rounds if settings.mode == "zo" else None
     seconds = took.total + (asked - 1) * took.step * took.steps
     return replace(found, seconds=min(seconds, settings.max_seconds or seconds), traffic=traffic)

@@ -80,7 +80,7 @@ class SweepFolder:
         """Merge the data that are to be merged, unless they are here, and write down the sweep and who begins it.
 
         Returns the sweep as written: with paths in the place of the merged data's names, and all paths absolute, so
-        that it can go on from any working folder.
+        that it can go on from any working folder. Raises UserError where runs of other settings lie here.
         """
         pairs = []
         for name, some in sweep.merge.items():
@@ -92,6 +92,8 @@ class SweepFolder:
         if pairs:
             sweep = sweep_file.with_merged(sweep, pairs)
         sweep = sweep_file.of(_with_absolute_paths(sweep.parts))
+        for run in sweep.first():
+            self.check_same(run)  # before the folder's own sweep is written over
         self._write(sweep_file.COPY, tomli_w.dumps(sweep.parts))
         self._write("sessions.json", json.dumps([*self.sessions(), session()], indent=2) + "\n")
         return sweep

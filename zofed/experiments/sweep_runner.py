@@ -174,8 +174,14 @@ class Runner:
         loss = math.inf if loss is None else loss
         self.ended.append(Ended(run.name, loss, time.monotonic() - job.began, error))
         self.losses[run.name] = loss
-        self._enter(self.sweep.later(self.losses))
+        self._enter([later for later in self.sweep.later(self.losses) if not self._is_hopeless(later.arm)])
         self._write()
+
+    def _is_hopeless(self, arm: str) -> bool:
+        """Whether nothing of an arm came to an end but by an error: smaller values would meet the same."""
+        own = {name for name, run in self.runs.items() if run.arm == arm}
+        trained = any(math.isfinite(self.losses.get(name, math.inf)) for name in own)
+        return not trained and all(ended.error for ended in self.ended if ended.name in own)
 
     def _write(self) -> None:
         self.folder.write_failures({run.name: run.error for run in self.ended if run.error})

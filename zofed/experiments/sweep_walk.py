@@ -57,7 +57,7 @@ def _values(key: str, wanted: Mapping[str, Any], where: str) -> tuple[list[int |
         if not math.isfinite(value):
             continue
         value = round(value) if whole else float(wanted["around"] if power == 0 else f"{value:.3g}")
-        if value not in found and _is_allowed(key, value):
+        if value > 0 and value not in found and _is_allowed(key, value):  # 0 often stands for another, or for all
             found.append(value)
     middle = round(wanted["around"]) if whole else float(wanted["around"])
     if middle not in found or len(found) < FEWEST:

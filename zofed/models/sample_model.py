@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from zofed.base import shell
 from zofed.base.errors import UserError
 from zofed.base.files import shipped, write_whole
 from zofed.data.encoding import default_cache
@@ -49,7 +50,7 @@ def folder() -> Path:
     except FileNotFoundError as error:
         raise UserError(
             f"model = {NAME!r}: {str(SHIPPED)!r} is not there: bring it back from the project, or make it with "
-            "zofed make-model"
+            + shell.command("zofed", "make-model", SHIPPED.parent.parent)
         ) from error
     place = default_cache() / "models" / f"{NAME}-{hashlib.sha256(text).hexdigest()[:16]}"
     if not place.is_dir():

@@ -95,6 +95,8 @@ def save(figure: Any, path: Path, title: str = "", notes: Sequence[str] = (), le
 
     legend_of: a panel whose legend all panels share, below them.
     """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: pictures are PNG files: give --out a name that ends in .png")
     sns.despine(figure)
     width, height = figure.get_size_inches()
     wrapped = [line for note in notes if note for line in textwrap.wrap(note, int(width * 13))]
