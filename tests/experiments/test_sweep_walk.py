@@ -122,8 +122,8 @@ def test_tune_finds_a_rate_tells_it_and_its_folder_is_a_sweeps(tmp_path: Path, z
 @pytest.mark.slow
 def test_tune_stops_where_every_run_meets_an_error(tmp_path: Path, zofed_command: Command) -> None:
     out = tmp_path / "tuned"
-    status, _, errors = zofed_command("tune", *FEW, "--dataset", tmp_path / "nowhere.tsv", "--out", out)
-    assert status != 0 and "nowhere.tsv" in errors
+    status, told, errors = zofed_command("tune", *FEW, "--dataset", tmp_path / "nowhere.tsv", "--out", out)
+    assert status == 1 and "nowhere.tsv" in told + errors
     assert len(list((out / "logs").iterdir())) == 3
 
 
