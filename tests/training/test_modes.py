@@ -292,7 +292,7 @@ def test_a_subspace_decays_by_its_rate_and_interval_once_a_record(quick: Quick) 
 
 def test_a_subspace_record_holds_what_was_trained(quick: Quick) -> None:
     """The weights go down the estimate, hence the coefficients are written with the sign turned."""
-    steps, _, replica = steps_of(quick(**SUBSPACE, learning_rate=0.01, direction_scale="equal"))
+    steps, _, replica = steps_of(quick(**SUBSPACE, learning_rate=0.01, direction_scale="equal", quantization_bits=18))
     record = steps.in_subspace(1).record
     assert isinstance(record, Seeded)
     seeds = directions.direction_seeds(0, 1, 0, 9)[:3]
