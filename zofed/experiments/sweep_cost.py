@@ -76,10 +76,8 @@ def estimate(sweep: Sweep, parallel: int) -> Iterator[str]:
 
 def _traffic_told(found: Sequence[int | None]) -> str:
     known, unknown = sum(bytes_ or 0 for bytes_ in found), sum(bytes_ is None for bytes_ in found)
-    if unknown:
-        of = "these runs" if unknown == len(found) else f"the {unknown} runs that are not of mode zo"
-        return (f", {known:,} bytes between clients and server" if known else "") + f"; what {of} send is not predicted"
-    return f", {known:,} bytes between clients and server" if known else ""
+    told = f", {known:,} bytes between clients and server" if known else ""
+    return told + (f"; what the runs of other modes than zo send is not predicted ({unknown} runs)" if unknown else "")
 
 
 def too_much(sweep: Sweep, parallel: int) -> str:

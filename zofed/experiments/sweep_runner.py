@@ -179,9 +179,8 @@ class Runner:
 
     def _is_hopeless(self, arm: str) -> bool:
         """Whether nothing of an arm came to an end but by an error: smaller values would meet the same."""
-        own = {name for name, run in self.runs.items() if run.arm == arm}
-        trained = any(math.isfinite(self.losses.get(name, math.inf)) for name in own)
-        return not trained and all(ended.error for ended in self.ended if ended.name in own)
+        failed = {ended.name for ended in self.ended if ended.error}
+        return failed.issuperset(name for name in self.losses if self.runs[name].arm == arm)
 
     def _write(self) -> None:
         self.folder.write_failures({run.name: run.error for run in self.ended if run.error})
